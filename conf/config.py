@@ -1,0 +1,175 @@
+"""The types of a run's configuration. Hydra composes it; one merge into `TrainConfig` refuses the rest.
+
+Groups whose choices differ in their keys (task, model, optim, lr, batch, logger) stay mappings with a
+`_target_`; what they build checks its own arguments. Imports no torch.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from largebatch.schedules.counts import real_number, whole_number
+from largebatch.schedules.scaling import RULES
+
+Node = dict[str, Any]
+
+
+class ConfigError(ValueError):
+    """The user's configuration cannot be run; the message is one sentence for them."""
+
+
+@dataclass
+class ScalingConfig:
+    rule: str = "none"
+    base_batch: Any = 256
+
+    def __post_init__(self) -> None:
+        self.base_batch = whole_number(self.base_batch, "scaling.base_batch", 1)
+        if self.rule not in RULES:
+            raise ConfigError(f"scaling.rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+
+
+@dataclass
+class EngineConfig:
+    _target_: str = "largebatch.train.engines.DDP"
+    micro_batch_size: Any = None
+    nproc: Any = 1
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        self.nproc = whole_number(self.nproc, "engine.nproc", 1)
+        if self.micro_batch_size is not None:
+            self.micro_batch_size = whole_number(
+                self.micro_batch_size, "engine.micro_batch_size", 1
+            )
+
+
+@dataclass
+class TargetConfig:
+    loss: Any = None
+    give_up_samples: Any = None
+
+    def __post_init__(self) -> None:
+        if self.loss is not None:
+            self.loss = real_number(self.loss, "target.loss")
+        if self.give_up_samples is not None:
+            self.give_up_samples = whole_number(self.give_up_samples, "target.give_up_samples", 1)
+
+
+@dataclass
+class BudgetConfig:
+    samples: Any = 1_000_000
+
+    def __post_init__(self) -> None:
+        self.samples = whole_number(self.samples, "budget.samples", 1)
+
+
+@dataclass
+class EvaluationConfig:
+    growth: Any = 1.03
+
+    def __post_init__(self) -> None:
+        self.growth = real_number(self.growth, "evaluation.growth", least=1.0)
+
+
+@dataclass
+class RecordConfig:
+    every: Any = 1
+
+    def __post_init__(self) -> None:
+        self.every = whole_number(self.every, "record.every", 1)
+
+
+@dataclass
+class StudyConfig:
+    optimizers: list[str] = field(default_factory=list)
+    batch_sizes: list[Any] = field(default_factory=list)
+    start_batch: Any = 256
+    seeds: list[Any] = field(default_factory=lambda: [0])
+    rules: list[str] = field(default_factory=list)
+    rule_batches: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("optimizers", "batch_sizes", "seeds"):
+            if not getattr(self, name):
+                raise ConfigError(f"study.{name} must name at least one, got an empty list")
+        sizes = [whole_number(size, "study.batch_sizes", 1) for size in self.batch_sizes]
+        self.batch_sizes = sorted(set(sizes))
+        self.seeds = [whole_number(seed, "study.seeds") for seed in self.seeds]
+        self.start_batch = whole_number(self.start_batch, "study.start_batch", 1)
+        if self.start_batch not in self.batch_sizes:
+            raise ConfigError(
+                f"study.start_batch must be one of study.batch_sizes {self.batch_sizes}, "
+                f"got {self.start_batch}"
+            )
+        self.rule_batches = [
+            whole_number(size, "study.rule_batches", 1) for size in self.rule_batches
+        ]
+        strange = [size for size in self.rule_batches if size not in self.batch_sizes]
+        if strange:
+            raise ConfigError(
+                f"study.rule_batches must be among study.batch_sizes {self.batch_sizes}, got {strange}"
+            )
+        unknown = [rule for rule in self.rules if rule not in RULES]
+        if unknown:
+            raise ConfigError(f"study.rules must be among {', '.join(RULES)}, got {unknown}")
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a run, typed. `optim.lr` is the learning rate at `scaling.base_batch`."""
+
+    task: Node
+    model: Node
+    optim: Node
+    lr: Node
+    batch: Node
+    logger: Node
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    record: RecordConfig = field(default_factory=RecordConfig)
+    study: StudyConfig | None = None
+    seed: Any = 0
+
+    def __post_init__(self) -> None:
+        self.seed = whole_number(self.seed, "seed")
+        self.optim["lr"] = real_number(self.optim.get("lr"), "optim.lr", above=0.0)
+
+
+def typed(config: DictConfig) -> TrainConfig:
+    """The composed configuration as a `TrainConfig`.
+
+    Raises:
+        ConfigError: a missing or unknown key, a wrong type or an impossible value.
+    """
+    try:
+        missing = OmegaConf.missing_keys(config)
+        if missing:
+            raise ConfigError(f"{', '.join(sorted(missing))} must be given, as KEY=VALUE")
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), config)
+        result = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(sentence(error)) from error
+    assert isinstance(result, TrainConfig)
+    return result
+
+
+def sentence(error: BaseException) -> str:
+    """An error of Hydra's or OmegaConf's in one line, with the key it is about."""
+    # Hydra wraps what a target raised; the innermost says what is wrong.
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, ConfigError):
+        return str(error)
+    key = getattr(error, "full_key", None)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # OmegaConf appends where it was, a line each: the key is enough.
+    kept = [line for line in lines if not re.match(r"(full_key|object_type|reference_type):?", line)]
+    text = " ".join(kept) or type(error).__name__
+    return f"{key}: {text}" if key and key not in text else text

@@ -1,0 +1,49 @@
+"""`largebatch COMMAND …`: a table from command to the module that runs it, imported when asked for."""
+
+import importlib
+import sys
+from typing import Final, NamedTuple
+
+
+class Command(NamedTuple):
+    module: str
+    """Has `main(arguments) -> exit code`."""
+    summary: str
+
+
+COMMANDS: Final = {
+    "train": Command("largebatch.train.command", "one training run (Hydra overrides)"),
+    "sweep": Command("largebatch.train.sweep_command", "many runs or a study (Hydra multirun)"),
+    "report": Command("largebatch.study.report", "tables and pictures of the runs below a folder"),
+}
+
+EXIT_CODES: Final = """exit codes: 0 reached the target, or spent the budget of a run that has none; 1 failed;
+2 refused before it started; 3 spent its budget without reaching the target; 4 diverged;
+130 or 143 interrupted by SIGINT or SIGTERM"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in COMMANDS:
+        wanted = bool(arguments) and arguments[0] in ("-h", "--help")
+        if arguments and not wanted:
+            print(f"largebatch: no command {arguments[0]!r}", file=sys.stderr)
+        rows = "\n".join(f"  {name:8} {command.summary}" for name, command in COMMANDS.items())
+        print(
+            f"usage: largebatch COMMAND …\n\n{rows}\n\n{EXIT_CODES}",
+            file=sys.stdout if wanted else sys.stderr,
+        )
+        return 0 if wanted else 2
+    try:
+        command = importlib.import_module(COMMANDS[arguments[0]].module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("largebatch"):
+            raise
+        print(
+            f"largebatch: {arguments[0]} needs {error.name}: pip install 'largebatch[train]'",
+            file=sys.stderr,
+        )
+        return 2
+    code: int = command.main(arguments[1:])
+    return code

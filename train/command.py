@@ -1,0 +1,126 @@
+"""`largebatch train`: one run, on one rank or many. Imports torch only once the configuration holds.
+
+Rank 0 composes the configuration, owns the folder and decides; the others take from it the resolved
+configuration and the folder. (Left alone, every rank's `hydra.main` would make its own.)
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from largebatch.conf.config import ConfigError, sentence
+from largebatch.train.order import Order, prepare
+from largebatch.train.ranks import Ranks, die_with_parent, find_ranks, started_ranks
+
+EXIT_CODES: Final = {"reached": 0, "exhausted": 0, "failed": 1, "diverged": 4, "interrupted": 130}
+REFUSED: Final = 2
+MISSED: Final = 3
+
+_outcome: list[dict[str, Any] | ConfigError] = []
+"""What the run came to: Hydra's main returns nothing, and prints around what a task raises."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run `largebatch train ARGUMENTS`; returns the exit code."""
+    try:
+        ranks = find_ranks()
+        if not ranks.is_first:
+            return follow(ranks)
+        run_hydra(single_run, "train", arguments)
+        for outcome in _outcome:
+            if isinstance(outcome, ConfigError):
+                raise outcome
+            return exit_code(outcome)
+    except ConfigError as error:
+        print(f"largebatch: {error}", file=sys.stderr)
+        return REFUSED
+    return 0  # --help, --cfg and their like
+
+
+def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: list[str]) -> None:
+    """Let Hydra compose the configuration and call `task` on it.
+
+    Raises:
+        ConfigError: in place of what Hydra would print over many lines.
+    """
+    # A user's own task and model are imported from where the command is given.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [f"largebatch {command}", *arguments]
+    entry = hydra.main(version_base="1.3", config_path="pkg://largebatch.conf", config_name="train")
+    try:
+        entry(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(sentence(error)) from error
+
+
+def single_run(composed: DictConfig) -> None:
+    """Hydra's task of `largebatch train`: note the summary, or why the run was refused."""
+    try:
+        _outcome.append(job(composed))
+    except ConfigError as error:
+        _outcome.append(error)
+
+
+def job(composed: DictConfig) -> dict[str, Any]:
+    """One run of a composed configuration; returns its summary. Sweeps call it in worker processes.
+
+    Raises:
+        ConfigError: before anything is written.
+    """
+    die_with_parent()
+    ranks = find_ranks()
+    try:
+        order = prepare(composed, ranks)
+    except ConfigError:
+        if ranks.size > 1:
+            train(ranks, None)
+        raise
+    if order.config.engine.nproc == 1:
+        summary = train(ranks, order)
+    else:
+        with started_ranks(order.config.engine.nproc) as ranks:
+            summary = train(ranks, order)
+    assert summary is not None
+    return summary
+
+
+def follow(ranks: Ranks) -> int:
+    """A rank other than the first: do as it says."""
+    die_with_parent()
+    summary = train(ranks, None)
+    return REFUSED if summary is None else exit_code(summary)
+
+
+def train(ranks: Ranks, order: Order | None) -> dict[str, Any] | None:
+    """Train on all ranks as rank 0 orders; returns the summary, or None where it ordered nothing."""
+    from largebatch.train.ranks import meet, pick_device, process_group, set_threads, tell
+    from largebatch.train.run import run
+
+    store = meet(ranks)
+    order = tell(store, ranks, order)
+    if order is None:
+        return None
+    set_threads(ranks)
+    try:
+        device = pick_device(order.config.engine.device, ranks)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    with process_group(store, ranks, device):
+        return run(order, ranks, device)
+
+
+def exit_code(summary: dict[str, Any]) -> int:
+    """The exit code of a run that ended as `summary` says."""
+    if summary["status"] == "exhausted" and summary["target_loss"] is not None:
+        return MISSED
+    if summary["status"] == "interrupted" and "signal" in summary:
+        return 128 + int(summary["signal"])
+    return EXIT_CODES[summary["status"]]

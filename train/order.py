@@ -1,0 +1,89 @@
+"""What rank 0 orders of a run, checked as far as it can be without torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from largebatch.conf.config import ConfigError, TrainConfig, typed
+from largebatch.schedules import Plan
+from largebatch.train.build import build
+from largebatch.train.ranks import Ranks
+from largebatch.train.record import check_free
+
+
+@dataclass(frozen=True)
+class Order:
+    """All that rank 0 tells the others: the resolved configuration, the plan, the folder, the names."""
+
+    config: TrainConfig
+    plan: Plan
+    folder: Path
+    optimizer: str
+    """Name of the optimizer's choice, as records carry it."""
+    task: str
+    sweep: str | None = None
+    """Name of the sweep or study that the run belongs to."""
+    hydra_files: Mapping[str, str] = field(default_factory=dict)
+    """Content of the files in `.hydra/`."""
+
+
+def prepare(composed: DictConfig, ranks: Ranks) -> Order:
+    """The order of the run that Hydra has composed.
+
+    Raises:
+        ConfigError: in one sentence.
+    """
+    settings = HydraConfig.get()
+    config = typed(composed)
+    single = settings.mode == RunMode.RUN
+    if single and config.study is not None:
+        raise ConfigError("a study is many runs: use largebatch sweep study=…")
+    if config.engine.nproc > 1 and ranks.size > 1:
+        raise ConfigError(
+            f"engine.nproc={config.engine.nproc} starts its own ranks, but {ranks.launcher} has "
+            f"started {ranks.size} already: leave it at 1"
+        )
+    plan = make_plan(config)
+    try:
+        data_parallel_size = max(ranks.size, config.engine.nproc)
+        plan.check_divisible(data_parallel_size, config.engine.micro_batch_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    folder = Path(settings.runtime.output_dir)
+    check_free(folder)
+    return Order(
+        config=config,
+        plan=plan,
+        folder=folder,
+        optimizer=str(settings.runtime.choices["optim"]),
+        task=str(settings.runtime.choices["task"]),
+        sweep=None if single else Path(settings.sweep.dir).name,
+        hydra_files={
+            "config.yaml": OmegaConf.to_yaml(composed, resolve=True),
+            "overrides.yaml": OmegaConf.to_yaml(settings.overrides.task),
+            "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": settings})),
+        },
+    )
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """The run's plan.
+
+    Raises:
+        ConfigError: schedules that do not fit the budget or each other.
+    """
+    try:
+        return Plan(
+            ramp=build(config.batch, "batch"),
+            curve=build(config.lr, "lr"),
+            budget_samples=config.budget.samples,
+            base_lr=config.optim["lr"],
+            base_batch=config.scaling.base_batch,
+            rule=config.scaling.rule,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,74 @@
+"""What a number was measured with."""
+
+import platform
+import socket
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from largebatch.train.ranks import Ranks
+
+
+def provenance(ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """Versions, device, launcher, host and code of this run."""
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": version("numpy"),
+            "largebatch": _own_version(),
+        },
+        "git_commit": _git_commit(),
+        "device": _device_name(device),
+        "num_threads": torch.get_num_threads(),
+        "host": socket.gethostname(),
+        "launcher": ranks.launcher,
+        "world_size": ranks.size,
+        "command": " ".join(sys.argv[1:]),
+    }
+
+
+@cache
+def _own_version() -> str | None:
+    try:
+        return version("largebatch")
+    except PackageNotFoundError:
+        return None  # a checkout on the path, never installed
+
+
+@cache
+def _git_commit() -> str | None:
+    """The checkout's commit, `+changes` where it has any; None for an installed wheel."""
+    here = Path(__file__).resolve().parents[1]
+    if not (here / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+changes"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip()
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        name: str = module.get_device_name(device)
+        return name
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()

@@ -1,0 +1,189 @@
+"""One run from its order to its summary: build the parts, train, close the record."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from largebatch.conf.config import ConfigError, TrainConfig
+from largebatch.train.build import build, check_arguments
+from largebatch.train.engines import Engine
+from largebatch.train.evaluation import EvaluationGrid, evaluate
+from largebatch.train.interruption import Interruption
+from largebatch.train.loggers import Logger, NoLogger
+from largebatch.train.loop import Loop, Progress
+from largebatch.train.order import Order
+from largebatch.train.provenance import provenance
+from largebatch.train.ranks import Ranks
+from largebatch.train.record import RunFolder
+from largebatch.train.sampler import Sampler
+from largebatch.train.tasks import Task
+
+
+@dataclass
+class Parts:
+    task: Task
+    engine: Engine
+    optimizer: Optimizer
+
+
+def build_parts(config: TrainConfig, ranks: Ranks, device: torch.device) -> Parts:
+    """Task, model, engine and optimizer as configured, the model the same on every rank.
+
+    Raises:
+        ConfigError: a target that cannot be imported, does not take its arguments or refuses a value.
+    """
+    task: Task = build(config.task, "task")
+    torch.manual_seed(config.seed)
+    model: nn.Module = build(config.model, "model")
+    engine: Engine = build(
+        {
+            "_target_": config.engine._target_,
+            "micro_batch_size": config.engine.micro_batch_size,
+        },
+        "engine",
+        model=model,
+        ranks=ranks,
+        device=device,
+    )
+    return Parts(task, engine, build_optimizer(config.optim, engine.model))
+
+
+def build_optimizer(node: Mapping[str, Any], model: nn.Module) -> Optimizer:
+    """The optimizer over the model's parameters, or over the model where it asks for modules."""
+    make = build(node, "optim")
+    takes_model = getattr(make.func, "takes_model", False)
+    argument = model if takes_model else list(model.named_parameters())
+    check_arguments(make.func, (argument,), make.keywords, "optim")
+    try:
+        optimizer: Optimizer = make(argument)
+    except ValueError as error:
+        raise ConfigError(f"optim: {error}") from error
+    return optimizer
+
+
+def run(
+    order: Order,
+    ranks: Ranks,
+    device: torch.device,
+    watch: Callable[[dict[str, Any]], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Train as ordered; returns the summary, which rank 0 has also written.
+
+    Args:
+        watch: sees every line, on rank 0.
+
+    Raises:
+        ConfigError: before anything is written.
+    """
+    parts = build_parts(order.config, ranks, device)
+    if not ranks.is_first:
+        return _train(order, parts, ranks, device, lambda line: None)
+    with RunFolder(order.folder, order.hydra_files) as folder:
+        logger = _logger(order)
+        every, begin = order.config.record.every, time.perf_counter()
+
+        def record(line: dict[str, Any]) -> None:
+            line["seconds"] = round(time.perf_counter() - begin, 4)
+            if line["step"] % every == 0 or "eval_loss" in line:
+                folder.write(line)
+                logger.log(line)
+            watch(line)
+
+        try:
+            summary = _train(order, parts, ranks, device, record)
+        except BaseException as error:
+            failed = _summary(order, parts, ranks, device, Progress(status="failed"), begin)
+            summary = failed | {"error": f"{type(error).__name__}: {error}"}
+            raise
+        finally:
+            folder.close(summary)
+            logger.finish(summary)
+        return summary
+
+
+def _train(
+    order: Order,
+    parts: Parts,
+    ranks: Ranks,
+    device: torch.device,
+    record: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    config, begin = order.config, time.perf_counter()
+    with Interruption() as interruption:
+        loop = Loop(
+            plan=order.plan,
+            task=parts.task,
+            engine=parts.engine,
+            optimizer=parts.optimizer,
+            sampler=Sampler(parts.task.num_train, config.seed, parts.task.replacement),
+            ranks=ranks,
+            evaluate=lambda: evaluate(parts.task, parts.engine, ranks, device),
+            grid=EvaluationGrid(config.evaluation.growth),
+            record=record,
+            interruption=interruption,
+            target_loss=config.target.loss,
+            give_up_samples=config.target.give_up_samples,
+        )
+        progress = loop.run()
+    summary = _summary(order, parts, ranks, device, progress, begin)
+    if interruption.signal is not None:
+        summary["signal"] = interruption.signal
+    return summary
+
+
+def _summary(
+    order: Order,
+    parts: Parts,
+    ranks: Ranks,
+    device: torch.device,
+    progress: Progress,
+    begin: float,
+) -> dict[str, Any]:
+    config, reached = order.config, progress.status == "reached"
+    batch_size = order.plan.at(order.plan.ramp.ends_at).batch_size
+    return {
+        "status": progress.status,
+        "steps_to_target": progress.steps if reached else None,
+        "samples_to_target": progress.samples if reached else None,
+        "steps": progress.steps,
+        "samples": progress.samples,
+        "loss": progress.loss,
+        "eval_loss": progress.eval_loss,
+        "seconds": round(time.perf_counter() - begin, 4),
+        "task": order.task,
+        "optimizer": order.optimizer,
+        "batch_size": batch_size,
+        "lr": order.plan.peak_lr,
+        "base_lr": config.optim["lr"],
+        "scaling": asdict(config.scaling),
+        "seed": config.seed,
+        "target_loss": config.target.loss,
+        "budget_samples": config.budget.samples,
+        "give_up_samples": config.target.give_up_samples,
+        "data_parallel_size": ranks.size,
+        "micro_batch_size": parts.engine.micro_batch_size(batch_size),
+        "gradient_accumulation_steps": math.ceil(
+            batch_size / (ranks.size * parts.engine.micro_batch_size(batch_size))
+        ),
+        "num_parameters": sum(p.numel() for p in parts.engine.model.parameters()),
+        "provenance": provenance(ranks, device) | dict(parts.task.provenance()),
+    }
+
+
+def _logger(order: Order) -> Logger:
+    node = order.config.logger
+    if node.get("_target_") is None:
+        return NoLogger()
+    logger: Logger = build(
+        node | {"group": node.get("group") or order.sweep},
+        "logger",
+        folder=order.folder,
+        config=asdict(order.config),
+    )
+    return logger

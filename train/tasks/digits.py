@@ -1,0 +1,44 @@
+"""scikit-learn's bundled handwritten digits: small enough to see every effect in seconds.
+
+The evaluation is the loss over the whole training set (an optimization target, with no question of
+generalization in it), as in steps-to-target studies of small sets.
+"""
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from largebatch.train.sampler import Indices, shuffled
+from largebatch.train.tasks import Batch
+
+
+class Digits:
+    """1,437 of the 1,797 images of 8x8 pixels, every epoch in a fresh order; the loss is in nats."""
+
+    replacement = False
+
+    def __init__(self) -> None:
+        images, labels = load_digits(return_X_y=True)
+        rows = shuffled(len(labels), 0, 0)[: len(labels) * 4 // 5]
+        self._hash = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+        self._images = torch.from_numpy(images[rows].astype(np.float32) / 16.0)  # (rows, 64)
+        self._labels = torch.from_numpy(labels[rows].astype(np.int64))
+        self.num_train = self.num_eval = len(rows)
+
+    def train_batch(self, indices: Indices) -> Batch:
+        rows = torch.from_numpy(indices)
+        return self._images[rows], self._labels[rows]
+
+    eval_batch = train_batch
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        images, labels = batch
+        return cross_entropy(model(images), labels)
+
+    def provenance(self) -> Mapping[str, str]:
+        return {"data": "scikit-learn's digits, 1,437 training rows", "data_hash": self._hash}

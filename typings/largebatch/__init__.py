@@ -1,0 +1,1 @@
+../../src/largebatch/__init__.py

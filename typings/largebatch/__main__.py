@@ -1,0 +1,1 @@
+../../src/largebatch/__main__.py
