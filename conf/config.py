@@ -1,7 +1,8 @@
-"""The types of a run's configuration. Hydra composes it; one merge into `TrainConfig` refuses the rest.
+"""The types of a run's configuration. Hydra composes it; one merge into `TrainConfig` refuses the
+rest.
 
-Groups whose choices differ in their keys (task, model, optim, lr, batch, logger) stay mappings with a
-`_target_`; what they build checks its own arguments. Imports no torch.
+Groups whose choices differ in their keys (task, model, optim, lr, batch, logger) stay mappings with
+a `_target_`; what they build checks its own arguments. Imports no torch.
 """
 
 import re
@@ -111,7 +112,8 @@ class StudyConfig:
         strange = [size for size in self.rule_batches if size not in self.batch_sizes]
         if strange:
             raise ConfigError(
-                f"study.rule_batches must be among study.batch_sizes {self.batch_sizes}, got {strange}"
+                f"study.rule_batches must be among study.batch_sizes {self.batch_sizes}, "
+                f"got {strange}"
             )
         unknown = [rule for rule in self.rules if rule not in RULES]
         if unknown:
@@ -120,7 +122,9 @@ class StudyConfig:
 
 @dataclass
 class TrainConfig:
-    """Everything that decides a run, typed. `optim.lr` is the learning rate at `scaling.base_batch`."""
+    """Everything that decides a run, typed. `optim.lr` is the learning rate at
+    `scaling.base_batch`.
+    """
 
     task: Node
     model: Node
@@ -170,6 +174,8 @@ def sentence(error: BaseException) -> str:
     key = getattr(error, "full_key", None)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # OmegaConf appends where it was, a line each: the key is enough.
-    kept = [line for line in lines if not re.match(r"(full_key|object_type|reference_type):?", line)]
+    kept = [
+        line for line in lines if not re.match(r"(full_key|object_type|reference_type):?", line)
+    ]
     text = " ".join(kept) or type(error).__name__
     return f"{key}: {text}" if key and key not in text else text

@@ -1,4 +1,4 @@
-"""What batch size and learning rate hold at which sample. Plain arithmetic: no torch, no project."""
+"""What batch size and learning rate hold at which sample. Plain arithmetic, without torch."""
 
 from largebatch.schedules.counts import whole_number
 from largebatch.schedules.curves import Constant, Cosine, Curve, Polynomial

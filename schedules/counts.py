@@ -7,7 +7,8 @@ def whole_number(value: object, name: str, minimum: int = 0) -> int:
     """`value` as an int: `512`, `4e6`, `"4e6"`, `"1_000"`.
 
     Raises:
-        ValueError: not a whole number, or below `minimum`; the sentence carries `name` and the value.
+        ValueError: not a whole number, or below `minimum`; the sentence carries `name` and the
+        value.
     """
     try:
         if isinstance(value, bool):
@@ -23,12 +24,19 @@ def whole_number(value: object, name: str, minimum: int = 0) -> int:
     return int(number)
 
 
-def real_number(value: object, name: str, *, above: float | None = None, least: float | None = None,
-                most: float | None = None) -> float:
+def real_number(
+    value: object,
+    name: str,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> float:
     """`value` as a finite float within its bounds.
 
     Raises:
-        ValueError: not a number or outside the bounds; the sentence carries `name`, value and bounds.
+        ValueError: not a number or outside the bounds; the sentence carries `name`, value and
+        bounds.
     """
     try:
         if isinstance(value, bool):

@@ -2,8 +2,8 @@
 
 A curve is a function of the samples seen before the step. Warm-up counts the batch in hand as well:
 the factor rises linearly, min(1, (samples + batch) / warmup_samples), so that the first step is not
-wasted at zero and the peak is met by the step that completes the warm-up. The decay runs from the end
-of the warm-up to the budget, whatever batch sizes lie between.
+wasted at zero and the peak is met by the step that completes the warm-up. The decay runs from the
+end of the warm-up to the budget, whatever batch sizes lie between.
 """
 
 import math
@@ -73,7 +73,9 @@ class Cosine(_Decaying):
 
 @dataclass(frozen=True, kw_only=True)
 class Polynomial(_Decaying):
-    """(1 - progress)^power from the peak to `final_fraction`; 1 is linear, 2 is LARS's own schedule."""
+    """(1 - progress)^power from the peak to `final_fraction`; 1 is linear, 2 is LARS's own
+    schedule.
+    """
 
     power: float = 1.0
 
@@ -82,4 +84,6 @@ class Polynomial(_Decaying):
         object.__setattr__(self, "power", real_number(self.power, "lr.power", above=0.0))
 
     def decay(self, progress: float) -> float:
-        return self.final_fraction + (1.0 - self.final_fraction) * (1.0 - progress) ** self.power
+        return self.final_fraction + (1.0 - self.final_fraction) * math.pow(
+            1.0 - progress, self.power
+        )

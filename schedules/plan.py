@@ -1,4 +1,4 @@
-"""The plan of a run: which batch size and learning rate every step takes, known before it starts."""
+"""The plan of a run: the batch size and learning rate of every step, known before it starts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +32,8 @@ class Plan:
         base_lr: peak learning rate at `base_batch`; `rule` makes it that of the batch in hand.
 
     Raises:
-        ValueError: a warm-up or a ramp that the budget would cut off, an unknown rule, a value out of
+        ValueError: a warm-up or a ramp that the budget would cut off, an unknown rule, a value out
+        of
             range.
     """
 
@@ -51,8 +52,8 @@ class Plan:
         object.__setattr__(self, "base_lr", real_number(self.base_lr, "optim.lr", above=0.0))
         if self.curve.warmup_samples > budget:
             raise ValueError(
-                f"lr.warmup_samples is {self.curve.warmup_samples}, longer than the run: lower it, or "
-                f"raise budget.samples above {budget}"
+                f"lr.warmup_samples is {self.curve.warmup_samples}, longer than the run: lower it, "
+                f"or raise budget.samples above {budget}"
             )
         if self.ramp.ends_at > budget:
             raise ValueError(
@@ -97,6 +98,6 @@ class Plan:
                 nearest = f"{below} or {below + unit}" if below else f"{unit}"
                 raise ValueError(
                     f"a batch size of {size} is not divisible by {unit} "
-                    f"({data_parallel_size} rank(s) × micro-batch {micro_batch_size or 1}); "
+                    f"({data_parallel_size} rank(s) times micro-batch {micro_batch_size or 1}); "
                     f"the nearest batch size is {nearest}, or change engine.micro_batch_size"
                 )

@@ -49,10 +49,10 @@ class ConstantBatch(Ramp):
 class RampupBatch(Ramp):
     """Megatron-LM's three numbers: from `start` by `increment` to `size` over `ramp_samples`.
 
-    With n = (size - start) / increment, the batch after c samples is start + floor(c n / ramp_samples)
-    increments, and `size` from c = ramp_samples on. Megatron-LM (`--rampup-batch-size`, until its
-    removal in 2026) computes the floor from the float ramp_samples / n, which lags one increment at
-    c = ramp_samples for some numbers; integers do not.
+    With n = (size - start) / increment, the batch after c samples is start + floor(c n /
+    ramp_samples) increments, and `size` from c = ramp_samples on. Megatron-LM (`--rampup-batch-
+    size`, until its removal in 2026) computes the floor from the float ramp_samples / n, which lags
+    one increment at c = ramp_samples for some numbers; integers do not.
 
     Raises:
         ValueError: a value out of range, or increments that do not add up to size.

@@ -20,14 +20,14 @@ def keep(kappa: float) -> float:
 
 
 def linear(kappa: float) -> float:
-    """kappa: for SGD while gradients are noise-dominated, with warm-up (Goyal et al., 1706.02677)."""
+    """kappa: for SGD in the noise-dominated regime, with warm-up (Goyal et al., 1706.02677)."""
     return kappa
 
 
 def sqrt(kappa: float) -> float:
-    """sqrt(kappa): keeps the variance of an SGD increment (Krizhevsky, 1404.5997); the learning-rate
-    part of the rule for Adam-like optimizers (Malladi et al., 2205.10287), whose betas and eps are
-    left alone here."""
+    """sqrt(kappa): keeps the variance of an SGD increment (Krizhevsky, 1404.5997); the learning-
+    rate part of the rule for Adam-like optimizers (Malladi et al., 2205.10287), whose betas and eps
+    are left alone here."""
     return math.sqrt(kappa)
 
 

@@ -1,4 +1,4 @@
-"""From a configuration's `_target_` to the object, with the user's mistakes told in one sentence."""
+"""From a configuration's `_target_` to the object, the user's mistakes told in one sentence."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,8 @@ from largebatch.conf.config import ConfigError, sentence
 
 
 def build(node: Mapping[str, Any], name: str, **more: Any) -> Any:
-    """What `node` describes, built with its own keys and `more`; a partial where `_partial_` is set.
+    """What `node` describes, built with its own keys and `more`; a partial where `_partial_` is
+    set.
 
     Raises:
         ConfigError: a target that cannot be imported, does not take its arguments, or raises a

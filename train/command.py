@@ -1,4 +1,5 @@
-"""`largebatch train`: one run, on one rank or many. Imports torch only once the configuration holds.
+"""`largebatch train`: one run, on one rank or many. Imports torch only once the configuration
+holds.
 
 Rank 0 composes the configuration, owns the folder and decides; the others take from it the resolved
 configuration and the folder. (Left alone, every rank's `hydra.main` would make its own.)
@@ -18,9 +19,16 @@ from largebatch.conf.config import ConfigError, sentence
 from largebatch.train.order import Order, prepare
 from largebatch.train.ranks import Ranks, die_with_parent, find_ranks, started_ranks
 
-EXIT_CODES: Final = {"reached": 0, "exhausted": 0, "failed": 1, "diverged": 4, "interrupted": 130}
 REFUSED: Final = 2
 MISSED: Final = 3
+INTERRUPTED: Final = 130
+EXIT_CODES: Final = {
+    "reached": 0,
+    "exhausted": 0,
+    "failed": 1,
+    "diverged": 4,
+    "interrupted": INTERRUPTED,
+}
 
 _outcome: list[dict[str, Any] | ConfigError] = []
 """What the run came to: Hydra's main returns nothing, and prints around what a task raises."""
@@ -100,7 +108,7 @@ def follow(ranks: Ranks) -> int:
 
 
 def train(ranks: Ranks, order: Order | None) -> dict[str, Any] | None:
-    """Train on all ranks as rank 0 orders; returns the summary, or None where it ordered nothing."""
+    """Train as rank 0 orders; returns the summary, or None where it ordered nothing."""
     from largebatch.train.ranks import meet, pick_device, process_group, set_threads, tell
     from largebatch.train.run import run
 

@@ -1,4 +1,4 @@
-"""How a step's gradient comes about on all ranks. An engine holds no policy: a few verbs, no schedule."""
+"""How a step's gradient comes about on all ranks. An engine holds no policy: a few verbs."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -38,7 +38,7 @@ class Engine(Protocol):
 
 
 class DDP:
-    """Replicated parameters, one gradient all-reduce a step, however many micro-batches it takes."""
+    """Replicated parameters, one gradient all-reduce a step, whatever the micro-batches."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class DDP:
                 share = micro_batch[0].shape[0] / global_batch_size
                 loss = task.loss(self._replica, to_device(micro_batch, self._device))
                 # DDP averages over ranks: times their number, the shares add up to the global mean.
-                (loss * (share * self.data_parallel_size)).backward()
+                torch.autograd.backward(loss * (share * self.data_parallel_size))
             part += loss.detach() * share
         return part
 
@@ -82,4 +82,5 @@ class DDP:
     def sum_over_ranks(self, values: Tensor) -> "dist.Work | None":
         if self.data_parallel_size == 1:
             return None
-        return dist.all_reduce(values, async_op=True)
+        work: dist.Work | None = dist.all_reduce(values, async_op=True)
+        return work

@@ -16,7 +16,7 @@ _MOST_AT_ONCE = 4096
 
 @dataclass
 class EvaluationGrid:
-    """After steps 1, 2, 3, …, each time at least `growth` times as far: a resolution of growth - 1."""
+    """After steps 1, 2, 3, …, each at least `growth` times as far: a resolution of growth - 1."""
 
     growth: float
     due_at: int = 1

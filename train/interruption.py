@@ -7,14 +7,17 @@ from typing import Self
 
 
 class Interruption:
-    """Within it, the first SIGINT or SIGTERM is noted in `signal`; a second one acts as it would have."""
+    """Within it, the first SIGINT or SIGTERM is noted in `signal`; a second one acts as it would
+    have.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> Self:
-        # Signals reach the main thread alone; elsewhere (a thread of the user's) there is none to note.
+        # Signals reach the main thread alone; elsewhere (a thread of the user's) there is none to
+        # note.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)

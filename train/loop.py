@@ -19,8 +19,6 @@ from largebatch.train.readings import Readings
 from largebatch.train.sampler import Sampler
 from largebatch.train.tasks import Batch, Task
 
-_TRUST_FIELDS = ("trust_ratio_min", "trust_ratio_median", "trust_ratio_max")
-
 
 @dataclass
 class Progress:
@@ -93,12 +91,9 @@ class Loop:
     def send_off(self, point: Point, loss: Tensor, grad_norm: Tensor) -> dict[str, Any] | None:
         """Pack the step's numbers for the host; returns the line of the step before."""
         interrupted = torch.full_like(loss, float(self.interruption.signal is not None))
-        names, values = ("loss", "interrupted", "grad_norm"), [loss, interrupted, grad_norm]
-        stats = getattr(self.optimizer, "layer_stats", dict)()
-        if stats:
-            ratios = torch.stack([layer["trust_ratio"] for layer in stats.values()])
-            names, values = names + _TRUST_FIELDS, [*values, *_spread(ratios)]
-        packed = torch.stack(values)
+        numbers = {"loss": loss, "interrupted": interrupted, "grad_norm": grad_norm}
+        numbers |= trust_ratios(self.optimizer)
+        packed = torch.stack(list(numbers.values()))
         work = self.engine.sum_over_ranks(packed[:2])  # the loss's parts and the interruptions
         micro = self.engine.micro_batch_size(point.batch_size)
         ranks = self.engine.data_parallel_size
@@ -111,7 +106,7 @@ class Loop:
             "gradient_accumulation_steps": math.ceil(point.batch_size / (ranks * micro)),
             "data_parallel_size": ranks,
         }
-        return self._readings.push(line, names, packed, work)
+        return self._readings.push(line, tuple(numbers), packed, work)
 
     def advance(self, point: Point) -> None:
         self.progress.steps += 1
@@ -145,5 +140,17 @@ class Loop:
         return spent or self.progress.status != "exhausted"
 
 
-def _spread(ratios: Tensor) -> list[Tensor]:
-    return [ratios.min(), ratios.median(), ratios.max()]
+def trust_ratios(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Least, median and greatest trust ratio over the layers, where the optimizer has any."""
+    layer_stats: Callable[[], dict[Any, dict[str, Tensor]]] = getattr(
+        optimizer, "layer_stats", dict
+    )
+    layers = layer_stats().values()
+    if not layers:
+        return {}
+    ratios = torch.stack([layer["trust_ratio"] for layer in layers])
+    return {
+        "trust_ratio_min": ratios.min(),
+        "trust_ratio_median": ratios.median(),
+        "trust_ratio_max": ratios.max(),
+    }

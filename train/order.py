@@ -17,7 +17,9 @@ from largebatch.train.record import check_free
 
 @dataclass(frozen=True)
 class Order:
-    """All that rank 0 tells the others: the resolved configuration, the plan, the folder, the names."""
+    """All that rank 0 tells the others: the resolved configuration, the plan, the folder, the
+    names.
+    """
 
     config: TrainConfig
     plan: Plan

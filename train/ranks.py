@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import Store
 
 # Launchers that MPI can be asked about: their own variables name a rank, not all of them a size.
 _MPI_MARKERS: Final = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PALS_RANKID")
@@ -41,7 +42,13 @@ class Ranks:
         return self.rank == 0
 
 
-def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
+@cache
+def find_ranks() -> Ranks:
+    """This process's ranks, found once: asking MPI is a collective call."""
+    return ranks_from(os.environ)
+
+
+def ranks_from(environment: Mapping[str, str]) -> Ranks:
     """From torchrun's variables where they are, else from MPI where its launcher left a mark.
 
     Raises:
@@ -76,8 +83,8 @@ def _ask_mpi(environment: Mapping[str, str]) -> Ranks:
     said = int(environment.get("PMI_SIZE", environment.get("OMPI_COMM_WORLD_SIZE", size)))
     if said != size:
         raise RuntimeError(
-            f"the launcher started {said} ranks, but mpi4py sees {size}: its MPI library is not the "
-            "launcher's; install an mpi4py built for it, or start with torchrun"
+            f"the launcher started {said} ranks, but mpi4py sees {size}: its MPI library is not "
+            "the launcher's; install an mpi4py built for it, or start with torchrun"
         )
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     local_rank, local_size = node.Get_rank(), node.Get_size()
@@ -181,45 +188,43 @@ def set_threads(ranks: Ranks) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_size))
 
 
-def meet(ranks: Ranks) -> "dist.Store | None":
+def meet(ranks: Ranks) -> "Store | None":
     """The store in which all ranks meet before they know anything else; None for one rank."""
     if ranks.size == 1:
         return None
-    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
-    if ranks.launcher == "torchrun":
-        # torchrun's agent may keep the store itself; env:// knows.
-        meeting = dist.rendezvous("env://", ranks.rank, ranks.size)
-    else:
-        address = f"tcp://{ranks.master_addr}:{ranks.master_port}"
-        meeting = dist.rendezvous(address, ranks.rank, ranks.size)
-    store: dist.Store = next(iter(meeting))[0]
+    # torchrun's agent may keep the store itself; env:// knows.
+    address = f"tcp://{ranks.master_addr}:{ranks.master_port}"
+    url = "env://" if ranks.launcher == "torchrun" else address
+    store: Store = next(iter(rendezvous(url, ranks.rank, ranks.size)))[0]
     return store
 
 
-def tell(store: "dist.Store | None", ranks: Ranks, value: Any) -> Any:
-    """Rank 0's `value` on every rank, before there is a process group (its backend may hang on it)."""
+def tell(store: "Store | None", ranks: Ranks, value: Any) -> Any:
+    """Rank 0's `value` on every rank, before there is a process group to ask."""
     if store is None:
         return value
     if ranks.is_first:
-        store.set("largebatch/told", pickle.dumps(value))
+        store.set("largebatch/told", pickle.dumps(value))  # type: ignore[arg-type] # takes bytes
         return value
     return pickle.loads(store.get("largebatch/told"))
 
 
 @contextmanager
-def process_group(
-    store: "dist.Store | None", ranks: Ranks, device: "torch.device"
-) -> Iterator[None]:
-    """The default process group over all ranks: gloo, nccl or xccl by the device. None for one rank."""
+def process_group(store: "Store | None", ranks: Ranks, device: "torch.device") -> Iterator[None]:
+    """The default process group over all ranks: gloo, nccl or xccl by the device. None for one
+    rank.
+    """
     if store is None:
         yield
         return
     import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
 
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
-        store=dist.PrefixStore("largebatch/group", store),
+        store=PrefixStore("largebatch/group", store),
         rank=ranks.rank,
         world_size=ranks.size,
         device_id=None if device.type == "cpu" else device,

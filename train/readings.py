@@ -19,7 +19,7 @@ class _Travelling(NamedTuple):
 
 
 class Readings:
-    """One small packed tensor a step, read at most one step late: `push` hands out the step before."""
+    """One small packed tensor a step, read one step late: `push` hands out the step before."""
 
     def __init__(self) -> None:
         self._travelling: _Travelling | None = None

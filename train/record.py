@@ -1,4 +1,5 @@
-"""A run's folder: `.hydra/`, `metrics.jsonl` (a line per recorded step), `summary.json` (written last).
+"""A run's folder: `.hydra/`, `metrics.jsonl` (a line per recorded step), `summary.json` (written
+last).
 
 A folder belongs to the run that created its metrics.jsonl. It is never written twice.
 """

@@ -36,7 +36,8 @@ def build_parts(config: TrainConfig, ranks: Ranks, device: torch.device) -> Part
     """Task, model, engine and optimizer as configured, the model the same on every rank.
 
     Raises:
-        ConfigError: a target that cannot be imported, does not take its arguments or refuses a value.
+        ConfigError: a target that cannot be imported, does not take its arguments or refuses a
+        value.
     """
     task: Task = build(config.task, "task")
     torch.manual_seed(config.seed)

@@ -1,7 +1,8 @@
-"""Which sample stands at which position of a run: a function of (seed, position) and of nothing else.
+"""Which sample stands at which position of a run: a function of (seed, position) and of nothing
+else.
 
-World size, accumulation, micro-batch size and batch ramps cut the same sequence differently; none of
-them changes, skips or repeats a sample.
+World size, accumulation, micro-batch size and batch ramps cut the same sequence differently; none
+of them changes, skips or repeats a sample.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Training with very large batches: optimizers, schedules, a distributed loop and the study of it all.
+"""Training with very large batches: optimizers, schedules, a loop and the study of them.
 
 In a checkout the code folders stand at the repository's top; in a wheel they lie beside this file.
 """

@@ -1,4 +1,4 @@
-"""`largebatch COMMAND …`: a table from command to the module that runs it, imported when asked for."""
+"""`largebatch COMMAND …`: a table from command to the module that runs it."""
 
 import importlib
 import sys
@@ -17,9 +17,9 @@ COMMANDS: Final = {
     "report": Command("largebatch.study.report", "tables and pictures of the runs below a folder"),
 }
 
-EXIT_CODES: Final = """exit codes: 0 reached the target, or spent the budget of a run that has none; 1 failed;
-2 refused before it started; 3 spent its budget without reaching the target; 4 diverged;
-130 or 143 interrupted by SIGINT or SIGTERM"""
+EXIT_CODES: Final = """exit codes: 0 reached the target, or spent the budget of a run that has none;
+1 failed; 2 refused before it started; 3 spent its budget without reaching the target;
+4 diverged; 130 or 143 interrupted by SIGINT or SIGTERM"""
 
 
 def main(arguments: list[str] | None = None) -> int:

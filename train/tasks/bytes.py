@@ -1,7 +1,8 @@
-"""Language modelling on the bytes of the Python standard library's own source: real text, no download.
+"""Language modelling on the bytes of the Python standard library's own source: real text, no
+download.
 
-The text differs between Python versions, so its hash travels in every record; compare ratios between
-versions, not steps.
+The text differs between Python versions, so its hash travels in every record; compare ratios
+between versions, not steps.
 """
 
 import hashlib
@@ -49,7 +50,8 @@ def _text(num_bytes: int) -> bytes:
         if length >= num_bytes:
             return b"".join(parts)[:num_bytes]
     raise ValueError(
-        f"task.num_bytes must be at most {length}, the size of this Python's library, got {num_bytes}"
+        f"task.num_bytes must be at most {length}, the size of this Python's library, "
+        f"got {num_bytes}"
     )
 
 
@@ -72,9 +74,7 @@ class Bytes:
 
     replacement = True
 
-    def __init__(
-        self, num_bytes: int = 2_000_000, context: int = 8, num_eval: int = 4096
-    ) -> None:
+    def __init__(self, num_bytes: int = 2_000_000, context: int = 8, num_eval: int = 4096) -> None:
         num_bytes = whole_number(num_bytes, "task.num_bytes", _BLOCK * _EVAL_EVERY)
         self.context = whole_number(context, "task.context", 1)
         self.num_eval = whole_number(num_eval, "task.num_eval", 1)

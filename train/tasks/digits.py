@@ -18,7 +18,7 @@ from largebatch.train.tasks import Batch
 
 
 class Digits:
-    """1,437 of the 1,797 images of 8x8 pixels, every epoch in a fresh order; the loss is in nats."""
+    """1,437 of the 1,797 images of 8x8 pixels, shuffled anew each epoch; the loss is in nats."""
 
     replacement = False
 

@@ -1,0 +1,70 @@
+# make study   install what is missing, run the study, write its report
+# make test    install what is missing, then lint, types and tests
+#
+# PYTHON=…       the Python that a new environment is made from (3.11 or later)
+# VENV=…         where the environment is, or is made
+# TORCH_INDEX=…  package index that torch comes from, where none is installed yet
+# STUDY=…        bytes (default) or digits; ARGS=… further overrides of the study
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+STUDY ?= bytes
+ARGS ?=
+
+comma := ,
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: study test lint types clean
+
+study: $(VENV)/.train
+	$(BIN)/largebatch sweep study=$(STUDY) $(ARGS)
+
+test: lint types
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+# An environment sees what PYTHON has (a site's XPU or CUDA build of torch); only where that has no
+# torch is the tested build installed.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("largebatch needs Python 3.11 or later, got " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+		$(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+		$(PYTHON) -m venv $(VENV); \
+	fi
+
+# held.txt: what no resolver may move. A site's own environment keeps its torch and numpy; one made
+# here takes the tested versions of everything.
+$(VENV)/held.txt: $(BIN)/python constraints.txt
+	@if $(BIN)/python -c 'import torch' 2>/dev/null; then \
+		$(BIN)/python -c 'import numpy, torch; print(f"torch=={torch.__version__}\nnumpy=={numpy.__version__}")' > $@.new; \
+	else \
+		$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) && \
+		$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $@.new && \
+		cat constraints.txt >> $@.new; \
+	fi
+	@mv $@.new $@
+
+install = $(INSTALL) --constraint $(VENV)/held.txt --editable '.[$(1)]'
+
+EXTRAS := train,dev$(if $(filter Linux,$(shell uname -s)),$(comma)mpi)
+
+$(VENV)/.train: $(VENV)/held.txt pyproject.toml
+	$(call install,train)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/held.txt pyproject.toml
+	$(call install,$(EXTRAS))
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

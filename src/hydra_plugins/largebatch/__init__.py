@@ -1,0 +1,1 @@
+"""Hydra finds its plugins here: thin shims that import no torch."""

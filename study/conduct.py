@@ -1,0 +1,138 @@
+"""Conducts a study in a folder: run what the protocol asks and the folder lacks, then report.
+
+The records are the only memory: a study that was interrupted, or killed, goes on from them.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from largebatch.conf.config import ConfigError
+from largebatch.study.progress import StudyProgress
+from largebatch.study.protocol import Job, Protocol
+from largebatch.study.search import Result
+from largebatch.train.record import METRICS, SUMMARY, UNFINISHED, lock, write_whole
+
+IDENTITY: Final = "study.json"
+
+Launch = Callable[[Sequence[Sequence[str]]], None]
+"""Runs each list of overrides as a job, several at a time; raises where one failed."""
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """The folder, for one study at a time; the ownership dies with this process.
+
+    Raises:
+        ConfigError: another study is running in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as handle:
+        if not lock(handle.fileno()):
+            raise ConfigError(
+                f"another study is running in {folder}; wait for it, or choose another folder with "
+                "hydra.sweep.dir=…"
+            )
+        yield
+
+
+def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse to add runs to those of a different study; else note what this one is.
+
+    `identity` maps names to what its runs share. Names that are new to the folder (another
+    optimizer) join it; those it knows must be as they were.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    path = folder / IDENTITY
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    current = json.loads(json.dumps(identity))
+    for name in known.keys() & current.keys():
+        if known[name] != current[name]:
+            raise ConfigError(
+                f"{folder} holds runs of another study: "
+                f"{_difference(name, known[name], current[name])}; choose another folder with "
+                "hydra.sweep.dir=…, or move it away"
+            )
+    write_whole(path, json.dumps(known | current, indent=1) + "\n")
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                return _difference(f"{name}.{key}", before.get(key), now.get(key))
+    return f"{name} was {before!r}, now {now!r}"
+
+
+def conduct(
+    protocol: Protocol, folder: Path, arguments: Sequence[str], launch: Launch
+) -> dict[str, int]:
+    """Run the protocol to its end in `folder`; returns how many runs were made and how many found.
+
+    Args:
+        arguments: overrides that every job shares.
+    """
+    count = {"made": 0, "found": 0}
+    with StudyProgress(protocol, folder) as progress:
+        while jobs := protocol.ask():
+            missing = [job for job in jobs if finished(folder / job.folder) is None]
+            for job in missing:
+                discard_unfinished(folder / job.folder)
+            if missing:
+                with progress.watching(missing):
+                    launch([[*arguments, *job.overrides] for job in missing])
+            for job in jobs:
+                protocol.tell(job, result_of(folder, job))
+            count["made"] += len(missing)
+            count["found"] += len(jobs) - len(missing)
+            progress.show()
+    return count
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The summary of a run that came to its end; None where there is none or it was cut off."""
+    try:
+        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return None if summary["status"] in UNFINISHED else summary
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Make room for a run that was cut off: a study owns the folders that it named.
+
+    A worker of a killed study ends within a moment of it, but may still be writing: its lock tells.
+    """
+    metrics = folder / METRICS
+    if not metrics.exists():
+        return
+    with metrics.open("a") as handle:
+        while not lock(handle.fileno()):
+            time.sleep(0.1)
+    shutil.rmtree(folder)
+
+
+def result_of(folder: Path, job: Job) -> Result:
+    """What a job's record says.
+
+    Raises:
+        RuntimeError: it has none, or it was interrupted.
+    """
+    summary = finished(folder / job.folder)
+    if summary is None:
+        raise KeyboardInterrupt(f"{folder / job.folder} did not come to its end")
+    loss = summary["eval_loss"]
+    return Result(summary["steps_to_target"], math.inf if loss is None else float(loss))
+
+
+def tie_workers_to_this_process() -> None:
+    """Have processes started from here on end when this one does: see `die_with_parent`."""
+    os.environ["LARGEBATCH_PARENT"] = str(os.getpid())

@@ -1,0 +1,374 @@
+"""`largebatch report DIR`: one folder of runs becomes tables, two figures and one HTML page.
+
+Written into DIR, or where `--out` says: `report.html` (self-contained), `curve.png`,
+`learning_rate.png`, `curve.csv`, `fits.csv`, and `rules.csv` where runs under a scaling rule stand
+beside tuned ones. Exit code 0, or 2 and one sentence on stderr where there is nothing to report.
+"""
+
+import argparse
+import base64
+import csv
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import starmap
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+from largebatch.study.fit import FEWEST_POINTS, Fit, fit_points
+from largebatch.study.points import Point, RulePoint, curve_points, rule_points, tuned_optimizers
+from largebatch.study.runs import RunSummary, check_one_study, read_runs, recorded
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+CURVE_COLUMNS = "optimizer,batch_size,steps,samples,lr,trials,at_edge,missed"
+FIT_COLUMNS = "optimizer,s_min,e_min,b_crit"
+RULE_COLUMNS = "optimizer,rule,base_batch,batch_size,lr,steps,tuned_steps,ratio"
+
+# The same tables for people, on the terminal and on the page: words first and last, else numbers.
+POINT_HEADS = ("optimizer", "batch", "steps", "samples", "best rate", "rates tried", "")
+FIT_HEADS = ("optimizer", "S_min", "E_min", "B_crit", "leave-one-out range", "rms", "")
+RULE_HEADS = ("optimizer", "rule", "base", "batch", "rate", "steps", "tuned", "ratio", "")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the runs below one folder say together: one task, one target, one data set."""
+
+    runs: list[RunSummary]
+    points: list[Point]
+    fits: dict[str, Fit | None]
+    rules: list[RulePoint]
+    problems: list[str]
+
+    @property
+    def task(self) -> str:
+        return self.runs[0].task
+
+    @property
+    def target_loss(self) -> float:
+        target = self.runs[0].target_loss
+        assert target is not None  # `read_study` refuses runs without one
+        return target
+
+    @property
+    def title(self) -> str:
+        return f"{self.task}: steps to evaluation loss {self.target_loss:g}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A study and the files that tell it; `rules_csv` is None without rule runs to compare."""
+
+    study: Study
+    html: Path
+    curve_png: Path
+    learning_rate_png: Path
+    curve_csv: Path
+    fits_csv: Path
+    rules_csv: Path | None
+
+
+def read_study(folder: Path | str) -> Study:
+    """Read, check and fit the runs below `folder`.
+
+    Raises `FileNotFoundError` without the folder, `ValueError` without a finished run or where
+    several tasks, target losses or data sets are mixed.
+    """
+    found, problems = read_runs(folder)
+    runs = [run for run in found if run.conclusive]
+    if not runs:
+        raise ValueError("; ".join([f"no finished run below {folder}", *problems]))
+    check_one_study(runs)
+    points = curve_points(runs)
+    names = sorted({point.optimizer for point in points})
+    fits = {name: fit_points([p for p in points if p.optimizer == name]) for name in names}
+    return Study(runs, points, fits, rule_points(runs, points), problems)
+
+
+def write_report(folder: Path | str, out: Path | str | None = None) -> Report:
+    """Write the report of the runs below `folder` into `out` (default: the folder itself).
+
+    Raises as `read_study` does, before anything is written.
+    """
+    from largebatch.study.figures import DPI, curve_figure, learning_rate_figure
+
+    study = read_study(folder)
+    target = Path(folder if out is None else out)
+    target.mkdir(parents=True, exist_ok=True)
+    report = Report(
+        study=study,
+        html=target / "report.html",
+        curve_png=target / "curve.png",
+        learning_rate_png=target / "learning_rate.png",
+        curve_csv=target / "curve.csv",
+        fits_csv=target / "fits.csv",
+        rules_csv=target / "rules.csv" if study.rules else None,
+    )
+    curve_figure(study.points, study.fits, study.title).savefig(report.curve_png, dpi=DPI)
+    rates = learning_rate_figure(study.points, f"{study.task}: best learning rate")
+    rates.savefig(report.learning_rate_png, dpi=DPI)
+    _write_csv(report.curve_csv, CURVE_COLUMNS, [_row(p, CURVE_COLUMNS) for p in study.points])
+    fits = [(n, fit.s_min, fit.e_min, fit.b_crit) for n, fit in study.fits.items() if fit]
+    _write_csv(report.fits_csv, FIT_COLUMNS, fits)
+    if report.rules_csv is not None:
+        _write_csv(report.rules_csv, RULE_COLUMNS, [_row(r, RULE_COLUMNS) for r in study.rules])
+    report.html.write_text(_html(report), encoding="utf-8")
+    return report
+
+
+def headlines(study: Study) -> list[str]:
+    """A sentence an optimizer: what the largest batch bought, and its critical batch size."""
+    lines = []
+    for name, fit in study.fits.items():
+        reached = [p for p in study.points if p.optimizer == name and p.steps is not None]
+        if not reached:
+            lines.append(f"{name}: missed the target at every batch size.")
+            continue
+        first, last = reached[0], reached[-1]
+        assert first.steps is not None
+        assert last.steps is not None
+        bought = f"{first.steps:,} steps at batch {first.batch_size:,}"
+        if last is not first:
+            bought += (
+                f", {last.steps:,} at {last.batch_size:,}: {first.steps / last.steps:.1f}x fewer "
+                f"steps for a {last.batch_size / first.batch_size:g}x larger batch"
+            )
+        lines.append(f"{name}: {bought}; {critical_batch(fit)}.")
+    return lines
+
+
+def critical_batch(fit: Fit | None) -> str:
+    """B_crit in words, or why there is none."""
+    if fit is None:
+        return f"no fit, it needs {FEWEST_POINTS} batch sizes that reach the target"
+    if not fit.identified:
+        return (
+            f"B_crit not identified (the fit says {_three(fit.b_crit)}, but the batches do not "
+            "reach a factor 4 to both sides of it)"
+        )
+    if fit.b_crit_range is None:
+        return f"B_crit {_three(fit.b_crit)}"
+    return f"B_crit {_three(fit.b_crit)} (leaving one point out: {_range(fit)})"
+
+
+def print_report(report: Report, console: "Console | None" = None) -> None:
+    """The points, the headlines and where the files lie, on the terminal."""
+    from rich.console import Console
+
+    console = console or Console()
+    study = report.study
+    console.print(_terminal_table(study.title, POINT_HEADS, map(_point_cells, study.points)))
+    for line in headlines(study):
+        console.print(line, highlight=False, markup=False)
+    if study.rules:
+        console.print(_terminal_table("scaling rules", RULE_HEADS, map(_rule_cells, study.rules)))
+    for problem in study.problems:
+        console.print(f"note: {problem}", style="yellow", highlight=False, markup=False)
+    console.print(f"report: {report.html}", highlight=False, markup=False, soft_wrap=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`largebatch report DIR [--out DIR]`; 0, or 2 where there is nothing to report."""
+    parser = argparse.ArgumentParser(prog="largebatch report", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="a folder with runs at any depth")
+    parser.add_argument("--out", type=Path, help="where to write (default: the folder itself)")
+    arguments = parser.parse_args(argv)
+    try:
+        print_report(write_report(arguments.folder, arguments.out))
+    except ModuleNotFoundError as error:
+        advice = "install it with: pip install 'largebatch[train]'"
+        print(f"largebatch report needs {error.name}; {advice}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:
+        print(f"largebatch report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write_csv(path: Path, columns: str, rows: Iterable[Sequence[object]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns.split(","))
+        writer.writerows([_csv_cell(value) for value in row] for row in rows)
+
+
+def _csv_cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _row(record: Point | RulePoint, columns: str) -> list[object]:
+    return [getattr(record, column) for column in columns.split(",")]
+
+
+def _html(report: Report) -> str:
+    study = report.study
+    template = Path(__file__).with_name("templates") / "report.html"
+    return Template(template.read_text(encoding="utf-8")).substitute(
+        title=escape(study.title),
+        measured=escape(_measured(study)),
+        headlines=_items(headlines(study)),
+        problems=_problems(study.problems),
+        curve_png=_embedded(report.curve_png),
+        curve_caption=escape(_curve_caption(study)),
+        learning_rate_png=_embedded(report.learning_rate_png),
+        points_table=_table(POINT_HEADS, map(_point_cells, study.points)),
+        fits_table=_table(FIT_HEADS, starmap(_fit_cells, study.fits.items())),
+        rules_section=_rules_section(study.rules),
+        seeds_note=escape(_seeds_note(study.points)),
+    )
+
+
+def _measured(study: Study) -> str:
+    """One paragraph: what was measured, on what, with what."""
+    runs = study.runs
+    seeds = sorted({run.seed for run in runs})
+    seconds = sum(run.seconds or 0.0 for run in runs)
+    facts = [
+        f"Finished runs: {len(runs)}. Each trained the task {study.task} to an evaluation loss "
+        f"of {study.target_loss:g} or less, or until it gave up",
+        f"optimizers: {', '.join(study.fits)}",
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
+        f"together they took {_duration(seconds)}" if seconds else "",
+    ]
+    labels = {
+        "data": "data", "data_hash": "data hash", "device": "device", "world_size": "ranks",
+        "versions": "versions", "git_commit": "commit",
+    }  # fmt: skip
+    for key, label in labels.items():
+        if values := recorded(runs, key):
+            facts.append(f"{label}: {' / '.join(values)}")
+    text = ". ".join(fact[0].upper() + fact[1:].rstrip(".") for fact in facts if fact) + "."
+    untuned = sorted(set(study.fits) - tuned_optimizers(runs))
+    if untuned:
+        text += f" The curve of {', '.join(untuned)} follows a scaling rule: no rate was searched."
+    return text
+
+
+def _curve_caption(study: Study) -> str:
+    sentences = [
+        "Optimizer steps to the target against the global batch size, each at its best learning "
+        "rate; a dashed line halves the steps with every doubling of the batch"
+    ]
+    if any(study.fits.values()):
+        sentences.append(
+            "Thin lines are the fits S_min + E_min / B, the upright tick on each is its B_crit, "
+            "where steps are twice S_min; the panel below gives its value and, as a bar, the "
+            "leave-one-out range"
+        )
+    if any(point.missed for point in study.points):
+        sentences.append("Hollow markers at the top missed the target at every rate tried")
+    return ". ".join([*sentences, _seeds_note(study.points)])
+
+
+def _seeds_note(points: Sequence[Point]) -> str:
+    if all(point.seeds == 1 for point in points):
+        return "Each point is one seed, so it has no error bar."
+    return "Error bars span the seeds at the best rate (least to most steps)."
+
+
+def _point_cells(point: Point) -> list[str]:
+    spread = ""
+    if point.steps is not None and point.seeds > 1:
+        most = f"{point.steps_high:,.0f}" if point.steps_high < math.inf else "missed"
+        spread = f" ({point.steps_low:,.0f} to {most})"
+    rate = "-" if point.lr is None else f"{point.lr:.3g}"
+    flag = "missed" if point.missed else "at edge" if point.at_edge else ""
+    numbers = [f"{point.batch_size:,}", _whole(point.steps) + spread, _whole(point.samples)]
+    return [point.optimizer, *numbers, rate, str(point.trials), flag]
+
+
+def _fit_cells(name: str, fit: Fit | None) -> list[str]:
+    if fit is None:
+        return [name, "-", "-", "-", "-", "-", critical_batch(fit)]
+    used = f"{fit.num_points} points" + (f", {fit.num_censored} missed" * bool(fit.num_censored))
+    trust = "identified" if fit.identified else "not identified"
+    constants = [_three(fit.s_min), _three(fit.e_min), _three(fit.b_crit)]
+    return [name, *constants, _range(fit), f"{fit.rms:.3f}", f"{trust} ({used})"]
+
+
+def _rule_cells(r: RulePoint) -> list[str]:
+    ratio = "-" if r.ratio is None else f"{r.ratio:.2f}"
+    where = [r.optimizer, r.rule, _whole(r.base_batch), f"{r.batch_size:,}", f"{r.lr:.3g}"]
+    flag = "missed" if r.steps is None else ""
+    return [*where, _whole(r.steps), _whole(r.tuned_steps), ratio, flag]
+
+
+def _rules_section(rules: Sequence[RulePoint]) -> str:
+    if not rules:
+        return ""
+    return (
+        "<h2>Scaling rules</h2>\n<p>Learning rates that a rule carried over from the base batch, "
+        "against the best one found at each batch: a ratio of 1 is as good as a search.</p>\n"
+        + _table(RULE_HEADS, map(_rule_cells, rules))
+    )
+
+
+def _terminal_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape as plain
+    from rich.table import Table
+
+    table = Table(title=plain(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("optimizer", "rule", "") else "right")
+    previous: str | None = None
+    for row in rows:
+        if previous not in (None, row[0]):
+            table.add_section()
+        table.add_row(*map(plain, row))
+        previous = row[0]
+    return table
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table; a line sets off each optimizer's rows."""
+    lines = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
+    previous: str | None = None
+    for row in rows:
+        begins = ' class="first"' if previous not in (None, row[0]) else ""
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row[:-1])
+        lines.append(f'<tr{begins}>{cells}<td class="words">{escape(row[-1])}</td></tr>')
+        previous = row[0]
+    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def _items(lines: Sequence[str]) -> str:
+    return "\n".join(f"<li>{escape(line)}</li>" for line in lines)
+
+
+def _problems(problems: Sequence[str]) -> str:
+    return f'<p class="soft">Left out:</p><ul class="soft">{_items(problems)}</ul>' * bool(problems)
+
+
+def _embedded(picture: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
+
+
+def _whole(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} seconds"
+    return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:.3g} hours"
+
+
+def _three(value: float) -> str:
+    """Three significant digits, written in full: 23.3, 1,290 and 30,200."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"
+
+
+def _range(fit: Fit) -> str:
+    return "-" if fit.b_crit_range is None else " to ".join(map(_three, fit.b_crit_range))

@@ -1,0 +1,99 @@
+"""A study as Hydra's sweeper sees it: from the composed configuration to the report."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, OmegaConf
+
+from largebatch.conf.config import ConfigError, typed
+from largebatch.study.conduct import (
+    check_identity,
+    conduct,
+    owned,
+    tie_workers_to_this_process,
+)
+from largebatch.study.protocol import Protocol
+from largebatch.study.report import Report, print_report, write_report
+
+Compose = Callable[[list[str]], DictConfig]
+
+
+def sweep(
+    arguments: list[str], *, config: DictConfig, compose: Compose, launcher: Launcher
+) -> Report:
+    """Conduct the study of `config` and write its report.
+
+    Raises:
+        ConfigError: a study that cannot be run as asked.
+    """
+    begin = time.perf_counter()
+    composed = _without_hydra(config)
+    shared = typed(composed)
+    if shared.study is None:
+        raise ConfigError("hydra/sweeper=largebatch_study needs a study: study=bytes or your own")
+    _refuse_sweeps(arguments)
+    if shared.target.loss is None:
+        raise ConfigError("a study counts steps to a target: target.loss must be given")
+    optimizers = {
+        name: typed(_without_hydra(compose([*arguments, f"optim={name}"]))).optim
+        for name in shared.study.optimizers
+    }
+    protocol = Protocol(
+        study=shared.study,
+        start_lrs={name: optim["lr"] for name, optim in optimizers.items()},
+        budget_samples=shared.budget.samples,
+    )
+    folder = Path(str(config.hydra.sweep.dir))
+    num_launched = 0
+
+    def launch(jobs: Sequence[Sequence[str]]) -> None:
+        nonlocal num_launched
+        for returned in launcher.launch(jobs, initial_job_idx=num_launched):
+            returned.return_value  # noqa: B018 — raises what the job raised
+        num_launched += len(jobs)
+
+    with owned(folder):
+        check_identity(folder, _identity(composed, optimizers))
+        tie_workers_to_this_process()
+        count = conduct(protocol, folder, arguments, launch)
+        report = write_report(folder)
+    print_report(report)
+    found = f", {count['found']} were there" if count["found"] else ""
+    print(f"study took {time.perf_counter() - begin:.0f} s ({count['made']} runs made{found})")
+    print(f"report: {os.path.relpath(report.html)}")
+    return report
+
+
+def _without_hydra(config: DictConfig) -> DictConfig:
+    return OmegaConf.create({key: config._get_node(key) for key in config if key != "hydra"})
+
+
+def _refuse_sweeps(arguments: list[str]) -> None:
+    for override in OverridesParser.create().parse_overrides(arguments):
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"a study chooses its own values, got {override.input_line}: use study.optimizers, "
+                "study.batch_sizes and study.seeds, as lists like [0,1,2]"
+            )
+
+
+def _identity(composed: DictConfig, optimizers: dict[str, Any]) -> dict[str, Any]:
+    """What all runs of the study share, and must go on sharing for its folder to be one study."""
+    node = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(node, dict)
+    # A study sets these for each run; more of them may be asked for later.
+    for name in ("study", "optim", "scaling", "seed", "logger"):
+        del node[name]
+    del node["batch"]["size"], node["target"]["give_up_samples"]
+    versions = {name: version(name) for name in ("torch", "numpy")}
+    return {
+        "config": node,
+        "versions": versions | {"python": platform.python_version()},
+    } | {f"optim={name}": optim for name, optim in optimizers.items()}
