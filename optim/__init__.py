@@ -1,0 +1,6 @@
+"""Layer-wise optimizers for very large batches, as plain `torch.optim.Optimizer` subclasses."""
+
+from largebatch.optim.lamb import LAMB
+from largebatch.optim.lars import LARS
+
+__all__ = ["LAMB", "LARS"]
