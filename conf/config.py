@@ -153,15 +153,21 @@ def typed(config: DictConfig) -> TrainConfig:
         ConfigError: a missing or unknown key, a wrong type or an impossible value.
     """
     try:
-        missing = OmegaConf.missing_keys(config)
+        missing = [
+            f"{group}._target_" for group in config if _has_no_target(config._get_node(group))
+        ]
         if missing:
-            raise ConfigError(f"{', '.join(sorted(missing))} must be given, as KEY=VALUE")
+            raise ConfigError(f"{' and '.join(missing)} must be given, as KEY=VALUE")
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), config)
         result = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(sentence(error)) from error
     assert isinstance(result, TrainConfig)
     return result
+
+
+def _has_no_target(node: Any) -> bool:
+    return isinstance(node, DictConfig) and OmegaConf.is_missing(node, "_target_")
 
 
 def sentence(error: BaseException) -> str:

@@ -36,6 +36,7 @@ _outcome: list[dict[str, Any] | ConfigError] = []
 
 def main(arguments: list[str]) -> int:
     """Run `largebatch train ARGUMENTS`; returns the exit code."""
+    _outcome.clear()
     try:
         ranks = find_ranks()
         if not ranks.is_first:
@@ -101,9 +102,12 @@ def job(composed: DictConfig) -> dict[str, Any]:
 
 
 def follow(ranks: Ranks) -> int:
-    """A rank other than the first: do as it says."""
+    """A rank other than the first: do as it says, and leave it the word."""
     die_with_parent()
-    summary = train(ranks, None)
+    try:
+        summary = train(ranks, None)
+    except ConfigError:
+        return REFUSED
     return REFUSED if summary is None else exit_code(summary)
 
 

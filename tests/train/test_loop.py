@@ -1,0 +1,115 @@
+"""The loop's body never asks the device for a number; its one reading comes a step late."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from largebatch.optim import LAMB, LARS
+from largebatch.schedules import Constant, ConstantBatch, Plan
+from largebatch.train.engines import DDP
+from largebatch.train.evaluation import EvaluationGrid
+from largebatch.train.interruption import Interruption
+from largebatch.train.loop import Loop
+from largebatch.train.models import MLP
+from largebatch.train.ranks import Ranks
+from largebatch.train.readings import Readings
+from largebatch.train.sampler import Sampler
+from largebatch.train.tasks.digits import Digits
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ASKS = ("_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero")
+
+
+class NoQuestions(TorchDispatchMode):
+    """Raises where the host would have to wait for a tensor's value."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket.__name__ in ASKS:
+            raise AssertionError(f"the host waits for {func}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_check_itself_sees_a_question() -> None:
+    with NoQuestions(), pytest.raises(AssertionError, match="the host waits"):
+        bool(torch.ones(()) > 0)
+
+
+def make_loop(optimizer: type[Optimizer], lines: list[dict[str, Any]], steps: int = 6) -> Loop:
+    torch.manual_seed(0)
+    engine = DDP(MLP(64, 8, 10), Ranks(), torch.device("cpu"), micro_batch_size=16)
+    task = Digits()
+    return Loop(
+        plan=Plan(
+            ramp=ConstantBatch(size=32),
+            curve=Constant(),
+            budget_samples=32 * steps,
+            base_lr=0.01,
+            base_batch=32,
+        ),
+        task=task,
+        engine=engine,
+        optimizer=optimizer(list(engine.model.named_parameters()), lr=1.0),  # type: ignore[call-arg]
+        sampler=Sampler(task.num_train, 0, False),
+        ranks=Ranks(),
+        evaluate=lambda: math.nan,
+        grid=EvaluationGrid(1.0, due_at=10**9),
+        record=lines.append,
+        interruption=Interruption(),
+    )
+
+
+@pytest.mark.parametrize("optimizer", [LARS, LAMB, torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_of_the_loop_asks_the_device_nothing(optimizer: type[Optimizer]) -> None:
+    loop = make_loop(optimizer, [])
+    for point in list(loop.plan)[:3]:
+        batch = loop.take(point)
+        optimized = optimizer in (LARS, LAMB)
+        with NoQuestions():
+            loss = loop.engine.forward_backward(loop.task, batch, point.batch_size)
+            norm = torch.nn.utils.get_total_norm(loop.gradients())
+            if optimized:  # torch's own SGD and AdamW read their CPU step counters
+                loop.update(point.lr)
+            loop.send_off(point, loss, norm)
+        if not optimized:
+            loop.update(point.lr)
+        loop.advance(point)
+
+
+def test_readings_are_one_step_late_and_complete() -> None:
+    readings = Readings()
+    assert readings.flush() is None
+    first = torch.tensor([1.0, 2.0])
+    assert readings.push({"step": 1}, ("loss", "grad_norm"), first, None) is None
+    readings.annotate(eval_loss=9.0)
+    line = readings.push({"step": 2}, ("loss", "grad_norm"), first + 2, None)
+    assert line == {"step": 1, "eval_loss": 9.0, "loss": 1.0, "grad_norm": 2.0}
+    assert readings.flush() == {"step": 2, "loss": 3.0, "grad_norm": 4.0}
+    assert readings.flush() is None
+
+
+def test_layer_wise_optimizers_record_their_trust_ratios() -> None:
+    lines: list[dict[str, Any]] = []
+    make_loop(LAMB, lines).run()
+    for line in lines:
+        assert 0 < line["trust_ratio_min"] <= line["trust_ratio_median"] <= line["trust_ratio_max"]
+    lines.clear()
+    make_loop(torch.optim.SGD, lines).run()
+    assert "trust_ratio_min" not in lines[0]
+
+
+def test_the_learning_rate_of_the_plan_is_the_one_that_is_used() -> None:
+    loop = make_loop(torch.optim.SGD, [], steps=1)
+    weights = [p.detach().clone() for p in loop.engine.model.parameters()]
+    torch.manual_seed(0)
+    twin = MLP(64, 8, 10)
+    batch = loop.task.train_batch(loop.sampler.take(0, 32))
+    torch.autograd.backward(loop.task.loss(twin, batch))
+    loop.run()
+    moved = zip(loop.engine.model.parameters(), weights, twin.parameters(), strict=True)
+    for now, before, other in moved:
+        assert other.grad is not None
+        torch.testing.assert_close(now.detach(), before - 0.01 * other.grad)

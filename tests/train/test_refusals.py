@@ -1,0 +1,91 @@
+"""What cannot be run is refused before torch is even imported, in one sentence."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# The overrides, and what the sentence must name: the key or value, and the way out.
+WRONG = {
+    "an unknown key": (["optim.lrr=0.1"], ["lrr"]),
+    "an added unknown key": (["+colour=blue"], ["colour"]),
+    "an unknown choice": (["optim=lion"], ["optim/lion", "lamb"]),
+    "a word for a count": (["budget.samples=many"], ["budget.samples", "many"]),
+    "half a sample": (["batch.size=0.5"], ["batch.size", "0.5"]),
+    "a negative learning rate": (["optim.lr=-0.1"], ["optim.lr", "-0.1", "> 0"]),
+    "a word for a learning rate": (["optim.lr=fast"], ["optim.lr", "fast"]),
+    "an unknown rule": (["scaling.rule=cubic"], ["scaling.rule", "cubic", "sqrt"]),
+    "a warm-up longer than the run": (
+        ["lr.warmup_samples=1e6", "budget.samples=1e5"],
+        ["lr.warmup_samples", "1000000", "budget.samples", "100000"],
+    ),
+    "a ramp that ends past the budget": (
+        ["batch=rampup", "batch.ramp_samples=1e6", "budget.samples=1e5"],
+        ["batch.ramp_samples", "1000000", "budget.samples"],
+    ),
+    "a ramp whose steps do not add up": (
+        ["batch=rampup", "batch.start=64", "batch.increment=50", "batch.size=256"],
+        ["batch.increment", "50", "192"],
+    ),
+    "a batch that ranks do not divide": (
+        ["engine.nproc=3", "batch.size=256"],
+        ["256", "3", "255", "258"],
+    ),
+    "a batch that micro-batches do not divide": (
+        ["engine.micro_batch_size=48", "batch.size=256"],
+        ["256", "48", "240", "288"],
+    ),
+    "a key that the curve does not have": (["+lr.colour=blue"], ["lr", "colour"]),
+    "a target that cannot be imported": (["batch._target_=no.such.Thing"], ["batch", "no"]),
+    "a task without its class": (["task=custom"], ["task._target_"]),
+    "a study as a single run": (["study=bytes"], ["largebatch sweep"]),
+    "a negative seed": (["seed=-1"], ["seed", "-1"]),
+    "broken grammar": (["optim.lr=[1"], ["[1"]),
+}
+
+# These are found by the optimizer or the device itself, so torch is there.
+WRONG_LATE = {
+    "a value that the optimizer refuses": (["optim=lamb", "optim.betas=[0.9,1.5]"], ["betas", "1.5"]),
+    "a key that the optimizer does not take": (["+optim.colour=blue"], ["optim", "colour"]),
+    "a device that is not there": (["engine.device=tpu"], ["engine.device", "tpu", "cpu"]),
+}
+
+SCRIPT = """
+import sys
+from largebatch.cli import main
+code = main(["train", *sys.argv[1:]])
+print("torch" in sys.modules)
+sys.exit(code)
+"""
+
+
+def refused(tmp_path: Path, overrides: list[str]) -> tuple[str, bool]:
+    """The sentence, and whether torch was imported for it."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *overrides, "hydra.run.dir=run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("largebatch: ")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    return done.stderr, done.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_is_refused_in_one_sentence_without_torch(what: str, tmp_path: Path) -> None:
+    overrides, named = WRONG[what]
+    sentence, torch_imported = refused(tmp_path, overrides)
+    assert all(word in sentence for word in named), sentence
+    assert not torch_imported
+
+
+@pytest.mark.parametrize("what", WRONG_LATE)
+def test_is_refused_in_one_sentence(what: str, tmp_path: Path) -> None:
+    overrides, named = WRONG_LATE[what]
+    sentence, _ = refused(tmp_path, overrides)
+    assert all(word in sentence for word in named), sentence
