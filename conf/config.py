@@ -154,7 +154,7 @@ def typed(config: DictConfig) -> TrainConfig:
     """
     try:
         missing = [
-            f"{group}._target_" for group in config if _has_no_target(config._get_node(group))
+            f"{group!s}._target_" for group in config if _has_no_target(config._get_node(group))
         ]
         if missing:
             raise ConfigError(f"{' and '.join(missing)} must be given, as KEY=VALUE")

@@ -8,9 +8,11 @@ configuration and the folder. (Left alone, every rank's `hydra.main` would make 
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -72,13 +74,18 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: list[s
 
 def single_run(composed: DictConfig) -> None:
     """Hydra's task of `largebatch train`: note the summary, or why the run was refused."""
+    from largebatch.train.display import outcome
+
     try:
-        _outcome.append(job(composed))
+        summary = job(composed, display=True)
     except ConfigError as error:
         _outcome.append(error)
+    else:
+        _outcome.append(summary)
+        print(outcome(summary, Path(os.path.relpath(HydraConfig.get().runtime.output_dir))))
 
 
-def job(composed: DictConfig) -> dict[str, Any]:
+def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
     """One run of a composed configuration; returns its summary. Sweeps call it in worker processes.
 
     Raises:
@@ -93,10 +100,10 @@ def job(composed: DictConfig) -> dict[str, Any]:
             train(ranks, None)
         raise
     if order.config.engine.nproc == 1:
-        summary = train(ranks, order)
+        summary = train(ranks, order, display)
     else:
         with started_ranks(order.config.engine.nproc) as ranks:
-            summary = train(ranks, order)
+            summary = train(ranks, order, display)
     assert summary is not None
     return summary
 
@@ -111,8 +118,9 @@ def follow(ranks: Ranks) -> int:
     return REFUSED if summary is None else exit_code(summary)
 
 
-def train(ranks: Ranks, order: Order | None) -> dict[str, Any] | None:
+def train(ranks: Ranks, order: Order | None, display: bool = False) -> dict[str, Any] | None:
     """Train as rank 0 orders; returns the summary, or None where it ordered nothing."""
+    from largebatch.train.display import Display
     from largebatch.train.ranks import meet, pick_device, process_group, set_threads, tell
     from largebatch.train.run import run
 
@@ -126,7 +134,10 @@ def train(ranks: Ranks, order: Order | None) -> dict[str, Any] | None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with process_group(store, ranks, device):
-        return run(order, ranks, device)
+        if not display:
+            return run(order, ranks, device)
+        with Display(order) as shown:
+            return run(order, ranks, device, shown)
 
 
 def exit_code(summary: dict[str, Any]) -> int:

@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from largebatch.optim import LAMB, LARS
 from largebatch.schedules import Constant, ConstantBatch, Plan
 from largebatch.train.engines import DDP
@@ -16,8 +19,6 @@ from largebatch.train.ranks import Ranks
 from largebatch.train.readings import Readings
 from largebatch.train.sampler import Sampler
 from largebatch.train.tasks.digits import Digits
-from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ASKS = ("_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero")
 
@@ -25,9 +26,7 @@ ASKS = ("_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero")
 class NoQuestions(TorchDispatchMode):
     """Raises where the host would have to wait for a tensor's value."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in ASKS:
             raise AssertionError(f"the host waits for {func}")
         return func(*args, **(kwargs or {}))

@@ -46,7 +46,10 @@ WRONG = {
 
 # These are found by the optimizer or the device itself, so torch is there.
 WRONG_LATE = {
-    "a value that the optimizer refuses": (["optim=lamb", "optim.betas=[0.9,1.5]"], ["betas", "1.5"]),
+    "a value that the optimizer refuses": (
+        ["optim=lamb", "optim.betas=[0.9,1.5]"],
+        ["betas", "1.5"],
+    ),
     "a key that the optimizer does not take": (["+optim.colour=blue"], ["optim", "colour"]),
     "a device that is not there": (["engine.device=tpu"], ["engine.device", "tpu", "cpu"]),
 }

@@ -48,6 +48,7 @@ def test_the_loss_is_the_mean_over_the_global_batch_before_the_update(
     train: Train, read_run: ReadRun, tmp_path: Path
 ) -> None:
     import torch
+
     from largebatch.train.models import MLP
     from largebatch.train.sampler import Sampler
     from largebatch.train.tasks.digits import Digits
@@ -60,7 +61,9 @@ def test_the_loss_is_the_mean_over_the_global_batch_before_the_update(
     batch = task.train_batch(Sampler(task.num_train, 0, False).take(0, 64))
     loss = task.loss(model, batch)
     torch.autograd.backward(loss)
-    norm = math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters() if p.grad is not None))
+    norm = math.sqrt(
+        sum(float((p.grad**2).sum()) for p in model.parameters() if p.grad is not None)
+    )
     assert lines[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert lines[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert lines[0]["gradient_accumulation_steps"] == 4
@@ -109,7 +112,8 @@ def test_a_ramp_takes_each_sample_once_and_the_plan_its_lr(
         assert line["samples"] == seen + line["global_batch_size"]
         seen = line["samples"]
     sizes = [line["global_batch_size"] for line in lines]
-    assert sizes[:7] == [16] * 7 and set(sizes) == {16, 32, 48, 64}
+    assert sizes[:7] == [16] * 7
+    assert set(sizes) == {16, 32, 48, 64}
     assert lines[0]["lr"] == pytest.approx(0.02 * 0.5 * 16 / 128)  # √(16/64), an eighth of the way
     assert summary["lr"] == 0.02
     assert summary["samples"] == seen >= 1024 > seen - 64
@@ -131,7 +135,7 @@ def test_giving_up_ends_a_run_without_changing_its_schedule(
     train(*overrides, "hydra.run.dir=whole")
     assert train(*overrides, "target.give_up_samples=320", "hydra.run.dir=part") == 3
     whole, part = (read_run(tmp_path / name) for name in ("whole", "part"))
-    assert part[1]["status"] == "exhausted" and part[1]["steps"] == 5
+    assert (part[1]["status"], part[1]["steps"]) == ("exhausted", 5)
     assert [line["loss"] for line in part[0]] == [line["loss"] for line in whole[0][:5]]
 
 
@@ -152,7 +156,11 @@ def test_a_non_finite_loss_ends_the_run_as_diverged(
     lines, summary = read_run(tmp_path / "run")
     assert summary["status"] == "diverged"
     assert len(lines) == summary["steps"] < 10
-    assert lines[-1]["loss"] is None or lines[-1]["grad_norm"] is None or lines[-1]["eval_loss"] is None
+    assert (
+        lines[-1]["loss"] is None
+        or lines[-1]["grad_norm"] is None
+        or lines[-1]["eval_loss"] is None
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
