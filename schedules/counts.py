@@ -17,7 +17,7 @@ def whole_number(value: object, name: str, minimum: int = 0) -> int:
         # An exact comparison: 4e6 is a count, 4.5 and inf are not.
         if not math.isfinite(number) or number != int(number) or number < minimum:
             raise ValueError("out of range")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(
             f"{name} must be a whole number of at least {minimum} (4e6 is fine), got {value!r}"
         ) from None
@@ -49,7 +49,7 @@ def real_number(
             or (most is not None and number > most)
         ):
             raise ValueError("out of range")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         bounds = [
             f"{sign} {bound:g}"
             for sign, bound in ((">", above), (">=", least), ("<=", most))

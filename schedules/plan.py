@@ -50,16 +50,16 @@ class Plan:
         base_batch = whole_number(self.base_batch, "scaling.base_batch", 1)
         object.__setattr__(self, "base_batch", base_batch)
         object.__setattr__(self, "base_lr", real_number(self.base_lr, "optim.lr", above=0.0))
-        if self.curve.warmup_samples > budget:
-            raise ValueError(
-                f"lr.warmup_samples is {self.curve.warmup_samples}, longer than the run: lower it, "
-                f"or raise budget.samples above {budget}"
-            )
-        if self.ramp.ends_at > budget:
-            raise ValueError(
-                f"batch.ramp_samples is {self.ramp.ends_at}, so the ramp would not reach its end: "
-                f"lower it, or raise budget.samples above {budget}"
-            )
+        lengths = {
+            "lr.warmup_samples": self.curve.warmup_samples,
+            "batch.ramp_samples": self.ramp.ends_at,
+        }
+        for name, length in lengths.items():
+            if length > budget:
+                raise ValueError(
+                    f"{name} is {length}, longer than the run of {budget}: lower it, "
+                    f"or raise budget.samples to {length} or more"
+                )
         self.at(0)
 
     def at(self, samples: int) -> Point:

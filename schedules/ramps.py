@@ -73,10 +73,13 @@ class RampupBatch(Ramp):
             )
         rest = (self.size - self.start) % self.increment
         if rest:
+            below = self.size - rest
+            nearest = f"{below} or {below + self.increment}"
+            if below == self.start:
+                nearest = f"{below + self.increment}"
             raise ValueError(
                 f"batch.increment must divide batch.size - batch.start = {self.size - self.start}, "
-                f"got {self.increment}; the nearest batch.size are {self.size - rest} "
-                f"and {self.size - rest + self.increment}"
+                f"got {self.increment}; the nearest batch.size is {nearest}"
             )
 
     @property

@@ -54,7 +54,7 @@ def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     path = folder / IDENTITY
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     current = json.loads(json.dumps(identity))
-    for name in known.keys() & current.keys():
+    for name in sorted(known.keys() & current.keys()):
         if known[name] != current[name]:
             raise ConfigError(
                 f"{folder} holds runs of another study: "
@@ -83,7 +83,7 @@ def conduct(
     count = {"made": 0, "found": 0}
     with StudyProgress(protocol, folder) as progress:
         while jobs := protocol.ask():
-            missing = [job for job in jobs if finished(folder / job.folder) is None]
+            missing = [job for job in jobs if finished(folder, job) is None]
             for job in missing:
                 discard_unfinished(folder / job.folder)
             if missing:
@@ -97,17 +97,25 @@ def conduct(
     return count
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The summary of a run that came to its end; None where there is none or it was cut off."""
+def finished(folder: Path, job: Job) -> dict[str, Any] | None:
+    """The summary of `job`'s run, come to its end; None where there is none, or that of another.
+
+    Seeds that join a study move its best scores: a run that is there may have given up too early
+    for the new one, and a rule may have scaled from another learning rate.
+    """
     try:
-        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        text = (folder / job.folder / SUMMARY).read_text(encoding="utf-8")
+        summary: dict[str, Any] = json.loads(text)
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return None if summary["status"] in UNFINISHED else summary
+    gave_up = summary["status"] == "exhausted" and summary["give_up_samples"] < job.most_samples
+    if summary["status"] in UNFINISHED or gave_up or summary["base_lr"] != job.lr:
+        return None
+    return summary
 
 
 def discard_unfinished(folder: Path) -> None:
-    """Make room for a run that was cut off: a study owns the folders that it named.
+    """Make room where a run was cut off, or was another: a study owns the folders it named.
 
     A worker of a killed study ends within a moment of it, but may still be writing: its lock tells.
     """
@@ -124,9 +132,9 @@ def result_of(folder: Path, job: Job) -> Result:
     """What a job's record says.
 
     Raises:
-        RuntimeError: it has none, or it was interrupted.
+        KeyboardInterrupt: it has none, or it was interrupted.
     """
-    summary = finished(folder / job.folder)
+    summary = finished(folder, job)
     if summary is None:
         raise KeyboardInterrupt(f"{folder / job.folder} did not come to its end")
     loss = summary["eval_loss"]

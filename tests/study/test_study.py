@@ -65,7 +65,8 @@ def test_a_study_cut_off_in_the_middle_goes_on_with_what_is_missing(
     process = study(folder)
     until = time.monotonic() + 120
     while len(summaries(folder)) < 12:
-        assert process.poll() is None and time.monotonic() < until
+        assert process.poll() is None
+        assert time.monotonic() < until
         time.sleep(0.02)
     process.send_signal(number)
     process.communicate(timeout=60)
@@ -123,7 +124,8 @@ def test_a_study_that_cannot_be_is_refused_in_one_sentence(
     process = study(tmp_path / "study", override)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert errors.count("\n") == 1 and named in errors
+    assert errors.count("\n") == 1
+    assert named in errors
     assert not list(tmp_path.rglob("summary.json"))
 
 
@@ -140,6 +142,7 @@ def test_an_ordinary_multirun_is_reported_too(tmp_path: Path) -> None:
                "optim.lr=0.02,0.04", "target.loss=0.5", "hydra.sweep.dir=multi")  # fmt: skip
     assert len(list(tmp_path.glob("multi/*/summary.json"))) == 8
     output = largebatch("report", "multi")
-    assert "adamw" in output and "lamb" in output
+    assert "adamw" in output
+    assert "lamb" in output
     rows = list(csv.DictReader((tmp_path / "multi" / "curve.csv").read_text().splitlines()))
     assert [row["trials"] for row in rows] == ["2"] * 4

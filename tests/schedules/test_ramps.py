@@ -1,0 +1,98 @@
+"""The batch size against samples seen, at numbers that Megatron-LM's own formula gives."""
+
+import re
+from typing import Any
+
+import pytest
+
+from largebatch.schedules import ConstantBatch, Ramp, RampupBatch
+
+
+def switches(ramp: Ramp, until: int) -> tuple[list[tuple[int, int, int]], int, int]:
+    """Each change as (samples, step, new size); steps and samples of the first `until` samples."""
+    changes, samples, steps, size = [], 0, 0, ramp.at(0)
+    while samples < until:
+        if ramp.at(samples) != size:
+            size = ramp.at(samples)
+            changes.append((samples, steps, size))
+        samples, steps = samples + size, steps + 1
+    return changes, steps, samples
+
+
+def test_the_worked_example_of_megatron() -> None:
+    # --rampup-batch-size 16 8 300000 with a global batch size of 1024
+    ramp = RampupBatch(start=16, increment=8, ramp_samples=300_000, size=1024)
+    assert ramp.num_increments == 126
+    changes, steps, samples = switches(ramp, 300_000)
+    assert changes[:3] == [(2384, 149, 24), (4784, 249, 32), (7152, 323, 40)]
+    assert (steps, samples) == (1319, 300_096)
+    assert ramp.at(samples) == 1024
+
+
+def test_the_ramp_of_bloom() -> None:
+    # --rampup-batch-size 192 16 9765625 with a global batch size of 2048
+    ramp = RampupBatch(start=192, increment=16, ramp_samples=9_765_625, size=2048)
+    changes, steps, samples = switches(ramp, 9_765_625)
+    assert changes[:2] == [(84_288, 439, 208), (168_528, 844, 224)]
+    assert (steps, samples) == (12_658, 9_765_808)
+    assert ramp.at(samples) == 2048
+
+
+def test_an_increment_comes_at_the_sample_that_completes_its_share() -> None:
+    ramp = RampupBatch(start=10, increment=10, ramp_samples=400, size=50)
+    marks = [0, 99, 100, 199, 200, 299, 300, 399, 400, 401, 10**12]
+    assert [ramp.at(samples) for samples in marks] == [10, 10, 20, 20, 30, 30, 40, 40, 50, 50, 50]
+
+
+def test_the_last_increment_comes_at_the_end_where_floats_lag_behind() -> None:
+    ramp = RampupBatch(start=16, increment=16, ramp_samples=1000, size=256)
+    assert int(1000 / (1000 / ramp.num_increments)) == ramp.num_increments - 1
+    assert [ramp.at(999), ramp.at(1000)] == [240, 256]
+
+
+def test_a_ramp_never_falls_and_keeps_to_its_sizes() -> None:
+    ramp = RampupBatch(start=24, increment=12, ramp_samples=777, size=96)
+    taken = [ramp.at(samples) for samples in range(800)]
+    assert taken == sorted(taken)
+    assert sorted(set(taken)) == list(ramp.sizes()) == [24, 36, 48, 60, 72, 84, 96]
+    assert ramp.ends_at == 777
+
+
+def test_a_constant_batch_is_a_ramp_that_has_ended() -> None:
+    batch = ConstantBatch(size="4e2")  # type: ignore[arg-type]
+    assert [batch.at(0), batch.at(10**12)] == [400, 400]
+    assert list(batch.sizes()) == [400]
+    assert batch.ends_at == 0
+
+
+@pytest.mark.parametrize("size", [0, -64, 2.5, "large", None])
+def test_a_batch_that_is_no_count_is_refused(size: Any) -> None:
+    with pytest.raises(ValueError, match=r"^batch\.size must be .* at least 1") as refusal:
+        ConstantBatch(size=size)
+    assert f"got {size!r}" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["start", "increment", "ramp_samples", "size"])
+@pytest.mark.parametrize("value", [0, 1.5])
+def test_each_number_of_a_ramp_is_a_count(name: str, value: Any) -> None:
+    numbers: dict[str, Any] = {"start": 8, "increment": 8, "ramp_samples": 100, "size": 32}
+    with pytest.raises(ValueError, match=rf"^batch\.{name} must be .* at least 1 .*got {value}$"):
+        RampupBatch(**numbers | {name: value})
+
+
+@pytest.mark.parametrize("start", [32, 64])
+def test_a_ramp_that_does_not_rise_is_refused_with_the_way_out(start: int) -> None:
+    with pytest.raises(ValueError, match=rf"got {start} and 32; use batch=constant"):
+        RampupBatch(start=start, increment=8, ramp_samples=100, size=32)
+
+
+@pytest.mark.parametrize(("size", "ways_out"), [(30, [24, 32]), (20, [24]), (17, [24])])
+def test_increments_that_miss_the_size_are_refused_with_sizes_that_would_do(
+    size: int, ways_out: list[int]
+) -> None:
+    with pytest.raises(ValueError, match=rf"must divide .* = {size - 16}, got 8") as refusal:
+        RampupBatch(start=16, increment=8, ramp_samples=100, size=size)
+    offered = str(refusal.value).partition("nearest batch.size")[2]
+    assert [int(number) for number in re.findall(r"\d+", offered)] == ways_out
+    for way_out in ways_out:
+        assert RampupBatch(start=16, increment=8, ramp_samples=100, size=way_out).size == way_out

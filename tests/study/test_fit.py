@@ -1,0 +1,108 @@
+"""The fit S = S_min + E_min / B recovers what it should, and says what it cannot know."""
+
+import math
+
+import pytest
+
+from largebatch.study.fit import fit_curve
+
+BATCHES = [2**power for power in range(6, 15)]  # 64 ... 16,384
+S_MIN, E_MIN = 23.3, 30_200.0
+
+
+def steps_at(batch_size: float, s_min: float = S_MIN, e_min: float = E_MIN) -> float:
+    return s_min + e_min / batch_size
+
+
+@pytest.mark.parametrize(
+    ("s_min", "e_min"), [(23.3, 30_200.0), (40.9, 37_200.0), (3.0, 2_000.0), (5e4, 3e8)]
+)
+def test_exact_steps_give_their_constants_back(s_min: float, e_min: float) -> None:
+    fit = fit_curve(BATCHES, [steps_at(batch, s_min, e_min) for batch in BATCHES])
+    assert fit is not None
+    assert fit.s_min == pytest.approx(s_min, rel=1e-6)
+    assert fit.e_min == pytest.approx(e_min, rel=1e-6)
+    assert fit.b_crit == pytest.approx(e_min / s_min, rel=1e-6)
+    assert fit.rms < 1e-6
+    assert fit.b_crit_range == pytest.approx((e_min / s_min, e_min / s_min), rel=1e-5)
+    assert fit.steps_at(fit.b_crit) == pytest.approx(2 * s_min, rel=1e-6)
+
+
+def test_the_order_of_the_points_does_not_matter() -> None:
+    noisy = [steps_at(batch) * (1.05 if batch % 3 == 1 else 0.97) for batch in BATCHES]
+    forward = fit_curve(BATCHES, noisy)
+    backward = fit_curve(BATCHES[::-1], noisy[::-1])
+    assert forward is not None
+    assert backward is not None
+    assert forward.b_crit == pytest.approx(backward.b_crit, rel=1e-6)
+
+
+def test_one_outlier_moves_the_critical_batch_little() -> None:
+    steps = [steps_at(batch) for batch in BATCHES]
+    steps[4] *= 3
+    fit = fit_curve(BATCHES, steps)
+    assert fit is not None
+    assert fit.b_crit == pytest.approx(E_MIN / S_MIN, rel=0.05)
+    assert fit.rms == pytest.approx(math.log(3) / 3, rel=0.05)  # it is not hidden either
+    assert fit.b_crit_range is not None
+    assert fit.b_crit_range[0] <= E_MIN / S_MIN * (1 + 1e-6)
+    assert fit.b_crit_range[1] >= E_MIN / S_MIN * (1 - 1e-6)
+
+
+def test_a_miss_below_the_curve_changes_nothing() -> None:
+    steps = [steps_at(batch) for batch in BATCHES]
+    fit = fit_curve(BATCHES, steps, [32_768], [0.5 * steps_at(32_768)])
+    assert fit is not None
+    assert fit.b_crit == pytest.approx(E_MIN / S_MIN, rel=1e-6)
+    assert fit.num_censored == 1
+
+
+def test_a_miss_above_the_curve_lifts_it() -> None:
+    batches, steps = [64, 128, 256], [640.0, 320.0, 160.0]  # perfect scaling, no floor in sight
+    free = fit_curve(batches, steps)
+    censored = fit_curve(batches, steps, [4096], [50.0])
+    assert free is not None
+    assert censored is not None
+    assert free.steps_at(4096) == pytest.approx(10, rel=0.05)
+    assert censored.steps_at(4096) > 40
+    assert censored.b_crit < free.b_crit / 10
+
+
+def test_a_critical_batch_outside_the_batches_is_not_identified() -> None:
+    inside = fit_curve(BATCHES, [steps_at(batch) for batch in BATCHES])
+    left = fit_curve(BATCHES[:5], [steps_at(batch) for batch in BATCHES[:5]])
+    right = fit_curve(BATCHES[4:], [steps_at(batch) for batch in BATCHES[4:]])
+    assert inside is not None
+    assert inside.identified
+    assert left is not None
+    assert not left.identified
+    assert right is not None
+    assert not right.identified
+
+
+@pytest.mark.parametrize("steps", [[640.0, 320.0, 160.0, 80.0], [50.0, 50.0, 50.0, 50.0]])
+def test_steps_without_a_bend_end_finite_and_unidentified(steps: list[float]) -> None:
+    fit = fit_curve([64, 128, 256, 512], steps)
+    assert fit is not None
+    assert math.isfinite(fit.b_crit)
+    assert fit.s_min > 0
+    assert not fit.identified
+
+
+def test_fewer_than_three_batch_sizes_have_no_fit() -> None:
+    assert fit_curve([], []) is None
+    assert fit_curve([64, 128], [500, 250]) is None
+    assert fit_curve([64, 64, 128], [500, 510, 250]) is None
+    assert fit_curve([64, 128], [500, 250], [256], [100]) is None
+    three = fit_curve([64, 256, 1024], [steps_at(batch) for batch in (64, 256, 1024)])
+    assert three is not None
+    assert three.b_crit_range is None
+
+
+def test_impossible_values_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"steps must be > 0 and finite, got 0"):
+        fit_curve([64, 128, 256], [500, 0, 100])
+    with pytest.raises(ValueError, match=r"batch_sizes must be > 0 and finite, got -1"):
+        fit_curve([64, -1, 256], [500, 200, 100])
+    with pytest.raises(ValueError, match="2/3"):
+        fit_curve([64, 128, 256], [500, 200])

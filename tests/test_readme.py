@@ -1,0 +1,53 @@
+"""What the README tells people to type works as it is written."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+LINES = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
+# The studies take minutes each and have tests of their own.
+RUNS = [
+    line.split("#")[0].strip()
+    for line in LINES
+    if re.match(r"(largebatch (train|sweep)|torchrun|mpiexec -n 2 )", line) and "study" not in line
+]
+
+
+def test_the_readme_has_what_is_looked_for() -> None:
+    assert len(RUNS) >= 7
+    assert "make study" in README
+    assert "make test" in README
+
+
+def test_its_python_runs() -> None:
+    (code,) = (block for kind, block in BLOCKS if kind == "python")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tensor(")
+
+
+@pytest.mark.parametrize("line", RUNS)
+def test_its_commands_run(line: str, tmp_path: Path) -> None:
+    bin_folder = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    words = shlex.split(line)
+    if "--help" not in words:
+        # A multirun takes the last word for all of its runs.
+        words += ["budget.samples=2e5"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode in (0, 3), done.stderr  # reached, or the shortened budget spent
+    if "sweep" in words:
+        assert len(list(tmp_path.glob("sweeps/mine/*/summary.json"))) == 8
+    elif "--help" in words:
+        assert "task=" in done.stdout or "task:" in done.stdout
+    else:
+        assert len(list(tmp_path.glob("runs/*/summary.json"))) == 1
