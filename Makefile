@@ -32,12 +32,15 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# An environment sees what PYTHON has (a site's XPU or CUDA build of torch); only where that has no
-# torch is the tested build installed.
+# An environment sees what PYTHON has (a site's XPU or CUDA build of torch), also where PYTHON is a
+# virtual environment itself, which --system-site-packages alone would pass by; only where that has
+# no torch is the tested build installed.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("largebatch needs Python 3.11 or later, got " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
-		$(PYTHON) -m venv --system-site-packages $(VENV); \
+		$(PYTHON) -m venv --system-site-packages $(VENV) && \
+		$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+			> "$$($@ -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/site.pth"; \
 	else \
 		$(PYTHON) -m venv $(VENV); \
 	fi
