@@ -2,5 +2,6 @@
 
 from largebatch.optim.lamb import LAMB
 from largebatch.optim.lars import LARS
+from largebatch.optim.param_groups import param_groups
 
-__all__ = ["LAMB", "LARS"]
+__all__ = ["LAMB", "LARS", "param_groups"]

@@ -6,44 +6,93 @@ https://arxiv.org/abs/1904.00962v5, Algorithm 2. For a layer w with gradient g, 
     m ← β₁ m + (1 - β₁) g             v ← β₂ v + (1 - β₂) g²
     m̂ = m / (1 - β₁ᵗ)                 v̂ = v / (1 - β₂ᵗ)
     u = m̂ / (√v̂ + ε) + λ w            the update, weight decay included
-    r = ‖w‖ / ‖u‖                     the trust ratio
+    r = φ(‖w‖) / ‖u‖                  the trust ratio
     w ← w - lr · r · u
 
-Where the paper leaves a choice, `variant="paper"` takes φ, the paper's scaling of ‖w‖, as the
-identity (no bounds), adapts every layer, sets r = 1 where ‖w‖ or ‖u‖ is 0, and clips nothing.
+Where the paper leaves a choice, `variant="paper"` takes φ as the identity, adapts every layer, sets
+r = 1 where ‖w‖ or ‖u‖ is 0, and clips nothing. The other variants are what libraries made of it:
+bundles of keywords, no more, listed in `VARIANTS` and, with their sources, in docs/variants.md.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from largebatch.optim.chunks import Batch, Group, Work
 from largebatch.optim.layerwise import (
-    Bucket,
+    Agreed,
     LayerwiseOptimizer,
+    Tensors,
     descend,
     evaluate,
+    norms_of,
     require,
+    require_bounds,
+    require_one_of,
+    resolved,
+    scalar,
     write,
 )
-from largebatch.optim.trust_ratio import Tensors, trust_ratio
+from largebatch.optim.layout import local
+from largebatch.optim.trust_ratio import UNBOUNDED, Bounds, trust_ratio
 
-VARIANTS = ("paper",)
+PAPER: dict[str, Any] = {
+    "bias_correction": "moments",
+    "eps_inside_sqrt": False,
+    "decay": "update",
+    "weight_norm_bounds": UNBOUNDED,
+    "trust_bounds": UNBOUNDED,
+    "max_grad_norm": math.inf,
+    "adapt_undecayed": "always",
+    "zero_norm": "one",
+}
+
+VARIANTS = MappingProxyType(
+    {
+        "paper": PAPER,
+        "nvlamb": PAPER | {"max_grad_norm": 1.0},
+        "apex": PAPER | {"max_grad_norm": 1.0, "adapt_undecayed": "never"},
+        "timm": PAPER | {"max_grad_norm": 1.0, "adapt_undecayed": "never"},
+        "lambc": PAPER | {"trust_bounds": (0.0, 1.0)},
+        "deepspeed": PAPER | {"bias_correction": "lr", "trust_bounds": (0.01, 10.0)},
+        "tfa": PAPER | {"adapt_undecayed": "unless_excluded"},
+    }
+)
+
+# Devices whose torch has one kernel for Adam's moments and direction together.
+FUSED_DEVICES = ("cpu", "cuda", "xpu")
 
 
 class LAMB(LayerwiseOptimizer):
     """Layer-wise adaptive moments (You et al. 2020, Algorithm 2); the module says the formula.
 
-    `lr` is a float or a 0-d tensor, read from the group at each step; `betas` are β₁ and β₂; `eps`
-    is added to √v̂; `weight_decay` λ is part of the update and of its norm. A group may carry
-    `adapt=False`: its trust ratio is 1, which makes it AdamW.
-    State of a parameter: `exp_avg` (m), `exp_avg_sq` (v), `step` (t).
+    `lr` is a float or a 0-d tensor, read from the group at each step; `betas` are β₁ and β₂;
+    `weight_decay` is λ. The keywords, where None stands for what the variant says:
 
-    Raises ValueError for an option out of range or a complex parameter, and RuntimeError at `step`
-    for a sparse gradient.
+    - `bias_correction`: "moments", m̂ and v̂; "lr", raw m and v in u, and lr·√(1 - β₂ᵗ)/(1 - β₁ᵗ)
+      after the trust ratio; or "none".
+    - `eps_inside_sqrt`: √(v̂ + ε) instead of √v̂ + ε.
+    - `decay`: "update", λw in u and its norm; "gradient", λw added to the clipped gradient, before
+      the moments; "decoupled", w ← w - lr λ w beside the step, outside of u and its norm.
+    - `weight_norm_bounds`: φ(z) = min(max(z, lowest), highest).
+    - `trust_bounds`: (lowest, highest) of r.
+    - `max_grad_norm`: g ← g / max(1, ‖g‖ / max_grad_norm), first of all, the norm over all groups.
+    - `adapt_undecayed`: which groups with weight_decay 0 have a trust ratio: "always", "never", or
+      "unless_excluded" from a decay that is the optimizer's default.
+    - `zero_norm`: "one", r = 1 where ‖w‖ or ‖u‖ is 0; "phi", where φ(‖w‖) or ‖u‖ is.
+    - `master_weights`: keep an FP32 copy of parameters of a narrower dtype in the state, so that
+      steps too small for them are not lost. A weight set from outside afterwards is not seen.
+
+    A group may carry `adapt=False` (r = 1, which makes it AdamW), `norm_groups` and `norm_dim`.
+    State of a parameter: `exp_avg` (m), `exp_avg_sq` (v), `step` (t), `master_weight`.
+
+    Raises ValueError for an option out of range or a parameter it cannot treat, and RuntimeError at
+    `step` for a sparse gradient.
     """
 
     def __init__(
@@ -55,17 +104,36 @@ class LAMB(LayerwiseOptimizer):
         weight_decay: float = 0.01,
         *,
         variant: str = "paper",
+        bias_correction: str | None = None,
+        eps_inside_sqrt: bool | None = None,
+        decay: str | None = None,
+        weight_norm_bounds: Bounds | None = None,
+        trust_bounds: Bounds | None = None,
+        max_grad_norm: float | None = None,
+        adapt_undecayed: str | None = None,
+        zero_norm: str | None = None,
         maximize: bool = False,
+        master_weights: bool = False,
     ) -> None:
-        require(variant in VARIANTS, "variant", f"one of {VARIANTS}", repr(variant))
+        given = {
+            "bias_correction": bias_correction,
+            "eps_inside_sqrt": eps_inside_sqrt,
+            "decay": decay,
+            "weight_norm_bounds": weight_norm_bounds,
+            "trust_bounds": trust_bounds,
+            "max_grad_norm": max_grad_norm,
+            "adapt_undecayed": adapt_undecayed,
+            "zero_norm": zero_norm,
+        }
         options = {
             "lr": lr,
             "betas": tuple(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "master_weights": master_weights,
         }
-        super().__init__(params, options)
+        super().__init__(params, options | resolved(VARIANTS, variant, given))
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
@@ -73,6 +141,12 @@ class LAMB(LayerwiseOptimizer):
         in_range = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
         require(in_range, "betas", "two numbers in [0, 1)", betas)
         require(0 <= eps < math.inf, "eps", "in [0, inf)", eps)
+        require_one_of(options, "bias_correction", ("moments", "lr", "none"))
+        require_one_of(options, "eps_inside_sqrt", (False, True))
+        require_one_of(options, "decay", ("update", "gradient", "decoupled"))
+        require_one_of(options, "zero_norm", ("one", "phi"))
+        require_bounds(options, "weight_norm_bounds")
+        require_bounds(options, "trust_bounds")
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -84,27 +158,126 @@ class LAMB(LayerwiseOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""
         loss = evaluate(closure)
-        buckets = self._collect()
-        updates = [self._update(bucket) for bucket in buckets]
-        ratios = self._trust_ratios(buckets, updates, lamb_ratio)
-        for bucket, update, ratio in zip(buckets, updates, ratios, strict=True):
-            torch._foreach_mul_(update, (bucket.lr * ratio).unbind())
-            descend(bucket, update)
+        work = self._plan()
+        agreed = self._agree(work)
+        self._make_state(work)
+        self._advance_steps(work, agreed.skip)
+        updates: list[Tensors] = []
+        weight_norms: list[Tensor] = []
+        update_norms: list[Tensor] = []
+        for batch in work.batches:
+            weights = self._weights(batch)
+            update = self._update(batch, weights, agreed)
+            weight_norms += norms_of(batch, weights)
+            update_norms += norms_of(batch, update)
+            updates.append(update)
+        ratios = self._trust_ratios(work, weight_norms, update_norms).unbind()
+        for batch, update in zip(work.batches, updates, strict=True):
+            self._descend(batch, update, ratios, agreed.skip)
         return loss
 
-    def _update(self, bucket: Bucket) -> Tensors:
+    def _update(self, batch: Batch, weights: Tensors, agreed: Agreed) -> Tensors:
         """Advance t, m and v by one gradient, and return u."""
-        beta1, beta2 = bucket.group["betas"]
-        step = self._steps_of(bucket)
-        exp_avg = self._state_of(bucket, "exp_avg")
-        exp_avg_sq = self._state_of(bucket, "exp_avg_sq")
-        write(step, torch._foreach_add(step, 1), bucket.skip)
-        average(exp_avg, bucket.grads, beta1, bucket.skip)
-        average(exp_avg_sq, torch._foreach_mul(bucket.grads, bucket.grads), beta2, bucket.skip)
-
-        update = adam_direction(exp_avg, exp_avg_sq, step, (beta1, beta2), bucket.group["eps"])
-        torch._foreach_add_(update, bucket.weights, alpha=bucket.group["weight_decay"])
+        group = batch.group
+        grads = self._gradients(batch, agreed)
+        if group["decay"] == "gradient" and group["weight_decay"]:
+            grads = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
+        step: Tensors = [self.state[chunk.param]["step"] for chunk in batch.chunks]
+        exp_avg = self._state_of(batch, "exp_avg")
+        exp_avg_sq = self._state_of(batch, "exp_avg_sq")
+        if group["bias_correction"] != "moments":
+            step = [torch.full_like(step[0], math.inf)] * len(step)  # 1 - βᵗ is then 1
+        fused = batch.contiguous and batch.device.type in FUSED_DEVICES
+        if fused and not group["eps_inside_sqrt"]:
+            update = self._fused_direction(batch, grads, exp_avg, exp_avg_sq, step, agreed.skip)
+        else:
+            beta1, beta2 = group["betas"]
+            average(exp_avg, grads, beta1, agreed.skip)
+            average(exp_avg_sq, torch._foreach_mul(grads, grads), beta2, agreed.skip)
+            update = adam_direction(exp_avg, exp_avg_sq, step, group)
+        if group["decay"] == "update" and group["weight_decay"]:
+            torch._foreach_add_(update, weights, alpha=group["weight_decay"])
         return update
+
+    def _advance_steps(self, work: Work, skip: Tensor | None) -> None:
+        """Advance t, the updates that a parameter has had: 0-d, FP32, on its device."""
+        steps = []
+        for _, param in work.params:
+            state = self.state[param]
+            if "step" not in state:
+                state["step"] = torch.zeros((), device=local(param).device)
+            steps.append(state["step"])
+        if steps:
+            write(steps, torch._foreach_add(steps, 1), skip)
+
+    def _state_keys(self, group: Group) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def _fused_direction(
+        self,
+        batch: Batch,
+        grads: Tensors,
+        exp_avg: Tensors,
+        exp_avg_sq: Tensors,
+        step: Tensors,
+        skip: Tensor | None,
+    ) -> Tensors:
+        """Advance m and v and return m̂ / (√v̂ + ε), by torch's one kernel for all of AdamW.
+
+        From a weight of 0 and with a learning rate of -1, AdamW goes to the direction itself.
+        """
+        flat = self._room(batch).zero_()
+        parts = torch.split(flat, [chunk.numel for chunk in batch.chunks])
+        direction = [part.view(avg.shape) for part, avg in zip(parts, exp_avg, strict=True)]
+        beta1, beta2 = batch.group["betas"]
+        torch._fused_adamw_(
+            direction,
+            grads,
+            exp_avg,
+            exp_avg_sq,
+            [],
+            step,
+            lr=-1.0,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=batch.group["eps"],
+            amsgrad=False,
+            maximize=False,
+            found_inf=None if skip is None else skip.to(batch.device).float(),
+        )
+        return direction
+
+    def _ratio(self, group: Group, weight_norm: Tensor, update_norm: Tensor) -> Tensor:
+        """r = φ(‖w‖) / ‖u‖, bounded."""
+        return trust_ratio(
+            weight_norm,
+            update_norm,
+            weight_norm_bounds=group["weight_norm_bounds"],
+            trust_bounds=group["trust_bounds"],
+            zero_after_phi=group["zero_norm"] == "phi",
+            adapt=self._adapts(group),
+        )
+
+    def _descend(
+        self, batch: Batch, update: Tensors, ratios: tuple[Tensor, ...], skip: Tensor | None
+    ) -> None:
+        """w ← w - lr · r · u."""
+        group, weights = batch.group, self._weights(batch)
+        ratio = torch.stack([ratios[chunk.layer] for chunk in batch.chunks])
+        ratio = ratio.to(batch.device, batch.dtype)
+        lr = scalar(group["lr"], ratio)
+        scale = lr * ratio
+        if group["bias_correction"] == "lr":
+            steps = [self.state[chunk.param]["step"] for chunk in batch.chunks]
+            scale *= lr_correction(torch.stack(steps).to(batch.dtype), group["betas"])
+        if group["decay"] == "decoupled" and group["weight_decay"]:
+            # Of the old weight, and within the one step, so that it is skipped and rounded with it.
+            update = torch._foreach_mul(update, scale.unbind())
+            decay = torch._foreach_mul(weights, lr * group["weight_decay"])
+            torch._foreach_add_(update, decay)
+            scale = torch.ones_like(scale)
+        descend(batch, weights, update, scale.unbind(), skip)
 
 
 def average(averages: Tensors, values: Tensors, beta: float, skip: Tensor | None) -> None:
@@ -116,14 +289,19 @@ def average(averages: Tensors, values: Tensors, beta: float, skip: Tensor | None
 
 
 def adam_direction(
-    exp_avg: Tensors, exp_avg_sq: Tensors, step: Tensors, betas: tuple[float, float], eps: float
+    exp_avg: Tensors, exp_avg_sq: Tensors, step: Tensors, options: Mapping[str, Any]
 ) -> Tensors:
-    """m̂ / (√v̂ + ε), a new tensor for each layer; `step` counts from 1."""
+    """m̂ / (√v̂ + ε), or m̂ / √(v̂ + ε), a new tensor for each chunk; `step` counts from 1."""
     t = torch.stack([*step]).to(exp_avg[0].dtype)
-    direction = torch._foreach_div(exp_avg, bias_correction(t, betas[0]).unbind())
-    denominator = torch._foreach_div(exp_avg_sq, bias_correction(t, betas[1]).unbind())
-    torch._foreach_sqrt_(denominator)
-    torch._foreach_add_(denominator, eps)
+    beta1, beta2 = options["betas"]
+    direction = torch._foreach_div(exp_avg, bias_correction(t, beta1).unbind())
+    denominator = torch._foreach_div(exp_avg_sq, bias_correction(t, beta2).unbind())
+    if options["eps_inside_sqrt"]:
+        torch._foreach_add_(denominator, options["eps"])
+        torch._foreach_sqrt_(denominator)
+    else:
+        torch._foreach_sqrt_(denominator)
+        torch._foreach_add_(denominator, options["eps"])
     torch._foreach_div_(direction, denominator)
     return direction
 
@@ -134,6 +312,6 @@ def bias_correction(step: Tensor, beta: float) -> Tensor:
     return -torch.expm1(step * log_beta)
 
 
-def lamb_ratio(group: dict[str, Any], weight_norm: Tensor, update_norm: Tensor) -> Tensor:
-    """r = ‖w‖ / ‖u‖."""
-    return trust_ratio(weight_norm, update_norm, adapt=group["adapt"])
+def lr_correction(step: Tensor, betas: tuple[float, float]) -> Tensor:
+    """√(1 - β₂ᵗ) / (1 - β₁ᵗ): both bias corrections, moved from the moments to the step."""
+    return bias_correction(step, betas[1]).sqrt() / bias_correction(step, betas[0])

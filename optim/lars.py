@@ -7,32 +7,57 @@ https://arxiv.org/abs/1708.03888, Algorithm 1. For a layer w with gradient g:
     b ← μ b + r (g + β w)             the momentum buffer, zero at first
     w ← w - lr · b                    or, with Nesterov momentum, w - lr · (r (g + β w) + μ b)
 
-Algorithm 1 to the letter multiplies lr into the buffer: v ← μ v + lr · r (g + β w); w ← w - v.
-Here, as in torch's SGD, lr stays outside. The two are identical while lr is constant (v = lr · b);
-when lr changes, lr outside rescales the momentum gathered before, and under a warm-up it moves
-further. The paper has neither ε (a guard against dividing by almost nothing) nor Nesterov momentum,
-nor does it say what happens where ‖w‖ or ‖g‖ is 0: here r = 1.
+Algorithm 1 to the letter multiplies lr into the buffer: v ← μ v + lr · r (g + β w); w ← w - v. That
+is `variant="lr_inside"`. In `variant="paper"`, as in torch's SGD, lr stays outside. The two are
+identical while lr is constant (v = lr · b); when lr changes, lr outside rescales the momentum
+gathered before, and under a warm-up it moves further. The paper has neither ε (a guard against
+dividing by almost nothing) nor Nesterov momentum, nor does it say what happens where ‖w‖ or ‖g‖ is
+0: here r = 1. The variants are bundles of keywords, no more: `VARIANTS`, and docs/variants.md.
 """
 
 import math
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from largebatch.optim.chunks import Batch, Group
 from largebatch.optim.layerwise import (
-    Bucket,
+    Agreed,
     LayerwiseOptimizer,
+    Tensors,
     descend,
     evaluate,
+    norms_of,
     require,
+    require_one_of,
+    resolved,
+    scalar,
     write,
 )
-from largebatch.optim.trust_ratio import Tensors, trust_ratio
+from largebatch.optim.trust_ratio import UNBOUNDED, trust_ratio
 
-VARIANTS = ("paper",)
+PAPER: dict[str, Any] = {
+    "eps": 1e-8,
+    "denominator": "sum",
+    "lr_in_buffer": False,
+    "clip_to_lr": False,
+    "max_grad_norm": math.inf,
+    "adapt_undecayed": "always",
+    "zero_norm": "one",
+}
+
+VARIANTS = MappingProxyType(
+    {
+        "paper": PAPER,
+        "larc": PAPER | {"clip_to_lr": True, "zero_norm": "no_decay"},
+        "joint": PAPER | {"denominator": "joint", "eps": 0.0},
+        "lr_inside": PAPER | {"lr_in_buffer": True, "eps": 0.0},
+    }
+)
 
 
 class LARS(LayerwiseOptimizer):
@@ -40,12 +65,25 @@ class LARS(LayerwiseOptimizer):
 
     `lr` is a float or a 0-d tensor, read from the group at each step; `momentum` is μ;
     `weight_decay` is β; `trust_coefficient` is η; `eps` is added to the ratio's denominator.
-    A group may carry `adapt=False`: its local learning rate is 1, which makes it torch's SGD.
-    State of a parameter: `momentum_buffer` (b), none while momentum is 0. In `layer_stats()` the
-    `update_norm` is ‖g‖ and the `trust_ratio` r.
+    The keywords, where None stands for what the variant says:
 
-    Raises ValueError for an option out of range or a complex parameter, and RuntimeError at `step`
-    for a sparse gradient.
+    - `denominator`: "sum", ‖g‖ + β‖w‖; "joint", ‖g + βw‖.
+    - `lr_in_buffer`: multiply lr into the momentum buffer.
+    - `clip_to_lr`: r ← min(r / lr, 1), so that lr · r never exceeds lr (LARC).
+    - `max_grad_norm`: g ← g / max(1, ‖g‖ / max_grad_norm), first of all, the norm over all groups.
+    - `adapt_undecayed`: which groups with weight_decay 0 have a trust ratio: "always", "never", or
+      "unless_excluded" from a decay that is the optimizer's default.
+    - `zero_norm`: "one", r = 1 where ‖w‖ or ‖g‖ is 0; "no_decay", in addition a layer whose
+      gradient is 0 does not decay in that step.
+    - `master_weights`: keep an FP32 copy of parameters of a narrower dtype in the state, so that
+      steps too small for them are not lost. A weight set from outside afterwards is not seen.
+
+    A group may carry `adapt=False` (r = 1, which makes it torch's SGD), `norm_groups`, `norm_dim`.
+    State of a parameter: `momentum_buffer` (b), none while momentum is 0; `master_weight`. In
+    `layer_stats()` the `update_norm` is ‖g‖ (‖g + βw‖ for "joint") and the `trust_ratio` r.
+
+    Raises ValueError for an option out of range or a parameter it cannot treat, and RuntimeError at
+    `step` for a sparse gradient.
     """
 
     def __init__(
@@ -55,23 +93,38 @@ class LARS(LayerwiseOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 1e-3,
-        eps: float = 1e-8,
+        eps: float | None = None,
         nesterov: bool = False,
         *,
         variant: str = "paper",
+        denominator: str | None = None,
+        lr_in_buffer: bool | None = None,
+        clip_to_lr: bool | None = None,
+        max_grad_norm: float | None = None,
+        adapt_undecayed: str | None = None,
+        zero_norm: str | None = None,
         maximize: bool = False,
+        master_weights: bool = False,
     ) -> None:
-        require(variant in VARIANTS, "variant", f"one of {VARIANTS}", repr(variant))
+        given = {
+            "eps": eps,
+            "denominator": denominator,
+            "lr_in_buffer": lr_in_buffer,
+            "clip_to_lr": clip_to_lr,
+            "max_grad_norm": max_grad_norm,
+            "adapt_undecayed": adapt_undecayed,
+            "zero_norm": zero_norm,
+        }
         options = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
-            "eps": eps,
             "nesterov": nesterov,
             "maximize": maximize,
+            "master_weights": master_weights,
         }
-        super().__init__(params, options)
+        super().__init__(params, options | resolved(VARIANTS, variant, given))
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
@@ -82,6 +135,10 @@ class LARS(LayerwiseOptimizer):
         require(momentum > 0 or not nesterov, "momentum", "in (0, 1) with nesterov", momentum)
         require(0 < trust_coefficient < math.inf, "trust_coefficient", "> 0", trust_coefficient)
         require(0 <= eps < math.inf, "eps", "in [0, inf)", eps)
+        require_one_of(options, "denominator", ("sum", "joint"))
+        require_one_of(options, "lr_in_buffer", (False, True))
+        require_one_of(options, "clip_to_lr", (False, True))
+        require_one_of(options, "zero_norm", ("one", "no_decay"))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -93,44 +150,77 @@ class LARS(LayerwiseOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""
         loss = evaluate(closure)
-        buckets = self._collect()
-        ratios = self._trust_ratios(buckets, [bucket.grads for bucket in buckets], lars_ratio)
-        for bucket, ratio in zip(buckets, ratios, strict=True):
-            scaled = scaled_gradients(
-                bucket.grads, bucket.weights, ratio, bucket.group["weight_decay"]
-            )
-            descend(bucket, torch._foreach_mul(self._with_momentum(bucket, scaled), bucket.lr))
+        work = self._plan()
+        agreed = self._agree(work)
+        self._make_state(work)
+        weight_norms: list[Tensor] = []
+        update_norms: list[Tensor] = []
+        for batch in work.batches:
+            weights = self._weights(batch)
+            grads = self._gradients(batch, agreed)
+            if batch.group["denominator"] == "joint":
+                grads = decayed(grads, weights, batch.group)
+            weight_norms += norms_of(batch, weights)
+            update_norms += norms_of(batch, grads)
+        ratios = self._trust_ratios(work, weight_norms, update_norms).unbind()
+        for batch in work.batches:
+            self._descend(batch, ratios, agreed)
         return loss
 
-    def _with_momentum(self, bucket: Bucket, scaled: Tensors) -> Tensors:
+    def _state_keys(self, group: Group) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _ratio(self, group: Group, weight_norm: Tensor, update_norm: Tensor) -> Tensor:
+        """r = η‖w‖ / (‖g‖ + β‖w‖ + ε), or η‖w‖ / (‖g + βw‖ + ε); for LARC min(r / lr, 1)."""
+        coefficient, bounds = group["trust_coefficient"], UNBOUNDED
+        if group["clip_to_lr"]:
+            coefficient, bounds = coefficient / scalar(group["lr"], weight_norm), (0.0, 1.0)
+        ratio = trust_ratio(
+            weight_norm,
+            update_norm,
+            trust_coefficient=coefficient,
+            weight_decay=group["weight_decay"] if group["denominator"] == "sum" else 0.0,
+            eps=group["eps"],
+            trust_bounds=bounds,
+            adapt=self._adapts(group),
+        )
+        if group["zero_norm"] == "no_decay" and self._adapts(group):
+            # Without a gradient there is nothing but decay to scale.
+            ratio = torch.where((update_norm == 0) & (weight_norm != 0), 0.0, ratio)
+        return ratio
+
+    def _descend(self, batch: Batch, ratios: tuple[Tensor, ...], agreed: Agreed) -> None:
+        """Advance b and move the weights."""
+        group, weights = batch.group, self._weights(batch)
+        ratio = torch.stack([ratios[chunk.layer] for chunk in batch.chunks])
+        ratio = ratio.to(batch.device, batch.dtype)
+        lr = scalar(group["lr"], ratio)
+        inside, outside = (lr, torch.ones_like(lr)) if group["lr_in_buffer"] else (1.0, lr)
+        scaled = decayed(self._gradients(batch, agreed), weights, group)
+        scaled = torch._foreach_mul(scaled, (ratio * inside).unbind())
+        steps = self._with_momentum(batch, scaled, agreed.skip)
+        descend(batch, weights, steps, [outside] * len(steps), agreed.skip)
+
+    def _with_momentum(self, batch: Batch, scaled: Tensors, skip: Tensor | None) -> Tensors:
         """Advance b by the scaled gradients, and return the direction to step in."""
-        momentum = bucket.group["momentum"]
+        momentum = batch.group["momentum"]
         if momentum == 0:
             return scaled
-        buffers = self._state_of(bucket, "momentum_buffer")
-        advanced = torch._foreach_add(scaled, buffers, alpha=momentum)
-        write(buffers, advanced, bucket.skip)
-        if bucket.group["nesterov"]:
+        buffers = self._state_of(batch, "momentum_buffer")
+        if skip is None:
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, scaled)
+            advanced: Tensors = buffers
+        else:
+            advanced = torch._foreach_add(torch._foreach_mul(buffers, momentum), scaled)
+            write(buffers, advanced, skip)
+        if batch.group["nesterov"]:
             return torch._foreach_add(scaled, advanced, alpha=momentum)
         return advanced
 
 
-def lars_ratio(group: dict[str, Any], weight_norm: Tensor, grad_norm: Tensor) -> Tensor:
-    """r = η‖w‖ / (‖g‖ + β‖w‖ + ε)."""
-    return trust_ratio(
-        weight_norm,
-        grad_norm,
-        trust_coefficient=group["trust_coefficient"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        adapt=group["adapt"],
-    )
-
-
-def scaled_gradients(
-    grads: Tensors, weights: Tensors, ratio: Tensor, weight_decay: float
-) -> Tensors:
-    """r (g + β w), a new tensor for each layer; `ratio` holds one r a layer, shape (layers,)."""
-    scaled = torch._foreach_add(grads, weights, alpha=weight_decay)
-    torch._foreach_mul_(scaled, ratio.unbind())
-    return scaled
+def decayed(grads: Tensors, weights: Tensors, group: Group) -> Tensors:
+    """g + β w; the gradients themselves where nothing decays."""
+    if not group["weight_decay"]:
+        return grads
+    return torch._foreach_add(grads, weights, alpha=group["weight_decay"])

@@ -1,20 +1,26 @@
 """What every layer-wise optimizer needs around its formula.
 
-A step is a list of phases that each optimizer writes out for itself: collect the layers, form
-their updates, take all norms at once and the trust ratios from them, move the weights. Here are the
-phases that do not depend on the formula, and the promises that hold for every optimizer:
+A step is a list of phases that each optimizer writes out for itself: see what there is to do, agree
+on what all ranks must decide alike, take the norms of every layer, and the trust ratios from them,
+move the weights. Here are the phases that do not depend on the formula, and the promises that hold
+for every optimizer:
 
+- a layer's norm is that of the whole layer, however it is spread over ranks, and all norms of a
+  step travel in one collective for each process group;
 - no host synchronisation: norms, ratios, step counters and the decision to skip stay on the device;
 - `p.grad` is left as it was found;
 - arithmetic and state are FP32 for bf16 and fp16 parameters, also after `load_state_dict`; the new
   weight is rounded once, when it is written;
 - torch's `grad_scale` / `found_inf` protocol (`torch.amp.GradScaler` sets both attributes): a step
-  with a non-zero `found_inf` changes neither parameters nor state, not by one bit.
+  with a non-zero `found_inf` on any rank changes neither parameters nor state, not by one bit.
+
+What composes with what, in this order: unscale, agree on `found_inf`, clip by the global norm,
+[the optimizer's update and its norm], φ and the ratio, its bounds, the rule for zero norms,
+`adapt=False`; `largebatch.optim.trust_ratio` has the last four.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,27 +28,33 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from largebatch.optim.trust_ratio import Tensors, stacked_norms
+from largebatch.optim.chunks import Batch, Group, Work, compute_dtype, plan_work
+from largebatch.optim.foreign_state import to_native
+from largebatch.optim.layout import Layout, Name, is_dtensor, layout_of, local
+from largebatch.optim.trust_ratio import ADAPT_UNDECAYED
 
-Name = str | int
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """The layers of one parameter group that have a gradient and share a device and a dtype.
+class Agreed:
+    """What all ranks have decided alike before any moment is touched."""
 
-    All lists run in the same order, one entry a layer. `weights` and `grads` are FP32 (FP64 for
-    FP64 parameters) and read-only: where nothing had to be converted they are the parameter and its
-    `.grad` themselves. Gradients are unscaled, and negated where the group maximises.
-    """
+    divisor: Tensor | None
+    """0-d: what every gradient is divided by, loss scale and clip together."""
+    skip: Tensor | None
+    """0-d bool: where true, nothing may change."""
 
-    group: dict[str, Any]
+
+@dataclass(frozen=True)
+class Stats:
+    """The layers' norms and ratios of a step, vectors over `names`."""
+
     names: list[Name]
-    params: list[Tensor]
-    weights: list[Tensor]
-    grads: Tensors
-    lr: float | Tensor  # a tensor lies on the layers' device
-    skip: Tensor | None  # 0-d bool on the layers' device: where true, nothing may change
+    moved: list[int]
+    weight_norm: Tensor
+    update_norm: Tensor
+    trust_ratio: Tensor
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -51,14 +63,28 @@ class LayerwiseOptimizer(Optimizer):
     # Read by torch.amp.GradScaler: `step` unscales and skips by itself, without asking the host.
     _step_supports_amp_scaling = True
 
-    # Per bucket of the last step: names, ‖w‖, ‖u‖ and ratio, the last three of shape (layers,).
-    # Empty on the class too, because deepcopy and pickle keep an optimizer's groups and state only.
-    _last_step: tuple[tuple[list[Name], Tensor, Tensor, Tensor], ...] = ()
+    # On the class too, because deepcopy and pickle keep an optimizer's groups and state only.
+    _last_step: Stats | None = None
+    _clip_norm: Callable[[], Tensor] | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        defaults = {**defaults, "adapt": True}
+        defaults = {"adapt": True, "norm_groups": None, "norm_dim": 0, **defaults}
+        self._forget_work()
         self._check_options(defaults)
         super().__init__(params, defaults)
+
+    def _forget_work(self) -> None:
+        self._bound: dict[Tensor, Layout] = {}
+        self._work: dict[Any, Work] = {}
+        self._rooms: dict[torch.dtype, Tensor] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore groups and state; an option that was not yet known then takes its default."""
+        super().__setstate__(state)
+        self._forget_work()
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         """Refuse options (the defaults, or one group's) out of range; subclasses add their own."""
@@ -68,29 +94,47 @@ class LayerwiseOptimizer(Optimizer):
         else:
             require(0 <= lr < math.inf, "lr", "in [0, inf)", lr)
         require(0 <= weight_decay < math.inf, "weight_decay", "in [0, inf)", weight_decay)
-        for switch in ("adapt", "maximize"):
+        for switch in ("adapt", "maximize", "master_weights"):
             require(isinstance(options[switch], bool), switch, "True or False", options[switch])
+        require(options["max_grad_norm"] > 0, "max_grad_norm", "> 0", options["max_grad_norm"])
+        require_one_of(options, "adapt_undecayed", ADAPT_UNDECAYED)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch. `adapt=False` in it fixes its layers' trust ratio at 1."""
+        """Add a group, as in torch.
+
+        In it, `adapt=False` fixes its layers' trust ratios at 1; `norm_groups=N`, or a tuple of
+        sizes, splits each of its tensors along `norm_dim` into layers of their own.
+
+        Raises:
+            ValueError: an option out of range, a split that does not fit, a parameter whose layers
+                cannot be known.
+        """
         super().add_param_group(param_group)
         try:
             self._check_options(self.param_groups[-1])
-            self._refuse_complex()
+            *_, (group, names) = self._named_groups()
+            for name, param in zip(names, group["params"], strict=True):
+                self._refuse(name, param)
+                layout_of(param, name, group["norm_groups"], group["norm_dim"])
+            self._max_grad_norm()
         except ValueError:
             self.param_groups.pop()
             raise
 
-    def _refuse_complex(self) -> None:
-        for group, names in self._named_groups():
-            for name, param in zip(names, group["params"], strict=True):
-                if param.is_complex():
-                    raise ValueError(
-                        f"{type(self).__name__} takes real parameters, got {param.dtype} for "
-                        f"parameter {name!r}: hold its real and imaginary part as two parameters."
-                    )
+    def _refuse(self, name: Name, param: Tensor) -> None:
+        if param.is_complex():
+            raise ValueError(
+                f"{type(self).__name__} takes real parameters, got {param.dtype} for "
+                f"parameter {name!r}: hold its real and imaginary part as two parameters."
+            )
+        if getattr(param, "_fsdp_flattened", False):
+            raise ValueError(
+                f"{type(self).__name__} needs to know which layer an element belongs to, and "
+                f"parameter {name!r} is a flat shard of FullyShardedDataParallel (FSDP1), which "
+                "does not say: wrap the model with torch.distributed.fsdp.fully_shard (FSDP2)."
+            )
 
-    def _named_groups(self) -> Iterator[tuple[dict[str, Any], list[Name]]]:
+    def _named_groups(self) -> Iterator[tuple[Group, list[Name]]]:
         """Each group with its parameters' names, or their index over all groups where unnamed."""
         first = 0
         for group in self.param_groups:
@@ -98,82 +142,177 @@ class LayerwiseOptimizer(Optimizer):
             yield group, list(group.get("param_names", range(first, end)))
             first = end
 
+    def _max_grad_norm(self) -> float:
+        """The bound of the global norm, which all groups share.
+
+        Raises:
+            ValueError: they do not.
+        """
+        values = {float(group["max_grad_norm"]) for group in self.param_groups}
+        if len(values) > 1:
+            raise ValueError(
+                "max_grad_norm bounds the norm over all parameter groups and must be the same in "
+                f"each, got {sorted(values)}"
+            )
+        return values.pop()
+
+    def bind_layouts(
+        self,
+        layouts: Mapping[Tensor, Layout],
+        clip_norm: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """Say where the layers lie in parameters that do not show it, such as flat buffers.
+
+        Args:
+            clip_norm: the global gradient norm, 0-d, before any clipping, for those who cannot see
+                all gradients in one step; taken in place of the optimizer's own.
+        """
+        self._bound.update(layouts)
+        self._clip_norm = clip_norm
+        self._work.clear()
+
     # The phases of a step -----------------------------------------------------------------------
 
-    def _collect(self) -> list[Bucket]:
-        """The layers that have a gradient. A sparse one is refused before anything has changed."""
-        buckets = []
-        for group, names in self._named_groups():
-            alike = defaultdict(list)
-            for name, param in zip(names, group["params"], strict=True):
-                if param.grad is None:
-                    continue
-                if param.grad.layout != torch.strided:
+    def _plan(self) -> Work:
+        """What there is to do. A sparse gradient is refused before anything has changed."""
+        key = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                key.append((id(param), param.grad is None))
+                if param.grad is not None and param.grad.layout != torch.strided:
                     raise RuntimeError(
                         f"{type(self).__name__} needs dense gradients, got a "
-                        f"{param.grad.layout} gradient for parameter {name!r}."
+                        f"{param.grad.layout} gradient for parameter {self._name_of(param)!r}."
                     )
-                alike[param.device, param.dtype].append((name, param))
-            buckets += [self._bucket(group, layers) for layers in alike.values()]
-        return buckets
+        known = self._work.get(tuple(key))
+        if known is None:
+            if len(self._work) >= 64:  # gradients that come and go in ever new patterns
+                self._work.clear()
+            known = plan_work(self.param_groups, self._layouts())
+            self._work[tuple(key)] = known
+        return known
 
-    def _bucket(self, group: dict[str, Any], layers: list[tuple[Name, Tensor]]) -> Bucket:
-        names, params = [name for name, _ in layers], [param for _, param in layers]
-        device, dtype = params[0].device, state_dtype(params[0])
+    def _name_of(self, wanted: Tensor) -> Name:
+        return next(
+            name
+            for group, names in self._named_groups()
+            for name, param in zip(names, group["params"], strict=True)
+            if param is wanted
+        )
+
+    def _layouts(self) -> dict[Tensor, Layout]:
+        return {
+            param: self._bound.get(param)
+            or layout_of(param, name, group["norm_groups"], group["norm_dim"])
+            for group, names in self._named_groups()
+            for name, param in zip(names, group["params"], strict=True)
+        }
+
+    def _agree(self, work: Work) -> Agreed:
+        """Whether to skip, and what to divide the gradients by: the same on every rank."""
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        max_norm = self._max_grad_norm() if self.param_groups else math.inf
+        divisor = None if grad_scale is None else on_device(grad_scale, work.device).float()
+        flag = None if found_inf is None else on_device(found_inf, work.device).float().clone()
+        if max_norm < math.inf and self._clip_norm is not None:
+            norm = on_device(self._clip_norm(), work.device)
+        elif max_norm < math.inf:
+            norms: list[Tensor] = []
+            for batch in work.batches:
+                norms += norms_of(batch, self._raw_gradients(batch))
+            squares = work.squares(norms)
+            norm = work.complete(squares, flag).sum().sqrt()
+            norm = norm if divisor is None else norm / divisor
+        elif flag is not None and work.reductions:
+            work.complete(torch.zeros(len(work.names), 0, device=work.device), flag)
+        if max_norm < math.inf:
+            clip = torch.clamp(norm / max_norm, min=1.0)
+            divisor = clip if divisor is None else divisor * clip
+        return Agreed(divisor, None if flag is None else flag != 0)
 
-        grads: Tensors = [param.grad.to(dtype) for param in params if param.grad is not None]
-        if grad_scale is not None:
-            grads = torch._foreach_div(grads, on_device(grad_scale, device))
-        if group["maximize"]:
-            grads = torch._foreach_neg(grads)
-        lr = group["lr"]
-        return Bucket(
-            group=group,
-            names=names,
-            params=params,
-            weights=[param.to(dtype) for param in params],
-            grads=grads,
-            lr=on_device(lr, device) if isinstance(lr, Tensor) else lr,
-            skip=None if found_inf is None else on_device(found_inf, device) != 0,
+    def _raw_gradients(self, batch: Batch) -> list[Tensor]:
+        """The chunks' gradients as they are, placed like their parameters."""
+        whole = {chunk.param: gradient_of(chunk.param) for chunk in batch.chunks}
+        return batch.cut(whole.__getitem__)
+
+    def _gradients(self, batch: Batch, agreed: Agreed) -> Tensors:
+        """The chunks' gradients to descend along, in the batch's dtype; not to be written to."""
+        grads: Tensors = [grad.to(batch.dtype) for grad in self._raw_gradients(batch)]
+        if agreed.divisor is not None:
+            grads = torch._foreach_div(grads, agreed.divisor.to(batch.device, batch.dtype))
+        return torch._foreach_neg(grads) if batch.group["maximize"] else grads
+
+    def _weights(self, batch: Batch) -> list[Tensor]:
+        """The chunks' weights in the batch's dtype.
+
+        The parameters themselves where they have that dtype, else their FP32 master copies, else
+        copies of the moment.
+        """
+        none: dict[str, Tensor] = {}
+        chunks = batch.cut(
+            lambda param: local(self.state.get(param, none).get("master_weight", param))
         )
+        return [chunk.to(batch.dtype) for chunk in chunks]
 
-    def _state_of(self, bucket: Bucket, key: str) -> list[Tensor]:
-        """State tensors shaped like the weights, zeros at first use."""
-        for param in bucket.params:
-            if key not in self.state[param]:
-                self.state[param][key] = torch.zeros_like(param, dtype=state_dtype(param))
-        return [self.state[param][key] for param in bucket.params]
+    def _state_of(self, batch: Batch, key: str) -> list[Tensor]:
+        """The chunks of a state that is shaped like the parameters."""
+        return batch.cut(lambda param: local(self.state[param][key]))
 
-    def _steps_of(self, bucket: Bucket) -> list[Tensor]:
-        """Number of updates each layer has had so far: 0-d FP32 tensors on the layer's device."""
-        for param in bucket.params:
-            if "step" not in self.state[param]:
-                self.state[param]["step"] = torch.zeros(
-                    (), dtype=torch.float32, device=param.device
-                )
-        return [self.state[param]["step"] for param in bucket.params]
+    def _make_state(self, work: Work) -> None:
+        """Make what state is missing, as at a parameter's first gradient; on every rank alike."""
+        for group, param in work.params:
+            dtype, held = compute_dtype(param), self.state.get(param, {})
+            for key in self._state_keys(group):
+                if key not in held:
+                    self.state[param][key] = torch.zeros_like(param, dtype=dtype)
+            if group["master_weights"] and "master_weight" not in held and param.dtype != dtype:
+                self.state[param]["master_weight"] = param.detach().to(dtype)
 
-    def _trust_ratios(
-        self,
-        buckets: list[Bucket],
-        updates: list[Tensors],
-        ratio_of: Callable[[dict[str, Any], Tensor, Tensor], Tensor],
-    ) -> list[Tensor]:
-        """`ratio_of(group, ‖w‖, ‖u‖)` for each bucket, shape (layers,); all norms taken at once."""
-        self._last_step = tuple(
-            (
-                bucket.names,
-                weight_norm,
-                update_norm,
-                ratio_of(bucket.group, weight_norm, update_norm),
-            )
-            for bucket, (weight_norm, update_norm) in zip(
-                buckets, norms_of(buckets, updates), strict=True
-            )
-        )
-        return [ratio for *_, ratio in self._last_step]
+    def _state_keys(self, group: Group) -> tuple[str, ...]:
+        """The state tensors that are shaped like the parameter, zeros at first."""
+        raise NotImplementedError
+
+    def _room(self, batch: Batch) -> Tensor:
+        """Working memory with an element for each of the batch's, not to be shared with others.
+
+        On a CPU it is kept from step to step, because fresh pages cost more than the arithmetic on
+        them; elsewhere the allocator keeps them, and lends them out between steps.
+        """
+        if batch.device.type != "cpu":
+            return torch.empty(batch.numel, dtype=batch.dtype, device=batch.device)
+        end, room = batch.start + batch.numel, self._rooms.get(batch.dtype)
+        if room is None or room.numel() < end:
+            batches = self._plan().batches
+            need = max(b.start + b.numel for b in batches if b.dtype == batch.dtype)
+            room = self._rooms[batch.dtype] = torch.empty(need, dtype=batch.dtype)
+        return room[batch.start : end]
+
+    def _trust_ratios(self, work: Work, weight_norms: Tensors, update_norms: Tensors) -> Tensor:
+        """The trust ratio of every layer, shape (layers,), from the norms of all chunks in order.
+
+        This is the step's one collective, and the numbers behind `layer_stats`.
+        """
+        sums = torch.stack([work.squares([*weight_norms]), work.squares([*update_norms])], dim=1)
+        weight_norm, update_norm = work.complete(sums).sqrt().unbind(dim=1)
+        ratios = [
+            self._ratio(group, weight_norm[layers], update_norm[layers])
+            for group, layers in work.groups
+        ]
+        ratio = torch.cat(ratios) if len(ratios) > 1 else ratios[0]
+        self._last_step = Stats(work.names, work.moved, weight_norm, update_norm, ratio)
+        return ratio
+
+    def _ratio(self, group: Group, weight_norm: Tensor, update_norm: Tensor) -> Tensor:
+        """The trust ratios of a group's layers, shape (layers,), from their norms."""
+        raise NotImplementedError
+
+    def _adapts(self, group: Group) -> bool:
+        """Whether the layers of a group have a trust ratio, or 1."""
+        rule, decays = group["adapt_undecayed"], group["weight_decay"] != 0
+        if not group["adapt"] or (rule == "never" and not decays):
+            return False
+        return not (rule == "unless_excluded" and not decays and self.defaults["weight_decay"] != 0)
 
     # What users call ----------------------------------------------------------------------------
 
@@ -181,14 +320,22 @@ class LayerwiseOptimizer(Optimizer):
         """‖w‖ before the step, ‖u‖ and the trust ratio of every layer moved by the last step.
 
         Keys are the parameters' names where the optimizer was given `model.named_parameters()`,
-        else their index over all groups. Values are 0-d tensors on the layer's device; when to read
-        them on the host is the caller's choice. After a step masked by `found_inf` they are void.
+        else their index over all groups; the layers of a split one are called "name[0]", "name[1]",
+        and so on. Values are 0-d tensors on the device; when to read them on the host is the
+        caller's choice. After a step masked by `found_inf` they are void.
         """
-        keys = ("weight_norm", "update_norm", "trust_ratio")
+        if self._last_step is None:
+            return {}
+        last = self._last_step
+        weight_norm, update_norm = last.weight_norm.unbind(), last.update_norm.unbind()
+        ratio = last.trust_ratio.unbind()
         return {
-            name: dict(zip(keys, values, strict=True))
-            for names, *vectors in self._last_step
-            for name, *values in zip(names, *vectors, strict=True)
+            last.names[layer]: {
+                "weight_norm": weight_norm[layer],
+                "update_norm": update_norm[layer],
+                "trust_ratio": ratio[layer],
+            }
+            for layer in last.moved
         }
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -196,12 +343,17 @@ class LayerwiseOptimizer(Optimizer):
 
         `torch.optim.Optimizer` casts every floating-point state to its parameter's dtype, which
         would round the moments of a bf16 parameter to bf16. So torch is handed the groups alone.
+        State of the same algorithm in another library is taken too: see
+        `largebatch.optim.foreign_state`.
+
+        Raises:
+            ValueError: a state that does not fit these parameters or this algorithm.
         """
         loaded: StateDict = {}
 
         def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
-            loaded.update(final)
-            return {**final, "state": {}}
+            loaded.update(to_native(final, self))
+            return {**loaded, "state": {}}
 
         def put_state(_: Optimizer) -> None:  # before the user's post-hooks
             ids = [index for group in loaded["param_groups"] for index in group["params"]]
@@ -215,17 +367,44 @@ class LayerwiseOptimizer(Optimizer):
             self.register_load_state_dict_pre_hook(take_state),
             self.register_load_state_dict_post_hook(put_state, prepend=True),
         )
+        bound, clip_norm = self._bound, self._clip_norm
         try:
             super().load_state_dict(state_dict)
         finally:
             for hook in hooks:
                 hook.remove()
+        # The parameters are the same ones, and lie where they did.
+        self.bind_layouts(bound, clip_norm)
 
 
 def require(holds: bool, name: str, accepted: str, value: object) -> None:
     """Refuse an option. Write `holds` so that NaN fails it: `0 <= x`, not `not x < 0`."""
     if not holds:
         raise ValueError(f"{name} must be {accepted}, got {value}")
+
+
+def require_one_of(options: Mapping[str, Any], name: str, accepted: tuple[Any, ...]) -> None:
+    known = ", ".join(repr(value) for value in accepted)
+    require(options[name] in accepted, name, f"one of {known}", repr(options[name]))
+
+
+def require_bounds(options: Mapping[str, Any], name: str) -> None:
+    """Refuse anything but (lowest, highest) with 0 <= lowest <= highest."""
+    bounds = options[name]
+    holds = len(bounds) == 2 and 0 <= bounds[0] <= bounds[1]
+    require(holds, name, "(lowest, highest) with 0 <= lowest <= highest", bounds)
+
+
+def resolved(
+    variants: Mapping[str, Mapping[str, Any]], variant: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The keywords of a variant, with those that the caller gave in their place.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    require(variant in variants, "variant", f"one of {', '.join(variants)}", repr(variant))
+    return {**variants[variant], **{k: v for k, v in given.items() if v is not None}}
 
 
 def evaluate(closure: Callable[[], float] | None) -> float | None:
@@ -236,26 +415,38 @@ def evaluate(closure: Callable[[], float] | None) -> float | None:
         return closure()
 
 
-def norms_of(buckets: list[Bucket], updates: list[Tensors]) -> list[tuple[Tensor, Tensor]]:
-    """(‖w‖, ‖u‖) for each bucket, two vectors of shape (layers,), cut from one stacked vector."""
-    if not buckets:
-        return []
-    weights = [weight for bucket in buckets for weight in bucket.weights]
-    norms = stacked_norms([*weights, *(update for part in updates for update in part)])
-    sizes = [len(bucket.params) for bucket in buckets]
-    halves = [torch.split(half, sizes) for half in torch.chunk(norms, 2)]
-    return [
-        (weight_norm.to(bucket.weights[0]), update_norm.to(bucket.weights[0]))
-        for bucket, weight_norm, update_norm in zip(buckets, *halves, strict=True)
-    ]
+def norms_of(batch: Batch, chunks: Tensors) -> Tensors:
+    """‖chunk‖₂ of each, in the batch's dtype: bf16 would round it, fp16 could overflow."""
+    return torch._foreach_norm(chunks, 2, dtype=batch.dtype)
 
 
-def descend(bucket: Bucket, steps: Tensors) -> None:
-    """w ← w - step, in the weights' FP32, rounded to the parameter's dtype once."""
-    if bucket.skip is None:
-        torch._foreach_sub_(bucket.params, steps)
+def gradient_of(param: Tensor) -> Tensor:
+    """The local part of a parameter's gradient, placed and, where it matters, laid out like it."""
+    assert param.grad is not None
+    grad = param.grad
+    if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        # Left as a sum over ranks still to be taken, as tensor parallelism may leave it.
+        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    grad = local(grad)
+    return grad.contiguous() if local(param).is_contiguous() else grad
+
+
+def descend(batch: Batch, weights: Tensors, steps: Tensors, scales: Tensors, skip: Any) -> None:
+    """w ← w - scale · step for every chunk, and the parameters with them; nothing where `skip`.
+
+    Args:
+        weights: what `_weights` gave, in the batch's dtype.
+        scales: 0-d, one a chunk.
+        skip: 0-d bool or None.
+    """
+    params = batch.cut(local)
+    if skip is not None:
+        moved = torch._foreach_addcmul(weights, steps, scales, value=-1)
+        write(weights, moved, skip)
     else:
-        write(bucket.params, torch._foreach_sub(bucket.weights, steps), bucket.skip)
+        torch._foreach_addcmul_(weights, steps, scales, value=-1)
+    if weights[0].dtype != params[0].dtype:
+        write(params, weights, skip)
 
 
 def write(targets: Tensors, values: Tensors, skip: Tensor | None) -> None:
@@ -268,20 +459,24 @@ def write(targets: Tensors, values: Tensors, skip: Tensor | None) -> None:
         torch.where(skip, target, value.to(target.dtype), out=target)
 
 
-def state_dtype(param: Tensor) -> torch.dtype:
-    """FP32, or the parameter's own dtype where that is wider."""
-    return torch.promote_types(param.dtype, torch.float32)
-
-
 def on_device(scalar: Tensor, device: torch.device) -> Tensor:
     """A one-element tensor as a 0-d one on `device`, without waiting for the copy."""
-    return scalar.to(device, non_blocking=True).reshape(())
+    return local(scalar).to(device, non_blocking=True).reshape(())
+
+
+def scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number or a one-element tensor as a 0-d tensor beside `like`."""
+    if isinstance(value, Tensor):
+        return on_device(value, like.device).to(like.dtype)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def as_state(key: str, value: Any, param: Tensor) -> Any:
-    """A loaded state entry in the dtype and on the device that `step` expects of it."""
-    if key == "step":  # a number in the checkpoints of some other optimizers
-        return torch.as_tensor(value, dtype=torch.float32, device=param.device)
+    """A loaded state entry in the dtype, on the device and in the layout that `step` expects."""
+    if key == "step":
+        return torch.as_tensor(value, dtype=torch.float32, device=local(param).device)
     if isinstance(value, Tensor) and value.is_floating_point():
-        return value.to(param.device, state_dtype(param))
+        value = value.to(param.device, compute_dtype(param))
+        if not is_dtensor(value) and value.stride() != param.stride():
+            return torch.empty_like(param, dtype=value.dtype).copy_(value)
     return value

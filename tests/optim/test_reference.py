@@ -19,8 +19,9 @@ from optimizer_rows import (
 from torch import Tensor
 
 from largebatch.optim import LAMB, LARS
+from largebatch.optim.chunks import CPU_BATCH
 from largebatch.optim.lamb import bias_correction
-from largebatch.optim.trust_ratio import stacked_norms, trust_ratio
+from largebatch.optim.trust_ratio import trust_ratio
 
 NUM_STEPS = 60
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
@@ -170,6 +171,19 @@ def test_a_zero_norm_gives_ratio_one() -> None:
     assert trust_ratio(weight_norm, update_norm, adapt=False).tolist() == [1.0] * 4
 
 
-def test_norms_are_one_vector_of_whole_tensors() -> None:
-    tensors = [torch.full((2, 2), 2.0), torch.tensor(-3.0), torch.empty(0, 5)]
-    assert stacked_norms(tensors).tolist() == [4.0, 3.0, 0.0]
+@each_of_ours
+def test_a_layer_cut_into_many_chunks_has_the_norms_of_the_whole(row: Row) -> None:
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(3, CPU_BATCH, generator=generator, dtype=torch.float64)
+    params = [torch.nn.Parameter(large + 1), torch.nn.Parameter(torch.empty(0, 5))]
+    weight_norm, update = params[0].detach().norm(), large.clone()
+    optimizer = row.make(params, lr=1e-3)
+    params[0].grad, params[1].grad = large.clone(), torch.empty(0, 5)
+    optimizer.step()
+    stats = optimizer.layer_stats()
+    torch.testing.assert_close(stats[0]["weight_norm"], weight_norm)
+    if row.optimizer is LARS:
+        torch.testing.assert_close(stats[0]["update_norm"], update.norm())
+    expected = row.expected((large + 1), [large], [1e-3])
+    torch.testing.assert_close(params[0].detach(), torch.from_numpy(expected))
+    assert stats[1]["weight_norm"] == 0

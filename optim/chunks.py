@@ -1,0 +1,223 @@
+"""How a step's work is cut: which layers there are, and batches of chunks of them.
+
+A step touches every element twice: to take the norms, and again once the trust ratios are known. On
+a CPU both go over batches small enough to stay in the cache through all operations on them; on
+accelerators, where every operation is a kernel launch, a batch is as large as memory allows. The
+cut depends only on which parameters have gradients; it is made once and kept.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from largebatch.optim.layout import Layout, Name, Piece, Reduction, local
+
+# Elements in a batch: of FP32 on a CPU, a few tensors of it stay in a core's second-level cache; on
+# an accelerator it bounds the temporary memory of a step to a few GiB.
+CPU_BATCH = 1 << 17
+DEVICE_BATCH = 1 << 28
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stretch of one parameter's local tensor, within one layer."""
+
+    param: Tensor
+    layer: int
+    """Index into `Work.names`."""
+    numel: int
+    piece: Piece | None
+    """None: the whole local tensor."""
+    flat: slice | None
+    """Of the piece laid out flat; None: all of it, in its own shape."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The chunk of a tensor shaped like the parameter's local one, a view."""
+        if self.piece is not None:
+            tensor = tensor.narrow(self.piece.dim, self.piece.start, self.piece.length)
+        return tensor if self.flat is None else tensor.view(-1)[self.flat]
+
+
+@dataclass
+class Batch:
+    """Chunks of one parameter group, device and dtype that are worked on together."""
+
+    group: Group
+    device: torch.device
+    dtype: torch.dtype
+    """Of the arithmetic: FP32, or FP64 for FP64 parameters."""
+    contiguous: bool
+    """Whether every chunk is contiguous in memory, and so are gradients and state cut like it."""
+    chunks: list[Chunk] = field(default_factory=list)
+    numel: int = 0
+    start: int = 0
+    """Number of elements in the batches before it of the same device and dtype."""
+
+    def add(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
+        self.numel += chunk.numel
+
+    def takes(self, chunk: Chunk) -> bool:
+        limit = CPU_BATCH if self.device.type == "cpu" else DEVICE_BATCH
+        return self.numel + chunk.numel <= limit
+
+    def cut(self, tensor_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """The chunks, one after the other, of the tensors that `tensor_of` gives for parameters."""
+        return [chunk.of(tensor_of(chunk.param)) for chunk in self.chunks]
+
+
+@dataclass
+class Work:
+    """All layers of an optimizer, and the batches of those that have a gradient now.
+
+    Vectors over layers have the same length on every rank, and so have the collectives.
+    """
+
+    names: list[Name]
+    groups: list[tuple[Group, slice]]
+    """Each parameter group with its layers."""
+    device: torch.device
+    dtype: torch.dtype
+    moved: list[int]
+    """The layers of parameters that have a gradient."""
+    params: list[tuple[Group, Tensor]]
+    """The parameters that have a gradient, whether or not anything of them is held here."""
+    batches: list[Batch]
+    reductions: list[tuple[Reduction, Tensor | None]]
+    """Each with the layers it is for; None: all of them."""
+    layer_of_chunk: Tensor | None
+    """In the order of the batches; None: chunk i is layer i."""
+
+    def squares(self, norms: list[Tensor]) -> Tensor:
+        """Local sum of squares of each layer, from the norms of all chunks, in the batches' order.
+
+        The norms may lie on several devices and are FP32 or wider; the result is a new vector.
+        """
+        whole = torch.zeros(len(self.names), dtype=self.dtype, device=self.device)
+        if not norms:
+            return whole
+        values = torch.stack([norm.to(self.device, self.dtype) for norm in norms]).square_()
+        if self.layer_of_chunk is None:
+            return values
+        return whole.index_add_(0, self.layer_of_chunk, values)
+
+    def complete(self, sums: Tensor, flag: Tensor | None = None) -> Tensor:
+        """The local sums of each layer summed over ranks: one collective for each process group.
+
+        Args:
+            sums: shape (layers, …).
+            flag: 0-d, travels along: non-zero afterwards, on every rank, where it was so on any.
+        """
+        for reduction, members in self.reductions:
+            part = sums if members is None else sums[members]
+            sent = part.reshape(-1)
+            if flag is not None:
+                sent = torch.cat([sent, flag.to(sent).reshape(1)])
+            dist.all_reduce(sent, group=reduction.group)
+            if reduction.mean:
+                sent = sent / reduction.group.size()
+            if flag is not None:
+                flag.copy_(sent[-1])
+                sent = sent[:-1]
+            part = sent.view(part.shape)
+            sums = part if members is None else sums.index_copy(0, members, part)
+        return sums
+
+
+def plan_work(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -> Work:
+    """Cut what there is to do for the parameters that have a gradient now."""
+    names: list[Name] = []
+    spans: list[tuple[Group, slice]] = []
+    moved: list[int] = []
+    params: list[tuple[Group, Tensor]] = []
+    chunks: list[tuple[Group, Chunk]] = []
+    members: dict[Any, tuple[Reduction, list[int]]] = {}
+    for group in groups:
+        start = len(names)
+        for param in group["params"]:
+            layout, first = layouts[param], len(names)
+            layers = range(first, first + len(layout.layers))
+            names += layout.layers
+            for reduction in layout.reductions:
+                key = (reduction.mean, reduction.group.group_name)
+                members.setdefault(key, (reduction, []))[1].extend(layers)
+            if param.grad is not None:
+                moved += layers
+                params.append((group, param))
+                chunks += [(group, chunk) for chunk in chunks_of(param, layout, first)]
+        spans.append((group, slice(start, len(names))))
+    batches = batches_of(chunks)
+    device = local(next(iter(layouts))).device if layouts else torch.device("cpu")
+    wide = any(compute_dtype(param) == torch.float64 for param in layouts)
+    layer_of_chunk = [chunk.layer for batch in batches for chunk in batch.chunks]
+    # Sums before means: a mean is over copies of a sum that is complete.
+    ordered = sorted(members.values(), key=lambda entry: entry[0].mean)
+    reductions = [(reduction, index(part, len(names), device)) for reduction, part in ordered]
+    return Work(
+        names=names,
+        groups=spans,
+        device=device,
+        dtype=torch.float64 if wide else torch.float32,
+        moved=moved,
+        params=params,
+        batches=batches,
+        reductions=reductions,
+        layer_of_chunk=index(layer_of_chunk, len(names), device),
+    )
+
+
+def chunks_of(param: Tensor, layout: Layout, first: int) -> Iterable[Chunk]:
+    """What this rank holds of a parameter's layers, the first of which has index `first`."""
+    tensor = local(param)
+    limit = CPU_BATCH if tensor.device.type == "cpu" else DEVICE_BATCH
+    for piece in (None,) if layout.pieces is None else layout.pieces:
+        stretch = tensor if piece is None else tensor.narrow(piece.dim, piece.start, piece.length)
+        layer, numel = first + (0 if piece is None else piece.layer), stretch.numel()
+        if numel <= limit or not stretch.is_contiguous():
+            if numel:
+                yield Chunk(param, layer, numel, piece, None)
+            continue
+        for start in range(0, numel, limit):
+            end = min(start + limit, numel)
+            yield Chunk(param, layer, end - start, piece, slice(start, end))
+
+
+def batches_of(chunks: Iterable[tuple[Group, Chunk]]) -> list[Batch]:
+    """The chunks in batches of one group, device and dtype each, no larger than they should be."""
+    batches: list[Batch] = []
+    open_batches: dict[Any, Batch] = {}
+    for group, chunk in chunks:
+        tensor = local(chunk.param)
+        key = (id(group), tensor.device, tensor.dtype, in_order(chunk))
+        batch = open_batches.get(key)
+        if batch is None or not batch.takes(chunk):
+            batch = Batch(group, tensor.device, compute_dtype(tensor), in_order(chunk))
+            batches.append(batch)
+            open_batches[key] = batch
+        batch.add(chunk)
+    ends: dict[Any, int] = {}
+    for batch in batches:
+        batch.start = ends.get((batch.device, batch.dtype), 0)
+        ends[batch.device, batch.dtype] = batch.start + batch.numel
+    return batches
+
+
+def in_order(chunk: Chunk) -> bool:
+    """Whether the chunk is contiguous; a flat one is cut from a contiguous stretch."""
+    return chunk.flat is not None or chunk.of(local(chunk.param)).is_contiguous()
+
+
+def index(members: list[int], length: int, device: torch.device) -> Tensor | None:
+    """`members` as an index; None where they are 0, 1, …, length - 1 already."""
+    return None if members == list(range(length)) else torch.tensor(members, device=device)
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """FP32, or the parameter's own dtype where that is wider."""
+    return torch.promote_types(param.dtype, torch.float32)
