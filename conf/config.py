@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from largebatch.schedules.counts import real_number, whole_number
-from largebatch.schedules.scaling import RULES
+from largebatch.schedules.scaling import RULES, check_hold, check_options, options_of
 
 Node = dict[str, Any]
 
@@ -24,13 +24,39 @@ class ConfigError(ValueError):
 
 @dataclass
 class ScalingConfig:
+    """`optim.lr`, `optim.betas`, … are those of `base_batch`; `schedules/scaling.py` has the
+    rules.
+    """
+
     rule: str = "none"
     base_batch: Any = 256
+    hold: str | None = None
+    base_samples: Any = None
+    exponent: Any = None
+    noise_scale: Any = None
+    function: str | None = None
 
     def __post_init__(self) -> None:
         self.base_batch = whole_number(self.base_batch, "scaling.base_batch", 1)
-        if self.rule not in RULES:
-            raise ConfigError(f"scaling.rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        names = [*RULES, "custom"]
+        if self.rule not in names:
+            raise ConfigError(f"scaling.rule must be one of {', '.join(names)}, got {self.rule!r}")
+        if (self.rule == "custom") != (self.function is not None):
+            raise ConfigError(
+                "scaling.function names the rule where scaling=custom, and nothing else, got "
+                f"scaling.rule={self.rule} and scaling.function={self.function}"
+            )
+        check_hold(self.hold)
+        if self.base_samples is not None:
+            self.base_samples = whole_number(self.base_samples, "scaling.base_samples", 1)
+        if self.rule in RULES:
+            check_options(RULES[self.rule], self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the rule is given beside the batch sizes."""
+        options = {"exponent": self.exponent, "noise_scale": self.noise_scale}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass
@@ -63,8 +89,15 @@ class TargetConfig:
 @dataclass
 class BudgetConfig:
     samples: Any = 1_000_000
+    tokens: Any = None
+    tokens_per_sample: Any = 1
 
     def __post_init__(self) -> None:
+        per = whole_number(self.tokens_per_sample, "budget.tokens_per_sample", 1)
+        self.tokens_per_sample = per
+        if self.tokens is not None:
+            self.samples = whole_number(self.tokens, "budget.tokens", per) // per
+            self.tokens = None
         self.samples = whole_number(self.samples, "budget.samples", 1)
 
 
@@ -79,6 +112,7 @@ class EvaluationConfig:
 @dataclass
 class RecordConfig:
     every: Any = 1
+    layers: bool = False
 
     def __post_init__(self) -> None:
         self.every = whole_number(self.every, "record.every", 1)
@@ -115,9 +149,11 @@ class StudyConfig:
                 f"study.rule_batches must be among study.batch_sizes {self.batch_sizes}, "
                 f"got {strange}"
             )
-        unknown = [rule for rule in self.rules if rule not in RULES]
+        # A noise scale is measured at one place, and a study scales from many.
+        known = [name for name, rule in RULES.items() if "noise_scale" not in options_of(rule)]
+        unknown = [rule for rule in self.rules if rule not in known]
         if unknown:
-            raise ConfigError(f"study.rules must be among {', '.join(RULES)}, got {unknown}")
+            raise ConfigError(f"study.rules must be among {', '.join(known)}, got {unknown}")
 
 
 @dataclass
@@ -144,6 +180,29 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.seed = whole_number(self.seed, "seed")
         self.optim["lr"] = real_number(self.optim.get("lr"), "optim.lr", above=0.0)
+        per = self.budget.tokens_per_sample
+        self.lr, self.batch = (
+            in_samples(node, name, per) for node, name in ((self.lr, "lr"), (self.batch, "batch"))
+        )
+        if self.batch.get("unit") == "tokens":
+            self.batch["tokens_per_sample"] = per
+
+
+def in_samples(node: Node, name: str, tokens_per_sample: int) -> Node:
+    """A schedule's keys with every length `…_tokens` that is given in place of its `…_samples`."""
+    lengths: Node = {}
+    for key in [key for key in node if str(key).endswith("_tokens")]:
+        tokens = node[key]
+        if tokens is None:
+            continue
+        counts = [
+            whole_number(count, f"{name}.{key}") // tokens_per_sample
+            for count in (tokens if isinstance(tokens, list) else [tokens])
+        ]
+        twin = str(key).removesuffix("tokens") + "samples"
+        lengths[twin] = counts if isinstance(tokens, list) else counts[0]
+    kept = {key: value for key, value in node.items() if not str(key).endswith("_tokens")}
+    return kept | lengths
 
 
 def typed(config: DictConfig) -> TrainConfig:

@@ -1,22 +1,62 @@
 """What batch size and learning rate hold at which sample. Plain arithmetic, without torch."""
 
 from largebatch.schedules.counts import whole_number
-from largebatch.schedules.curves import Constant, Cosine, Curve, Polynomial
-from largebatch.schedules.plan import Plan, Point
-from largebatch.schedules.ramps import ConstantBatch, Ramp, RampupBatch
-from largebatch.schedules.scaling import RULES, scale_lr
+from largebatch.schedules.curves import (
+    WSD,
+    Constant,
+    Cosine,
+    Curve,
+    InverseSqrt,
+    Linear,
+    Polynomial,
+    StepDecay,
+)
+from largebatch.schedules.decided import DecidedRamp, LossTriggered
+from largebatch.schedules.hyper import Hyper
+from largebatch.schedules.noise import NoiseReading, NoiseScale
+from largebatch.schedules.plan import Plan, PlannedStage, Point, Split, Totals
+from largebatch.schedules.ramps import (
+    ConstantBatch,
+    GeometricBatch,
+    Ramp,
+    RampupBatch,
+    StagedBatch,
+)
+from largebatch.schedules.scaling import HOLDS, RULES, Rule, scale, scale_lr
+from largebatch.schedules.trades import LateSwitch, Seesaw, Smith, Trade
 
 __all__ = [
+    "HOLDS",
     "RULES",
+    "WSD",
     "Constant",
     "ConstantBatch",
     "Cosine",
     "Curve",
+    "DecidedRamp",
+    "GeometricBatch",
+    "Hyper",
+    "InverseSqrt",
+    "LateSwitch",
+    "Linear",
+    "LossTriggered",
+    "NoiseReading",
+    "NoiseScale",
     "Plan",
+    "PlannedStage",
     "Point",
     "Polynomial",
     "Ramp",
     "RampupBatch",
+    "Rule",
+    "Seesaw",
+    "Smith",
+    "Split",
+    "StagedBatch",
+    "StepDecay",
+    "Totals",
+    "Trade",
+    "scale",
     "scale_lr",
     "whole_number",
 ]

@@ -1,10 +1,16 @@
 """Counts are whole numbers, written as people write them."""
 
 import math
+import re
+from fractions import Fraction
+from typing import Final
+
+SUFFIXES: Final = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+"""Decimal, as token counts are written."""
 
 
 def whole_number(value: object, name: str, minimum: int = 0) -> int:
-    """`value` as an int: `512`, `4e6`, `"4e6"`, `"1_000"`.
+    """`value` as an int: `512`, `4e6`, `"4e6"`, `"1_000"`, `"250B"`.
 
     Raises:
         ValueError: not a whole number, or below `minimum`; the sentence carries `name` and the
@@ -13,7 +19,7 @@ def whole_number(value: object, name: str, minimum: int = 0) -> int:
     try:
         if isinstance(value, bool):
             raise ValueError("a truth value is no count")
-        number = value if isinstance(value, int) else float(value)  # type: ignore[arg-type]
+        number = value if isinstance(value, int) else _number(value)
         # An exact comparison: 4e6 is a count, 4.5 and inf are not.
         if not math.isfinite(number) or number != int(number) or number < minimum:
             raise ValueError("out of range")
@@ -22,6 +28,14 @@ def whole_number(value: object, name: str, minimum: int = 0) -> int:
             f"{name} must be a whole number of at least {minimum} (4e6 is fine), got {value!r}"
         ) from None
     return int(number)
+
+
+def _number(value: object) -> float | Fraction:
+    # 2.87T is a count, though the float 2.87 times 1e12 is none.
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT])", value) if isinstance(value, str) else None
+    if match:
+        return Fraction(match[1]) * SUFFIXES[match[2]]
+    return float(value)  # type: ignore[arg-type]
 
 
 def real_number(
@@ -58,3 +72,16 @@ def real_number(
         wanted = "a number" + (" " + " and ".join(bounds) if bounds else "")
         raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
     return number
+
+
+def check_fits(length: int, name: str, budget_samples: int) -> None:
+    """Refuse a part of a run that is longer than the run.
+
+    Raises:
+        ValueError: with `name`, both lengths and the way out.
+    """
+    if length > budget_samples:
+        raise ValueError(
+            f"{name} is {length}, longer than the run of {budget_samples}: lower it, "
+            f"or raise budget.samples to {length} or more"
+        )

@@ -8,9 +8,11 @@ end of the warm-up to the budget, whatever batch sizes lie between.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
-from largebatch.schedules.counts import real_number, whole_number
+from largebatch.schedules.counts import check_fits, real_number, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +34,36 @@ class Curve(ABC):
         )
 
     @abstractmethod
-    def decay(self, progress: float) -> float:
-        """The factor at `progress` in [0, 1] from the end of the warm-up to the budget."""
+    def decay(self, done: int, total: int) -> float:
+        """The factor after `done` of the `total` samples from the end of the warm-up to the
+        budget; it never rises with `done`.
+        """
+
+    def check(self, budget_samples: int) -> None:
+        """Refuse a run too short for the curve.
+
+        Raises:
+            ValueError: naming the key and the way out.
+        """
+        check_fits(self.warmup_samples, "lr.warmup_samples", budget_samples)
+
+    def after_warmup(self, samples: int, budget_samples: int) -> float:
+        """The factor after `samples` samples, warm-up left out."""
+        total = max(1, budget_samples - self.warmup_samples)
+        return self.decay(min(total, max(0, samples - self.warmup_samples)), total)
 
     def factor(self, samples: int, batch_size: int, budget_samples: int) -> float:
         """The factor for a step of `batch_size` samples that begins after `samples` samples."""
         warmup = min(1.0, (samples + batch_size) / max(1, self.warmup_samples))
-        decaying = max(1, budget_samples - self.warmup_samples)
-        progress = min(1.0, max(0, samples - self.warmup_samples) / decaying)
-        return warmup * self.decay(progress)
+        return warmup * self.after_warmup(samples, budget_samples)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(Curve):
     """The peak, after any warm-up."""
 
-    def decay(self, progress: float) -> float:
-        del progress
+    def decay(self, done: int, total: int) -> float:
+        del done, total
         return 1.0
 
 
@@ -61,14 +76,24 @@ class _Decaying(Curve):
         fraction = real_number(self.final_fraction, "lr.final_fraction", least=0.0, most=1.0)
         object.__setattr__(self, "final_fraction", fraction)
 
+    def _above_final(self, fraction: float) -> float:
+        return self.final_fraction + (1.0 - self.final_fraction) * fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(_Decaying):
+    """A straight line from the peak to `final_fraction` of it."""
+
+    def decay(self, done: int, total: int) -> float:
+        return self._above_final(1.0 - done / total)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(_Decaying):
     """Half a cosine from the peak to `final_fraction` of it (Loshchilov & Hutter, 1608.03983)."""
 
-    def decay(self, progress: float) -> float:
-        half_wave = 0.5 * (1.0 + math.cos(math.pi * progress))
-        return self.final_fraction + (1.0 - self.final_fraction) * half_wave
+    def decay(self, done: int, total: int) -> float:
+        return self._above_final(_half_wave(done / total))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +108,155 @@ class Polynomial(_Decaying):
         super().__post_init__()
         object.__setattr__(self, "power", real_number(self.power, "lr.power", above=0.0))
 
-    def decay(self, progress: float) -> float:
-        return self.final_fraction + (1.0 - self.final_fraction) * math.pow(
-            1.0 - progress, self.power
+    def decay(self, done: int, total: int) -> float:
+        return self._above_final(math.pow(1.0 - done / total, self.power))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDecay(Curve):
+    """Times `drop_factor` at each of several sample counts, as ResNets were trained (1512.03385).
+
+    Attributes:
+        drop_factor: what the learning rate is multiplied with at each drop.
+        drop_fractions: where it drops, as shares of the budget.
+        drop_samples: where it drops, in samples from the start of the run; in place of
+            `drop_fractions`.
+    """
+
+    drop_factor: float = 0.1
+    drop_fractions: Sequence[float] = (0.5, 0.75)
+    drop_samples: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        factor = real_number(self.drop_factor, "lr.drop_factor", above=0.0, most=1.0)
+        object.__setattr__(self, "drop_factor", factor)
+        fractions = tuple(
+            real_number(share, "lr.drop_fractions", above=0.0, most=1.0)
+            for share in self.drop_fractions
         )
+        object.__setattr__(self, "drop_fractions", _rising(fractions, "lr.drop_fractions"))
+        if self.drop_samples is not None:
+            samples = tuple(whole_number(s, "lr.drop_samples", 1) for s in self.drop_samples)
+            object.__setattr__(self, "drop_samples", _rising(samples, "lr.drop_samples"))
+
+    def drops(self, budget_samples: int) -> list[int]:
+        """Where the learning rate drops, in samples from the start of the run."""
+        if self.drop_samples is not None:
+            return list(self.drop_samples)
+        return [math.ceil(share * budget_samples) for share in self.drop_fractions]
+
+    def check(self, budget_samples: int) -> None:
+        super().check(budget_samples)
+        drops = self.drops(budget_samples)
+        if drops and drops[0] < self.warmup_samples:
+            raise ValueError(
+                f"lr.warmup_samples is {self.warmup_samples}, longer than the {drops[0]} samples "
+                "before the first drop: lower it, or drop later"
+            )
+        if drops and drops[-1] >= budget_samples:
+            raise ValueError(
+                f"the learning rate drops at {drops[-1]} samples, where the run of "
+                f"{budget_samples} is over: drop earlier, or raise budget.samples"
+            )
+
+    def decay(self, done: int, total: int) -> float:
+        seen, budget = done + self.warmup_samples, total + self.warmup_samples
+        return self.drop_factor ** sum(seen >= drop for drop in self.drops(budget))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseSqrt(Curve):
+    """sqrt(t / (t + samples since the warm-up)); it knows no end (Vaswani et al., 1706.03762).
+
+    Attributes:
+        timescale_samples: t; None for the warm-up's length, as in the paper, where the factor is
+            sqrt(warmup / samples).
+    """
+
+    timescale_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.timescale_samples is not None:
+            timescale = whole_number(self.timescale_samples, "lr.timescale_samples", 1)
+            object.__setattr__(self, "timescale_samples", timescale)
+        elif not self.warmup_samples:
+            raise ValueError(
+                "lr.timescale_samples must be given where lr.warmup_samples is 0, got null"
+            )
+
+    def decay(self, done: int, total: int) -> float:
+        del total
+        timescale = self.timescale_samples or self.warmup_samples
+        return math.sqrt(timescale / (timescale + done))
+
+
+SHAPES: Final = ("linear", "cosine", "sqrt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WSD(_Decaying):
+    """Warm-up, stable, decay: the peak until the last part of the run (Hu et al., 2404.06395).
+
+    Attributes:
+        decay_fraction: the decay's share of the budget.
+        decay_samples: its length in samples; in place of `decay_fraction`.
+        shape: of the decay: "linear", "cosine", or "sqrt" for 1 - sqrt(progress) (Hägele et al.,
+            2405.18392).
+    """
+
+    decay_fraction: float = 0.2
+    decay_samples: int | None = None
+    shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share = real_number(self.decay_fraction, "lr.decay_fraction", least=0.0, most=1.0)
+        object.__setattr__(self, "decay_fraction", share)
+        if self.decay_samples is not None:
+            samples = whole_number(self.decay_samples, "lr.decay_samples")
+            object.__setattr__(self, "decay_samples", samples)
+        if self.shape not in SHAPES:
+            raise ValueError(f"lr.shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+
+    def decaying(self, budget_samples: int) -> int:
+        """The decay's length in samples."""
+        if self.decay_samples is not None:
+            return self.decay_samples
+        return round(self.decay_fraction * budget_samples)
+
+    def check(self, budget_samples: int) -> None:
+        super().check(budget_samples)
+        both = self.warmup_samples + self.decaying(budget_samples)
+        if self.decay_samples is not None:
+            name = "the sum of lr.warmup_samples and lr.decay_samples"
+            check_fits(both, name, budget_samples)
+        elif both > budget_samples:
+            raise ValueError(
+                f"lr.decay_fraction is {self.decay_fraction:g} of the run, of which "
+                f"lr.warmup_samples leaves {1 - self.warmup_samples / budget_samples:.3g}: "
+                "lower one of them"
+            )
+
+    def decay(self, done: int, total: int) -> float:
+        length = self.decaying(total + self.warmup_samples)
+        progress = max(0.0, 1.0 - (total - done) / length) if length else 0.0
+        match self.shape:
+            case "linear":
+                fraction = 1.0 - progress
+            case "cosine":
+                fraction = _half_wave(progress)
+            case _:
+                fraction = 1.0 - math.sqrt(progress)
+        return self._above_final(fraction)
+
+
+def _half_wave(progress: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _rising(values: tuple[float, ...], name: str) -> tuple[float, ...]:
+    if list(values) != sorted(set(values)):
+        raise ValueError(f"{name} must rise, got {list(values)}")
+    return values

@@ -1,13 +1,20 @@
-"""The plan of a run: the batch size and learning rate of every step, known before it starts."""
+"""The plan of a run: the batch size and hyperparameters of every step, known before it starts.
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+Ramps that are decided during the run (`decided.py`) leave the future open; all else about them is
+the same.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from largebatch.schedules.counts import real_number, whole_number
 from largebatch.schedules.curves import Curve
+from largebatch.schedules.decided import DecidedRamp
+from largebatch.schedules.hyper import Hyper
 from largebatch.schedules.ramps import Ramp
-from largebatch.schedules.scaling import Rule, scale_lr
+from largebatch.schedules.scaling import Rule, find_rule, own_hold, scale
+from largebatch.schedules.trades import Trade
 
 
 class Point(NamedTuple):
@@ -19,61 +26,152 @@ class Point(NamedTuple):
     """Global batch size of the step, in samples."""
     lr: float
     """Learning rate of the step: scaled for its batch size, times the curve's factor."""
+    hyper: Hyper
+    """All that holds at this batch size; its lr is the peak, before the curve's factor."""
+
+
+class PlannedStage(NamedTuple):
+    """A stretch of steps with one batch size."""
+
+    samples: int
+    """Samples seen before it."""
+    step: int
+    """Steps completed before it."""
+    batch_size: int
+    lr: float
+    """Learning rate of its first step."""
+    num_steps: int
+    last_lr: float
+    """Learning rate of its last step."""
+    hyper: Hyper
+
+
+class Totals(NamedTuple):
+    """What a run comes to if it spends its budget."""
+
+    steps: int
+    samples: int
+    """The budget, and what the last batch takes beyond it."""
+    tokens: int
+    steps_saved: int
+    """Fewer steps than the first batch size would need for the same budget."""
+
+
+class Split(NamedTuple):
+    """How ranks and micro-batches make up a global batch."""
+
+    batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Ramp, curve, rule and budget joined. A function of samples: nothing to checkpoint.
+    """Ramp, curve, rule and budget joined, a function of samples.
 
     Attributes:
         ramp: the batch size at each sample.
-        curve: the learning rate's factor at each sample.
+        curve: the learning rate's factor at each sample. Its warm-up is that of `base_batch`; a
+            rule that moves warm-ups does so for the ramp's first batch size.
         budget_samples: the run ends with the first step that reaches it; batches are never cut.
         base_lr: peak learning rate at `base_batch`; `rule` makes it that of the batch in hand.
+        hold: what stays of the weight decay as the batch grows, see `scale`.
+        base_samples: samples of the run that was tuned, for hold="timescale"; None for as many.
+        hyper: what else was tuned at `base_batch`; its lr and warm-up are those above.
+        tokens_per_sample: for the totals.
 
     Raises:
-        ValueError: a warm-up or a ramp that the budget would cut off, an unknown rule, a value out
-        of
-            range.
+        ValueError: a warm-up or a ramp that the budget would cut off, an unknown rule, a batch size
+            that the rule does not reach, a value out of range.
     """
 
-    ramp: Ramp
+    ramp: Ramp | Trade
     curve: Curve
     budget_samples: int
     base_lr: float
     base_batch: int
     rule: str | Rule = "none"
+    hold: str | None = None
+    base_samples: int | None = None
+    hyper: Hyper | None = None
+    tokens_per_sample: int = 1
+    _ramp: Ramp = field(init=False, repr=False, compare=False)
+    _curve: Curve = field(init=False, repr=False, compare=False)
+    _exponent: float | None = field(init=False, repr=False, compare=False)
+    _hypers: dict[int, Hyper] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         budget = whole_number(self.budget_samples, "budget.samples", 1)
-        object.__setattr__(self, "budget_samples", budget)
         base_batch = whole_number(self.base_batch, "scaling.base_batch", 1)
-        object.__setattr__(self, "base_batch", base_batch)
-        object.__setattr__(self, "base_lr", real_number(self.base_lr, "optim.lr", above=0.0))
-        lengths = {
-            "lr.warmup_samples": self.curve.warmup_samples,
-            "batch.ramp_samples": self.ramp.ends_at,
-        }
-        for name, length in lengths.items():
-            if length > budget:
-                raise ValueError(
-                    f"{name} is {length}, longer than the run of {budget}: lower it, "
-                    f"or raise budget.samples to {length} or more"
-                )
-        self.at(0)
+        per = whole_number(self.tokens_per_sample, "budget.tokens_per_sample", 1)
+        self._set(budget_samples=budget, base_batch=base_batch, tokens_per_sample=per)
+        self._set(base_lr=real_number(self.base_lr, "optim.lr", above=0.0))
+        self._set(_ramp=self.ramp, _curve=self.curve, _exponent=None, _hypers={})
+        self._settle()
+        self._curve.check(budget)
+        self._ramp.check(budget)
+        for size in self._ramp.sizes():
+            self._hyper(size)  # what the rule does not reach is refused now
+
+    def _settle(self) -> None:
+        """Warm up as the rule says, and make a trade a ramp and a curve."""
+        start = self.ramp.start if isinstance(self.ramp, Trade) else self.ramp.at(0)
+        warmup = scale(self._base, self.base_batch, start, self.rule).warmup_samples
+        self._set(_curve=replace(self.curve, warmup_samples=warmup))
+        if isinstance(self.ramp, Trade):
+            self._curve.check(self.budget_samples)
+            settled = self.ramp.settle(self._curve, self.budget_samples)
+            self._set(_ramp=settled.ramp, _curve=settled.curve, _exponent=settled.exponent)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def _base(self) -> Hyper:
+        hyper = self.hyper or Hyper(lr=self.base_lr, betas=None, eps=None, weight_decay=None)
+        return replace(hyper, lr=self.base_lr, warmup_samples=self.curve.warmup_samples)
+
+    def _hyper(self, batch_size: int) -> Hyper:
+        if batch_size not in self._hypers:
+            self._hypers[batch_size] = self.rescale(self._base, batch_size)
+        return self._hypers[batch_size]
+
+    def rescale(self, hyper: Hyper, batch_size: int) -> Hyper:
+        """What `hyper`, tuned at `base_batch`, becomes at another batch size of this plan."""
+        hold = self.hold or own_hold(find_rule(self.rule))
+        duration = self.budget_samples / (self.base_samples or self.budget_samples)
+        return scale(hyper, self.base_batch, batch_size, self._rule, hold=hold, duration=duration)
+
+    def _rule(self, hyper: Hyper, base_batch: int, batch: int) -> Hyper:
+        """The scaling rule, but for the learning rate where a trade moves it."""
+        rule = find_rule(self.rule)
+        scaled = rule(hyper, base_batch, batch)
+        if self._exponent is None:
+            return scaled
+        start = self._ramp.at(0)
+        lr = rule(hyper, base_batch, start).lr * (batch / start) ** self._exponent
+        return replace(scaled, lr=lr)
 
     def at(self, samples: int) -> Point:
         """The step that begins after `samples` samples."""
-        batch_size = self.ramp.at(samples)
-        peak = scale_lr(self.base_lr, self.base_batch, batch_size, self.rule)
-        factor = self.curve.factor(samples, batch_size, self.budget_samples)
-        return Point(samples, batch_size, peak * factor)
+        batch_size = self._ramp.at(samples)
+        hyper = self._hyper(batch_size)
+        factor = self._curve.factor(samples, batch_size, self.budget_samples)
+        return Point(samples, batch_size, hyper.lr * factor, hyper)
+
+    @property
+    def final_batch_size(self) -> int:
+        """The batch size at the end; of a ramp that is decided in the run, as decided so far."""
+        return self._ramp.at(max(self.budget_samples, self._ramp.ends_at))
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate at the ramp's last batch size, before the curve's factor."""
-        last = self.ramp.at(max(self.budget_samples, self.ramp.ends_at))
-        return scale_lr(self.base_lr, self.base_batch, last, self.rule)
+        """The learning rate at the ramp's last batch size, before the curve's factor; under a trade
+        that at its first, which it never exceeds.
+        """
+        size = self.final_batch_size if self._exponent is None else self._ramp.at(0)
+        return self._hyper(size).lr
 
     def __iter__(self) -> Iterator[Point]:
         return self.steps_from(0)
@@ -85,19 +183,99 @@ class Plan:
             yield point
             samples += point.batch_size
 
+    def stages(self) -> list[PlannedStage]:
+        """The whole run, batch size by batch size, without walking through its steps."""
+        stages: list[PlannedStage] = []
+        samples = step = 0
+        while samples < self.budget_samples:
+            point = self.at(samples)
+            change = self._ramp.next_change(samples)
+            end = self.budget_samples if change is None else min(change, self.budget_samples)
+            num_steps = -((end - samples) // -point.batch_size)
+            last = samples + (num_steps - 1) * point.batch_size
+            stages.append(
+                PlannedStage(
+                    samples, step, point.batch_size, point.lr, num_steps,
+                    self.at(last).lr, point.hyper,
+                )
+            )  # fmt: skip
+            samples, step = last + point.batch_size, step + num_steps
+        return stages
+
+    def totals(self) -> Totals:
+        """What the run comes to if it spends its budget."""
+        stages = self.stages()
+        *_, last = stages
+        steps = last.step + last.num_steps
+        samples = last.samples + last.num_steps * last.batch_size
+        alone = -(self.budget_samples // -stages[0].batch_size)
+        return Totals(steps, samples, samples * self.tokens_per_sample, alone - steps)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether later batch sizes are decided during the run."""
+        return isinstance(self._ramp, DecidedRamp)
+
+    def observe(self, samples: int, **readings: float) -> None:
+        """Tell the ramp what the run has measured after `samples` samples, the same on every rank.
+
+        Args:
+            readings: named as in a run's record.
+        """
+        if isinstance(self._ramp, DecidedRamp):
+            self._ramp.observe(samples, readings)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the run has decided; empty where everything was planned."""
+        return self._ramp.state_dict() if isinstance(self._ramp, DecidedRamp) else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        if isinstance(self._ramp, DecidedRamp):
+            self._ramp.load_state_dict(state)
+
+    def splits(self, data_parallel_size: int, micro_batch_size: int | None) -> list[Split]:
+        """How each batch size is made: the micro-batch stays, accumulation varies.
+
+        Args:
+            micro_batch_size: samples per rank and backward pass; None for the whole local batch.
+
+        Raises:
+            ValueError: batch sizes that ranks and micro-batches do not divide, and the nearest ones
+                that would do.
+        """
+        self.check_divisible(data_parallel_size, micro_batch_size)
+        return [
+            Split(size, micro, size // (data_parallel_size * micro))
+            for size in self._ramp.sizes()
+            for micro in (micro_batch_size or size // data_parallel_size,)
+        ]
+
     def check_divisible(self, data_parallel_size: int, micro_batch_size: int | None) -> None:
         """Refuse batch sizes that ranks and micro-batches do not divide.
 
         Raises:
-            ValueError: the first such batch size, and the nearest ones that would do.
+            ValueError: every such batch size, and the nearest ones that would do.
         """
         unit = data_parallel_size * (micro_batch_size or 1)
-        for size in self.ramp.sizes():
-            if size % unit:
-                below = size - size % unit
-                nearest = f"{below} or {below + unit}" if below else f"{unit}"
-                raise ValueError(
-                    f"a batch size of {size} is not divisible by {unit} "
-                    f"({data_parallel_size} rank(s) times micro-batch {micro_batch_size or 1}); "
-                    f"the nearest batch size is {nearest}, or change engine.micro_batch_size"
-                )
+        strays = [size for size in self._ramp.sizes() if size % unit]
+        if not strays:
+            return
+        others = [f"{size} ({_nearest(size, unit)})" for size in strays[1:_MOST_NAMED]]
+        if len(strays) > _MOST_NAMED:
+            others.append(f"{len(strays) - _MOST_NAMED} more")
+        also = f"; neither are {', '.join(others)}" if others else ""
+        raise ValueError(
+            f"a batch size of {strays[0]} is not divisible by {unit} "
+            f"({data_parallel_size} rank(s) times micro-batch {micro_batch_size or 1}); "
+            f"the nearest batch size is {_nearest(strays[0], unit)}, "
+            f"or change engine.micro_batch_size{also}"
+        )
+
+
+_MOST_NAMED = 6
+
+
+def _nearest(size: int, unit: int) -> str:
+    below = size - size % unit
+    return f"{below} or {below + unit}" if below else f"{unit}"

@@ -1,10 +1,21 @@
-"""The global batch size as a function of the samples seen."""
+"""The global batch size as a function of the samples seen.
 
+Rises come with the first step that begins at or after their sample count; no batch is cut for one.
+Ramps that follow the learning rate's curve are in `trades.py`, those that are decided during the
+run in `decided.py`.
+"""
+
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
 
-from largebatch.schedules.counts import whole_number
+from largebatch.schedules.counts import check_fits, whole_number
+
+Stage = tuple[int, int]
+"""Samples from which it holds, and the global batch size."""
 
 
 class Ramp(ABC):
@@ -22,6 +33,21 @@ class Ramp(ABC):
     def ends_at(self) -> int:
         """Samples after which the batch size stays as it is."""
         return 0
+
+    def next_change(self, samples: int) -> int | None:
+        """The first sample count after `samples` from which the batch size may be another; None
+        where it stays, or is not decided yet.
+        """
+        del samples
+        return None
+
+    def check(self, budget_samples: int) -> None:
+        """Refuse a run too short for the ramp.
+
+        Raises:
+            ValueError: naming the key and the way out.
+        """
+        del budget_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +71,45 @@ class ConstantBatch(Ramp):
         yield self.size
 
 
+class _EvenRamp(Ramp):
+    """`num_rises` rises at even distances over `ramp_samples`: the i-th at i ramp_samples /
+    num_rises.
+    """
+
+    ramp_samples: int
+
+    @property
+    @abstractmethod
+    def num_rises(self) -> int: ...
+
+    @abstractmethod
+    def size_after(self, rises: int) -> int: ...
+
+    @property
+    def ends_at(self) -> int:
+        return self.ramp_samples
+
+    def at(self, samples: int) -> int:
+        return self.size_after(self._rises(samples))
+
+    def _rises(self, samples: int) -> int:
+        return min(self.num_rises, samples * self.num_rises // self.ramp_samples)
+
+    def sizes(self) -> Iterator[int]:
+        return (self.size_after(rises) for rises in range(self.num_rises + 1))
+
+    def next_change(self, samples: int) -> int | None:
+        rises = self._rises(samples)
+        if rises == self.num_rises:
+            return None
+        return -((rises + 1) * self.ramp_samples // -self.num_rises)  # rounded up
+
+    def check(self, budget_samples: int) -> None:
+        check_fits(self.ramp_samples, "batch.ramp_samples", budget_samples)
+
+
 @dataclass(frozen=True, kw_only=True)
-class RampupBatch(Ramp):
+class RampupBatch(_EvenRamp):
     """Megatron-LM's three numbers: from `start` by `increment` to `size` over `ramp_samples`.
 
     With n = (size - start) / increment, the batch after c samples is start + floor(c n /
@@ -66,11 +129,7 @@ class RampupBatch(Ramp):
     def __post_init__(self) -> None:
         for name in ("start", "increment", "ramp_samples", "size"):
             object.__setattr__(self, name, whole_number(getattr(self, name), f"batch.{name}", 1))
-        if self.start >= self.size:
-            raise ValueError(
-                f"batch.start must be below batch.size, got {self.start} and {self.size}; "
-                "use batch=constant for a batch that does not grow"
-            )
+        check_rises(self.start, self.size)
         rest = (self.size - self.start) % self.increment
         if rest:
             below = self.size - rest
@@ -87,12 +146,158 @@ class RampupBatch(Ramp):
         return (self.size - self.start) // self.increment
 
     @property
+    def num_rises(self) -> int:
+        return self.num_increments
+
+    def size_after(self, rises: int) -> int:
+        return self.start + rises * self.increment
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeometricBatch(_EvenRamp):
+    """Times `factor` at even distances in samples, from `start` to `size` over `ramp_samples`.
+
+    With `size` = start * factor^n the i-th rise comes at i / n of `ramp_samples`, the last one at
+    its end.
+
+    Raises:
+        ValueError: a value out of range, or a size that is no power of `factor` above start.
+    """
+
+    start: int
+    factor: int = 2
+    ramp_samples: int
+    size: int
+
+    def __post_init__(self) -> None:
+        least = {"start": 1, "factor": 2, "ramp_samples": 1, "size": 1}
+        for name, minimum in least.items():
+            value = whole_number(getattr(self, name), f"batch.{name}", minimum)
+            object.__setattr__(self, name, value)
+        check_rises(self.start, self.size)
+        below = self.size_after(self.num_rises)
+        if below != self.size:
+            near = [size for size in (below, below * self.factor) if size > self.start]
+            raise ValueError(
+                f"batch.size must be batch.start = {self.start} times a power of batch.factor = "
+                f"{self.factor}, got {self.size}; the nearest is {' or '.join(map(str, near))}"
+            )
+
+    @property
+    def num_rises(self) -> int:
+        rises = 0
+        while self.size_after(rises + 1) <= self.size:
+            rises += 1
+        return rises
+
+    def size_after(self, rises: int) -> int:
+        return int(self.start * self.factor**rises)
+
+
+class StagesRamp(Ramp):
+    """A batch size from each of several sample counts on, the first of them 0."""
+
+    stages: Sequence[Stage]
+
+    @property
     def ends_at(self) -> int:
-        return self.ramp_samples
+        return self.stages[-1][0]
 
     def at(self, samples: int) -> int:
-        taken = min(self.num_increments, samples * self.num_increments // self.ramp_samples)
-        return self.start + taken * self.increment
+        return self.stages[self.index(samples)][1]
 
     def sizes(self) -> Iterator[int]:
-        yield from range(self.start, self.size + 1, self.increment)
+        return (size for _, size in self.stages)
+
+    def next_change(self, samples: int) -> int | None:
+        after = self.index(samples) + 1
+        return self.stages[after][0] if after < len(self.stages) else None
+
+    def index(self, samples: int) -> int:
+        """Which stage holds after `samples` samples."""
+        return bisect_right(self.stages, samples, key=itemgetter(0)) - 1
+
+
+UNITS = ("samples", "tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedBatch(StagesRamp):
+    """Batch sizes by hand, as Megatron-LM's `--step-batch-size-schedule`: "0:768 250B:1536".
+
+    Each entry is THRESHOLD:SIZE, the size in samples; thresholds rise from 0 and may carry K, M, B
+    or T, powers of 1,000. In tokens they are divided by `tokens_per_sample` (a sequence's length)
+    and rounded down, as there.
+
+    Attributes:
+        spec: the entries, separated by blanks.
+        unit: of the thresholds: "samples" or "tokens".
+        tokens_per_sample: for thresholds in tokens.
+
+    Raises:
+        ValueError: an entry that cannot be read, or thresholds that do not rise from 0.
+    """
+
+    spec: str
+    unit: str = "samples"
+    tokens_per_sample: int = 1
+    stages: tuple[Stage, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise ValueError(f"batch.unit must be samples or tokens, got {self.unit!r}")
+        per = whole_number(self.tokens_per_sample, "budget.tokens_per_sample", 1)
+        if self.unit == "samples":
+            per = 1
+        entries = pairs(self.spec, "batch.spec", "0:768 250B:1536")
+        stages = tuple(
+            (whole_number(threshold, "a threshold of batch.spec") // per, size)
+            for threshold, size in entries
+        )
+        _check_thresholds(stages, self.spec, per)
+        object.__setattr__(self, "stages", stages)
+
+    def check(self, budget_samples: int) -> None:
+        if len(self.stages) > 1 and self.ends_at >= budget_samples:
+            raise ValueError(
+                f"the last stage of batch.spec begins at {self.ends_at} samples, where the run of "
+                f"{budget_samples} is over: lower it, or raise budget.samples to "
+                f"{self.ends_at + 1} or more"
+            )
+
+
+def pairs(spec: str, name: str, example: str) -> list[tuple[str, int]]:
+    """The entries "LEFT:SIZE" of `spec`, sizes as whole numbers.
+
+    Raises:
+        ValueError: an entry that is none; the sentence carries `name` and the entry.
+    """
+    entries = []
+    for entry in re.split(r"[\s,]+", str(spec).strip()):
+        left, colon, size = entry.partition(":")
+        if not (left and colon and size):
+            raise ValueError(f'{name} must be entries like "{example}", got {spec!r}')
+        entries.append((left, whole_number(size, f"a batch size of {name}", 1)))
+    return entries
+
+
+def _check_thresholds(stages: Sequence[Stage], spec: str, per: int) -> None:
+    thresholds = [samples for samples, _ in stages]
+    if thresholds[0] != 0:
+        raise ValueError(f"batch.spec must begin at 0, got {spec!r}")
+    if thresholds != sorted(set(thresholds)):
+        divided = f" after division by {per} tokens a sample" if per > 1 else ""
+        raise ValueError(f"the thresholds of batch.spec must rise{divided}, got {spec!r}")
+
+
+def check_rises(start: int, size: int) -> None:
+    """Refuse a ramp that ends no higher than it begins.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if start >= size:
+        raise ValueError(
+            f"batch.start must be below batch.size, got {start} and {size}; "
+            "use batch=constant for a batch that does not grow"
+        )

@@ -1,40 +1,218 @@
-"""How the learning rate moves with the batch size.
+"""How hyperparameters move with the batch size: `scale`, and the rules that it applies.
 
-Each rule is a function of the ratio kappa = batch / base_batch. None of them knows where the noise
-stops: beyond the critical batch size the best learning rate stops rising, whatever the rule says.
+A rule is a function (hyper, base_batch, batch) -> Hyper of what was tuned at `base_batch` samples a
+step; further arguments are keyword-only. kappa = batch / base_batch. Weight decay is not the
+rules' affair: it is held by `hold`, in words that say what stays.
+
+None of the rules but `surge` and `adascale` knows where the noise stops: beyond the critical batch
+size the best learning rate stops rising, whatever the rule says.
 """
 
+import inspect
 import math
 from collections.abc import Callable
-from typing import Final
+from dataclasses import replace
+from typing import Any, Final
 
 from largebatch.schedules.counts import real_number, whole_number
+from largebatch.schedules.hyper import Hyper
 
-Rule = Callable[[float], float]
+Rule = Callable[..., Hyper]
+"""(hyper, base_batch, batch, *, options) -> Hyper."""
 
-
-def keep(kappa: float) -> float:
-    """No scaling: the factor is 1."""
-    del kappa
-    return 1.0
-
-
-def linear(kappa: float) -> float:
-    """kappa: for SGD in the noise-dominated regime, with warm-up (Goyal et al., 1706.02677)."""
-    return kappa
+Factor = Callable[[float], float]
+"""kappa -> factor on the learning rate."""
 
 
-def sqrt(kappa: float) -> float:
-    """sqrt(kappa): keeps the variance of an SGD increment (Krizhevsky, 1404.5997); the learning-
-    rate part of the rule for Adam-like optimizers (Malladi et al., 2205.10287), whose betas and eps
-    are left alone here."""
-    return math.sqrt(kappa)
+def none(hyper: Hyper, base_batch: int, batch: int) -> Hyper:
+    """Nothing moves, whatever the batch."""
+    del base_batch, batch
+    return hyper
 
 
-RULES: Final[dict[str, Rule]] = {"none": keep, "linear": linear, "sqrt": sqrt}
+def linear(hyper: Hyper, base_batch: int, batch: int) -> Hyper:
+    """lr kappa (Goyal et al. 2017, arXiv:1706.02677): kappa small steps become one large one.
+
+    For SGD, momentum kept, where gradient noise dominates and the learning rate is warmed up over
+    unchanged samples; the paper holds it up to a batch of 8,192 on ImageNet. Not for Adam-like
+    optimizers, whose step does not grow with the gradient.
+    """
+    kappa = batch / base_batch
+    return _averaged(replace(hyper, lr=hyper.lr * kappa), kappa)
 
 
-def scale_lr(base_lr: float, base_batch: int, batch: int, rule: str | Rule = "sqrt") -> float:
+def sqrt(hyper: Hyper, base_batch: int, batch: int) -> Hyper:
+    """lr sqrt(kappa): keeps the variance of an SGD increment (Krizhevsky 2014, arXiv:1404.5997).
+
+    Also the learning-rate part of `adam_sde`; betas and eps are left alone here, which is what most
+    users of Adam and LAMB do. Assumes that gradient noise dominates.
+    """
+    kappa = batch / base_batch
+    return _averaged(replace(hyper, lr=hyper.lr * math.sqrt(kappa)), kappa)
+
+
+def adam_sde(hyper: Hyper, base_batch: int, batch: int) -> Hyper:
+    """lr sqrt(kappa), beta to 1 - kappa (1 - beta) for both, eps / sqrt(kappa) (Malladi et al.
+    2022, arXiv:2205.10287).
+
+    Adam then follows the same stochastic differential equation, in samples. With beta1 = 0 it is
+    the rule of RMSprop. Valid while kappa (1 - beta) < 1 for both betas, and refused beyond; the
+    derivation assumes noise-dominated gradients and says nothing of weight decay, for which
+    `hold="per_sample"` follows from it (and is this rule's default).
+
+    Raises:
+        ValueError: kappa too large for the betas; it says how far they reach.
+    """
+    kappa = batch / base_batch
+    scaled = replace(hyper, lr=hyper.lr * math.sqrt(kappa))
+    if hyper.betas is not None:
+        first, second = (
+            _shortened(beta, kappa, f"beta{index}", base_batch)
+            for index, beta in enumerate(hyper.betas, 1)
+        )
+        eps = None if hyper.eps is None else hyper.eps / math.sqrt(kappa)
+        scaled = replace(scaled, betas=(first, second), eps=eps)
+    return _averaged(scaled, kappa)
+
+
+def half_life(hyper: Hyper, base_batch: int, batch: int, *, exponent: float = 0.25) -> Hyper:
+    """beta2^kappa, lr kappa^exponent (Marek et al. 2025, arXiv:2507.07101): the second moment
+    forgets after a fixed number of samples.
+
+    beta1 and eps are kept. The paper finds the best learning rate to move more slowly than the root
+    and gives no formula; 1/4 is what users of it write. The same as `adam_sde`'s beta2 for small
+    kappa, and defined for all.
+    """
+    kappa = batch / base_batch
+    exponent = real_number(exponent, "scaling.exponent")
+    scaled = replace(hyper, lr=hyper.lr * kappa**exponent)
+    if hyper.betas is not None:
+        scaled = replace(scaled, betas=(hyper.betas[0], hyper.betas[1] ** kappa))
+    return _averaged(scaled, kappa)
+
+
+def legw(hyper: Hyper, base_batch: int, batch: int) -> Hyper:
+    """lr sqrt(kappa), warm-up samples kappa (You et al. 2019, arXiv:1901.08256): linear-epoch
+    gradual warm-up.
+
+    kappa times the epochs are the same number of warm-up steps at every batch size. Under a ramp
+    the first batch size counts.
+    """
+    return _longer_warmup(sqrt(hyper, base_batch, batch), batch / base_batch)
+
+
+def lamb_untuned(hyper: Hyper, base_batch: int, batch: int) -> Hyper:
+    """lr sqrt(kappa), warm-up samples kappa (You et al. 2020, arXiv:1904.00962, table 4): LAMB
+    without tuning.
+
+    For BERT the paper starts from 5e-3 at a batch of 32,768 with 3,125 warm-up steps. The
+    arithmetic of `legw`, for LAMB; betas and eps are kept.
+    """
+    return legw(hyper, base_batch, batch)
+
+
+def surge(hyper: Hyper, base_batch: int, batch: int, *, noise_scale: float) -> Hyper:
+    """lr f(batch) / f(base_batch), f(B) = 2 / (sqrt(N / B) + sqrt(B / N)) (Li et al. 2024,
+    arXiv:2405.14578).
+
+    For sign-like optimizers (Adam): the best learning rate rises as the root, peaks at the noise
+    scale N and falls beyond it. N, in samples, has to be measured and rises during training: one
+    number holds for one phase. betas and eps are kept.
+    """
+    noise_scale = real_number(noise_scale, "scaling.noise_scale", above=0.0)
+
+    def best(size: int) -> float:
+        return 2.0 / (math.sqrt(noise_scale / size) + math.sqrt(size / noise_scale))
+
+    lr = hyper.lr * (best(batch) / best(base_batch))
+    return _averaged(replace(hyper, lr=lr), batch / base_batch)
+
+
+def adascale(hyper: Hyper, base_batch: int, batch: int, *, noise_scale: float) -> Hyper:
+    """lr r, r = (1 + phi) / (1 + phi / kappa), phi = noise_scale / base_batch (Johnson et al. 2020,
+    arXiv:2007.05105).
+
+    r is what one large step is worth in small ones: kappa where noise dominates, 1 + phi at most.
+    For SGD. AdaScale measures r at each step and counts r steps for one on the schedule's clock;
+    here the noise scale is a number given, and the clock stays samples.
+    """
+    phi = real_number(noise_scale, "scaling.noise_scale", above=0.0) / base_batch
+    kappa = batch / base_batch
+    return _averaged(replace(hyper, lr=hyper.lr * ((1.0 + phi) / (1.0 + phi / kappa))), kappa)
+
+
+def power(hyper: Hyper, base_batch: int, batch: int, *, exponent: float) -> Hyper:
+    """lr kappa^exponent: any power law, such as one fitted to a search at several batch sizes."""
+    kappa = batch / base_batch
+    exponent = real_number(exponent, "scaling.exponent")
+    return _averaged(replace(hyper, lr=hyper.lr * kappa**exponent), kappa)
+
+
+RULES: Final[dict[str, Rule]] = {
+    rule.__name__: rule
+    for rule in (
+        none,
+        linear,
+        sqrt,
+        adam_sde,
+        half_life,
+        legw,
+        lamb_untuned,
+        surge,
+        adascale,
+        power,
+    )
+}
+
+HOLDS: Final = ("per_step", "per_sample", "timescale")
+
+
+def scale(
+    hyper: Hyper,
+    base_batch: int,
+    batch: int,
+    rule: str | Rule = "sqrt",
+    *,
+    hold: str | None = None,
+    duration: float = 1.0,
+    **options: Any,
+) -> Hyper:
+    """What `hyper`, tuned at global batch size `base_batch`, becomes at `batch`.
+
+    Args:
+        hyper: tuned at `base_batch`.
+        base_batch: global batch size, in samples.
+        batch: global batch size, in samples.
+        rule: a name in `RULES`, or a function of your own like those there.
+        hold: what stays of the weight decay, where w shrinks by lr * weight_decay a step:
+            "per_step" that product; "per_sample" that product over the batch size; "timescale" the
+            share of the run over which weights are averaged, batch / (lr * weight_decay * samples
+            of the run) (Wang & Aitchison 2024, arXiv:2405.13698; Bergsma et al. 2025,
+            arXiv:2505.13738). None is "per_sample" under `adam_sde`, which implies it, and else
+            leaves weight_decay as it is.
+        duration: samples of this run over samples of the one that was tuned; for "timescale".
+        options: the rule's own: `noise_scale` (surge, adascale), `exponent` (power, half_life).
+
+    Raises:
+        ValueError: an unknown rule or hold, an option that the rule lacks or does not take, a value
+            out of range, or a batch size that the rule does not reach.
+    """
+    base_batch = whole_number(base_batch, "base_batch", 1)
+    batch = whole_number(batch, "batch", 1)
+    function = find_rule(rule)
+    check_options(function, options)
+    scaled = function(hyper, base_batch, batch, **options)
+    held = hold or own_hold(function)
+    return replace(scaled, weight_decay=_held(hyper, scaled, batch / base_batch, held, duration))
+
+
+def scale_lr(
+    base_lr: float,
+    base_batch: int,
+    batch: int,
+    rule: str | Factor = "sqrt",
+    **options: Any,
+) -> float:
     """The learning rate at global batch size `batch`, given the one tuned at `base_batch`.
 
     Args:
@@ -42,14 +220,110 @@ def scale_lr(base_lr: float, base_batch: int, batch: int, rule: str | Rule = "sq
         base_batch: global batch size, in samples, at which `base_lr` was chosen.
         batch: global batch size, in samples.
         rule: a name in `RULES`, or any function of kappa = batch / base_batch.
+        options: the rule's own.
 
     Raises:
         ValueError: an unknown rule, or a value out of range.
     """
     base_lr = real_number(base_lr, "base_lr", above=0.0)
-    kappa = whole_number(batch, "batch", 1) / whole_number(base_batch, "base_batch", 1)
-    if isinstance(rule, str):
-        if rule not in RULES:
-            raise ValueError(f"the scaling rule must be one of {', '.join(RULES)}, got {rule!r}")
-        rule = RULES[rule]
-    return base_lr * rule(kappa)
+    base_batch = whole_number(base_batch, "base_batch", 1)
+    batch = whole_number(batch, "batch", 1)
+    if not isinstance(rule, str):
+        return base_lr * rule(batch / base_batch)
+    alone = Hyper(lr=base_lr, betas=None, eps=None, weight_decay=None)
+    return scale(alone, base_batch, batch, rule, **options).lr
+
+
+def find_rule(rule: str | Rule) -> Rule:
+    """The function that `rule` names, or is.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(rule, str):
+        return rule
+    if rule not in RULES:
+        raise ValueError(f"the scaling rule must be one of {', '.join(RULES)}, got {rule!r}")
+    return RULES[rule]
+
+
+def own_hold(rule: Rule) -> str | None:
+    """What a rule holds of the weight decay where nothing else is asked for."""
+    return "per_sample" if rule is adam_sde else None
+
+
+def options_of(rule: Rule) -> dict[str, bool]:
+    """The keyword-only arguments of a rule, and whether it needs each."""
+    return {
+        name: parameter.default is parameter.empty
+        for name, parameter in inspect.signature(rule).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+
+
+def check_options(rule: Rule, options: dict[str, Any]) -> None:
+    """Refuse options that `rule` does not take, and the lack of one that it needs.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    known, name = options_of(rule), getattr(rule, "__name__", "custom")
+    for option in options.keys() - known.keys():
+        taken = ", ".join(known) or "no option"
+        raise ValueError(f"scaling.{option} is nothing to the rule {name}, which takes {taken}")
+    for option, needed in known.items():
+        if needed and option not in options:
+            raise ValueError(f"the rule {name} needs scaling.{option}: a number, got nothing")
+
+
+def check_hold(hold: str | None) -> None:
+    """Refuse a `hold` that is none of `HOLDS`.
+
+    Raises:
+        ValueError: with those there are.
+    """
+    if hold is not None and hold not in HOLDS:
+        raise ValueError(f"scaling.hold must be null or one of {', '.join(HOLDS)}, got {hold!r}")
+
+
+def _held(
+    hyper: Hyper, scaled: Hyper, kappa: float, hold: str | None, duration: float
+) -> float | None:
+    check_hold(hold)
+    if scaled.weight_decay is None or hold is None:
+        return scaled.weight_decay
+    slower = hyper.lr / scaled.lr
+    if hold == "per_step":
+        return scaled.weight_decay * slower
+    if hold == "per_sample":
+        return scaled.weight_decay * (kappa * slower)
+    duration = real_number(duration, "duration", above=0.0)
+    return scaled.weight_decay * (kappa * slower / duration)
+
+
+def _averaged(hyper: Hyper, kappa: float) -> Hyper:
+    """ema_decay^kappa: the weights' average keeps its half-life in samples (Busbridge et al. 2023,
+    arXiv:2307.13813).
+    """
+    if hyper.ema_decay is None:
+        return hyper
+    return replace(hyper, ema_decay=hyper.ema_decay**kappa)
+
+
+def _longer_warmup(hyper: Hyper, kappa: float) -> Hyper:
+    return replace(hyper, warmup_samples=round(hyper.warmup_samples * kappa))
+
+
+def _shortened(beta: float, kappa: float, name: str, base_batch: int) -> float:
+    """1 - kappa (1 - beta), to the last bit beta at kappa = 1; a beta of 0 is no average at all."""
+    if beta == 0.0:
+        return beta
+    # 10 * (1 - 0.9) is a hair below 1 in floats, and 1 on paper.
+    if kappa * (1.0 - beta) >= 1.0 - 1e-12:
+        reach = math.ceil(base_batch / (1.0 - beta) * (1.0 - 1e-12)) - 1
+        raise ValueError(
+            f"the rule adam_sde needs kappa (1 - {name}) < 1, got {kappa:g} * {1.0 - beta:.4g} at "
+            f"a batch of {kappa * base_batch:g}: from {base_batch} it reaches {reach}; "
+            f"raise {name} above {1.0 - 1.0 / kappa:.4g}, or use sqrt or half_life"
+        )
+    return beta - (kappa - 1.0) * (1.0 - beta)

@@ -2,7 +2,9 @@
 
 Written into DIR, or where `--out` says: `report.html` (self-contained), `curve.png`,
 `learning_rate.png`, `curve.csv`, `fits.csv`, and `rules.csv` where runs under a scaling rule stand
-beside tuned ones. Exit code 0, or 2 and one sentence on stderr where there is nothing to report.
+beside tuned ones. The folder of a single run gives `layers.png`, the trust ratio of every layer
+over the run, where it recorded them. Exit code 0, or 2 and one sentence on stderr where there is
+nothing to report.
 """
 
 import argparse
@@ -176,11 +178,16 @@ def print_report(report: Report, console: "Console | None" = None) -> None:
 def main(argv: Sequence[str]) -> int:
     """`largebatch report DIR [--out DIR]`; 0, or 2 where there is nothing to report."""
     parser = argparse.ArgumentParser(prog="largebatch report", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="a folder with runs at any depth")
+    parser.add_argument("folder", type=Path, help="a folder with runs at any depth, or of one run")
     parser.add_argument("--out", type=Path, help="where to write (default: the folder itself)")
     arguments = parser.parse_args(argv)
     try:
-        print_report(write_report(arguments.folder, arguments.out))
+        from largebatch.study.layers import is_run, write_layers
+
+        if is_run(arguments.folder):
+            print(f"layers: {write_layers(arguments.folder, arguments.out)}")
+        else:
+            print_report(write_report(arguments.folder, arguments.out))
     except ModuleNotFoundError as error:
         advice = "install it with: pip install 'largebatch[train]'"
         print(f"largebatch report needs {error.name}; {advice}", file=sys.stderr)

@@ -11,6 +11,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from largebatch.schedules import Plan, Point
+from largebatch.train.coscaling import CoScaling
 from largebatch.train.engines import Engine
 from largebatch.train.evaluation import EvaluationGrid
 from largebatch.train.interruption import Interruption
@@ -39,6 +40,7 @@ class Loop:
         evaluate: the evaluation loss now, the same number on every rank.
         record: takes each complete line; called on every rank, in step order.
         target_loss: the run ends at the first evaluation at or below it.
+        record_layers: put each layer's trust ratio into the lines.
         give_up_samples: ends a run without its target earlier than the budget, which schedules see.
     """
 
@@ -54,8 +56,13 @@ class Loop:
     interruption: Interruption
     target_loss: float | None = None
     give_up_samples: int | None = None
+    record_layers: bool = False
     progress: Progress = field(default_factory=Progress)
     _readings: Readings = field(default_factory=Readings)
+    _coscaling: CoScaling = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._coscaling = CoScaling(self.plan, self.optimizer)
 
     def run(self) -> Progress:
         """Step until the target, the budget, an interruption or a non-finite number."""
@@ -63,8 +70,10 @@ class Loop:
             batch = self.take(point)
             loss = self.engine.forward_backward(self.task, batch, point.batch_size)
             grad_norm = get_total_norm(self.gradients())
+            change = self._coscaling.take_up(point)
             self.update(point.lr)
             before = self.send_off(point, loss, grad_norm)
+            self._readings.annotate(**change)
             self.advance(point)
             if self.ends_with(before) or self.evaluation_ends_it():
                 break
@@ -92,7 +101,7 @@ class Loop:
         """Pack the step's numbers for the host; returns the line of the step before."""
         interrupted = torch.full_like(loss, float(self.interruption.signal is not None))
         numbers = {"loss": loss, "interrupted": interrupted, "grad_norm": grad_norm}
-        numbers |= trust_ratios(self.optimizer)
+        numbers |= trust_ratios(self.optimizer, self.record_layers)
         packed = torch.stack(list(numbers.values()))
         work = self.engine.sum_over_ranks(packed[:2])  # the loss's parts and the interruptions
         micro = self.engine.micro_batch_size(point.batch_size)
@@ -133,6 +142,7 @@ class Loop:
             return False
         self.progress.eval_loss = self.evaluate()
         self._readings.annotate(eval_loss=self.progress.eval_loss)
+        self.plan.observe(seen, eval_loss=self.progress.eval_loss)
         if not math.isfinite(self.progress.eval_loss):
             self.progress.status = "diverged"
         elif self.target_loss is not None and self.progress.eval_loss <= self.target_loss:
@@ -140,16 +150,20 @@ class Loop:
         return spent or self.progress.status != "exhausted"
 
 
-def trust_ratios(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Least, median and greatest trust ratio over the layers, where the optimizer has any."""
+def trust_ratios(optimizer: Optimizer, by_layer: bool) -> dict[str, Tensor]:
+    """Least, median and greatest trust ratio over the layers, where the optimizer has any.
+
+    With `by_layer` every layer's as well, as `trust_ratio/NAME`.
+    """
     layer_stats: Callable[[], dict[Any, dict[str, Tensor]]] = getattr(
         optimizer, "layer_stats", dict
     )
-    layers = layer_stats().values()
+    layers = {name: stats["trust_ratio"] for name, stats in layer_stats().items()}
     if not layers:
         return {}
-    ratios = torch.stack([layer["trust_ratio"] for layer in layers])
-    return {
+    ratios = torch.stack([*layers.values()])
+    each = {f"trust_ratio/{name}": ratio for name, ratio in layers.items()} if by_layer else {}
+    return each | {
         "trust_ratio_min": ratios.min(),
         "trust_ratio_median": ratios.median(),
         "trust_ratio_max": ratios.max(),

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
-from largebatch.conf.config import ConfigError, TrainConfig, typed
-from largebatch.schedules import Plan
+from largebatch.conf.config import ConfigError, ScalingConfig, TrainConfig, sentence, typed
+from largebatch.schedules import RULES, Hyper, Plan, Rule
+from largebatch.schedules.scaling import check_options
 from largebatch.train.build import build
 from largebatch.train.ranks import Ranks
 from largebatch.train.record import check_free
@@ -78,14 +81,31 @@ def make_plan(config: TrainConfig) -> Plan:
     Raises:
         ConfigError: schedules that do not fit the budget or each other.
     """
+    optim, scaling = config.optim, config.scaling
     try:
         return Plan(
             ramp=build(config.batch, "batch"),
             curve=build(config.lr, "lr"),
             budget_samples=config.budget.samples,
-            base_lr=config.optim["lr"],
-            base_batch=config.scaling.base_batch,
-            rule=config.scaling.rule,
+            base_lr=optim["lr"],
+            base_batch=scaling.base_batch,
+            rule=_rule(scaling),
+            hold=scaling.hold,
+            base_samples=scaling.base_samples,
+            hyper=Hyper.of_group(optim, optim["lr"]),
+            tokens_per_sample=config.budget.tokens_per_sample,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _rule(scaling: ScalingConfig) -> Rule:
+    if scaling.function is None:
+        rule = RULES[scaling.rule]
+    else:
+        try:
+            rule = get_method(scaling.function)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"scaling.function: {sentence(error)}") from error
+        check_options(rule, scaling.options)
+    return partial(rule, **scaling.options) if scaling.options else rule

@@ -91,7 +91,7 @@ def run(
 
         def record(line: dict[str, Any]) -> None:
             line["seconds"] = round(time.perf_counter() - begin, 4)
-            if line["step"] % every == 0 or "eval_loss" in line:
+            if line["step"] % every == 0 or "eval_loss" in line or "batch_change" in line:
                 folder.write(line)
                 logger.log(line)
             watch(line)
@@ -130,6 +130,7 @@ def _train(
             interruption=interruption,
             target_loss=config.target.loss,
             give_up_samples=config.target.give_up_samples,
+            record_layers=config.record.layers,
         )
         progress = loop.run()
     summary = _summary(order, parts, ranks, device, progress, begin)
@@ -147,7 +148,7 @@ def _summary(
     begin: float,
 ) -> dict[str, Any]:
     config, reached = order.config, progress.status == "reached"
-    batch_size = order.plan.at(order.plan.ramp.ends_at).batch_size
+    batch_size = order.plan.final_batch_size
     return {
         "status": progress.status,
         "steps_to_target": progress.steps if reached else None,

@@ -14,7 +14,9 @@ class Command(NamedTuple):
 COMMANDS: Final = {
     "train": Command("largebatch.train.command", "one training run (Hydra overrides)"),
     "sweep": Command("largebatch.train.sweep_command", "many runs or a study (Hydra multirun)"),
+    "plan": Command("largebatch.train.plan_command", "a run's schedule, printed and drawn"),
     "report": Command("largebatch.study.report", "tables and pictures of the runs below a folder"),
+    "bench": Command("largebatch.benchmarks.command", "measurements beside peers"),
 }
 
 EXIT_CODES: Final = """exit codes: 0 reached the target, or spent the budget of a run that has none;

@@ -10,7 +10,18 @@ from largebatch.schedules.counts import real_number, whole_number
 
 @pytest.mark.parametrize(
     ("written", "count"),
-    [(512, 512), (4e6, 4_000_000), ("4e6", 4_000_000), ("1_000", 1000), ("512", 512), (0, 0)],
+    [
+        (512, 512),
+        (4e6, 4_000_000),
+        ("4e6", 4_000_000),
+        ("1_000", 1000),
+        ("512", 512),
+        (0, 0),
+        ("250B", 250_000_000_000),
+        ("768", 768),
+        ("1.5K", 1500),
+        ("2.87T", 2_870_000_000_000),
+    ],
 )
 def test_a_count_is_read_as_people_write_it(written: Any, count: int) -> None:
     number = whole_number(written, "budget.samples")
@@ -24,7 +35,27 @@ def test_a_large_count_keeps_every_digit() -> None:
 
 @pytest.mark.parametrize(
     "written",
-    [4.5, "4.5", -1, math.inf, -math.inf, math.nan, "many", "", None, True, [512], {}, 1j, 10**400],
+    [
+        4.5,
+        "4.5",
+        "1.0005K",
+        "4k",
+        "B",
+        "4G",
+        "-1K",
+        -1,
+        math.inf,
+        -math.inf,
+        math.nan,
+        "many",
+        "",
+        None,
+        True,
+        [512],
+        {},
+        1j,
+        10**400,
+    ],
     ids=lambda written: repr(written)[:9],
 )
 def test_what_is_no_count_is_refused_with_its_name_and_value(written: Any) -> None:

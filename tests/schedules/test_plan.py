@@ -5,14 +5,20 @@ import re
 import pytest
 
 from largebatch.schedules import (
+    WSD,
     Constant,
     ConstantBatch,
     Cosine,
     Curve,
+    GeometricBatch,
+    Hyper,
     Plan,
+    PlannedStage,
     Polynomial,
     Ramp,
     RampupBatch,
+    Split,
+    StagedBatch,
 )
 from largebatch.schedules.scaling import Rule
 
@@ -23,6 +29,9 @@ RAMPS: list[Ramp] = [
     ConstantBatch(size=333),
     ConstantBatch(size=20_000),
     RampupBatch(start=1, increment=7, ramp_samples=5_000, size=71),
+    RampupBatch(start=1, increment=1, ramp_samples=40, size=600),
+    GeometricBatch(start=3, factor=3, ramp_samples=9_999, size=729),
+    StagedBatch(spec="0:10 5:999 20:7 9999:500"),
 ]
 
 
@@ -81,9 +90,9 @@ def test_a_plan_can_be_entered_at_any_of_its_steps() -> None:
 def test_the_learning_rate_is_that_of_the_batch_in_hand_times_the_curve() -> None:
     plan = make_plan(curve=Polynomial(warmup_samples=400), rule="sqrt")
     # 16, 24, … 64 over 3,000 samples: an increment each 500.
-    assert plan.at(0) == pytest.approx((0, 16, 0.1 * 16 / 400))
-    assert plan.at(500) == pytest.approx((500, 24, 0.1 * (24 / 16) ** 0.5 * (1 - 100 / 9600)))
-    assert plan.at(5200) == pytest.approx((5200, 64, 0.1 * 2.0 * 0.5))
+    assert plan.at(0)[:3] == pytest.approx((0, 16, 0.1 * 16 / 400))
+    assert plan.at(500)[:3] == pytest.approx((500, 24, 0.1 * (24 / 16) ** 0.5 * (1 - 100 / 9600)))
+    assert plan.at(5200)[:3] == pytest.approx((5200, 64, 0.1 * 2.0 * 0.5))
     assert plan.peak_lr == pytest.approx(0.2)
 
 
@@ -91,6 +100,109 @@ def test_the_learning_rate_is_that_of_the_batch_in_hand_times_the_curve() -> Non
 def test_the_peak_is_that_of_the_last_batch_size(rule: str, peak: float) -> None:
     assert make_plan(rule=rule).peak_lr == pytest.approx(peak)
     assert make_plan(RAMP, budget_samples=3_000, rule=rule).peak_lr == pytest.approx(peak)
+
+
+@pytest.mark.parametrize("ramp", RAMPS, ids=str)
+@pytest.mark.parametrize("curve", [Constant(), WSD(warmup_samples=1001)], ids=["constant", "wsd"])
+def test_the_stages_are_the_run_without_walking_through_it(ramp: Ramp, curve: Curve) -> None:
+    plan = make_plan(ramp, curve, rule="sqrt")
+    points, walked = list(plan), []
+    for step, point in enumerate(points):
+        if not walked or walked[-1].batch_size != point.batch_size:
+            walked.append(PlannedStage(point.samples, step, point.batch_size, point.lr, 0, 0.0,
+                                       point.hyper))  # fmt: skip
+        num_steps = walked[-1].num_steps + 1
+        walked[-1] = walked[-1]._replace(num_steps=num_steps, last_lr=point.lr)
+    assert plan.stages() == walked
+    totals = plan.totals()
+    assert totals.steps == len(points)
+    assert totals.samples == points[-1].samples + points[-1].batch_size
+    constant = make_plan(ConstantBatch(size=points[0].batch_size))
+    assert totals.steps + totals.steps_saved == len(list(constant))
+
+
+def test_the_worked_example_of_megatron_in_totals() -> None:
+    # --rampup-batch-size 16 8 300000, global batch 1024: the ramp's 1,319 steps, 300,096 samples.
+    ramp = RampupBatch(start=16, increment=8, ramp_samples=300_000, size=1024)
+    first, second, third, fourth, *_, last = make_plan(ramp, budget_samples=10**6).stages()
+    assert [stage[:3] for stage in (first, second, third, fourth)] == [
+        (0, 0, 16),
+        (2384, 149, 24),
+        (4784, 249, 32),
+        (7152, 323, 40),
+    ]
+    assert last[:3] == (300_096, 1319, 1024)
+
+
+def test_a_run_of_a_trillion_samples_is_planned_at_once() -> None:
+    plan = make_plan(StagedBatch(spec="0:768 250B:1536"), budget_samples=10**12)
+    first, second = plan.stages()
+    assert first.num_steps == -(-250 * 10**9 // 768)
+    assert second.samples == first.num_steps * 768
+    assert plan.totals().steps == first.num_steps + -(-(10**12 - second.samples) // 1536)
+
+
+def test_tokens_are_samples_times_those_of_a_sample() -> None:
+    plan = Plan(
+        ramp=ConstantBatch(size=3), curve=Constant(), budget_samples=10, base_lr=1, base_batch=1,
+        tokens_per_sample=2048,
+    )  # fmt: skip
+    assert plan.totals() == (4, 12, 12 * 2048, 0)
+
+
+TUNED = Hyper(lr=9.9, betas=(0.95, 0.99), eps=1e-8, weight_decay=0.1, ema_decay=0.99)
+
+
+def test_a_point_carries_what_the_rule_makes_of_all_that_was_tuned() -> None:
+    plan = Plan(
+        ramp=RAMP, curve=Cosine(warmup_samples=500), budget_samples=10_000, base_lr=0.1,
+        base_batch=16, rule="adam_sde", hyper=TUNED,
+    )  # fmt: skip
+    for point in plan:
+        kappa = point.batch_size / 16
+        hyper = point.hyper
+        assert hyper.lr == pytest.approx(0.1 * kappa**0.5, rel=1e-12)
+        assert hyper.betas == pytest.approx((1 - kappa * 0.05, 1 - kappa * 0.01), rel=1e-12)
+        assert hyper.weight_decay == pytest.approx(0.1 * kappa**0.5, rel=1e-12)
+        assert point.lr == hyper.lr * Cosine(warmup_samples=500).factor(*point[:2], 10_000)
+
+
+def test_the_timescale_is_a_share_of_the_run() -> None:
+    for base_samples, factor in ((None, 1.0), (10_000, 1.0), (40_000, 4.0)):
+        plan = Plan(
+            ramp=ConstantBatch(size=64), curve=Constant(), budget_samples=10_000, base_lr=0.1,
+            base_batch=16, hold="timescale", base_samples=base_samples, hyper=TUNED,
+        )  # fmt: skip
+        assert plan.at(0).hyper.weight_decay == pytest.approx(0.1 * 4 * factor, rel=1e-12)
+
+
+def test_a_rule_that_does_not_reach_a_size_of_the_ramp_is_refused_before_the_first_step() -> None:
+    for ramp, reached in ((RAMP, True), (ConstantBatch(size=16 * 20), False)):
+        values = {"ramp": ramp, "curve": Constant(), "budget_samples": 5000, "base_lr": 1.0}
+        if reached:
+            Plan(**values, base_batch=16, rule="adam_sde", hyper=TUNED)  # type: ignore[arg-type]
+        else:
+            with pytest.raises(ValueError, match=r"from 16 it reaches 319"):
+                Plan(**values, base_batch=16, rule="adam_sde", hyper=TUNED)  # type: ignore[arg-type]
+
+
+def test_a_rule_that_moves_the_warm_up_moves_it_for_the_first_batch_size() -> None:
+    ramp = GeometricBatch(start=64, ramp_samples=4000, size=256)
+    plan = make_plan(ramp, Cosine(warmup_samples=500), rule="legw")
+    assert plan.at(0).lr == pytest.approx(0.1 * 2 * 64 / 2000)
+    warmed = [point.samples for point in plan if point.lr == point.hyper.lr]
+    assert warmed[0] == 2000 - 16  # 31 steps of 64; the 32nd completes the 2,000
+    with pytest.raises(ValueError, match=r"^lr\.warmup_samples is 12000, longer than the run"):
+        make_plan(ramp, Cosine(warmup_samples=3000), rule="legw")
+
+
+def test_a_planned_ramp_has_nothing_to_checkpoint() -> None:
+    plan = make_plan()
+    plan.observe(160, eval_loss=1.0)
+    assert plan.state_dict() == {}
+    plan.load_state_dict({})
+    assert plan == make_plan()
+    assert not plan.is_open
 
 
 def budget_offered(refusal: pytest.ExceptionInfo[ValueError]) -> int:
@@ -115,7 +227,7 @@ def test_a_ramp_that_the_budget_cuts_off_is_refused_with_budgets_that_would_do()
 
 
 def test_an_unknown_rule_is_refused_before_the_first_step() -> None:
-    with pytest.raises(ValueError, match="one of none, linear, sqrt, got 'cubic'"):
+    with pytest.raises(ValueError, match=r"one of none, linear, sqrt, .*, got 'cubic'"):
         make_plan(rule="cubic")
 
 
@@ -153,3 +265,34 @@ def test_a_batch_size_that_does_not_divide_is_refused_with_the_nearest_that_woul
     assert [int(number) for number in re.findall(r"\d+", offered)] == nearest
     for size in nearest:
         make_plan(ConstantBatch(size=size)).check_divisible(ranks, micro_batch)
+
+
+def test_the_micro_batch_stays_and_accumulation_varies() -> None:
+    plan = make_plan(GeometricBatch(start=64, ramp_samples=100, size=512))
+    assert plan.splits(4, 8) == [
+        Split(64, 8, 2),
+        Split(128, 8, 4),
+        Split(256, 8, 8),
+        Split(512, 8, 16),
+    ]
+    assert plan.splits(4, None) == [Split(size, size // 4, 1) for size in (64, 128, 256, 512)]
+
+
+def test_every_batch_size_that_does_not_divide_is_named_with_its_nearest() -> None:
+    plan = make_plan(RampupBatch(start=8, increment=4, ramp_samples=100, size=48))
+    with pytest.raises(
+        ValueError, match=r"^a batch size of 12 is not .* nearest .* 8 or 16, "
+    ) as at:
+        plan.splits(4, 2)
+    assert str(at.value).endswith("; neither are 20 (16 or 24), 28 (24 or 32), 36 (32 or 40), "
+                                  "44 (40 or 48)")  # fmt: skip
+    plan = make_plan(RampupBatch(start=1, increment=1, ramp_samples=100, size=64))
+    with pytest.raises(ValueError, match=r"; neither are 3 \(2 or 4\), .*, 26 more$"):
+        plan.splits(2, None)
+
+
+def test_a_last_stage_that_the_budget_never_meets_is_refused() -> None:
+    ramp = StagedBatch(spec="0:8 10K:16")
+    with pytest.raises(ValueError, match=r"begins at 10000 samples, .* 10000 is over") as refusal:
+        make_plan(ramp)
+    make_plan(ramp, budget_samples=budget_offered(refusal))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from largebatch.schedules import ConstantBatch, Ramp, RampupBatch
+from largebatch.schedules import ConstantBatch, GeometricBatch, Ramp, RampupBatch, StagedBatch
 
 
 def switches(ramp: Ramp, until: int) -> tuple[list[tuple[int, int, int]], int, int]:
@@ -96,3 +96,94 @@ def test_increments_that_miss_the_size_are_refused_with_sizes_that_would_do(
     assert [int(number) for number in re.findall(r"\d+", offered)] == ways_out
     for way_out in ways_out:
         assert RampupBatch(start=16, increment=8, ramp_samples=100, size=way_out).size == way_out
+
+
+def test_the_step_schedule_of_megatron() -> None:
+    # --step-batch-size-schedule, its documentation's example, at sequences of 4,096 tokens:
+    # thresholds are divided and rounded down.
+    spec = "0:768 250B:1536 500B:3072 750B:6144"
+    ramp = StagedBatch(spec=spec, unit="tokens", tokens_per_sample=4096)
+    marks = [61_035_155, 61_035_156, 122_070_311, 122_070_312, 183_105_467, 183_105_468]
+    assert [ramp.at(samples) for samples in marks] == [768, 1536, 1536, 3072, 3072, 6144]
+    assert StagedBatch(spec=spec).at(250 * 10**9 - 1) == 768
+    assert StagedBatch(spec=spec).at(250 * 10**9) == 1536
+    assert list(ramp.sizes()) == [768, 1536, 3072, 6144]
+
+
+def test_the_ramp_of_olmo_falls_on_whole_sequences() -> None:
+    # 2505.23971: twice at 167,772,160,000 and four times at 503,316,480,000 tokens
+    spec = "0:512 167_772_160_000:1024 503_316_480_000:2048"
+    ramp = StagedBatch(spec=spec, unit="tokens", tokens_per_sample=4096)
+    changes, _, _ = switches(ramp, 200_000_000)
+    assert [(samples, size) for samples, _, size in changes] == [
+        (40_960_000, 1024),
+        (122_880_000, 2048),
+    ]
+
+
+def test_a_geometric_ramp_doubles_at_even_distances() -> None:
+    ramp = GeometricBatch(start=64, ramp_samples=300, size=512)
+    marks = [0, 99, 100, 199, 200, 299, 300, 10**9]
+    assert [ramp.at(samples) for samples in marks] == [64, 64, 128, 128, 256, 256, 512, 512]
+    tripled = GeometricBatch(start=10, factor=3, ramp_samples=100, size=90)
+    assert [tripled.at(samples) for samples in (0, 49, 50, 99, 100)] == [10, 10, 30, 30, 90]
+
+
+@pytest.mark.parametrize(
+    "ramp",
+    [
+        ConstantBatch(size=32),
+        RampupBatch(start=16, increment=8, ramp_samples=3001, size=1024),
+        RampupBatch(start=1, increment=1, ramp_samples=50, size=200),
+        GeometricBatch(start=1, ramp_samples=1000, size=1024),
+        StagedBatch(spec="0:5 7:6 1000:7"),
+    ],
+    ids=str,
+)
+def test_the_next_change_is_where_the_size_changes(ramp: Ramp) -> None:
+    samples = 0
+    while (change := ramp.next_change(samples)) is not None:
+        assert samples < change <= ramp.ends_at
+        assert {ramp.at(place) for place in range(samples, change)} == {ramp.at(samples)}
+        assert ramp.at(change) > ramp.at(samples)
+        samples = change
+    assert samples == ramp.ends_at
+    assert ramp.at(10**12) == ramp.at(samples)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("", r'^batch\.spec must be entries like "0:768 250B:1536", got \'\'$'),
+        ("768", r"^batch\.spec must be entries like .*, got \'768\'$"),
+        ("0:768 1K", r"must be entries like"),
+        ("0:768 1G:9", r"^a threshold of batch\.spec must be a whole number .*got '1G'$"),
+        ("0:768 1K:half", r"^a batch size of batch\.spec must be .* at least 1 .*got 'half'$"),
+        ("0:0", r"^a batch size of batch\.spec must be .* at least 1 .*got '0'$"),
+        ("1:768", r"^batch\.spec must begin at 0, got '1:768'$"),
+        ("0:8 2K:16 1K:32", r"^the thresholds of batch\.spec must rise, got "),
+        ("0:8 1K:16 1K:32", r"^the thresholds of batch\.spec must rise, got "),
+    ],
+)
+def test_stages_that_are_none_are_refused(spec: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        StagedBatch(spec=spec)
+
+
+def test_stages_that_fall_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="must rise after division by 4096 tokens a sample"):
+        StagedBatch(spec="0:8 4096:16 8191:32", unit="tokens", tokens_per_sample=4096)
+    with pytest.raises(ValueError, match="must be samples or tokens, got 'steps'"):
+        StagedBatch(spec="0:8", unit="steps")
+
+
+@pytest.mark.parametrize(("size", "ways_out"), [(100, [64, 128]), (17, [32]), (255, [128, 256])])
+def test_a_size_that_factors_miss_is_refused_with_sizes_that_would_do(
+    size: int, ways_out: list[int]
+) -> None:
+    with pytest.raises(ValueError, match=rf"= 16 times a power .* got {size}; ") as refusal:
+        GeometricBatch(start=16, ramp_samples=100, size=size)
+    offered = str(refusal.value).partition("the nearest is")[2]
+    assert [int(number) for number in re.findall(r"\d+", offered)] == ways_out
+    for way_out in ways_out:
+        assert GeometricBatch(start=16, ramp_samples=100, size=way_out).at(100) == way_out

@@ -1,0 +1,77 @@
+"""The hyperparameters that move with the batch size, as one value."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from largebatch.schedules.counts import real_number, whole_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyper:
+    """What an optimizer is told, tuned at one global batch size. None: the optimizer has no such
+    thing.
+
+    Attributes:
+        lr: peak learning rate.
+        betas: decay rates of Adam's two moments, per step.
+        eps: what Adam adds to the root of its second moment.
+        weight_decay: decoupled, as in torch's AdamW: weights shrink by lr * weight_decay a step.
+        ema_decay: decay of an average of the weights, per step.
+        warmup_samples: samples over which the learning rate rises.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    lr: float
+    betas: tuple[float, float] | None = (0.9, 0.999)
+    eps: float | None = 1e-8
+    weight_decay: float | None = 0.0
+    ema_decay: float | None = None
+    warmup_samples: int = 0
+
+    def __post_init__(self) -> None:
+        values = {
+            "lr": real_number(self.lr, "lr", above=0.0),
+            "betas": None if self.betas is None else _betas(self.betas),
+            "warmup_samples": whole_number(self.warmup_samples, "warmup_samples"),
+        }
+        for name in ("eps", "weight_decay"):
+            value = getattr(self, name)
+            values[name] = None if value is None else real_number(value, name, least=0.0)
+        if self.ema_decay is not None:
+            values["ema_decay"] = _decay_rate(self.ema_decay, "ema_decay")
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any], lr: float) -> "Hyper":
+        """What an optimizer's parameter group, or its configuration, holds of these; None for what
+        it has not, or has in another form (three betas, say).
+        """
+        betas = group.get("betas")
+        pair = isinstance(betas, Sequence) and len(betas) == 2
+        eps, weight_decay = (
+            value if isinstance(value := group.get(name), float | int) else None
+            for name in ("eps", "weight_decay")
+        )
+        return cls(
+            lr=lr,
+            betas=(betas[0], betas[1]) if betas and pair else None,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+
+
+def _betas(betas: Sequence[float]) -> tuple[float, float]:
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
+    return _decay_rate(betas[0], "betas[0]"), _decay_rate(betas[1], "betas[1]")
+
+
+def _decay_rate(value: object, name: str) -> float:
+    rate = real_number(value, name, least=0.0, most=1.0)
+    if rate == 1.0:
+        raise ValueError(f"{name} must be below 1, got {value!r}")
+    return rate
