@@ -16,9 +16,10 @@ from torch import Tensor
 
 from largebatch.optim.layout import Layout, Name, Piece, Reduction, local
 
-# Elements in a batch: of FP32 on a CPU, a few tensors of it stay in a core's second-level cache; on
-# an accelerator it bounds the temporary memory of a step to a few GiB.
-CPU_BATCH = 1 << 17
+# Elements in a batch: on a CPU a few FP32 tensors of it stay in the cache, and each operation takes
+# long against its start on all cores; on an accelerator it bounds the temporary memory of a
+# step to a few GiB.
+CPU_BATCH = 1 << 20
 DEVICE_BATCH = 1 << 28
 
 Group = dict[str, Any]
@@ -56,12 +57,15 @@ class Batch:
     """Whether every chunk is contiguous in memory, and so are gradients and state cut like it."""
     chunks: list[Chunk] = field(default_factory=list)
     numel: int = 0
+    longest: int = 0
+    """Number of elements in the longest chunk."""
     start: int = 0
     """Number of elements in the batches before it of the same device and dtype."""
 
     def add(self, chunk: Chunk) -> None:
         self.chunks.append(chunk)
         self.numel += chunk.numel
+        self.longest = max(self.longest, chunk.numel)
 
     def takes(self, chunk: Chunk) -> bool:
         limit = CPU_BATCH if self.device.type == "cpu" else DEVICE_BATCH
@@ -70,6 +74,15 @@ class Batch:
     def cut(self, tensor_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """The chunks, one after the other, of the tensors that `tensor_of` gives for parameters."""
         return [chunk.of(tensor_of(chunk.param)) for chunk in self.chunks]
+
+    def of_layers(self, values: Tensor) -> Tensor:
+        """A vector over all layers as one over the chunks, on their device and in their dtype."""
+        first, last = self.chunks[0].layer, self.chunks[-1].layer
+        if last - first + 1 == len(self.chunks) == len({chunk.layer for chunk in self.chunks}):
+            taken = values[first : last + 1]
+        else:
+            taken = torch.stack([values[chunk.layer] for chunk in self.chunks])
+        return taken.to(self.device, self.dtype)
 
 
 @dataclass
@@ -102,7 +115,9 @@ class Work:
         whole = torch.zeros(len(self.names), dtype=self.dtype, device=self.device)
         if not norms:
             return whole
-        values = torch.stack([norm.to(self.device, self.dtype) for norm in norms]).square_()
+        if len({(norm.device, norm.dtype) for norm in norms}) > 1:
+            norms = [norm.to(self.device, self.dtype) for norm in norms]
+        values = torch.stack(norms).to(self.device, self.dtype).square_()
         if self.layer_of_chunk is None:
             return values
         return whole.index_add_(0, self.layer_of_chunk, values)

@@ -171,7 +171,7 @@ class LAMB(LayerwiseOptimizer):
             weight_norms += norms_of(batch, weights)
             update_norms += norms_of(batch, update)
             updates.append(update)
-        ratios = self._trust_ratios(work, weight_norms, update_norms).unbind()
+        ratios = self._trust_ratios(work, weight_norms, update_norms)
         for batch, update in zip(work.batches, updates, strict=True):
             self._descend(batch, update, ratios, agreed.skip)
         return loss
@@ -207,7 +207,11 @@ class LAMB(LayerwiseOptimizer):
             if "step" not in state:
                 state["step"] = torch.zeros((), device=local(param).device)
             steps.append(state["step"])
-        if steps:
+        if not steps:
+            return
+        if skip is None:
+            torch._foreach_add_(steps, 1)
+        else:
             write(steps, torch._foreach_add(steps, 1), skip)
 
     def _state_keys(self, group: Group) -> tuple[str, ...]:
@@ -259,13 +263,10 @@ class LAMB(LayerwiseOptimizer):
             adapt=self._adapts(group),
         )
 
-    def _descend(
-        self, batch: Batch, update: Tensors, ratios: tuple[Tensor, ...], skip: Tensor | None
-    ) -> None:
+    def _descend(self, batch: Batch, update: Tensors, ratios: Tensor, skip: Tensor | None) -> None:
         """w ← w - lr · r · u."""
         group, weights = batch.group, self._weights(batch)
-        ratio = torch.stack([ratios[chunk.layer] for chunk in batch.chunks])
-        ratio = ratio.to(batch.device, batch.dtype)
+        ratio = batch.of_layers(ratios)
         lr = scalar(group["lr"], ratio)
         scale = lr * ratio
         if group["bias_correction"] == "lr":
@@ -277,7 +278,7 @@ class LAMB(LayerwiseOptimizer):
             decay = torch._foreach_mul(weights, lr * group["weight_decay"])
             torch._foreach_add_(update, decay)
             scale = torch.ones_like(scale)
-        descend(batch, weights, update, scale.unbind(), skip)
+        descend(batch, weights, update, scale, skip)
 
 
 def average(averages: Tensors, values: Tensors, beta: float, skip: Tensor | None) -> None:

@@ -74,7 +74,8 @@ class LARS(LayerwiseOptimizer):
     - `adapt_undecayed`: which groups with weight_decay 0 have a trust ratio: "always", "never", or
       "unless_excluded" from a decay that is the optimizer's default.
     - `zero_norm`: "one", r = 1 where ‖w‖ or ‖g‖ is 0; "no_decay", in addition a layer whose
-      gradient is 0 does not decay in that step.
+      gradient is 0 does not decay in that step: r = 0. ("joint" knows no norm of the gradient
+      alone, and does not see this.)
     - `master_weights`: keep an FP32 copy of parameters of a narrower dtype in the state, so that
       steps too small for them are not lost. A weight set from outside afterwards is not seen.
 
@@ -162,7 +163,7 @@ class LARS(LayerwiseOptimizer):
                 grads = decayed(grads, weights, batch.group)
             weight_norms += norms_of(batch, weights)
             update_norms += norms_of(batch, grads)
-        ratios = self._trust_ratios(work, weight_norms, update_norms).unbind()
+        ratios = self._trust_ratios(work, weight_norms, update_norms)
         for batch in work.batches:
             self._descend(batch, ratios, agreed)
         return loss
@@ -189,34 +190,42 @@ class LARS(LayerwiseOptimizer):
             ratio = torch.where((update_norm == 0) & (weight_norm != 0), 0.0, ratio)
         return ratio
 
-    def _descend(self, batch: Batch, ratios: tuple[Tensor, ...], agreed: Agreed) -> None:
+    def _descend(self, batch: Batch, ratios: Tensor, agreed: Agreed) -> None:
         """Advance b and move the weights."""
         group, weights = batch.group, self._weights(batch)
-        ratio = torch.stack([ratios[chunk.layer] for chunk in batch.chunks])
-        ratio = ratio.to(batch.device, batch.dtype)
-        lr = scalar(group["lr"], ratio)
-        inside, outside = (lr, torch.ones_like(lr)) if group["lr_in_buffer"] else (1.0, lr)
-        scaled = decayed(self._gradients(batch, agreed), weights, group)
-        scaled = torch._foreach_mul(scaled, (ratio * inside).unbind())
-        steps = self._with_momentum(batch, scaled, agreed.skip)
-        descend(batch, weights, steps, [outside] * len(steps), agreed.skip)
+        ratio = batch.of_layers(ratios)
+        inside, outside = (group["lr"], 1.0) if group["lr_in_buffer"] else (1.0, group["lr"])
+        grads, scale = self._gradients(batch, agreed), ratio * scalar(inside, ratio)
+        if group["momentum"] and not group["nesterov"]:
+            steps = self._plain_momentum(batch, grads, weights, scale, agreed.skip)
+        else:
+            scaled = torch._foreach_mul(decayed(grads, weights, group), scale.unbind())
+            steps = self._nesterov_momentum(batch, scaled, agreed.skip)
+        descend(batch, weights, steps, outside, agreed.skip)
 
-    def _with_momentum(self, batch: Batch, scaled: Tensors, skip: Tensor | None) -> Tensors:
-        """Advance b by the scaled gradients, and return the direction to step in."""
+    def _plain_momentum(
+        self, batch: Batch, grads: Tensors, weights: Tensors, scale: Tensor, skip: Tensor | None
+    ) -> Tensors:
+        """b ← μ b + scale · (g + β w), which is the direction to step in."""
+        group, buffers = batch.group, self._state_of(batch, "momentum_buffer")
+        advanced = buffers if skip is None else [buffer.clone() for buffer in buffers]
+        torch._foreach_mul_(advanced, group["momentum"])
+        torch._foreach_addcmul_(advanced, grads, scale.unbind())
+        if group["weight_decay"]:
+            torch._foreach_addcmul_(advanced, weights, scale.unbind(), value=group["weight_decay"])
+        if skip is not None:
+            write(buffers, advanced, skip)
+        return advanced
+
+    def _nesterov_momentum(self, batch: Batch, scaled: Tensors, skip: Tensor | None) -> Tensors:
+        """b ← μ b + s, s = scale · (g + β w); the direction is s + μ b, or s without momentum."""
         momentum = batch.group["momentum"]
         if momentum == 0:
             return scaled
         buffers = self._state_of(batch, "momentum_buffer")
-        if skip is None:
-            torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, scaled)
-            advanced: Tensors = buffers
-        else:
-            advanced = torch._foreach_add(torch._foreach_mul(buffers, momentum), scaled)
-            write(buffers, advanced, skip)
-        if batch.group["nesterov"]:
-            return torch._foreach_add(scaled, advanced, alpha=momentum)
-        return advanced
+        advanced = torch._foreach_add(scaled, buffers, alpha=momentum)
+        write(buffers, advanced, skip)
+        return torch._foreach_add(scaled, advanced, alpha=momentum)
 
 
 def decayed(grads: Tensors, weights: Tensors, group: Group) -> Tensors:

@@ -22,6 +22,7 @@ What composes with what, in this order: unscale, agree on `found_inf`, clip by t
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ from largebatch.optim.layout import Layout, Name, is_dtensor, layout_of, local
 from largebatch.optim.trust_ratio import ADAPT_UNDECAYED
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
+
+# Elements whose squares a CPU may add up in one go in FP32: it costs 4e-7 of the sum at most.
+CPU_STRETCH = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,13 @@ class Stats:
     update_norm: Tensor
     trust_ratio: Tensor
 
+    def by_layer(self) -> Iterator[tuple[Name, dict[str, Tensor]]]:
+        keys = ("weight_norm", "update_norm", "trust_ratio")
+        values = [*zip(*(getattr(self, key).unbind() for key in keys), strict=True)]
+        return (
+            (self.names[layer], dict(zip(keys, values[layer], strict=True))) for layer in self.moved
+        )
+
 
 class LayerwiseOptimizer(Optimizer):
     """Base of the layer-wise optimizers: their groups, their state, and the phases they share."""
@@ -64,7 +75,7 @@ class LayerwiseOptimizer(Optimizer):
     _step_supports_amp_scaling = True
 
     # On the class too, because deepcopy and pickle keep an optimizer's groups and state only.
-    _last_step: Stats | None = None
+    _stats: Mapping[Any, Stats] = MappingProxyType({})
     _clip_norm: Callable[[], Tensor] | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
@@ -139,7 +150,10 @@ class LayerwiseOptimizer(Optimizer):
         first = 0
         for group in self.param_groups:
             end = first + len(group["params"])
-            yield group, list(group.get("param_names", range(first, end)))
+            names = group.get("param_names", ())
+            # A wrapper may have put parameters of its own in the place of those that were named.
+            named = len(names) == len(group["params"])
+            yield group, list(names if named else range(first, end))
             first = end
 
     def _max_grad_norm(self) -> float:
@@ -175,8 +189,9 @@ class LayerwiseOptimizer(Optimizer):
 
     def _plan(self) -> Work:
         """What there is to do. A sparse gradient is refused before anything has changed."""
-        key = []
+        key: list[Any] = []
         for group in self.param_groups:
+            key.append(id(group))
             for param in group["params"]:
                 key.append((id(param), param.grad is None))
                 if param.grad is not None and param.grad.layout != torch.strided:
@@ -238,7 +253,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def _gradients(self, batch: Batch, agreed: Agreed) -> Tensors:
         """The chunks' gradients to descend along, in the batch's dtype; not to be written to."""
-        grads: Tensors = [grad.to(batch.dtype) for grad in self._raw_gradients(batch)]
+        grads: Tensors = in_dtype(self._raw_gradients(batch), batch.dtype)
         if agreed.divisor is not None:
             grads = torch._foreach_div(grads, agreed.divisor.to(batch.device, batch.dtype))
         return torch._foreach_neg(grads) if batch.group["maximize"] else grads
@@ -249,11 +264,10 @@ class LayerwiseOptimizer(Optimizer):
         The parameters themselves where they have that dtype, else their FP32 master copies, else
         copies of the moment.
         """
-        none: dict[str, Tensor] = {}
-        chunks = batch.cut(
-            lambda param: local(self.state.get(param, none).get("master_weight", param))
-        )
-        return [chunk.to(batch.dtype) for chunk in chunks]
+        if not batch.group["master_weights"]:
+            return in_dtype(batch.cut(local), batch.dtype)
+        chunks = batch.cut(lambda param: local(self.state[param].get("master_weight", param)))
+        return in_dtype(chunks, batch.dtype)
 
     def _state_of(self, batch: Batch, key: str) -> list[Tensor]:
         """The chunks of a state that is shaped like the parameters."""
@@ -300,7 +314,9 @@ class LayerwiseOptimizer(Optimizer):
             for group, layers in work.groups
         ]
         ratio = torch.cat(ratios) if len(ratios) > 1 else ratios[0]
-        self._last_step = Stats(work.names, work.moved, weight_norm, update_norm, ratio)
+        stats = Stats(work.names, work.moved, weight_norm, update_norm, ratio)
+        # Wrappers that bind layouts may show the parameters part by part, a step for each.
+        self._stats = {**self._stats, tuple(work.names): stats} if self._bound else {None: stats}
         return ratio
 
     def _ratio(self, group: Group, weight_norm: Tensor, update_norm: Tensor) -> Tensor:
@@ -324,19 +340,7 @@ class LayerwiseOptimizer(Optimizer):
         and so on. Values are 0-d tensors on the device; when to read them on the host is the
         caller's choice. After a step masked by `found_inf` they are void.
         """
-        if self._last_step is None:
-            return {}
-        last = self._last_step
-        weight_norm, update_norm = last.weight_norm.unbind(), last.update_norm.unbind()
-        ratio = last.trust_ratio.unbind()
-        return {
-            last.names[layer]: {
-                "weight_norm": weight_norm[layer],
-                "update_norm": update_norm[layer],
-                "trust_ratio": ratio[layer],
-            }
-            for layer in last.moved
-        }
+        return {name: layer for stats in self._stats.values() for name, layer in stats.by_layer()}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load as torch does, hooks included, but keep the state in FP32.
@@ -384,14 +388,17 @@ def require(holds: bool, name: str, accepted: str, value: object) -> None:
 
 
 def require_one_of(options: Mapping[str, Any], name: str, accepted: tuple[Any, ...]) -> None:
-    known = ", ".join(repr(value) for value in accepted)
-    require(options[name] in accepted, name, f"one of {known}", repr(options[name]))
+    known, value = ", ".join(repr(value) for value in accepted), options[name]
+    # By type too: 1 is in (False, True).
+    holds = isinstance(value, type(accepted[0])) and value in accepted
+    require(holds, name, f"one of {known}", repr(value))
 
 
 def require_bounds(options: Mapping[str, Any], name: str) -> None:
     """Refuse anything but (lowest, highest) with 0 <= lowest <= highest."""
     bounds = options[name]
-    holds = len(bounds) == 2 and 0 <= bounds[0] <= bounds[1]
+    pair = isinstance(bounds, tuple | list) and len(bounds) == 2
+    holds = pair and 0 <= bounds[0] <= bounds[1]
     require(holds, name, "(lowest, highest) with 0 <= lowest <= highest", bounds)
 
 
@@ -416,14 +423,39 @@ def evaluate(closure: Callable[[], float] | None) -> float | None:
 
 
 def norms_of(batch: Batch, chunks: Tensors) -> Tensors:
-    """‖chunk‖₂ of each, in the batch's dtype: bf16 would round it, fp16 could overflow."""
-    return torch._foreach_norm(chunks, 2, dtype=batch.dtype)
+    """‖chunk‖₂ of each, in the batch's dtype: bf16 would round it, fp16 could overflow.
+
+    A CPU adds up in sequence, which loses digits over many FP32 numbers: there a norm is that of
+    the norms of short stretches, or is taken in FP64 where a chunk has no stretches.
+    """
+    if batch.device.type != "cpu":
+        return torch._foreach_norm(chunks, 2, dtype=batch.dtype)
+    if not batch.contiguous:
+        return torch._foreach_norm(chunks, 2, dtype=torch.float64)
+    if batch.longest <= CPU_STRETCH:
+        return torch._foreach_norm(chunks, 2, dtype=batch.dtype)
+    return [norm_in_stretches(chunk, batch.dtype) for chunk in chunks]
+
+
+def norm_in_stretches(chunk: Tensor, dtype: torch.dtype) -> Tensor:
+    """‖chunk‖₂ as the norm of the norms of its stretches, 0-d."""
+    norm: Callable[..., Tensor] = torch.linalg.vector_norm
+    numel = chunk.numel()
+    if numel <= CPU_STRETCH:
+        return norm(chunk, dtype=dtype)
+    flat, whole = chunk.view(-1), numel - numel % CPU_STRETCH
+    norms = norm(flat[:whole].view(-1, CPU_STRETCH), dim=1, dtype=dtype)
+    if whole < numel:
+        norms = torch.cat([norms, norm(flat[whole:], dtype=dtype).reshape(1)])
+    return norm(norms)
 
 
 def gradient_of(param: Tensor) -> Tensor:
     """The local part of a parameter's gradient, placed and, where it matters, laid out like it."""
     assert param.grad is not None
     grad = param.grad
+    if type(grad) is Tensor:
+        return grad if grad.is_contiguous() or not param.is_contiguous() else grad.contiguous()
     if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         # Left as a sum over ranks still to be taken, as tensor parallelism may leave it.
         grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
@@ -431,22 +463,27 @@ def gradient_of(param: Tensor) -> Tensor:
     return grad.contiguous() if local(param).is_contiguous() else grad
 
 
-def descend(batch: Batch, weights: Tensors, steps: Tensors, scales: Tensors, skip: Any) -> None:
+def descend(
+    batch: Batch, weights: Tensors, steps: Tensors, scale: float | Tensor, skip: Tensor | None
+) -> None:
     """w ← w - scale · step for every chunk, and the parameters with them; nothing where `skip`.
 
     Args:
         weights: what `_weights` gave, in the batch's dtype.
-        scales: 0-d, one a chunk.
+        scale: one number for all, or a vector with one for each chunk.
         skip: 0-d bool or None.
     """
-    params = batch.cut(local)
-    if skip is not None:
-        moved = torch._foreach_addcmul(weights, steps, scales, value=-1)
-        write(weights, moved, skip)
+    moved = weights if skip is None else [weight.clone() for weight in weights]
+    if isinstance(scale, Tensor):
+        scales = on_device(scale, batch.device).to(batch.dtype) if scale.dim() == 0 else scale
+        each = [scales] * len(steps) if scale.dim() == 0 else scales.unbind()
+        torch._foreach_addcmul_(moved, steps, each, value=-1)
     else:
-        torch._foreach_addcmul_(weights, steps, scales, value=-1)
-    if weights[0].dtype != params[0].dtype:
-        write(params, weights, skip)
+        torch._foreach_add_(moved, steps, alpha=-scale)
+    if skip is not None:
+        write(weights, moved, skip)
+    if weights[0].dtype != batch.chunks[0].param.dtype:
+        write(batch.cut(local), weights, skip)
 
 
 def write(targets: Tensors, values: Tensors, skip: Tensor | None) -> None:
@@ -457,6 +494,11 @@ def write(targets: Tensors, values: Tensors, skip: Tensor | None) -> None:
     for target, value in zip(targets, values, strict=True):
         # A choice, not arithmetic: values may be NaN, and 0 * NaN is NaN.
         torch.where(skip, target, value.to(target.dtype), out=target)
+
+
+def in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors, of one dtype, in another; themselves where it is the same."""
+    return tensors if tensors[0].dtype == dtype else [tensor.to(dtype) for tensor in tensors]
 
 
 def on_device(scalar: Tensor, device: torch.device) -> Tensor:

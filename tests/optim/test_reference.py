@@ -125,11 +125,12 @@ def test_lamb_without_adaptation_is_torch_adamw() -> None:
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_lars_without_adaptation_is_torch_sgd(nesterov: bool) -> None:
-    ours, theirs, grads = make_layers(), make_layers(), make_grads(NUM_STEPS)
+    double = torch.float64
+    ours, theirs, grads = make_layers(double), make_layers(double), make_grads(NUM_STEPS, double)
     options = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1, "nesterov": nesterov}
     take_steps(LARS([{"params": ours, "adapt": False}], **options), ours, grads)
     take_steps(torch.optim.SGD(theirs, **options), theirs, grads)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_a_lamb_step_moves_each_layer_by_lr_times_its_norm_from_the_first_step_on() -> None:
@@ -169,6 +170,17 @@ def test_a_zero_norm_gives_ratio_one() -> None:
     ratio = trust_ratio(weight_norm, update_norm, trust_coefficient=0.1, weight_decay=0.5, eps=1.0)
     assert ratio.tolist() == pytest.approx([1.0, 1.0, 1.0, 0.1 * 2 / (4 + 0.5 * 2 + 1)])
     assert trust_ratio(weight_norm, update_norm, adapt=False).tolist() == [1.0] * 4
+
+
+def test_a_large_layer_that_is_not_contiguous_has_the_right_norm() -> None:
+    param = torch.nn.Parameter(torch.randn(2048, 2048, generator=torch.Generator()).t())
+    param.grad = torch.ones_like(param)
+    optimizer = LAMB([param], lr=1e-3)
+    exact = param.detach().double().norm()
+    optimizer.step()
+    torch.testing.assert_close(
+        optimizer.layer_stats()[0]["weight_norm"].double(), exact, rtol=2e-7, atol=0
+    )
 
 
 @each_of_ours
