@@ -1,5 +1,6 @@
 # make study   install what is missing, run the study, write its report
 # make test    install what is missing, then lint, types and tests
+# make matrix  every layout x optimizer x precision against one process, with the figures
 #
 # PYTHON=…       the Python that a new environment is made from (3.11 or later)
 # VENV=…         where the environment is, or is made
@@ -17,13 +18,16 @@ comma := ,
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: study test lint types clean
+.PHONY: study test matrix lint types clean
 
 study: $(VENV)/.train
 	$(BIN)/largebatch sweep study=$(STUDY) $(ARGS)
 
 test: lint types
 	$(BIN)/python -m pytest -q
+
+matrix: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m '' --timeout 1800 tests/optim/test_parity.py tests/optim/test_reshard.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -59,7 +63,7 @@ $(VENV)/held.txt: $(BIN)/python constraints.txt
 
 install = $(INSTALL) --constraint $(VENV)/held.txt --editable '.[$(1)]'
 
-EXTRAS := train,dev$(if $(filter Linux,$(shell uname -s)),$(comma)mpi)
+EXTRAS := train,dev,examples$(if $(filter Linux,$(shell uname -s)),$(comma)mpi$(comma)deepspeed)
 
 $(VENV)/.train: $(VENV)/held.txt pyproject.toml
 	$(call install,train)

@@ -33,6 +33,12 @@ MAY_IMPORT = {
         "largebatch.train.record",
         "largebatch.train.ranks",
     ],
+    "benchmarks": [
+        "largebatch.benchmarks",
+        "largebatch.optim",
+        "largebatch.train.provenance",
+        "largebatch.train.ranks",
+    ],
     "src/largebatch": ["largebatch.cli"],
     "src/hydra_plugins": ["largebatch.study"],
 }
@@ -166,9 +172,13 @@ def composed(*overrides: str) -> TrainConfig:
         return typed(compose("train", list(overrides)))
 
 
+# What has to be measured first has no default.
+MEASURED = {"adascale": ["scaling.noise_scale=1000"], "surge": ["scaling.noise_scale=1000"]}
+
+
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=map("=".join, CHOICES))
 def test_every_choice_composes_to_a_run_that_can_be_planned(group: str, choice: str) -> None:
-    config = composed(f"{group}={choice}")
+    config = composed(f"{group}={choice}", *MEASURED.get(choice, []))
     assert next(iter(make_plan(config))).samples == 0
     for node in (config.task, config.model, config.optim, config.lr, config.batch, config.logger):
         if node["_target_"] is not None:
@@ -195,7 +205,7 @@ def test_a_custom_choice_without_its_class_is_refused_by_the_key(
 
 def test_every_custom_choice_is_one_of_these() -> None:
     custom = sorted(path.parent.name for path in (ROOT / "conf").glob("*/custom.yaml"))
-    assert custom == ["model", "task"]
+    assert custom == ["model", "scaling", "task"]
 
 
 def test_every_optimizer_is_in_a_study_and_every_study_names_optimizers_there_are() -> None:

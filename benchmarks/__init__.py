@@ -1,0 +1,1 @@
+"""Measurements of this project's parts beside their peers: `largebatch bench NAME`."""

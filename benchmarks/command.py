@@ -1,0 +1,44 @@
+"""`largebatch bench NAME …`: a table from benchmark to the module that runs it."""
+
+import importlib
+import sys
+from typing import Final, NamedTuple
+
+
+class Benchmark(NamedTuple):
+    module: str
+    """Has `main(arguments) -> exit code`."""
+    summary: str
+
+
+BENCHMARKS: Final = {
+    "optim": Benchmark("largebatch.benchmarks.optim", "time of an optimizer step, beside peers"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run one benchmark; returns its exit code, 2 where there is none of that name."""
+    if arguments and arguments[0] in BENCHMARKS:
+        return run(arguments[0], arguments[1:])
+    wanted = arguments[:1] in (["-h"], ["--help"])
+    if arguments and not wanted:
+        print(f"largebatch bench: no benchmark {arguments[0]!r}", file=sys.stderr)
+    rows = "\n".join(f"  {name:8} {benchmark.summary}" for name, benchmark in BENCHMARKS.items())
+    print(
+        f"usage: largebatch bench NAME …\n\n{rows}\n\nlargebatch bench NAME --help says more",
+        file=sys.stdout if wanted else sys.stderr,
+    )
+    return 0 if wanted else 2
+
+
+def run(name: str, arguments: list[str]) -> int:
+    try:
+        benchmark = importlib.import_module(BENCHMARKS[name].module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("largebatch"):
+            raise
+        needs = f"bench {name} needs {error.name}: pip install 'largebatch[train]'"
+        print(f"largebatch: {needs}", file=sys.stderr)
+        return 2
+    code: int = benchmark.main(arguments)
+    return code

@@ -1,0 +1,87 @@
+"""Each example runs by the command in its first lines, and tells the truth it is there for."""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NEEDS = {"deepspeed_zero2.py": "deepspeed", "hf_trainer.py": "transformers"}
+"""What an example cannot do without beside torch."""
+
+
+@dataclass(frozen=True)
+class Printed:
+    loss: float
+    trust_ratios: dict[str, float]
+
+
+def commands(example: Path) -> list[str]:
+    """The commands in backquotes that its docstring gives, in their order."""
+    docstring = ast.get_docstring(ast.parse(example.read_text(encoding="utf-8"))) or ""
+    return [
+        c for c in re.findall(r"`([^`]+)`", docstring) if c.endswith(f"examples/{example.name}")
+    ]
+
+
+@cache
+def printed(name: str, which: int = 0) -> Printed:
+    """What the example says at the end of its `which`-th command."""
+    if name in NEEDS and find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed")
+    bin_folder = Path(sys.executable).parent
+    environment = os.environ | {
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PET_STANDALONE": "1",  # torchrun takes a free port
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        shlex.split(commands(ROOT / "examples" / name)[which]),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = re.findall(r"loss (\d+\.\d+)", done.stdout)
+    ratios = re.findall(r"(\S+) +trust ratio (\d+\.\d+)", done.stdout)
+    assert len(losses) == 1, done.stdout  # of one rank alone
+    return Printed(float(losses[0]), {name: float(ratio) for name, ratio in ratios})
+
+
+def test_every_example_is_short_and_begins_with_its_command() -> None:
+    assert len(EXAMPLES) == 4
+    for example in EXAMPLES:
+        assert len(example.read_text(encoding="utf-8").splitlines()) < 60
+        assert commands(example)
+
+
+def test_the_plain_loop_learns_and_adapts_weights_only() -> None:
+    plain = printed("plain_pytorch.py")
+    adapted = {name for name, ratio in plain.trust_ratios.items() if ratio != 1.0}
+    assert adapted == {"0.weight", "3.weight"}
+    assert plain.trust_ratios.keys() - adapted == {"0.bias", "1.weight", "1.bias", "3.bias"}
+
+
+@pytest.mark.parametrize("name", ["fsdp2.py", "deepspeed_zero2.py"])
+def test_two_ranks_end_where_the_plain_loop_does(name: str) -> None:
+    spread, plain = printed(name), printed("plain_pytorch.py")
+    assert spread.loss == pytest.approx(plain.loss, rel=1e-4)
+    assert spread.trust_ratios == pytest.approx(plain.trust_ratios, abs=2e-4)
+
+
+def test_the_trainer_comes_to_the_same_on_two_ranks() -> None:
+    alone, spread = printed("hf_trainer.py", 0), printed("hf_trainer.py", 1)
+    assert spread.loss == pytest.approx(alone.loss, rel=1e-3)
