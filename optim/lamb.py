@@ -35,6 +35,7 @@ from largebatch.optim.layerwise import (
     require_bounds,
     require_one_of,
     resolved,
+    root,
     scalar,
     write,
 )
@@ -315,4 +316,4 @@ def bias_correction(step: Tensor, beta: float) -> Tensor:
 
 def lr_correction(step: Tensor, betas: tuple[float, float]) -> Tensor:
     """√(1 - β₂ᵗ) / (1 - β₁ᵗ): both bias corrections, moved from the moments to the step."""
-    return bias_correction(step, betas[1]).sqrt() / bias_correction(step, betas[0])
+    return root(bias_correction(step, betas[1])) / bias_correction(step, betas[0])

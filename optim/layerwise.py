@@ -308,7 +308,7 @@ class LayerwiseOptimizer(Optimizer):
         This is the step's one collective, and the numbers behind `layer_stats`.
         """
         sums = torch.stack([work.squares([*weight_norms]), work.squares([*update_norms])], dim=1)
-        weight_norm, update_norm = work.complete(sums).sqrt().unbind(dim=1)
+        weight_norm, update_norm = root(work.complete(sums)).unbind(dim=1)
         ratios = [
             self._ratio(group, weight_norm[layers], update_norm[layers])
             for group, layers in work.groups
@@ -435,6 +435,15 @@ def norms_of(batch: Batch, chunks: Tensors) -> Tensors:
     if batch.longest <= CPU_STRETCH:
         return torch._foreach_norm(chunks, 2, dtype=batch.dtype)
     return [norm_in_stretches(chunk, batch.dtype) for chunk in chunks]
+
+
+def root(squares: Tensor) -> Tensor:
+    """√squares, elementwise.
+
+    Not by `sqrt`: on a CPU that wakes a pool of threads of its own for a few hundred numbers, which
+    can cost more than the rest of the step.
+    """
+    return torch.where(squares > 0, squares * squares.rsqrt(), squares)
 
 
 def norm_in_stretches(chunk: Tensor, dtype: torch.dtype) -> Tensor:
