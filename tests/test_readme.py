@@ -16,7 +16,7 @@ LINES = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitl
 RUNS = [
     line.split("#")[0].strip()
     for line in LINES
-    if re.match(r"(largebatch (train|sweep)|torchrun|mpiexec -n 2 )", line) and "study" not in line
+    if re.match(r"(largebatch (train|sweep|plan)|torchrun|mpiexec -n 2 )", line) and "study" not in line
 ]
 
 
@@ -49,5 +49,7 @@ def test_its_commands_run(line: str, tmp_path: Path) -> None:
         assert len(list(tmp_path.glob("sweeps/mine/*/summary.json"))) == 8
     elif "--help" in words:
         assert "task=" in done.stdout or "task:" in done.stdout
+    elif "plan" in words:
+        assert list(tmp_path.rglob("plan.png"))
     else:
         assert len(list(tmp_path.glob("runs/*/summary.json"))) == 1

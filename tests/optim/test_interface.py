@@ -175,3 +175,23 @@ def test_the_import_loads_torch_and_nothing_of_the_training_side() -> None:
 
 def test_the_public_names_are_listed() -> None:
     assert set(largebatch.optim.__all__) >= {"LAMB", "LARS"}
+
+
+@pytest.mark.parametrize("option", ["capturable", "differentiable", "foreach", "fused"])
+@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+def test_switches_of_torch_that_do_not_exist_here_raise_at_construction(
+    optimizer: type[torch.optim.Optimizer], option: str
+) -> None:
+    with pytest.raises(TypeError, match=option):
+        optimizer(make_layers(), lr=0.1, **{option: True})
+
+
+@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+def test_step_hooks_run_around_the_step(optimizer: type[torch.optim.Optimizer]) -> None:
+    params, grads, seen = make_layers(), make_grads(1), []
+    ours = optimizer(params, lr=0.1)
+    start = params[3].detach().clone()
+    ours.register_step_pre_hook(lambda *_: seen.append(torch.equal(params[3], start)))
+    ours.register_step_post_hook(lambda *_: seen.append(torch.equal(params[3], start)))
+    take_steps(ours, params, grads)
+    assert seen == [True, False]
