@@ -16,7 +16,8 @@ LINES = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitl
 RUNS = [
     line.split("#")[0].strip()
     for line in LINES
-    if re.match(r"(largebatch (train|sweep|plan)|torchrun|mpiexec -n 2 )", line) and "study" not in line
+    if re.match(r"(largebatch (train|sweep|plan)|torchrun|mpiexec -n 2 )", line)
+    and "study" not in line
 ]
 
 

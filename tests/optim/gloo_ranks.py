@@ -4,7 +4,8 @@ import logging
 import multiprocessing
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch.distributed.checkpoint.api import CheckpointException
 
 Outcome = dict[str, Any]
 
@@ -32,17 +34,20 @@ def launch(
 ) -> list[dict[str, Outcome]]:
     """What each of `world_size` ranks has found in each job, by `str(job)`.
 
-    An exception in a job becomes its outcome, {"error": traceback}. Of a world of one no process
-    group is made.
+    An exception in a job becomes its outcome, {"error": traceback}; the death of a rank becomes
+    that of all jobs. In a world of one no process group is made.
     """
     own = tempfile.mkdtemp(dir=folder)  # a store serves one launch
     multiprocessing.set_forkserver_preload(PRELOADED)
-    torch.multiprocessing.start_processes(
-        work_as_rank,
-        args=(world_size, work, jobs, own),
-        nprocs=world_size,
-        start_method="forkserver",
-    )
+    try:
+        torch.multiprocessing.start_processes(
+            work_as_rank,
+            args=(world_size, work, jobs, own),
+            nprocs=world_size,
+            start_method="forkserver",
+        )
+    except torch.multiprocessing.ProcessException as error:
+        return [{str(job): {"error": str(error)} for job in jobs}] * world_size
     return [torch.load(Path(own) / f"rank{rank}.pt") for rank in range(world_size)]
 
 
@@ -68,11 +73,20 @@ def work_as_rank(
     for job in jobs:
         try:
             outcomes[str(job)] = work(job)
-        except Exception:
+        except (Exception, CheckpointException):  # which is none
             outcomes[str(job)] = {"error": traceback.format_exc()}
     torch.save(outcomes, Path(folder) / f"rank{rank}.pt")
     if world_size > 1:
         dist.destroy_process_group()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As the ranks compute; and on busy cores threads wait for one another."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def successful(found: Sequence[Outcome]) -> Sequence[Outcome]:
