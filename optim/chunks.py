@@ -85,6 +85,17 @@ class Batch:
         return taken.to(self.device, self.dtype)
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """What one process group adds up in a collective."""
+
+    group: "dist.ProcessGroup"
+    members: Tensor | None
+    """The layers it is for; None: all of them."""
+    factor: Tensor | None
+    """For each of them 1, or 1 / ranks where ranks hold copies and their mean is meant; None: 1."""
+
+
 @dataclass
 class Work:
     """All layers of an optimizer, and the batches of those that have a gradient now.
@@ -102,8 +113,7 @@ class Work:
     params: list[tuple[Group, Tensor]]
     """The parameters that have a gradient, whether or not anything of them is held here."""
     batches: list[Batch]
-    reductions: list[tuple[Reduction, Tensor | None]]
-    """Each with the layers it is for; None: all of them."""
+    exchanges: list[Exchange]
     layer_of_chunk: Tensor | None
     """In the order of the batches; None: chunk i is layer i."""
 
@@ -129,19 +139,19 @@ class Work:
             sums: shape (layers, …).
             flag: 0-d, travels along: non-zero afterwards, on every rank, where it was so on any.
         """
-        for reduction, members in self.reductions:
-            part = sums if members is None else sums[members]
+        for exchange in self.exchanges:
+            part = sums if exchange.members is None else sums[exchange.members]
             sent = part.reshape(-1)
             if flag is not None:
                 sent = torch.cat([sent, flag.to(sent).reshape(1)])
-            dist.all_reduce(sent, group=reduction.group)
-            if reduction.mean:
-                sent = sent / reduction.group.size()
+            dist.all_reduce(sent, group=exchange.group)
             if flag is not None:
                 flag.copy_(sent[-1])
                 sent = sent[:-1]
             part = sent.view(part.shape)
-            sums = part if members is None else sums.index_copy(0, members, part)
+            if exchange.factor is not None:
+                part = (part.T * exchange.factor).T
+            sums = part if exchange.members is None else sums.index_copy(0, exchange.members, part)
         return sums
 
 
@@ -152,7 +162,7 @@ def plan_work(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -> Work
     moved: list[int] = []
     params: list[tuple[Group, Tensor]] = []
     chunks: list[tuple[Group, Chunk]] = []
-    members: dict[Any, tuple[Reduction, list[int]]] = {}
+    reduced: dict[str, list[tuple[Reduction, int]]] = {}
     for group in groups:
         start = len(names)
         for param in group["params"]:
@@ -160,8 +170,8 @@ def plan_work(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -> Work
             layers = range(first, first + len(layout.layers))
             names += layout.layers
             for reduction in layout.reductions:
-                key = (reduction.mean, reduction.group.group_name)
-                members.setdefault(key, (reduction, []))[1].extend(layers)
+                entries = reduced.setdefault(reduction.group.group_name, [])
+                entries += [(reduction, layer) for layer in layers]
             if param.grad is not None:
                 moved += layers
                 params.append((group, param))
@@ -170,20 +180,36 @@ def plan_work(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -> Work
     batches = batches_of(chunks)
     device = local(next(iter(layouts))).device if layouts else torch.device("cpu")
     wide = any(compute_dtype(param) == torch.float64 for param in layouts)
+    dtype = torch.float64 if wide else torch.float32
     layer_of_chunk = [chunk.layer for batch in batches for chunk in batch.chunks]
-    # Sums before means: a mean is over copies of a sum that is complete.
-    ordered = sorted(members.values(), key=lambda entry: entry[0].mean)
-    reductions = [(reduction, index(part, len(names), device)) for reduction, part in ordered]
+    # Sums before means, so that a mean is over copies of a sum that is complete.
+    ordered = sorted(reduced.values(), key=lambda entries: any(r.mean for r, _ in entries))
     return Work(
         names=names,
         groups=spans,
         device=device,
-        dtype=torch.float64 if wide else torch.float32,
+        dtype=dtype,
         moved=moved,
         params=params,
         batches=batches,
-        reductions=reductions,
+        exchanges=[exchange_of(entries, len(names), device, dtype) for entries in ordered],
         layer_of_chunk=index(layer_of_chunk, len(names), device),
+    )
+
+
+def exchange_of(
+    entries: list[tuple[Reduction, int]],
+    num_layers: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Exchange:
+    """One collective for the layers that are reduced over one process group."""
+    group = entries[0][0].group
+    factors = [1 / group.size() if reduction.mean else 1.0 for reduction, _ in entries]
+    return Exchange(
+        group=group,
+        members=index([layer for _, layer in entries], num_layers, device),
+        factor=None if set(factors) == {1.0} else torch.tensor(factors, device=device, dtype=dtype),
     )
 
 

@@ -239,7 +239,7 @@ class LayerwiseOptimizer(Optimizer):
             squares = work.squares(norms)
             norm = work.complete(squares, flag).sum().sqrt()
             norm = norm if divisor is None else norm / divisor
-        elif flag is not None and work.reductions:
+        elif flag is not None and work.exchanges:
             work.complete(torch.zeros(len(work.names), 0, device=work.device), flag)
         if max_norm < math.inf:
             clip = torch.clamp(norm / max_norm, min=1.0)
