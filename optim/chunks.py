@@ -150,7 +150,7 @@ class Work:
                 sent = sent[:-1]
             part = sent.view(part.shape)
             if exchange.factor is not None:
-                part = (part.T * exchange.factor).T
+                part = part * exchange.factor.view(-1, *[1] * (part.dim() - 1))
             sums = part if exchange.members is None else sums.index_copy(0, exchange.members, part)
         return sums
 

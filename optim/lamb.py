@@ -24,22 +24,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.chunks import Batch, Group, Work
-from largebatch.optim.layerwise import (
-    Agreed,
-    LayerwiseOptimizer,
-    Tensors,
-    descend,
-    evaluate,
-    norms_of,
-    require,
-    require_bounds,
-    require_one_of,
-    resolved,
-    root,
-    scalar,
-    write,
-)
+from largebatch.optim.layerwise import Agreed, LayerwiseOptimizer, evaluate
 from largebatch.optim.layout import local
+from largebatch.optim.options import require, require_bounds, require_one_of, resolved
+from largebatch.optim.tensors import Tensors, descend, norms_of, root, scalar, write
 from largebatch.optim.trust_ratio import UNBOUNDED, Bounds, trust_ratio
 
 PAPER: dict[str, Any] = {

@@ -25,19 +25,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.chunks import Batch, Group
-from largebatch.optim.layerwise import (
-    Agreed,
-    LayerwiseOptimizer,
-    Tensors,
-    descend,
-    evaluate,
-    norms_of,
-    require,
-    require_one_of,
-    resolved,
-    scalar,
-    write,
-)
+from largebatch.optim.layerwise import Agreed, LayerwiseOptimizer, evaluate
+from largebatch.optim.options import require, require_one_of, resolved
+from largebatch.optim.tensors import Tensors, descend, norms_of, scalar, write
 from largebatch.optim.trust_ratio import UNBOUNDED, trust_ratio
 
 PAPER: dict[str, Any] = {

@@ -32,12 +32,9 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from largebatch.optim.chunks import Batch, Group, Work, compute_dtype, plan_work
 from largebatch.optim.foreign_state import to_native
 from largebatch.optim.layout import Layout, Name, is_dtensor, layout_of, local
+from largebatch.optim.options import require, require_one_of
+from largebatch.optim.tensors import Tensors, gradient_of, in_dtype, norms_of, on_device, root
 from largebatch.optim.trust_ratio import ADAPT_UNDECAYED
-
-Tensors = list[Tensor] | tuple[Tensor, ...]
-
-# Elements whose squares a CPU may add up in one go in FP32: it costs 4e-7 of the sum at most.
-CPU_STRETCH = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -381,145 +378,12 @@ class LayerwiseOptimizer(Optimizer):
         self.bind_layouts(bound, clip_norm)
 
 
-def require(holds: bool, name: str, accepted: str, value: object) -> None:
-    """Refuse an option. Write `holds` so that NaN fails it: `0 <= x`, not `not x < 0`."""
-    if not holds:
-        raise ValueError(f"{name} must be {accepted}, got {value}")
-
-
-def require_one_of(options: Mapping[str, Any], name: str, accepted: tuple[Any, ...]) -> None:
-    known, value = ", ".join(repr(value) for value in accepted), options[name]
-    # By type too: 1 is in (False, True).
-    holds = isinstance(value, type(accepted[0])) and value in accepted
-    require(holds, name, f"one of {known}", repr(value))
-
-
-def require_bounds(options: Mapping[str, Any], name: str) -> None:
-    """Refuse anything but (lowest, highest) with 0 <= lowest <= highest."""
-    bounds = options[name]
-    pair = isinstance(bounds, tuple | list) and len(bounds) == 2
-    holds = pair and 0 <= bounds[0] <= bounds[1]
-    require(holds, name, "(lowest, highest) with 0 <= lowest <= highest", bounds)
-
-
-def resolved(
-    variants: Mapping[str, Mapping[str, Any]], variant: str, given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The keywords of a variant, with those that the caller gave in their place.
-
-    Raises:
-        ValueError: there is no such variant.
-    """
-    require(variant in variants, "variant", f"one of {', '.join(variants)}", repr(variant))
-    return {**variants[variant], **{k: v for k, v in given.items() if v is not None}}
-
-
 def evaluate(closure: Callable[[], float] | None) -> float | None:
     """The closure's loss; its backward pass needs gradients although the step does not."""
     if closure is None:
         return None
     with torch.enable_grad():
         return closure()
-
-
-def norms_of(batch: Batch, chunks: Tensors) -> Tensors:
-    """‖chunk‖₂ of each, in the batch's dtype: bf16 would round it, fp16 could overflow.
-
-    A CPU adds up in sequence, which loses digits over many FP32 numbers: there a norm is that of
-    the norms of short stretches, or is taken in FP64 where a chunk has no stretches.
-    """
-    if batch.device.type != "cpu":
-        return torch._foreach_norm(chunks, 2, dtype=batch.dtype)
-    if not batch.contiguous:
-        return torch._foreach_norm(chunks, 2, dtype=torch.float64)
-    if batch.longest <= CPU_STRETCH:
-        return torch._foreach_norm(chunks, 2, dtype=batch.dtype)
-    return [norm_in_stretches(chunk, batch.dtype) for chunk in chunks]
-
-
-def root(squares: Tensor) -> Tensor:
-    """√squares, elementwise.
-
-    Not by `sqrt`: on a CPU that wakes a pool of threads of its own for a few hundred numbers, which
-    can cost more than the rest of the step.
-    """
-    return torch.where(squares > 0, squares * squares.rsqrt(), squares)
-
-
-def norm_in_stretches(chunk: Tensor, dtype: torch.dtype) -> Tensor:
-    """‖chunk‖₂ as the norm of the norms of its stretches, 0-d."""
-    norm: Callable[..., Tensor] = torch.linalg.vector_norm
-    numel = chunk.numel()
-    if numel <= CPU_STRETCH:
-        return norm(chunk, dtype=dtype)
-    flat, whole = chunk.view(-1), numel - numel % CPU_STRETCH
-    norms = norm(flat[:whole].view(-1, CPU_STRETCH), dim=1, dtype=dtype)
-    if whole < numel:
-        norms = torch.cat([norms, norm(flat[whole:], dtype=dtype).reshape(1)])
-    return norm(norms)
-
-
-def gradient_of(param: Tensor) -> Tensor:
-    """The local part of a parameter's gradient, placed and, where it matters, laid out like it."""
-    assert param.grad is not None
-    grad = param.grad
-    if type(grad) is Tensor:
-        return grad if grad.is_contiguous() or not param.is_contiguous() else grad.contiguous()
-    if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
-        # Left as a sum over ranks still to be taken, as tensor parallelism may leave it.
-        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
-    grad = local(grad)
-    return grad.contiguous() if local(param).is_contiguous() else grad
-
-
-def descend(
-    batch: Batch, weights: Tensors, steps: Tensors, scale: float | Tensor, skip: Tensor | None
-) -> None:
-    """w ← w - scale · step for every chunk, and the parameters with them; nothing where `skip`.
-
-    Args:
-        weights: what `_weights` gave, in the batch's dtype.
-        scale: one number for all, or a vector with one for each chunk.
-        skip: 0-d bool or None.
-    """
-    moved = weights if skip is None else [weight.clone() for weight in weights]
-    if isinstance(scale, Tensor):
-        scales = on_device(scale, batch.device).to(batch.dtype) if scale.dim() == 0 else scale
-        each = [scales] * len(steps) if scale.dim() == 0 else scales.unbind()
-        torch._foreach_addcmul_(moved, steps, each, value=-1)
-    else:
-        torch._foreach_add_(moved, steps, alpha=-scale)
-    if skip is not None:
-        write(weights, moved, skip)
-    if weights[0].dtype != batch.chunks[0].param.dtype:
-        write(batch.cut(local), weights, skip)
-
-
-def write(targets: Tensors, values: Tensors, skip: Tensor | None) -> None:
-    """targets ← values, rounded to the targets' dtype; where `skip`, they keep their very bits."""
-    if skip is None:
-        torch._foreach_copy_(targets, values)
-        return
-    for target, value in zip(targets, values, strict=True):
-        # A choice, not arithmetic: values may be NaN, and 0 * NaN is NaN.
-        torch.where(skip, target, value.to(target.dtype), out=target)
-
-
-def in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors, of one dtype, in another; themselves where it is the same."""
-    return tensors if tensors[0].dtype == dtype else [tensor.to(dtype) for tensor in tensors]
-
-
-def on_device(scalar: Tensor, device: torch.device) -> Tensor:
-    """A one-element tensor as a 0-d one on `device`, without waiting for the copy."""
-    return local(scalar).to(device, non_blocking=True).reshape(())
-
-
-def scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number or a one-element tensor as a 0-d tensor beside `like`."""
-    if isinstance(value, Tensor):
-        return on_device(value, like.device).to(like.dtype)
-    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def as_state(key: str, value: Any, param: Tensor) -> Any:

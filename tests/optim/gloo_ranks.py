@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -59,6 +60,8 @@ def work_as_rank(
     folder: str,
 ) -> None:
     torch.set_num_threads(1)
+    # What holds for the tests' own process: a warning that our code causes is an error.
+    warnings.filterwarnings("error", module=r"largebatch\.")
     # It advises against sharding one dimension twice, which is what FSDP2 with TP does.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if world_size > 1:
