@@ -112,6 +112,8 @@ class Work:
     """The layers of parameters that have a gradient."""
     params: list[tuple[Group, Tensor]]
     """The parameters that have a gradient, whether or not anything of them is held here."""
+    owners: tuple[Tensor, ...]
+    """All parameters, kept alive so that no other takes the identity of one."""
     batches: list[Batch]
     exchanges: list[Exchange]
     layer_of_chunk: Tensor | None
@@ -191,6 +193,7 @@ def plan_work(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -> Work
         dtype=dtype,
         moved=moved,
         params=params,
+        owners=tuple(layouts),
         batches=batches,
         exchanges=[exchange_of(entries, len(names), device, dtype) for entries in ordered],
         layer_of_chunk=index(layer_of_chunk, len(names), device),
@@ -220,7 +223,7 @@ def chunks_of(param: Tensor, layout: Layout, first: int) -> Iterable[Chunk]:
     for piece in (None,) if layout.pieces is None else layout.pieces:
         stretch = tensor if piece is None else tensor.narrow(piece.dim, piece.start, piece.length)
         layer, numel = first + (0 if piece is None else piece.layer), stretch.numel()
-        if numel <= limit or not stretch.is_contiguous():
+        if numel <= limit or not (tensor.is_contiguous() and stretch.is_contiguous()):
             if numel:
                 yield Chunk(param, layer, numel, piece, None)
             continue
@@ -250,8 +253,9 @@ def batches_of(chunks: Iterable[tuple[Group, Chunk]]) -> list[Batch]:
 
 
 def in_order(chunk: Chunk) -> bool:
-    """Whether the chunk is contiguous; a flat one is cut from a contiguous stretch."""
-    return chunk.flat is not None or chunk.of(local(chunk.param)).is_contiguous()
+    """Whether the chunk is contiguous, and cut from a contiguous tensor, as others like it are."""
+    tensor = local(chunk.param)
+    return tensor.is_contiguous() and chunk.of(tensor).is_contiguous()
 
 
 def index(members: list[int], length: int, device: torch.device) -> Tensor | None:

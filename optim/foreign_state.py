@@ -88,10 +88,11 @@ def to_native(state_dict: StateDict, optimizer: Optimizer) -> StateDict:
 def is_ours(group: Group) -> bool:
     """Whether one of our optimizers wrote the group.
 
-    Ours all hold `adapt` and `maximize`. So may the groups of a torch optimizer that was given
-    `adapt` by hand; those hold `differentiable` beside them.
+    Ours hold `adapt_undecayed`, or in their oldest form `adapt` and `maximize`. So may the groups
+    of a torch optimizer that was given `adapt` by hand; those hold `differentiable` beside them.
     """
-    return {"adapt", "maximize"} <= group.keys() and "differentiable" not in group
+    oldest = {"adapt", "maximize"} <= group.keys() and "differentiable" not in group
+    return oldest or "adapt_undecayed" in group
 
 
 def fill(group: Group, own: Group) -> Group:

@@ -72,7 +72,7 @@ class LAMB(LayerwiseOptimizer):
     - `trust_bounds`: (lowest, highest) of r.
     - `max_grad_norm`: g ← g / max(1, ‖g‖ / max_grad_norm), first of all, the norm over all groups.
     - `adapt_undecayed`: which groups with weight_decay 0 have a trust ratio: "always", "never", or
-      "unless_excluded" from a decay that is the optimizer's default.
+      "unless_excluded" from a decay that is the `weight_decay` the optimizer was built with.
     - `zero_norm`: "one", r = 1 where ‖w‖ or ‖u‖ is 0; "phi", where φ(‖w‖) or ‖u‖ is.
     - `master_weights`: keep an FP32 copy of parameters of a narrower dtype in the state, so that
       steps too small for them are not lost. A weight set from outside afterwards is not seen.
@@ -192,9 +192,11 @@ class LAMB(LayerwiseOptimizer):
         """Advance t, the updates that a parameter has had: 0-d, FP32, on its device."""
         steps = []
         for _, param in work.params:
-            state = self.state[param]
+            state, device = self.state[param], local(param).device
             if "step" not in state:
-                state["step"] = torch.zeros((), device=local(param).device)
+                state["step"] = torch.zeros((), device=device)
+            elif state["step"].device != device:  # as ZeroRedundancyOptimizer loads it
+                state["step"] = state["step"].to(device)
             steps.append(state["step"])
         if not steps:
             return

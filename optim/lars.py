@@ -62,7 +62,7 @@ class LARS(LayerwiseOptimizer):
     - `clip_to_lr`: r ← min(r / lr, 1), so that lr · r never exceeds lr (LARC).
     - `max_grad_norm`: g ← g / max(1, ‖g‖ / max_grad_norm), first of all, the norm over all groups.
     - `adapt_undecayed`: which groups with weight_decay 0 have a trust ratio: "always", "never", or
-      "unless_excluded" from a decay that is the optimizer's default.
+      "unless_excluded" from a decay that is the `weight_decay` the optimizer was built with.
     - `zero_norm`: "one", r = 1 where ‖w‖ or ‖g‖ is 0; "no_decay", in addition a layer whose
       gradient is 0 does not decay in that step: r = 0. ("joint" knows no norm of the gradient
       alone, and does not see this.)

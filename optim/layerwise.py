@@ -6,7 +6,7 @@ move the weights. Here are the phases that do not depend on the formula, and the
 for every optimizer:
 
 - a layer's norm is that of the whole layer, however it is spread over ranks, and all norms of a
-  step travel in one collective for each process group;
+  step travel in one collective for each process group (two where the gradients are clipped);
 - no host synchronisation: norms, ratios, step counters and the decision to skip stay on the device;
 - `p.grad` is left as it was found;
 - arithmetic and state are FP32 for bf16 and fp16 parameters, also after `load_state_dict`; the new
@@ -39,8 +39,10 @@ from largebatch.optim.trust_ratio import ADAPT_UNDECAYED
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks have decided alike before any moment is touched."""
+    """What a step starts from: decided alike by all ranks before any moment is touched."""
 
+    gradients: Mapping[Tensor, Tensor]
+    """The local part of each parameter's gradient, as it is, placed like the parameter."""
     divisor: Tensor | None
     """0-d: what every gradient is divided by, loss scale and clip together."""
     skip: Tensor | None
@@ -90,7 +92,11 @@ class LayerwiseOptimizer(Optimizer):
         """Restore groups and state; an option that was not yet known then takes its default."""
         super().__setstate__(state)
         self._forget_work()
+        self.defaults.pop(
+            "differentiable", None
+        )  # torch puts it there, for optimizers that know it
         for group in self.param_groups:
+            group.pop("differentiable", None)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
@@ -125,7 +131,7 @@ class LayerwiseOptimizer(Optimizer):
                 self._refuse(name, param)
                 layout_of(param, name, group["norm_groups"], group["norm_dim"])
             self._max_grad_norm()
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
 
@@ -175,8 +181,9 @@ class LayerwiseOptimizer(Optimizer):
         """Say where the layers lie in parameters that do not show it, such as flat buffers.
 
         Args:
-            clip_norm: the global gradient norm, 0-d, before any clipping, for those who cannot see
-                all gradients in one step; taken in place of the optimizer's own.
+            clip_norm: the global gradient norm, 0-d, of unscaled gradients and before any clipping,
+                for those who cannot see all of them in one step; taken in place of the optimizer's
+                own.
         """
         self._bound.update(layouts)
         self._clip_norm = clip_norm
@@ -188,9 +195,9 @@ class LayerwiseOptimizer(Optimizer):
         """What there is to do. A sparse gradient is refused before anything has changed."""
         key: list[Any] = []
         for group in self.param_groups:
-            key.append(id(group))
+            key.append((id(group), group["norm_groups"], group["norm_dim"]))
             for param in group["params"]:
-                key.append((id(param), param.grad is None))
+                key.append((id(param), param.grad is None, param.dtype, param.device, param.shape))
                 if param.grad is not None and param.grad.layout != torch.strided:
                     raise RuntimeError(
                         f"{type(self).__name__} needs dense gradients, got a "
@@ -222,9 +229,11 @@ class LayerwiseOptimizer(Optimizer):
 
     def _agree(self, work: Work) -> Agreed:
         """Whether to skip, and what to divide the gradients by: the same on every rank."""
+        # Of all parameters, held here or not: placing a gradient may be a collective.
+        gradients = {param: gradient_of(param) for _, param in work.params}
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        max_norm = self._max_grad_norm() if self.param_groups else math.inf
+        max_norm = self._max_grad_norm()
         divisor = None if grad_scale is None else on_device(grad_scale, work.device).float()
         flag = None if found_inf is None else on_device(found_inf, work.device).float().clone()
         if max_norm < math.inf and self._clip_norm is not None:
@@ -232,7 +241,7 @@ class LayerwiseOptimizer(Optimizer):
         elif max_norm < math.inf:
             norms: list[Tensor] = []
             for batch in work.batches:
-                norms += norms_of(batch, self._raw_gradients(batch))
+                norms += norms_of(batch, batch.cut(gradients.__getitem__))
             squares = work.squares(norms)
             norm = work.complete(squares, flag).sum().sqrt()
             norm = norm if divisor is None else norm / divisor
@@ -241,16 +250,11 @@ class LayerwiseOptimizer(Optimizer):
         if max_norm < math.inf:
             clip = torch.clamp(norm / max_norm, min=1.0)
             divisor = clip if divisor is None else divisor * clip
-        return Agreed(divisor, None if flag is None else flag != 0)
-
-    def _raw_gradients(self, batch: Batch) -> list[Tensor]:
-        """The chunks' gradients as they are, placed like their parameters."""
-        whole = {chunk.param: gradient_of(chunk.param) for chunk in batch.chunks}
-        return batch.cut(whole.__getitem__)
+        return Agreed(gradients, divisor, None if flag is None else flag != 0)
 
     def _gradients(self, batch: Batch, agreed: Agreed) -> Tensors:
         """The chunks' gradients to descend along, in the batch's dtype; not to be written to."""
-        grads: Tensors = in_dtype(self._raw_gradients(batch), batch.dtype)
+        grads: Tensors = in_dtype(batch.cut(agreed.gradients.__getitem__), batch.dtype)
         if agreed.divisor is not None:
             grads = torch._foreach_div(grads, agreed.divisor.to(batch.device, batch.dtype))
         return torch._foreach_neg(grads) if batch.group["maximize"] else grads
@@ -302,7 +306,7 @@ class LayerwiseOptimizer(Optimizer):
     def _trust_ratios(self, work: Work, weight_norms: Tensors, update_norms: Tensors) -> Tensor:
         """The trust ratio of every layer, shape (layers,), from the norms of all chunks in order.
 
-        This is the step's one collective, and the numbers behind `layer_stats`.
+        This is the step's last collective, and the numbers behind `layer_stats`.
         """
         sums = torch.stack([work.squares([*weight_norms]), work.squares([*update_norms])], dim=1)
         weight_norm, update_norm = root(work.complete(sums)).unbind(dim=1)
@@ -350,19 +354,15 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             ValueError: a state that does not fit these parameters or this algorithm.
         """
-        loaded: StateDict = {}
+        loaded: dict[Tensor, dict[str, Any]] = {}
 
         def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
-            loaded.update(to_native(final, self))
-            return {**loaded, "state": {}}
+            native = to_native(final, self)
+            loaded.update(self._state_by_param(native))
+            return {**native, "state": {}}
 
         def put_state(_: Optimizer) -> None:  # before the user's post-hooks
-            ids = [index for group in loaded["param_groups"] for index in group["params"]]
-            params = [param for group in self.param_groups for param in group["params"]]
-            for index, param in zip(ids, params, strict=True):
-                if index in loaded["state"]:
-                    entries = loaded["state"][index].items()
-                    self.state[param] = {k: as_state(k, value, param) for k, value in entries}
+            self.state.update(loaded)
 
         hooks = (
             self.register_load_state_dict_pre_hook(take_state),
@@ -374,8 +374,31 @@ class LayerwiseOptimizer(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-        # The parameters are the same ones, and lie where they did.
-        self.bind_layouts(bound, clip_norm)
+            # The parameters are the same ones, and lie where they did.
+            self.bind_layouts(bound, clip_norm)
+
+    def _state_by_param(self, native: StateDict) -> dict[Tensor, dict[str, Any]]:
+        """The state of each parameter, ready for `step`.
+
+        Raises:
+            ValueError: a tensor that does not have its parameter's shape and placement.
+        """
+        ids = [index for group in native["param_groups"] for index in group["params"]]
+        named = [
+            (name, param)
+            for group, names in self._named_groups()
+            for name, param in zip(names, group["params"], strict=True)
+        ]
+        if len(ids) != len(named):
+            return {}  # torch refuses it
+        return {
+            param: {
+                key: as_state(key, value, name, param)
+                for key, value in native["state"][index].items()
+            }
+            for index, (name, param) in zip(ids, named, strict=True)
+            if index in native["state"]
+        }
 
 
 def evaluate(closure: Callable[[], float] | None) -> float | None:
@@ -386,11 +409,17 @@ def evaluate(closure: Callable[[], float] | None) -> float | None:
         return closure()
 
 
-def as_state(key: str, value: Any, param: Tensor) -> Any:
+def as_state(key: str, value: Any, name: Name, param: Tensor) -> Any:
     """A loaded state entry in the dtype, on the device and in the layout that `step` expects."""
     if key == "step":
         return torch.as_tensor(value, dtype=torch.float32, device=local(param).device)
     if isinstance(value, Tensor) and value.is_floating_point():
+        if value.shape != param.shape or is_dtensor(value) != is_dtensor(param):
+            raise ValueError(
+                f"state {key!r} of parameter {name!r} must be a {type(param.data).__name__} of "
+                f"shape {tuple(param.shape)}, got a {type(value).__name__} of shape "
+                f"{tuple(value.shape)}: load sharded checkpoints by torch.distributed.checkpoint"
+            )
         value = value.to(param.device, compute_dtype(param))
         if not is_dtensor(value) and value.stride() != param.stride():
             return torch.empty_like(param, dtype=value.dtype).copy_(value)

@@ -52,7 +52,7 @@ def norm_in_stretches(chunk: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gradient_of(param: Tensor) -> Tensor:
-    """The local part of a parameter's gradient, placed and, where it matters, laid out like it."""
+    """The local part of a parameter's gradient, placed like it, and contiguous where it is."""
     assert param.grad is not None
     grad = param.grad
     if type(grad) is Tensor:
@@ -98,13 +98,18 @@ def write(targets: Tensors, values: Tensors, skip: Tensor | None) -> None:
 
 
 def in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors, of one dtype, in another; themselves where it is the same."""
-    return tensors if tensors[0].dtype == dtype else [tensor.to(dtype) for tensor in tensors]
+    """The tensors in a dtype; themselves where they have it."""
+    if all(tensor.dtype == dtype for tensor in tensors):
+        return tensors
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 def on_device(scalar: Tensor, device: torch.device) -> Tensor:
-    """A one-element tensor as a 0-d one on `device`, without waiting for the copy."""
-    return local(scalar).to(device, non_blocking=True).reshape(())
+    """A one-element tensor as a 0-d one on `device`, without waiting for a copy to an accelerator.
+
+    To the host there is no way around waiting: what comes next reads it there.
+    """
+    return local(scalar).to(device, non_blocking=device.type != "cpu").reshape(())
 
 
 def scalar(value: float | Tensor, like: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ in what bounds it and what happens where a norm is 0. Here, in this order:
 1. φ bounds ‖w‖;
 2. the ratio is taken;
 3. the ratio is bounded;
-4. where a norm is 0 the ratio is 1, whatever the bounds: a layer of zeros can start to move;
+4. where a norm is 0 the ratio is 1, whatever the bounds: a layer of zeros can start to move
+   (with `zero_after_phi`, where φ has not lifted it);
 5. a layer that does not adapt has ratio 1, whatever the rest.
 """
 
