@@ -118,6 +118,37 @@ class RecordConfig:
         self.every = whole_number(self.every, "record.every", 1)
 
 
+NOISE_SEAMS = ("auto", "rank", "micro_batch", "example")
+
+
+@dataclass
+class NoiseConfig:
+    """What small gradients the noise scale is measured with; None: it is not measured."""
+
+    small: str | None = None
+    half_life_samples: Any = 16_384
+    preconditioned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.small is not None and self.small not in NOISE_SEAMS:
+            raise ConfigError(
+                f"noise.small must be null or one of {', '.join(NOISE_SEAMS)}, got {self.small!r}"
+            )
+        name = "noise.half_life_samples"
+        self.half_life_samples = whole_number(self.half_life_samples, name, 1)
+
+
+@dataclass
+class CheckpointConfig:
+    every_samples: Any = None
+    keep: Any = 2
+
+    def __post_init__(self) -> None:
+        if self.every_samples is not None:
+            self.every_samples = whole_number(self.every_samples, "checkpoint.every_samples", 1)
+        self.keep = whole_number(self.keep, "checkpoint.keep", 1)
+
+
 @dataclass
 class StudyConfig:
     optimizers: list[str] = field(default_factory=list)
@@ -173,12 +204,17 @@ class TrainConfig:
     target: TargetConfig = field(default_factory=TargetConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: str | None = None
     study: StudyConfig | None = None
     seed: Any = 0
 
     def __post_init__(self) -> None:
         self.seed = whole_number(self.seed, "seed")
+        if self.resume not in (None, "auto"):
+            raise ConfigError(f"resume must be null or auto, got {self.resume!r}")
         self.optim["lr"] = real_number(self.optim.get("lr"), "optim.lr", above=0.0)
         per = self.budget.tokens_per_sample
         self.lr, self.batch = (

@@ -1,5 +1,13 @@
 """What batch size and learning rate hold at which sample. Plain arithmetic, without torch."""
 
+from largebatch.schedules.adaptive import (
+    CABS,
+    DiveBatch,
+    Goodput,
+    NoiseRamp,
+    NormTest,
+    SqrtNoise,
+)
 from largebatch.schedules.counts import whole_number
 from largebatch.schedules.curves import (
     WSD,
@@ -26,6 +34,7 @@ from largebatch.schedules.scaling import HOLDS, RULES, Rule, scale, scale_lr
 from largebatch.schedules.trades import LateSwitch, Seesaw, Smith, Trade
 
 __all__ = [
+    "CABS",
     "HOLDS",
     "RULES",
     "WSD",
@@ -34,14 +43,18 @@ __all__ = [
     "Cosine",
     "Curve",
     "DecidedRamp",
+    "DiveBatch",
     "GeometricBatch",
+    "Goodput",
     "Hyper",
     "InverseSqrt",
     "LateSwitch",
     "Linear",
     "LossTriggered",
+    "NoiseRamp",
     "NoiseReading",
     "NoiseScale",
+    "NormTest",
     "Plan",
     "PlannedStage",
     "Point",
@@ -52,6 +65,7 @@ __all__ = [
     "Seesaw",
     "Smith",
     "Split",
+    "SqrtNoise",
     "StagedBatch",
     "StepDecay",
     "Totals",

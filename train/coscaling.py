@@ -11,13 +11,16 @@ class CoScaling:
     """Made before any optimizer state is loaded: what the groups hold then is of `base_batch`.
 
     The learning rate is not its affair: it moves with every step.
+
+    Attributes:
+        batch_size: what the groups hold now is of this batch size; None before the first step.
     """
 
     def __init__(self, plan: Plan, optimizer: Optimizer) -> None:
         self._plan = plan
-        self._groups = optimizer.param_groups
-        self._bases = [Hyper.of_group(group, plan.base_lr) for group in self._groups]
-        self._batch_size: int | None = None
+        self._optimizer = optimizer  # whose groups are others once a state is loaded
+        self._bases = [Hyper.of_group(group, plan.base_lr) for group in optimizer.param_groups]
+        self.batch_size: int | None = None
 
     def take_up(self, point: Point) -> dict[str, Any]:
         """Set what holds at `point`'s batch size; returns what the step's line says of a change.
@@ -25,10 +28,10 @@ class CoScaling:
         That is `batch_change`: the size `from` which it changed (None at the first step) and each
         value that moved, of the first group where it did; nothing where nothing changed.
         """
-        if point.batch_size == self._batch_size:
+        if point.batch_size == self.batch_size:
             return {}
         moved: dict[str, Any] = {}
-        for group, base in zip(self._groups, self._bases, strict=True):
+        for group, base in zip(self._optimizer.param_groups, self._bases, strict=True):
             scaled = self._plan.rescale(base, point.batch_size)
             for name in ("betas", "eps", "weight_decay"):
                 value = getattr(scaled, name)
@@ -36,5 +39,5 @@ class CoScaling:
                     continue
                 group[name] = value
                 moved.setdefault(name, value)
-        before, self._batch_size = self._batch_size, point.batch_size
+        before, self.batch_size = self.batch_size, point.batch_size
         return {"batch_change": {"from": before} | moved} if before or moved else {}

@@ -1,8 +1,9 @@
 """The way of a batch. Read `Loop.run` first: one step from plan to record."""
 
 import math
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from largebatch.schedules import Plan, Point
 from largebatch.train.coscaling import CoScaling
 from largebatch.train.engines import Engine
 from largebatch.train.evaluation import EvaluationGrid
+from largebatch.train.gradient_noise import GradientNoise
 from largebatch.train.interruption import Interruption
+from largebatch.train.randomness import seed_step
 from largebatch.train.ranks import Ranks
 from largebatch.train.readings import Readings
 from largebatch.train.sampler import Sampler
+from largebatch.train.small_gradients import Share
 from largebatch.train.tasks import Batch, Task
 
 
@@ -32,6 +36,31 @@ class Progress:
     eval_loss: float | None = None
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """Of one step, on the device: parts that ranks add up, and what is the same on each."""
+
+    summed: dict[str, Tensor]
+    own: dict[str, Tensor]
+
+
+# What a ramp may decide on.
+READINGS = frozenset(
+    {
+        "batch_size",
+        "eval_loss",
+        "grad_sq_norm",
+        "grad_trace",
+        "loss",
+        "lr",
+        "noise_resolved",
+        "noise_scale",
+        "noise_scale_error",
+        "step_seconds",
+    }
+)
+
+
 @dataclass
 class Loop:
     """One training run over a plan.
@@ -39,6 +68,9 @@ class Loop:
     Attributes:
         evaluate: the evaluation loss now, the same number on every rank.
         record: takes each complete line; called on every rank, in step order.
+        noise: measures the noise scale, where it is asked for.
+        save: takes the run's state as it is between two steps; called on every rank.
+        save_every_samples: how often, and at the end of all runs but diverged ones; None: never.
         target_loss: the run ends at the first evaluation at or below it.
         record_layers: put each layer's trust ratio into the lines.
         give_up_samples: ends a run without its target earlier than the budget, which schedules see.
@@ -54,37 +86,64 @@ class Loop:
     grid: EvaluationGrid
     record: Callable[[dict[str, Any]], None]
     interruption: Interruption
+    noise: GradientNoise | None = None
+    save: Callable[[dict[str, Any]], None] = lambda state: None
+    save_every_samples: int | None = None
     target_loss: float | None = None
     give_up_samples: int | None = None
     record_layers: bool = False
     progress: Progress = field(default_factory=Progress)
     _readings: Readings = field(default_factory=Readings)
     _coscaling: CoScaling = field(init=False)
+    _boundary: tuple[int, float] = field(init=False)
 
     def __post_init__(self) -> None:
         self._coscaling = CoScaling(self.plan, self.optimizer)
 
     def run(self) -> Progress:
         """Step until the target, the budget, an interruption or a non-finite number."""
-        for point in self.plan:
+        self._boundary = (self.progress.steps, time.perf_counter())
+        for point in self.plan.steps_from(self.progress.samples):
             batch = self.take(point)
             loss = self.engine.forward_backward(self.task, batch, point.batch_size)
-            grad_norm = get_total_norm(self.gradients())
+            numbers = self.measure(point, loss)
             change = self._coscaling.take_up(point)
             self.update(point.lr)
-            before = self.send_off(point, loss, grad_norm)
+            before = self.send_off(point, numbers)
             self._readings.annotate(**change)
             self.advance(point)
-            if self.ends_with(before) or self.evaluation_ends_it():
+            if self.ends_with(before) or self.boundary_ends_it(point) or self.saving_ends_it(point):
                 break
-        self.ends_with(self._readings.flush())
+        self.ends_with(self.arrived(self._readings.flush()))
+        if self.progress.status != "diverged" and self.save_every_samples is not None:
+            self.save(self.state_dict())
         return self.progress
 
     def take(self, point: Point) -> Batch:
-        """This rank's share of the global batch."""
+        """This rank's share of the global batch, and the randomness of the step."""
         share = point.batch_size // self.engine.data_parallel_size
         start = point.samples + self.ranks.rank * share
+        seed_step(self.engine.device, self.sampler.seed, point.samples, self.ranks.rank)
+        if self.noise is not None:
+            self.noise.begin()
         return self.task.train_batch(self.sampler.take(start, share))
+
+    def measure(self, point: Point, loss: Tensor) -> Numbers:
+        """The step's numbers, gradients untouched: first those to be summed over ranks."""
+        interrupted = torch.full_like(loss, float(self.interruption.signal is not None))
+        summed = {"loss": loss, "interrupted": interrupted}
+        own = {"grad_norm": get_total_norm(self.gradients())}
+        if self.noise is not None:
+            summed |= self.noise.parts(self.share(point))
+            own |= self.noise.whole()
+        return Numbers(summed, own)
+
+    def share(self, point: Point) -> Share:
+        ranks, micro = (
+            self.engine.data_parallel_size,
+            self.engine.micro_batch_size(point.batch_size),
+        )
+        return Share(point.batch_size, ranks, math.ceil(point.batch_size / (ranks * micro)))
 
     def gradients(self) -> Iterable[Tensor]:
         groups = self.optimizer.param_groups
@@ -97,25 +156,29 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def send_off(self, point: Point, loss: Tensor, grad_norm: Tensor) -> dict[str, Any] | None:
+    def send_off(self, point: Point, numbers: Numbers) -> dict[str, Any] | None:
         """Pack the step's numbers for the host; returns the line of the step before."""
-        interrupted = torch.full_like(loss, float(self.interruption.signal is not None))
-        numbers = {"loss": loss, "interrupted": interrupted, "grad_norm": grad_norm}
-        numbers |= trust_ratios(self.optimizer, self.record_layers)
-        packed = torch.stack(list(numbers.values()))
-        work = self.engine.sum_over_ranks(packed[:2])  # the loss's parts and the interruptions
-        micro = self.engine.micro_batch_size(point.batch_size)
-        ranks = self.engine.data_parallel_size
+        all_of_them = numbers.summed | numbers.own
+        all_of_them |= trust_ratios(self.optimizer, self.record_layers)
+        packed = torch.stack([*all_of_them.values()])
+        work = self.engine.sum_over_ranks(packed[: len(numbers.summed)])
+        share = self.share(point)
         line = {
             "step": self.progress.steps + 1,
             "samples": point.samples + point.batch_size,
             "lr": point.lr,
             "global_batch_size": point.batch_size,
-            "micro_batch_size": micro,
-            "gradient_accumulation_steps": math.ceil(point.batch_size / (ranks * micro)),
-            "data_parallel_size": ranks,
+            "micro_batch_size": self.engine.micro_batch_size(point.batch_size),
+            "gradient_accumulation_steps": share.gradient_accumulation_steps,
+            "data_parallel_size": share.data_parallel_size,
         }
-        return self._readings.push(line, tuple(numbers), packed, work)
+        return self.arrived(self._readings.push(line, tuple(all_of_them), packed, work))
+
+    def arrived(self, line: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Take in what a line that is now complete says of the noise scale."""
+        if line is not None and self.noise is not None:
+            self.noise.take(line)
+        return line
 
     def advance(self, point: Point) -> None:
         self.progress.steps += 1
@@ -134,20 +197,64 @@ class Loop:
             self.progress.status = "interrupted"
         return self.progress.status in ("diverged", "interrupted")
 
-    def evaluation_ends_it(self) -> bool:
-        """Evaluate where the grid or the end says so; True where the run has no more to do."""
+    def boundary_ends_it(self, point: Point) -> bool:
+        """Evaluate where the grid or the end says so, and let the ramp decide what follows; True
+        where the run has no more to do.
+        """
         seen = self.progress.samples
         spent = seen >= min(self.give_up_samples or math.inf, self.plan.budget_samples)
         if not (self.grid.is_due(self.progress.steps) or spent):
             return False
-        self.progress.eval_loss = self.evaluate()
-        self._readings.annotate(eval_loss=self.progress.eval_loss)
-        self.plan.observe(seen, eval_loss=self.progress.eval_loss)
+        line = self.arrived(self._readings.flush())
+        assert line is not None
+        steps, begun = self._boundary
+        step_seconds = (time.perf_counter() - begun) / (self.progress.steps - steps)
+        line["eval_loss"] = self.progress.eval_loss = self.evaluate()
+        if self.plan.is_open:
+            self.decide(seen, line | {"batch_size": point.batch_size, "step_seconds": step_seconds})
         if not math.isfinite(self.progress.eval_loss):
             self.progress.status = "diverged"
         elif self.target_loss is not None and self.progress.eval_loss <= self.target_loss:
             self.progress.status = "reached"
-        return spent or self.progress.status != "exhausted"
+        self._boundary = (self.progress.steps, time.perf_counter())
+        return self.ends_with(line) or spent or self.progress.status != "exhausted"
+
+    def decide(self, seen: int, line: dict[str, Any]) -> None:
+        """Tell the plan what the run has measured, in rank 0's words: all ranks decide alike."""
+        readings = {name: line[name] for name in sorted(READINGS & line.keys())}
+        agreed = self.engine.as_first_rank([float(value) for value in readings.values()])
+        self.plan.observe(seen, **dict(zip(readings, agreed, strict=True)))
+
+    def saving_ends_it(self, point: Point) -> bool:
+        """Save where the step has passed a multiple of `save_every_samples`; True where its last
+        line ends the run.
+        """
+        every = self.save_every_samples
+        if every is None or self.progress.samples // every == point.samples // every:
+            return False
+        if self.ends_with(self.arrived(self._readings.flush())):
+            return True
+        self.save(self.state_dict())
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands between two steps, model and optimizer aside, in plain numbers."""
+        return {
+            "progress": asdict(self.progress),
+            "plan": self.plan.state_dict(),
+            "noise": {} if self.noise is None else self.noise.state_dict(),
+            "evaluation_due_at": self.grid.due_at,
+            "batch_size": self._coscaling.batch_size,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`, the model's and the optimizer's state being loaded."""
+        self.progress = Progress(**state["progress"] | {"status": "exhausted"})
+        self.plan.load_state_dict(state["plan"])
+        if self.noise is not None:
+            self.noise.load_state_dict(state["noise"])
+        self.grid.due_at = state["evaluation_due_at"]
+        self._coscaling.batch_size = state["batch_size"]
 
 
 def trust_ratios(optimizer: Optimizer, by_layer: bool) -> dict[str, Tensor]:

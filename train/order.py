@@ -1,6 +1,6 @@
 """What rank 0 orders of a run, checked as far as it can be without torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,12 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from largebatch.conf.config import ConfigError, ScalingConfig, TrainConfig, sentence, typed
-from largebatch.schedules import RULES, Hyper, Plan, Rule
+from largebatch.schedules import RULES, Hyper, Plan, Rule, Split
 from largebatch.schedules.scaling import check_options
 from largebatch.train.build import build
 from largebatch.train.ranks import Ranks
 from largebatch.train.record import check_free
+from largebatch.train.resume import Resumption, find_resumption
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Order:
     """Name of the sweep or study that the run belongs to."""
     hydra_files: Mapping[str, str] = field(default_factory=dict)
     """Content of the files in `.hydra/`."""
+    noise_seam: str | None = None
+    """Which small gradients the noise scale is measured with, `auto` resolved."""
+    resumption: Resumption | None = None
+    """Of the run that is in the folder already."""
 
 
 def prepare(composed: DictConfig, ranks: Ranks) -> Order:
@@ -56,10 +61,21 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
     try:
         data_parallel_size = max(ranks.size, config.engine.nproc)
         plan.check_divisible(data_parallel_size, config.engine.micro_batch_size)
+        splits = plan.splits(data_parallel_size, config.engine.micro_batch_size)
+        seam = noise_seam(config.noise.small, data_parallel_size, splits)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     folder = Path(settings.runtime.output_dir)
-    check_free(folder)
+    hydra_files = {
+        "config.yaml": OmegaConf.to_yaml(composed, resolve=True),
+        "overrides.yaml": OmegaConf.to_yaml(settings.overrides.task),
+        "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": settings})),
+    }
+    resumption = None
+    if config.resume == "auto":
+        resumption = find_resumption(folder, hydra_files["config.yaml"])
+    if resumption is None:
+        check_free(folder)
     return Order(
         config=config,
         plan=plan,
@@ -67,11 +83,34 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
         optimizer=str(settings.runtime.choices["optim"]),
         task=str(settings.runtime.choices["task"]),
         sweep=None if single else Path(settings.sweep.dir).name,
-        hydra_files={
-            "config.yaml": OmegaConf.to_yaml(composed, resolve=True),
-            "overrides.yaml": OmegaConf.to_yaml(settings.overrides.task),
-            "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": settings})),
-        },
+        hydra_files=hydra_files,
+        noise_seam=seam,
+        resumption=resumption,
+    )
+
+
+def noise_seam(small: str | None, data_parallel_size: int, splits: Sequence[Split]) -> str | None:
+    """Which small gradients `noise.small` means in this run.
+
+    Raises:
+        ConfigError: ones that are the whole batch somewhere in it, from which nothing follows.
+    """
+    if small in (None, "example"):
+        return small
+    accumulating = small != "rank"
+    alone = [
+        split.batch_size
+        for split in splits
+        if data_parallel_size * (split.gradient_accumulation_steps if accumulating else 1) < 2
+    ]
+    if not alone:
+        return "rank" if small == "rank" else "micro_batch"
+    if small == "auto":
+        return "example"
+    raise ConfigError(
+        f"noise.small={small} sees one gradient in a batch of {alone[0]}, and noise shows in the "
+        "difference of several: use more ranks, a smaller engine.micro_batch_size, or "
+        "noise.small=example"
     )
 
 

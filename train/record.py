@@ -1,7 +1,8 @@
 """A run's folder: `.hydra/`, `metrics.jsonl` (a line per recorded step), `summary.json` (written
 last).
 
-A folder belongs to the run that created its metrics.jsonl. It is never written twice.
+A folder belongs to the run that created its metrics.jsonl, and to one process at a time; only
+`resume=auto` goes on in it, from a checkpoint.
 """
 
 import fcntl
@@ -39,18 +40,70 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class RunFolder:
-    """The record of one run, open for as long as the run lasts. The lock dies with its process."""
+def check_unfinished(folder: Path) -> None:
+    """Refuse to go on with a run that has come to its end.
 
-    def __init__(self, folder: Path, hydra_files: Mapping[str, str]) -> None:
-        check_free(folder)
-        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-        # "x": of two runs that found the folder free, one creates the file.
-        self._lines = (folder / METRICS).open("x", encoding="utf-8")
-        lock(self._lines.fileno())
-        self.path = folder
+    Raises:
+        ConfigError: naming the folder and the way out.
+    """
+    if not (folder / SUMMARY).exists():
+        return
+    status = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["status"]
+    if status not in UNFINISHED:
+        raise ConfigError(
+            f"{folder} holds a run that has ended ({status}): there is nothing to resume; choose "
+            "another folder with hydra.run.dir=…"
+        )
+
+
+class RunFolder:
+    """The record of one run, open for as long as the run lasts. The lock dies with its process.
+
+    Args:
+        resumed_samples: go on with the run that the folder holds, from the checkpoint after so many
+            samples. Lines of later steps are dropped: those steps are made again.
+
+    Attributes:
+        seconds: that the run had taken until there.
+
+    Raises:
+        ConfigError: the folder holds another run, or another process is at work in it.
+    """
+
+    def __init__(
+        self, folder: Path, hydra_files: Mapping[str, str], resumed_samples: int | None = None
+    ) -> None:
+        self.path, self.seconds = folder, 0.0
+        if resumed_samples is None:
+            check_free(folder)
+            (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+            # "x": of two runs that found the folder free, one creates the file.
+            self._lines = (folder / METRICS).open("x", encoding="utf-8")
+            lock(self._lines.fileno())
+        else:
+            check_unfinished(folder)
+            self._lines = (folder / METRICS).open("r+", encoding="utf-8")
+            if not lock(self._lines.fileno()):
+                self._lines.close()
+                raise ConfigError(f"another process is at work on the run in {folder}")
+            self._cut(resumed_samples)
+            (folder / SUMMARY).unlink(missing_ok=True)
+            start = f"resumed-{resumed_samples}"
+            hydra_files = {f"{start}-{name}": text for name, text in hydra_files.items()}
         for name, text in hydra_files.items():
             (folder / ".hydra" / name).write_text(text, encoding="utf-8")
+
+    def _cut(self, samples: int) -> None:
+        """Drop the lines of steps after `samples` samples, and a last one that is not whole."""
+        kept = 0
+        for text in self._lines.read().splitlines(keepends=True):
+            line = json.loads(text) if text.endswith("\n") else {"samples": math.inf}
+            if line["samples"] > samples:
+                break
+            kept += len(text.encode())
+            self.seconds = line["seconds"]
+        self._lines.seek(kept)
+        self._lines.truncate()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """One line, on disk before the next step is recorded."""

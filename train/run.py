@@ -10,10 +10,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from largebatch.conf.config import ConfigError, TrainConfig
+from largebatch.conf.config import ConfigError
 from largebatch.train.build import build, check_arguments
+from largebatch.train.checkpoint import Checkpoints
 from largebatch.train.engines import Engine
 from largebatch.train.evaluation import EvaluationGrid, evaluate
+from largebatch.train.example_gradients import ExampleGradients
+from largebatch.train.gradient_noise import GradientNoise
 from largebatch.train.interruption import Interruption
 from largebatch.train.loggers import Logger, NoLogger
 from largebatch.train.loop import Loop, Progress
@@ -30,15 +33,17 @@ class Parts:
     task: Task
     engine: Engine
     optimizer: Optimizer
+    noise: GradientNoise | None
 
 
-def build_parts(config: TrainConfig, ranks: Ranks, device: torch.device) -> Parts:
+def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
     """Task, model, engine and optimizer as configured, the model the same on every rank.
 
     Raises:
         ConfigError: a target that cannot be imported, does not take its arguments or refuses a
         value.
     """
+    config = order.config
     task: Task = build(config.task, "task")
     torch.manual_seed(config.seed)
     model: nn.Module = build(config.model, "model")
@@ -52,7 +57,35 @@ def build_parts(config: TrainConfig, ranks: Ranks, device: torch.device) -> Part
         ranks=ranks,
         device=device,
     )
-    return Parts(task, engine, build_optimizer(config.optim, engine.model))
+    optimizer = build_optimizer(config.optim, engine.model)
+    return Parts(task, engine, optimizer, build_noise(order, engine, optimizer))
+
+
+def build_noise(order: Order, engine: Engine, optimizer: Optimizer) -> GradientNoise | None:
+    """What measures the noise scale, where it is asked for.
+
+    Raises:
+        ConfigError: it cannot be measured so in this run.
+    """
+    if order.noise_seam is None:
+        return None
+    noise = order.config.noise
+    try:
+        seam = engine.small_gradients(order.noise_seam)
+        if noise.small == "auto" and isinstance(seam, ExampleGradients) and seam.missed:
+            raise ConfigError(
+                "noise.small=auto finds one micro-batch on one rank, and layers whose gradients "
+                f"are not known sample by sample ({', '.join(seam.missed[:3])}, …): set "
+                "engine.micro_batch_size to at most half of the smallest batch"
+            )
+        return GradientNoise(
+            seam,
+            noise.half_life_samples,
+            by_layer=order.config.record.layers,
+            optimizer=optimizer if noise.preconditioned else None,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def build_optimizer(node: Mapping[str, Any], model: nn.Module) -> Optimizer:
@@ -82,12 +115,13 @@ def run(
     Raises:
         ConfigError: before anything is written.
     """
-    parts = build_parts(order.config, ranks, device)
+    parts = build_parts(order, ranks, device)
     if not ranks.is_first:
         return _train(order, parts, ranks, device, lambda line: None)
-    with RunFolder(order.folder, order.hydra_files) as folder:
+    resumed = None if order.resumption is None else order.resumption.samples
+    with RunFolder(order.folder, order.hydra_files, resumed) as folder:
         logger = _logger(order)
-        every, begin = order.config.record.every, time.perf_counter()
+        every, begin = order.config.record.every, time.perf_counter() - folder.seconds
 
         def record(line: dict[str, Any]) -> None:
             line["seconds"] = round(time.perf_counter() - begin, 4)
@@ -116,6 +150,9 @@ def _train(
     record: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     config, begin = order.config, time.perf_counter()
+    checkpoints = Checkpoints(
+        order.folder, ranks, parts.engine.model, parts.optimizer, config.checkpoint.keep
+    )
     with Interruption() as interruption:
         loop = Loop(
             plan=order.plan,
@@ -128,10 +165,15 @@ def _train(
             grid=EvaluationGrid(config.evaluation.growth),
             record=record,
             interruption=interruption,
+            noise=parts.noise,
+            save=checkpoints.save,
+            save_every_samples=config.checkpoint.every_samples,
             target_loss=config.target.loss,
             give_up_samples=config.target.give_up_samples,
             record_layers=config.record.layers,
         )
+        if order.resumption is not None and order.resumption.checkpoint is not None:
+            loop.load_state_dict(checkpoints.load(order.resumption.checkpoint))
         progress = loop.run()
     summary = _summary(order, parts, ranks, device, progress, begin)
     if interruption.signal is not None:

@@ -1,4 +1,7 @@
-"""What the tests of the training command share: running it, and reading what it left."""
+"""What the tests of the training command share: running it, and reading what it left.
+
+Lets them, and the processes they spawn, import this folder's noise_ranks.py.
+"""
 
 import json
 import os
@@ -9,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 Train = Callable[..., int]

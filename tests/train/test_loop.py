@@ -12,6 +12,7 @@ from largebatch.optim import LAMB, LARS
 from largebatch.schedules import Constant, ConstantBatch, Plan
 from largebatch.train.engines import DDP
 from largebatch.train.evaluation import EvaluationGrid
+from largebatch.train.gradient_noise import GradientNoise
 from largebatch.train.interruption import Interruption
 from largebatch.train.loop import Loop
 from largebatch.train.models import MLP
@@ -69,13 +70,33 @@ def test_a_step_of_the_loop_asks_the_device_nothing(optimizer: type[Optimizer]) 
         optimized = optimizer in (LARS, LAMB)
         with NoQuestions():
             loss = loop.engine.forward_backward(loop.task, batch, point.batch_size)
-            norm = torch.nn.utils.get_total_norm(loop.gradients())
+            numbers = loop.measure(point, loss)
             if optimized:  # torch's own SGD and AdamW read their CPU step counters
                 loop.update(point.lr)
-            loop.send_off(point, loss, norm)
+            loop.send_off(point, numbers)
         if not optimized:
             loop.update(point.lr)
         loop.advance(point)
+
+
+@pytest.mark.parametrize("seam", ["micro_batch", "example"])
+def test_measuring_the_noise_scale_asks_the_device_nothing(seam: str) -> None:
+    loop = make_loop(LAMB, [])
+    preconditioned = loop.optimizer if seam == "micro_batch" else None
+    loop.noise = GradientNoise(
+        loop.engine.small_gradients(seam), 1000, by_layer=True, optimizer=preconditioned
+    )
+    loop.run()  # the second moment is there from now on
+    point = loop.plan.at(0)
+    loop.take(point)  # its random order of the samples is the host's
+    with NoQuestions():
+        loop.noise.begin()
+        batch = loop.task.train_batch(loop.sampler.take(0, 32))
+        loss = loop.engine.forward_backward(loop.task, batch, point.batch_size)
+        numbers = loop.measure(point, loss)
+        loop.update(point.lr)
+        loop.send_off(point, numbers)
+    assert ("noise/small_preconditioned" in numbers.summed) == (seam == "micro_batch")
 
 
 def test_readings_are_one_step_late_and_complete() -> None:

@@ -1,0 +1,162 @@
+"""The noise scale of a run: from the squared norms at a seam to what a record line says.
+
+It costs no collective of its own: this rank's parts of the small gradients' mean squared norms
+travel with the loss, and the whole gradient is the same on every rank. The host sees the numbers
+with the step's others, one step late.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from largebatch.schedules import NoiseReading, NoiseScale
+from largebatch.train.small_gradients import (
+    PassingGradients,
+    Share,
+    SmallGradients,
+    fp32_norms,
+    squares,
+    wide,
+)
+
+Numbers = dict[str, Tensor]
+
+_SMALL, _BIG = "noise/small", "noise/big"
+
+
+@dataclass
+class GradientNoise:
+    """Measures, averages and tells the noise scale: of all layers, and as asked of each.
+
+    Attributes:
+        half_life_samples: of the averages.
+        by_layer: also each layer's, as `noise_scale/NAME`. Their ratios are not to be averaged:
+            tr Σ and ‖G‖² add up, the noise scale does not.
+        optimizer: where given, also the noise scale in the metric P = 1 / (√v̂ + ε) of its second
+            moment v̂ before the step, `noise_scale_preconditioned`: the noise as Adam sees it.
+
+    Raises:
+        ValueError: a second moment is asked for where there is none, or at a seam where no whole
+            gradient goes by.
+    """
+
+    seam: SmallGradients
+    half_life_samples: float
+    by_layer: bool = False
+    optimizer: Optimizer | None = None
+    _scales: dict[str, NoiseScale] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.optimizer is None:
+            return
+        if "betas" not in self.optimizer.defaults:
+            raise ValueError(
+                "noise.preconditioned needs the second moment of an optimizer such as AdamW or "
+                f"LAMB, got {type(self.optimizer).__name__}"
+            )
+        if not isinstance(self.seam, PassingGradients):
+            raise ValueError(
+                "noise.preconditioned needs whole gradients to go by: use noise.small=micro_batch "
+                "or rank"
+            )
+
+    def begin(self) -> None:
+        """To be called before a step's first backward pass."""
+        if self.optimizer is not None:
+            assert isinstance(self.seam, PassingGradients)
+            self.seam.metric = metric_of(self.optimizer, self.seam.layers) or None
+
+    def parts(self, share: Share) -> Numbers:
+        """This rank's parts of what has to be summed over ranks, after the backward passes."""
+        small = self.seam.part(share)
+        numbers = {_SMALL: small.sum()}
+        if self.by_layer:
+            numbers |= _by_name(f"{_SMALL}/", self.seam.layers, small)
+        if isinstance(self.seam, PassingGradients) and self.seam.metric is not None:
+            numbers[f"{_SMALL}_preconditioned"] = self.seam.weighted_part(share)
+        return numbers
+
+    def whole(self) -> Numbers:
+        """What every rank has of the whole gradient, before it is clipped."""
+        big = squares(self.seam.layers)
+        numbers = {_BIG: big.sum()}
+        if self.by_layer:
+            numbers |= _by_name(f"{_BIG}/", self.seam.layers, big)
+        if isinstance(self.seam, PassingGradients) and self.seam.metric is not None:
+            metric = self.seam.metric
+            weighted = [
+                wide(param.grad) * metric[name]
+                for name, (param,) in self.seam.layers.items()
+                if param.grad is not None
+            ]
+            norms = [norm.square() for norm in fp32_norms(weighted)]
+            numbers[f"{_BIG}_preconditioned"] = sum(norms[1:], start=norms[0])
+        return numbers
+
+    def take(self, line: dict[str, Any]) -> None:
+        """Take a complete line's numbers in, and leave the readings in their place."""
+        numbers = {key: line.pop(key) for key in [*line] if key.startswith((_SMALL, _BIG))}
+        share = Share(
+            line["global_batch_size"],
+            line["data_parallel_size"],
+            line["gradient_accumulation_steps"],
+        )
+        for key, small in numbers.items():
+            if not key.startswith(_SMALL):
+                continue
+            name = key.removeprefix(_SMALL)
+            big = numbers[_BIG + name]
+            if not (math.isfinite(small) and math.isfinite(big)):
+                continue
+            scale = self._scales.setdefault(name, NoiseScale(self.half_life_samples))
+            scale.update(
+                small_sq_norm=small,
+                big_sq_norm=big,
+                small_batch=self.seam.small_batch(share),
+                big_batch=share.global_batch_size,
+            )
+            line.update(_fields(scale.reading(), name))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, in plain numbers."""
+        return {name: scale.state_dict() for name, scale in self._scales.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self._scales = {}
+        for name, averages in state.items():
+            self._scales[name] = NoiseScale(self.half_life_samples)
+            self._scales[name].load_state_dict(averages)
+
+
+def metric_of(optimizer: Optimizer, layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """√P = (√v̂ + ε)^-½ of each layer's parameter; empty before the optimizer's first step."""
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    metric: dict[str, Tensor] = {}
+    for name, (param,) in layers.items():
+        state = optimizer.state.get(param, {})
+        if "exp_avg_sq" not in state:
+            return {}
+        group = groups[param]
+        correction = 1 - group["betas"][1] ** state["step"]
+        metric[name] = (state["exp_avg_sq"] / correction).sqrt_().add_(group["eps"]).rsqrt_()
+    return metric
+
+
+def _by_name(prefix: str, layers: Mapping[str, Any], values: Tensor) -> Numbers:
+    return {f"{prefix}{name}": value for name, value in zip(layers, values.unbind(), strict=True)}
+
+
+def _fields(reading: NoiseReading, name: str) -> dict[str, float | bool]:
+    """A reading as fields of a record; of a layer only the ratio and whether it is resolved."""
+    if name.startswith("/"):
+        return {f"noise_scale{name}": reading.noise_scale if reading.resolved else math.nan}
+    return {
+        f"noise_scale{name}": reading.noise_scale,
+        f"noise_scale{name}_error": reading.standard_error,
+        f"noise{name}_resolved": reading.resolved,
+    } | ({} if name else {"grad_sq_norm": reading.grad_sq_norm, "grad_trace": reading.trace})
