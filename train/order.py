@@ -11,7 +11,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from largebatch.conf.config import ConfigError, ScalingConfig, TrainConfig, sentence, typed
-from largebatch.schedules import RULES, Hyper, Plan, Rule, Split
+from largebatch.schedules import RULES, Hyper, NoiseRamp, Plan, Rule, Split
 from largebatch.schedules.scaling import check_options
 from largebatch.train.build import build
 from largebatch.train.ranks import Ranks
@@ -63,6 +63,11 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
         plan.check_divisible(data_parallel_size, config.engine.micro_batch_size)
         splits = plan.splits(data_parallel_size, config.engine.micro_batch_size)
         seam = noise_seam(config.noise.small, data_parallel_size, splits)
+        if seam is None and isinstance(plan.ramp, NoiseRamp):
+            raise ConfigError(
+                "the ramp follows the noise scale, which noise.small=null does not measure: use "
+                "noise.small=auto, or a ramp that is planned"
+            )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     folder = Path(settings.runtime.output_dir)

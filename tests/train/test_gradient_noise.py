@@ -1,0 +1,143 @@
+"""What a run's record says of the noise scale, and what it refuses to say."""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from largebatch.optim import LAMB
+from largebatch.schedules import NoiseScale
+from largebatch.train.gradient_noise import GradientNoise
+from largebatch.train.small_gradients import MicroBatchGradients, Share
+
+Train = Callable[..., int]
+ReadRun = Callable[[Path], tuple[list[dict[str, Any]], dict[str, Any]]]
+
+RUN = (
+    "task=digits", "optim=adamw", "optim.lr=0.003", "batch.size=64", "target.loss=null",
+    "budget.samples=1280", "evaluation.growth=100", "hydra.run.dir=run",
+)  # fmt: skip
+
+
+def test_the_record_averages_what_every_step_measured(
+    train: Train, read_run: ReadRun, tmp_path: Path
+) -> None:
+    """One line a step; the averages are recomputed here from a second run of the same steps."""
+    measured = ("noise.small=micro_batch", "engine.micro_batch_size=16")
+    assert train(*RUN, *measured, "noise.half_life_samples=1") == 0
+    single, _ = read_run(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "single")
+    assert train(*RUN, *measured, "noise.half_life_samples=300") == 0
+    lines, _ = read_run(tmp_path / "run")
+    noise = NoiseScale(half_life_samples=300)
+    for line, alone in zip(lines, single, strict=True):
+        # With a half-life of one sample a reading is that of the step, in FP64 arithmetic.
+        small = alone["grad_sq_norm"] + alone["grad_trace"] / 16
+        big = alone["grad_sq_norm"] + alone["grad_trace"] / 64
+        assert big == pytest.approx(line["grad_norm"] ** 2, rel=1e-6)
+        noise.update(small_sq_norm=small, big_sq_norm=big, small_batch=16, big_batch=64)
+        reading = noise.reading()
+        assert line["grad_trace"] == pytest.approx(reading.trace, rel=1e-6)
+        assert line["grad_sq_norm"] == pytest.approx(reading.grad_sq_norm, rel=1e-6)
+        assert line["noise_resolved"] == reading.resolved
+        if reading.grad_sq_norm > 0:
+            assert line["noise_scale"] == pytest.approx(reading.noise_scale, rel=1e-5)
+    assert lines[0]["noise_scale_error"] is None  # infinite after one step
+    assert lines[-1]["noise_resolved"]
+
+
+def gradients(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    twin = copy.deepcopy(model)
+    return torch.autograd.grad(cross_entropy(twin(x), y), [*twin.parameters()])
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, LAMB])
+def test_the_preconditioned_scale_is_that_of_gradients_in_the_metric(
+    optimizer: Callable[..., torch.optim.Optimizer],
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    made = optimizer(list(model.named_parameters()), lr=0.01, betas=(0.9, 0.95), eps=1e-3)
+    noise = GradientNoise(MicroBatchGradients(model), 1, optimizer=made)
+    x, y = torch.randn(12, 4, dtype=torch.float64), torch.randint(0, 3, (12,))
+    share = Share(12, 1, 3)
+    for step in range(3):
+        noise.begin()
+        for part in range(3):
+            chosen = slice(4 * part, 4 * part + 4)
+            torch.autograd.backward(cross_entropy(model(x[chosen]), y[chosen]) / 3)
+        numbers = noise.parts(share) | noise.whole()
+        assert ("noise/small_preconditioned" in numbers) == (step > 0)
+        if step:
+            root = [
+                ((made.state[p]["exp_avg_sq"] / (1 - 0.95**step)).sqrt() + 1e-3).sqrt()
+                for p in model.parameters()
+            ]
+            each = [gradients(model, x[4 * n : 4 * n + 4], y[4 * n : 4 * n + 4]) for n in range(3)]
+            weighted = torch.stack(
+                [torch.cat([(g / r).flatten() for g, r in zip(one, root, strict=True)])
+                 for one in each]
+            )  # fmt: skip
+            q, whole = weighted.square().sum(1).mean(), weighted.mean(0).square().sum()
+            told = [float(numbers[f"noise/{kind}_preconditioned"]) for kind in ("small", "big")]
+            assert told == pytest.approx([float(q), float(whole)], rel=1e-6)  # the step counter is FP32
+        made.step()
+        made.zero_grad()
+
+
+def test_layers_add_up_to_the_whole(train: Train, read_run: ReadRun, tmp_path: Path) -> None:
+    assert train(*RUN, "noise.small=example", "record.layers=true") == 0
+    lines, _ = read_run(tmp_path / "run")
+    named = [key for key in lines[-1] if key.startswith("noise_scale/")]
+    assert named == ["noise_scale/0.weight", "noise_scale/0.bias", "noise_scale/2.weight",
+                     "noise_scale/2.bias"]  # fmt: skip
+    assert not [key for key in lines[-1] if key.startswith("noise/")]
+
+
+def test_a_step_that_is_not_finite_leaves_the_averages_as_they_were() -> None:
+    noise = GradientNoise(MicroBatchGradients(nn.Linear(2, 2)), 100)
+    line = {"global_batch_size": 8, "data_parallel_size": 1, "gradient_accumulation_steps": 4}
+    noise.take(line | {"noise/small": 3.0, "noise/big": 2.0})
+    before = noise.state_dict()
+    for bad in ({"noise/small": math.inf}, {"noise/big": math.nan}):
+        told = line | {"noise/small": 3.0, "noise/big": 2.0} | bad
+        noise.take(told)
+        assert told == line
+    assert noise.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("noise.small=half",), "noise.small must be null or one of auto, rank, micro_ba"),
+        (("noise.half_life_samples=0",), "noise.half_life_samples must be a whole number of at"),
+        (("noise.small=rank",), "noise.small=rank sees one gradient in a ba"),
+        (("noise.small=micro_batch",), "noise.small=micro_batch sees one gradient in a ba"),
+        (("noise.small=micro_batch", "engine.micro_batch_size=32", "noise.preconditioned=true",
+          "optim=sgd"), "noise.preconditioned needs the second moment of an optimizer suc"),
+        (("noise.small=example", "noise.preconditioned=true"), "needs whole gradients to go by"),
+        (("batch=sqrt_noise", "batch.size=1024", "noise.small=null"), "the ramp follows the noise scale, which "),
+        (("noise.small=auto", "model=custom", "model._target_=convolving.Model"),
+         "noise.small=auto finds one micro-batch on one rank, and layers whose gradients are not"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused(
+    words: tuple[str, ...], sentence: str, train: Train, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "convolving.py").write_text(
+        "from torch import nn\n"
+        "class Model(nn.Sequential):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(nn.Unflatten(1, (1, 64)), nn.Conv1d(1, 1, 3), nn.Flatten(),\n"
+        "                         nn.Linear(62, 10))\n"
+    )
+    assert train(*RUN, *words) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
