@@ -1,7 +1,8 @@
-"""Moves betas, eps and weight decay of every parameter group with the batch, as the plan says."""
+"""Moves betas, eps, weight decay and momentum with the batch, as plan and optimizer say."""
 
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from largebatch.schedules import Hyper, Plan, Point
@@ -40,4 +41,24 @@ class CoScaling:
                 group[name] = value
                 moved.setdefault(name, value)
         before, self.batch_size = self.batch_size, point.batch_size
+        if before:
+            moved |= self._correct_momentum(point.hyper.lr / self._plan.peak_lr_at(before))
         return {"batch_change": {"from": before} | moved} if before or moved else {}
+
+    def _correct_momentum(self, factor: float) -> dict[str, Any]:
+        """Multiply the buffers that hold the learning rate by `factor`, as Goyal et al. 2017 ask.
+
+        Section 3.3 of arXiv:1706.02677. Past updates then follow a change of the batch as they do
+        where the learning rate is outside of the buffer.
+        """
+        buffers = [
+            self._optimizer.state[param]["momentum_buffer"]
+            for group in self._optimizer.param_groups
+            if group.get("lr_in_buffer")
+            for param in group["params"]
+            if "momentum_buffer" in self._optimizer.state.get(param, {})
+        ]
+        if not buffers or factor == 1.0:
+            return {}
+        torch._foreach_mul_(buffers, factor)
+        return {"momentum_buffer": factor}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from largebatch.optim import LAMB
+from largebatch.optim import LAMB, LARS
 from largebatch.schedules import Constant, GeometricBatch, Hyper, Plan, scale
 from largebatch.train.coscaling import CoScaling
 
@@ -88,6 +88,30 @@ def test_a_step_after_a_change_is_that_of_an_optimizer_made_with_the_new_values(
             weight.grad = torch.linspace(-0.5, 2, 6).reshape(2, 3) * weight.detach()
             optimizer.step()
     assert torch.equal(weights[0], weights[1])
+
+
+def test_momentum_follows_the_learning_rate_that_is_inside_it() -> None:
+    """At a change of batch LARS with lr in its buffer goes on as the one that has it outside."""
+    plan = planned("linear")
+    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3)) for _ in range(2)]
+    outside, inside = (
+        LARS([weight], lr=0.01, momentum=0.9, eps=1e-8, lr_in_buffer=within)
+        for weight, within in zip(weights, (False, True), strict=True)
+    )
+    told = []
+    for optimizer, weight in ((outside, weights[0]), (inside, weights[1])):
+        coscaling = CoScaling(plan, optimizer)
+        for point in plan:
+            weight.grad = torch.linspace(-0.5, 2, 6).reshape(2, 3) * weight.detach()
+            told.append(coscaling.take_up(point))
+            optimizer.param_groups[0]["lr"] = point.lr
+            optimizer.step()
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=0)
+    changes = [line["batch_change"] for line in told if line]
+    assert changes == [
+        {"from": 32}, {"from": 64},
+        {"from": 32, "momentum_buffer": 2.0}, {"from": 64, "momentum_buffer": 2.0},
+    ]  # fmt: skip
 
 
 RUN = (
