@@ -126,7 +126,7 @@ class NoiseConfig:
     """What small gradients the noise scale is measured with; None: it is not measured."""
 
     small: str | None = None
-    half_life_samples: Any = 16_384
+    half_life_samples: Any = 8192
     preconditioned: bool = False
 
     def __post_init__(self) -> None:
@@ -147,6 +147,28 @@ class CheckpointConfig:
         if self.every_samples is not None:
             self.every_samples = whole_number(self.every_samples, "checkpoint.every_samples", 1)
         self.keep = whole_number(self.keep, "checkpoint.keep", 1)
+
+
+FEWEST_POINTS = 5
+"""Learning rates before the blow-up; with fewer a sweep says nothing."""
+
+
+@dataclass
+class LRFindConfig:
+    """A sweep of the learning rate in the place of the run's curve and ramp."""
+
+    low: Any = 1e-5
+    high: Any = 10.0
+    points: Any = 100
+    blow_up: Any = 3.0
+
+    def __post_init__(self) -> None:
+        self.low = real_number(self.low, "mode.low", above=0.0)
+        self.high = real_number(self.high, "mode.high", above=0.0)
+        if self.low >= self.high:
+            raise ConfigError(f"mode.low must be < mode.high = {self.high:g}, got {self.low:g}")
+        self.points = whole_number(self.points, "mode.points", FEWEST_POINTS + 1)
+        self.blow_up = real_number(self.blow_up, "mode.blow_up", above=1.0)
 
 
 @dataclass
@@ -208,6 +230,7 @@ class TrainConfig:
     record: RecordConfig = field(default_factory=RecordConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: str | None = None
+    mode: LRFindConfig | None = None
     study: StudyConfig | None = None
     seed: Any = 0
 
@@ -215,6 +238,8 @@ class TrainConfig:
         self.seed = whole_number(self.seed, "seed")
         if self.resume not in (None, "auto"):
             raise ConfigError(f"resume must be null or auto, got {self.resume!r}")
+        if self.mode is not None:
+            self._check_sweep()
         self.optim["lr"] = real_number(self.optim.get("lr"), "optim.lr", above=0.0)
         per = self.budget.tokens_per_sample
         self.lr, self.batch = (
@@ -222,6 +247,22 @@ class TrainConfig:
         )
         if self.batch.get("unit") == "tokens":
             self.batch["tokens_per_sample"] = per
+
+    def _check_sweep(self) -> None:
+        """Refuse what mode=lr_find has no use for.
+
+        Raises:
+            ConfigError: naming the key and the way out.
+        """
+        if self.study is not None:
+            raise ConfigError(
+                "a study searches its learning rates itself: leave out study, or mode=lr_find"
+            )
+        if self.resume is not None or self.checkpoint.every_samples is not None:
+            raise ConfigError(
+                "a sweep of mode=lr_find is short and made in one piece: leave resume and "
+                "checkpoint.every_samples at null"
+            )
 
 
 def in_samples(node: Node, name: str, tokens_per_sample: int) -> Node:

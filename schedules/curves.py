@@ -17,7 +17,7 @@ from largebatch.schedules.counts import check_fits, real_number, whole_number
 
 @dataclass(frozen=True, kw_only=True)
 class Curve(ABC):
-    """A factor in [0, 1] on the peak learning rate.
+    """A factor on the peak learning rate, in [0, 1] but for `GeometricSweep`.
 
     Attributes:
         warmup_samples: samples over which the factor rises linearly to 1; 0 for no warm-up.
@@ -36,7 +36,7 @@ class Curve(ABC):
     @abstractmethod
     def decay(self, done: int, total: int) -> float:
         """The factor after `done` of the `total` samples from the end of the warm-up to the
-        budget; it never rises with `done`.
+        budget; of all curves but `GeometricSweep` it never rises with `done`.
         """
 
     def check(self, budget_samples: int) -> None:
@@ -250,6 +250,39 @@ class WSD(_Decaying):
             case _:
                 fraction = 1.0 - math.sqrt(progress)
         return self._above_final(fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeometricSweep(Curve):
+    """From `first` up to `last` times the peak in equal ratios, then `last` (a learning-rate range
+    test, Smith, 1506.01186, on a log axis). It rises, and so it is no curve for a ramp of
+    `trades.py`.
+
+    Attributes:
+        first: factor of the first step.
+        last: factor of the step that begins after `sweep_samples` samples.
+        sweep_samples: samples from the one to the other.
+    """
+
+    first: float
+    last: float
+    sweep_samples: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("first", "last"):
+            object.__setattr__(self, name, real_number(getattr(self, name), name, above=0.0))
+        samples = whole_number(self.sweep_samples, "sweep_samples", 1)
+        object.__setattr__(self, "sweep_samples", samples)
+
+    def check(self, budget_samples: int) -> None:
+        super().check(budget_samples)
+        check_fits(self.warmup_samples + self.sweep_samples, "sweep_samples", budget_samples)
+
+    def decay(self, done: int, total: int) -> float:
+        del total
+        progress = min(1.0, done / self.sweep_samples)
+        return math.pow(self.first, 1.0 - progress) * math.pow(self.last, progress)
 
 
 def _half_wave(progress: float) -> float:

@@ -75,6 +75,7 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: list[s
 def single_run(composed: DictConfig) -> None:
     """Hydra's task of `largebatch train`: note the summary, or why the run was refused."""
     from largebatch.train.display import outcome
+    from largebatch.train.lr_results import told
 
     try:
         summary = job(composed, display=True)
@@ -82,7 +83,10 @@ def single_run(composed: DictConfig) -> None:
         _outcome.append(error)
     else:
         _outcome.append(summary)
-        print(outcome(summary, Path(os.path.relpath(HydraConfig.get().runtime.output_dir))))
+        folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+        print(outcome(summary, folder))
+        if "lr_find" in summary:
+            print(told(summary, folder))
 
 
 def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
@@ -105,6 +109,9 @@ def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
         with started_ranks(order.config.engine.nproc) as ranks:
             summary = train(ranks, order, display)
     assert summary is not None
+    if "error" in summary:  # a sweep that found nothing; other errors are raised
+        of_many = "" if display else f"{os.path.relpath(order.folder)}: "
+        print(f"largebatch: {of_many}{summary['error']}", file=sys.stderr)
     return summary
 
 

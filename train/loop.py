@@ -66,7 +66,8 @@ class Loop:
     """One training run over a plan.
 
     Attributes:
-        evaluate: the evaluation loss now, the same number on every rank.
+        evaluate: the evaluation loss now, the same number on every rank; None: never, for plans
+            that do not wait for it.
         record: takes each complete line; called on every rank, in step order.
         noise: measures the noise scale, where it is asked for.
         save: takes the run's state as it is between two steps; called on every rank.
@@ -74,6 +75,8 @@ class Loop:
         target_loss: the run ends at the first evaluation at or below it.
         record_layers: put each layer's trust ratio into the lines.
         give_up_samples: ends a run without its target earlier than the budget, which schedules see.
+        enough: sees each complete line, a step late, on every rank alike; true ends the run as if
+            its budget were spent.
     """
 
     plan: Plan
@@ -82,7 +85,7 @@ class Loop:
     optimizer: Optimizer
     sampler: Sampler
     ranks: Ranks
-    evaluate: Callable[[], float]
+    evaluate: Callable[[], float] | None
     grid: EvaluationGrid
     record: Callable[[dict[str, Any]], None]
     interruption: Interruption
@@ -92,6 +95,7 @@ class Loop:
     target_loss: float | None = None
     give_up_samples: int | None = None
     record_layers: bool = False
+    enough: Callable[[dict[str, Any]], bool] = lambda line: False
     progress: Progress = field(default_factory=Progress)
     _readings: Readings = field(default_factory=Readings)
     _coscaling: CoScaling = field(init=False)
@@ -195,7 +199,7 @@ class Loop:
             self.progress.status = "diverged"
         elif interrupted and self.progress.status == "exhausted":
             self.progress.status = "interrupted"
-        return self.progress.status in ("diverged", "interrupted")
+        return self.enough(line) or self.progress.status in ("diverged", "interrupted")
 
     def boundary_ends_it(self, point: Point) -> bool:
         """Evaluate where the grid or the end says so, and let the ramp decide what follows; True
@@ -203,6 +207,8 @@ class Loop:
         """
         seen = self.progress.samples
         spent = seen >= min(self.give_up_samples or math.inf, self.plan.budget_samples)
+        if self.evaluate is None:
+            return spent
         if not (self.grid.is_due(self.progress.steps) or spent):
             return False
         line = self.arrived(self._readings.flush())

@@ -14,6 +14,8 @@ from largebatch.conf.config import ConfigError, ScalingConfig, TrainConfig, sent
 from largebatch.schedules import RULES, Hyper, NoiseRamp, Plan, Rule, Split
 from largebatch.schedules.scaling import check_options
 from largebatch.train.build import build
+from largebatch.train.lr_find import as_sweep, sweep_plan
+from largebatch.train.lr_results import check_table
 from largebatch.train.ranks import Ranks
 from largebatch.train.record import check_free
 from largebatch.train.resume import Resumption, find_resumption
@@ -31,6 +33,8 @@ class Order:
     optimizer: str
     """Name of the optimizer's choice, as records carry it."""
     task: str
+    model: str
+    """Name of the model's choice, or the class of a custom one."""
     sweep: str | None = None
     """Name of the sweep or study that the run belongs to."""
     hydra_files: Mapping[str, str] = field(default_factory=dict)
@@ -71,6 +75,9 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     folder = Path(settings.runtime.output_dir)
+    if config.mode is not None:
+        config = as_sweep(config, plan)
+        check_table(folder)
     hydra_files = {
         "config.yaml": OmegaConf.to_yaml(composed, resolve=True),
         "overrides.yaml": OmegaConf.to_yaml(settings.overrides.task),
@@ -87,6 +94,7 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
         folder=folder,
         optimizer=str(settings.runtime.choices["optim"]),
         task=str(settings.runtime.choices["task"]),
+        model=_model(config, str(settings.runtime.choices["model"])),
         sweep=None if single else Path(settings.sweep.dir).name,
         hydra_files=hydra_files,
         noise_seam=seam,
@@ -119,15 +127,19 @@ def noise_seam(small: str | None, data_parallel_size: int, splits: Sequence[Spli
     )
 
 
+def _model(config: TrainConfig, choice: str) -> str:
+    return str(config.model["_target_"]) if choice == "custom" else choice
+
+
 def make_plan(config: TrainConfig) -> Plan:
-    """The run's plan.
+    """The run's plan; with mode=lr_find that of the sweep at its last batch size.
 
     Raises:
         ConfigError: schedules that do not fit the budget or each other.
     """
     optim, scaling = config.optim, config.scaling
     try:
-        return Plan(
+        plan = Plan(
             ramp=build(config.batch, "batch"),
             curve=build(config.lr, "lr"),
             budget_samples=config.budget.samples,
@@ -139,6 +151,7 @@ def make_plan(config: TrainConfig) -> Plan:
             hyper=Hyper.of_group(optim, optim["lr"]),
             tokens_per_sample=config.budget.tokens_per_sample,
         )
+        return plan if config.mode is None else sweep_plan(plan, config.mode)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -85,7 +85,8 @@ def _show(composed: DictConfig, options: Namespace) -> None:
                 f"the picture needs {error.name}: pip install 'largebatch[train]', or --no-picture"
             ) from error
         choices = HydraConfig.get().runtime.choices
-        title = ", ".join(f"{name}={choices[name]}" for name in ("optim", "batch", "lr", "scaling"))
+        decide = ("optim", "batch", "lr", "scaling") if config.mode is None else ("mode", "optim")
+        title = ", ".join(f"{name}={choices[name]}" for name in decide)
         _save(draw(plan, title), options.picture)
         if not options.json:
             print(f"picture: {os.path.relpath(options.picture)}")

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from largebatch.train.gradient_noise import GradientNoise
 from largebatch.train.interruption import Interruption
 from largebatch.train.loggers import Logger, NoLogger
 from largebatch.train.loop import Loop, Progress
+from largebatch.train.lr_find import LRFinder
+from largebatch.train.lr_results import publish
 from largebatch.train.order import Order
 from largebatch.train.provenance import provenance
 from largebatch.train.ranks import Ranks
@@ -153,6 +156,7 @@ def _train(
     checkpoints = Checkpoints(
         order.folder, ranks, parts.engine.model, parts.optimizer, config.checkpoint.keep
     )
+    finder = None if config.mode is None else LRFinder(config.mode)
     with Interruption() as interruption:
         loop = Loop(
             plan=order.plan,
@@ -161,7 +165,9 @@ def _train(
             optimizer=parts.optimizer,
             sampler=Sampler(parts.task.num_train, config.seed, parts.task.replacement),
             ranks=ranks,
-            evaluate=lambda: evaluate(parts.task, parts.engine, ranks, device),
+            evaluate=partial(evaluate, parts.task, parts.engine, ranks, device)
+            if finder is None
+            else None,
             grid=EvaluationGrid(config.evaluation.growth),
             record=record,
             interruption=interruption,
@@ -171,6 +177,7 @@ def _train(
             target_loss=config.target.loss,
             give_up_samples=config.target.give_up_samples,
             record_layers=config.record.layers,
+            enough=finder or (lambda line: False),
         )
         if order.resumption is not None and order.resumption.checkpoint is not None:
             loop.load_state_dict(checkpoints.load(order.resumption.checkpoint))
@@ -178,6 +185,10 @@ def _train(
     summary = _summary(order, parts, ranks, device, progress, begin)
     if interruption.signal is not None:
         summary["signal"] = interruption.signal
+    if finder is not None:
+        summary |= finder.outcome(progress.status)
+        if ranks.is_first:
+            publish(order.folder, summary, finder)
     return summary
 
 
@@ -201,6 +212,7 @@ def _summary(
         "eval_loss": progress.eval_loss,
         "seconds": round(time.perf_counter() - begin, 4),
         "task": order.task,
+        "model": order.model,
         "optimizer": order.optimizer,
         "batch_size": batch_size,
         "lr": order.plan.peak_lr,
