@@ -93,6 +93,27 @@ def test_the_preconditioned_scale_is_that_of_gradients_in_the_metric(
         made.zero_grad()
 
 
+def test_ranks_decide_alike_and_as_one_process_does(
+    train: Train, read_run: ReadRun, tmp_path: Path
+) -> None:
+    """A ramp on the noise scale of micro-batches: the same stages however they are spread."""
+    words = (
+        "task=digits", "optim=adamw", "optim.lr=0.003", "batch=sqrt_noise", "batch.start=32",
+        "batch.size=256", "batch.exchange_rate=2000", "batch.votes=2", "noise.small=micro_batch",
+        "engine.micro_batch_size=8", "target.loss=null", "budget.samples=6000", "scaling=sqrt",
+        "scaling.base_batch=32", "evaluation.growth=1.1",
+    )  # fmt: skip
+    assert train(*words, "hydra.run.dir=one") == 0
+    assert train(*words, "engine.nproc=2", "hydra.run.dir=two") == 0
+    one, two = (read_run(tmp_path / name)[0] for name in ("one", "two"))
+    sizes = [(line["samples"], line["global_batch_size"], line["lr"]) for line in one]
+    assert [(line["samples"], line["global_batch_size"], line["lr"]) for line in two] == sizes
+    assert {size for _, size, _ in sizes} >= {32, 64, 128}
+    for a, b in zip(one[4:], two[4:], strict=True):
+        for field in ("loss", "grad_trace", "grad_sq_norm"):
+            assert b[field] == pytest.approx(a[field], rel=1e-4)
+
+
 def test_layers_add_up_to_the_whole(train: Train, read_run: ReadRun, tmp_path: Path) -> None:
     assert train(*RUN, "noise.small=example", "record.layers=true") == 0
     lines, _ = read_run(tmp_path / "run")
