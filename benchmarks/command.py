@@ -13,6 +13,10 @@ class Benchmark(NamedTuple):
 
 BENCHMARKS: Final = {
     "optim": Benchmark("largebatch.benchmarks.optim", "time of an optimizer step, beside peers"),
+    "noise": Benchmark(
+        "largebatch.benchmarks.noise", "what measuring the noise scale adds to a step"
+    ),
+    "ramp": Benchmark("largebatch.benchmarks.ramp", "a batch that follows the noise scale"),
 }
 
 

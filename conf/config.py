@@ -127,6 +127,7 @@ class NoiseConfig:
 
     small: str | None = None
     half_life_samples: Any = 8192
+    every: Any = 1
     preconditioned: bool = False
 
     def __post_init__(self) -> None:
@@ -136,6 +137,7 @@ class NoiseConfig:
             )
         name = "noise.half_life_samples"
         self.half_life_samples = whole_number(self.half_life_samples, name, 1)
+        self.every = whole_number(self.every, "noise.every", 1)
 
 
 @dataclass

@@ -60,13 +60,21 @@ class NoiseScale:
         self._origin = (0.0, 0.0)
 
     def update(
-        self, *, small_sq_norm: float, big_sq_norm: float, small_batch: int, big_batch: int
+        self,
+        *,
+        small_sq_norm: float,
+        big_sq_norm: float,
+        small_batch: int,
+        big_batch: int,
+        samples: int | None = None,
     ) -> None:
         """Take in one step's pair of squared gradient norms.
 
         Args:
             small_sq_norm: the mean, over n gradients of `small_batch` samples, of their ‖g‖².
             big_sq_norm: ‖g‖² of those gradients' mean, over `big_batch` samples.
+            samples: seen since the last update, by which older ones have faded; None: the batch.
+                More, where not every step is measured.
 
         Raises:
             ValueError: batches from which nothing follows, such as equal ones, or norms that are
@@ -83,7 +91,8 @@ class NoiseScale:
         big_q = real_number(big_sq_norm, "big_sq_norm", least=0.0)
         grad = (big * big_q - small * q) / (big - small)
         trace = (q - big_q) / (1 / small - 1 / big)
-        self._add(grad, trace, samples=big)
+        passed = big if samples is None else whole_number(samples, "samples", 1)
+        self._add(grad, trace, samples=passed)
 
     def _add(self, grad: float, trace: float, samples: int) -> None:
         keep = 0.5 ** (samples / self.half_life_samples)

@@ -5,8 +5,10 @@ optimizer holds back, or drives, stands out as a band. Runs record it with `reco
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.colors import LogNorm
@@ -32,21 +34,23 @@ def is_run(folder: Path) -> bool:
     return (folder / "metrics.jsonl").is_file()
 
 
+def read_lines(folder: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a run's record; that of a run that was killed may end in half of one."""
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
+        for text in file:
+            try:
+                yield json.loads(text)
+            except json.JSONDecodeError:
+                return
+
+
 def read_layers(folder: Path) -> LayerHistory:
     """The trust ratios that a run recorded.
 
     Raises:
         ValueError: it recorded none.
     """
-    lines = []
-    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                break  # the last line of a run that was killed
-            if any(key.startswith(PREFIX) for key in line):
-                lines.append(line)
+    lines = [line for line in read_lines(folder) if any(key.startswith(PREFIX) for key in line)]
     if not lines:
         raise ValueError(
             f"{folder} holds one run, and no trust ratios by layer: train it with "

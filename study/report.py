@@ -3,8 +3,8 @@
 Written into DIR, or where `--out` says: `report.html` (self-contained), `curve.png`,
 `learning_rate.png`, `curve.csv`, `fits.csv`, and `rules.csv` where runs under a scaling rule stand
 beside tuned ones. The folder of a single run gives `layers.png`, the trust ratio of every layer
-over the run, where it recorded them. Exit code 0, or 2 and one sentence on stderr where there is
-nothing to report.
+over the run, and `noise.png`, its gradient noise scale, where it recorded them. Exit code 0, or 2
+and one sentence on stderr where there is nothing to report.
 """
 
 import argparse
@@ -124,6 +124,26 @@ def write_report(folder: Path | str, out: Path | str | None = None) -> Report:
     return report
 
 
+def write_pictures(folder: Path, out: Path | None = None) -> dict[str, Path]:
+    """The pictures of a single run, of what it recorded, written into `out` (default: its folder).
+
+    Raises:
+        ValueError: it recorded nothing that there is a picture of.
+    """
+    from largebatch.study.layers import write_layers
+    from largebatch.study.noise import write_noise
+
+    pictures, missing = {}, []
+    for what, write in (("layers", write_layers), ("noise", write_noise)):
+        try:
+            pictures[what] = write(folder, out)
+        except ValueError as error:
+            missing.append(str(error))
+    if not pictures:
+        raise ValueError("; ".join(missing))
+    return pictures
+
+
 def headlines(study: Study) -> list[str]:
     """A sentence an optimizer: what the largest batch bought, and its critical batch size."""
     lines = []
@@ -182,10 +202,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="where to write (default: the folder itself)")
     arguments = parser.parse_args(argv)
     try:
-        from largebatch.study.layers import is_run, write_layers
+        from largebatch.study.layers import is_run
 
         if is_run(arguments.folder):
-            print(f"layers: {write_layers(arguments.folder, arguments.out)}")
+            for what, picture in write_pictures(arguments.folder, arguments.out).items():
+                print(f"{what}: {picture}")
         else:
             print_report(write_report(arguments.folder, arguments.out))
     except ModuleNotFoundError as error:

@@ -36,8 +36,8 @@ MAY_IMPORT = {
     "benchmarks": [
         "largebatch.benchmarks",
         "largebatch.optim",
-        "largebatch.train.provenance",
-        "largebatch.train.ranks",
+        "largebatch.schedules",
+        "largebatch.train",
     ],
     "src/largebatch": ["largebatch.cli"],
     "src/hydra_plugins": ["largebatch.study"],

@@ -11,7 +11,7 @@ One sample is the smallest batch there is, so this is the least noisy seam. It s
 nn.Embedding, nn.LayerNorm and nn.RMSNorm, and nothing of other layers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,28 +60,33 @@ class ExampleGradients(SmallGradients):
 
     def _hook(self, names: dict[str, str]) -> Callable[[nn.Module, Any, Tensor], None]:
         def on_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad:
+            if not (self.active and output.requires_grad):
                 return
             came_in = inputs[0].detach()
             output.register_hook(  # type: ignore[no-untyped-call]
-                lambda came_back: on_backward(module, came_in, came_back)
+                lambda came_back: self.see(module, names, came_in, came_back)
             )
 
-        @torch.no_grad()
-        def on_backward(module: nn.Module, came_in: Tensor, came_back: Tensor) -> None:
-            of = _SQUARES[type(module)]
-            for own, squares in of(module, came_in, wide(came_back)).items():
-                if own in names:
-                    self._sums[names[own]].append((squares.sum(), len(squares)))
-
         return on_forward
+
+    @torch.no_grad()
+    def see(
+        self, module: nn.Module, names: Mapping[str, str], came_in: Tensor, came_back: Tensor
+    ) -> None:
+        """Take in what came into a layer in one pass and what came back, (samples, …) each.
+
+        Args:
+            names: of the module's parameters that are seen, by their own names.
+        """
+        for own, squares in _SQUARES[type(module)](module, came_in, wide(came_back)).items():
+            if own in names:
+                self._sums[names[own]].append((squares.sum(), len(squares)))
 
     def small_batch(self, share: Share) -> int:
         return 1
 
     def part(self, share: Share, loss_scale: float | Tensor = 1.0) -> Tensor:
         seen, self._sums = self._sums, {name: [] for name in self.layers}
-        parts = []
         for name, sums in seen.items():
             passes, samples = len(sums), sum(length for _, length in sums)
             if passes not in (0, share.gradient_accumulation_steps) or (
@@ -93,11 +98,13 @@ class ExampleGradients(SmallGradients):
                     f"{samples} in {passes}: it is used more than once in a pass, or the first "
                     "dimension of its input is not the sample; use noise.small=micro_batch"
                 )
-            parts.append(torch.stack([total for total, _ in sums]).sum() if sums else None)
-        like = next((part for part in parts if part is not None), None)
-        if like is None:
+        totals = [total for sums in seen.values() for total, _ in sums]
+        if not totals:
             raise RuntimeError("the noise scale saw no backward pass in this step")
-        whole = torch.stack([torch.zeros_like(like) if part is None else part for part in parts])
+        unused = [torch.zeros_like(totals[0])] * share.gradient_accumulation_steps
+        each = [[total for total, _ in sums] or unused for sums in seen.values()]
+        flat = torch.stack([total for of_layer in each for total in of_layer])
+        whole = flat.view(len(each), -1).sum(1)
         # A sample's gradient goes by as its share of the rank's mean.
         factor = loss_scale / share.per_rank
         return whole / (share.global_batch_size * factor * factor)
@@ -131,20 +138,27 @@ def _is_strange(module: nn.Module) -> bool:
 def _of_linear(module: nn.Module, came_in: Tensor, came_back: Tensor) -> Squares:
     del module
     x, delta = _by_place(wide(came_in)), _by_place(came_back)  # (samples, places, features)
-    return {"weight": _of_products(x, delta), "bias": delta.sum(1).square().sum(1)}
+    if x.shape[1] == 1:
+        of_delta = _squares(delta[:, 0])
+        return {"weight": _squares(x[:, 0]) * of_delta, "bias": of_delta}
+    return {"weight": _of_products(x, delta), "bias": _squares(delta.sum(1))}
 
 
 def _of_products(x: Tensor, delta: Tensor) -> Tensor:
     """‖Σ_t δ_t x_tᵀ‖² of each sample, by the cheaper of two ways."""
     _, places, inputs = x.shape
     outputs = delta.shape[2]
-    if places == 1:
-        return x.square().sum((1, 2)) * delta.square().sum((1, 2))
     if places * (inputs + outputs) <= inputs * outputs:
         return ((x @ x.mT) * (delta @ delta.mT)).sum((1, 2))
     at_once = max(1, _MOST_AT_ONCE // (inputs * outputs))
     chunks = zip(torch.split(x, at_once), torch.split(delta, at_once), strict=True)
-    return torch.cat([(delta.mT @ x).square().sum((1, 2)) for x, delta in chunks])
+    return torch.cat([_squares((delta.mT @ x).flatten(1)) for x, delta in chunks])
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """‖row‖² of each; unlike squares that are then added up, it writes no tensor of their size."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms * norms
 
 
 _MOST_AT_ONCE = 1 << 24
@@ -157,7 +171,8 @@ def _of_embedding(module: nn.Module, came_in: Tensor, came_back: Tensor) -> Squa
     same = symbols[:, :, None] == symbols[:, None, :]
     if module.padding_idx is not None:
         same &= torch.ne(symbols, module.padding_idx)[:, :, None]
-    return {"weight": ((delta @ delta.mT) * same).sum((1, 2))}
+    # For each place the sum over those of its symbol, times what came back to it.
+    return {"weight": (same.to(delta.dtype) @ delta).mul_(delta).sum((1, 2))}
 
 
 def _of_norm(module: nn.Module, came_in: Tensor, came_back: Tensor) -> Squares:
@@ -166,8 +181,8 @@ def _of_norm(module: nn.Module, came_in: Tensor, came_back: Tensor) -> Squares:
     norm = functional.layer_norm if isinstance(module, nn.LayerNorm) else functional.rms_norm
     normal = norm(wide(came_in), shape, eps=eps)
     return {
-        "weight": _by_place((came_back * normal).flatten(-len(shape))).sum(1).square().sum(1),
-        "bias": _by_place(came_back.flatten(-len(shape))).sum(1).square().sum(1),
+        "weight": _squares(_by_place((came_back * normal).flatten(-len(shape))).sum(1)),
+        "bias": _squares(_by_place(came_back.flatten(-len(shape))).sum(1)),
     }
 
 

@@ -6,20 +6,22 @@ with the step's others, one step late.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from largebatch.optim.tensors import CPU_STRETCH
 from largebatch.schedules import NoiseReading, NoiseScale
 from largebatch.train.small_gradients import (
     PassingGradients,
     Share,
     SmallGradients,
-    fp32_norms,
     squares,
+    weighted_squares,
     wide,
 )
 
@@ -34,6 +36,7 @@ class GradientNoise:
 
     Attributes:
         half_life_samples: of the averages.
+        every: measure each so many steps, the first among them.
         by_layer: also each layer's, as `noise_scale/NAME`. Their ratios are not to be averaged:
             tr Σ and ‖G‖² add up, the noise scale does not.
         optimizer: where given, also the noise scale in the metric P = 1 / (√v̂ + ε) of its second
@@ -46,9 +49,12 @@ class GradientNoise:
 
     seam: SmallGradients
     half_life_samples: float
+    every: int = 1
     by_layer: bool = False
     optimizer: Optimizer | None = None
     _scales: dict[str, NoiseScale] = field(default_factory=dict)
+    _metric: dict[str, Tensor] = field(default_factory=dict)
+    _samples: int = 0
 
     def __post_init__(self) -> None:
         if self.optimizer is None:
@@ -64,14 +70,18 @@ class GradientNoise:
                 "or rank"
             )
 
-    def begin(self) -> None:
-        """To be called before a step's first backward pass."""
-        if self.optimizer is not None:
+    def begin(self, steps: int) -> None:
+        """To be called before a step's first backward pass, after `steps` steps."""
+        self.seam.active = steps % self.every == 0
+        if self.seam.active and self.optimizer is not None:
             assert isinstance(self.seam, PassingGradients)
-            self.seam.metric = metric_of(self.optimizer, self.seam.layers) or None
+            self._metric = metric_of(self.optimizer, self.seam.layers, self._metric)
+            self.seam.metric = self._metric or None
 
     def parts(self, share: Share) -> Numbers:
         """This rank's parts of what has to be summed over ranks, after the backward passes."""
+        if not self.seam.active:
+            return {}
         small = self.seam.part(share)
         numbers = {_SMALL: small.sum()}
         if self.by_layer:
@@ -82,19 +92,18 @@ class GradientNoise:
 
     def whole(self) -> Numbers:
         """What every rank has of the whole gradient, before it is clipped."""
+        if not self.seam.active:
+            return {}
         big = squares(self.seam.layers)
         numbers = {_BIG: big.sum()}
         if self.by_layer:
             numbers |= _by_name(f"{_BIG}/", self.seam.layers, big)
         if isinstance(self.seam, PassingGradients) and self.seam.metric is not None:
             metric = self.seam.metric
-            weighted = [
-                wide(param.grad) * metric[name]
-                for name, (param,) in self.seam.layers.items()
-                if param.grad is not None
-            ]
-            norms = [norm.square() for norm in fp32_norms(weighted)]
-            numbers[f"{_BIG}_preconditioned"] = sum(norms[1:], start=norms[0])
+            layers = [(n, p.grad) for n, (p,) in self.seam.layers.items() if p.grad is not None]
+            grads, weights = [grad for _, grad in layers], [metric[name] for name, _ in layers]
+            weighted = torch.stack([*weighted_squares(grads, weights)])
+            numbers[f"{_BIG}_preconditioned"] = weighted.sum()
         return numbers
 
     def take(self, line: dict[str, Any]) -> None:
@@ -118,33 +127,59 @@ class GradientNoise:
                 big_sq_norm=big,
                 small_batch=self.seam.small_batch(share),
                 big_batch=share.global_batch_size,
+                samples=line["samples"] - self._samples,
             )
             line.update(_fields(scale.reading(), name))
+        if numbers:
+            self._samples = line["samples"]
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, in plain numbers."""
-        return {name: scale.state_dict() for name, scale in self._scales.items()}
+        scales = {name: scale.state_dict() for name, scale in self._scales.items()}
+        return {"scales": scales, "samples": self._samples}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self._scales = {}
-        for name, averages in state.items():
+        self._scales, self._samples = {}, int(state["samples"])
+        for name, averages in state["scales"].items():
             self._scales[name] = NoiseScale(self.half_life_samples)
             self._scales[name].load_state_dict(averages)
 
 
-def metric_of(optimizer: Optimizer, layers: Mapping[str, Any]) -> dict[str, Tensor]:
-    """√P = (√v̂ + ε)^-½ of each layer's parameter; empty before the optimizer's first step."""
+def metric_of(
+    optimizer: Optimizer, layers: Mapping[str, Any], before: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """P = 1 / (√v̂ + ε) of each layer's parameter; empty before the optimizer's first step.
+
+    Args:
+        before: the metric of another step, whose memory this one takes over, or empty.
+    """
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     metric: dict[str, Tensor] = {}
     for name, (param,) in layers.items():
         state = optimizer.state.get(param, {})
         if "exp_avg_sq" not in state:
             return {}
-        group = groups[param]
-        correction = 1 - group["betas"][1] ** state["step"]
-        metric[name] = (state["exp_avg_sq"] / correction).sqrt_().add_(group["eps"]).rsqrt_()
+        group, moment = groups[param], wide(state["exp_avg_sq"])
+        metric[name] = before[name] if name in before else torch.empty_like(moment)
+        correction = _correction(group["betas"][1], state["step"])
+        for v, into in _stretches(moment, metric[name]):
+            torch.sqrt(v, out=into).mul_(correction).add_(group["eps"]).reciprocal_()
     return metric
+
+
+def _correction(beta: float, step: float | Tensor) -> float | Tensor:
+    """√(v̂ / v) after so many steps; on the device where they are counted there."""
+    correction: float | Tensor = (1 - beta**step) ** -0.5
+    return correction
+
+
+def _stretches(one: Tensor, other: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Both, on a CPU in stretches that stay in its cache from one operation to the next."""
+    if one.device.type != "cpu" or not (one.is_contiguous() and other.is_contiguous()):
+        return [(one, other)]
+    pieces = (torch.split(tensor.view(-1), CPU_STRETCH) for tensor in (one, other))
+    return zip(*pieces, strict=True)
 
 
 def _by_name(prefix: str, layers: Mapping[str, Any], values: Tensor) -> Numbers:

@@ -2,13 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from largebatch.schedules import Plan, Point
@@ -21,7 +20,7 @@ from largebatch.train.randomness import seed_step
 from largebatch.train.ranks import Ranks
 from largebatch.train.readings import Readings
 from largebatch.train.sampler import Sampler
-from largebatch.train.small_gradients import Share
+from largebatch.train.small_gradients import Share, squares_of
 from largebatch.train.tasks import Batch, Task
 
 
@@ -129,14 +128,14 @@ class Loop:
         start = point.samples + self.ranks.rank * share
         seed_step(self.engine.device, self.sampler.seed, point.samples, self.ranks.rank)
         if self.noise is not None:
-            self.noise.begin()
+            self.noise.begin(self.progress.steps)
         return self.task.train_batch(self.sampler.take(start, share))
 
     def measure(self, point: Point, loss: Tensor) -> Numbers:
         """The step's numbers, gradients untouched: first those to be summed over ranks."""
         interrupted = torch.full_like(loss, float(self.interruption.signal is not None))
         summed = {"loss": loss, "interrupted": interrupted}
-        own = {"grad_norm": get_total_norm(self.gradients())}
+        own = {"grad_norm": torch.stack([*squares_of(self.gradients())]).sum().sqrt()}
         if self.noise is not None:
             summed |= self.noise.parts(self.share(point))
             own |= self.noise.whole()
@@ -149,7 +148,7 @@ class Loop:
         )
         return Share(point.batch_size, ranks, math.ceil(point.batch_size / (ranks * micro)))
 
-    def gradients(self) -> Iterable[Tensor]:
+    def gradients(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
         return [p.grad for group in groups for p in group["params"] if p.grad is not None]
 

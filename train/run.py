@@ -84,6 +84,7 @@ def build_noise(order: Order, engine: Engine, optimizer: Optimizer) -> GradientN
         return GradientNoise(
             seam,
             noise.half_life_samples,
+            noise.every,
             by_layer=order.config.record.layers,
             optimizer=optimizer if noise.preconditioned else None,
         )

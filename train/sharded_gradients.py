@@ -16,6 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from largebatch.train.small_gradients import PassingGradients, Share
 
+# Its name in torch from 2.13 on, and before.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 # Gradients of other dtypes are divided before the reduce-scatter, by a number of FSDP2's own.
 _UNDIVIDED = (torch.float32, torch.bfloat16)
 
@@ -79,7 +82,7 @@ class _Watched:
                 )
             # Padding, between ranks' parts, is zeros.
             self._seam.see([input_tensor], [self._name])
-        work: dist.Work | None = dist.reduce_scatter_tensor(
+        work: dist.Work | None = _reduce_scatter(
             output_tensor, input_tensor, op=op, group=group, async_op=async_op
         )
         return work

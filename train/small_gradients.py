@@ -27,7 +27,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from largebatch.optim.layout import local
-from largebatch.optim.tensors import norm_in_stretches
+from largebatch.optim.tensors import CPU_STRETCH, norm_in_stretches
 
 Layers = Mapping[str, Sequence[nn.Parameter]]
 """What norms are taken of, by name: each parameter, or the parameters of a module."""
@@ -55,9 +55,11 @@ class SmallGradients(ABC):
 
     Attributes:
         layers: what it sees.
+        active: whether it looks; it is the same through all passes of a step.
     """
 
     layers: Layers
+    active: bool = True
 
     @abstractmethod
     def small_batch(self, share: Share) -> int:
@@ -82,30 +84,31 @@ class SmallGradients(ABC):
 
 
 class PassingGradients(SmallGradients):
-    """A seam by which whole gradients go: their norms stay on the device until the step's end.
+    """A seam by which whole gradients go: their squares stay on the device until the step's end.
 
     Attributes:
-        metric: where set, √P of each parameter, by name and in its shape: `weighted_part` then
-            gives ‖√P g‖² beside ‖g‖². It must stay as it is from the first backward pass of a step
-            to the last.
+        metric: where set, P of each parameter, by name and in its shape: `weighted_part` then
+            gives ‖√P g‖² = Σ P g² beside ‖g‖². It must stay as it is from the first backward pass
+            of a step to the last.
     """
 
     metric: Mapping[str, Tensor] | None = None
 
     def __init__(self, layers: Layers) -> None:
         self.layers = layers
-        self._norms: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self._seen: dict[str, list[Tensor]] = {name: [] for name in layers}
         self._weighted: list[Tensor] = []
 
     def see(self, gradients: Sequence[Tensor], names: Sequence[str]) -> None:
         """Take in gradients as they go by; they are left as they are."""
-        with torch.no_grad():
-            for name, norm in zip(names, fp32_norms(gradients), strict=True):
-                self._norms[name].append(norm)
-            if self.metric is not None:
-                pairs = zip(gradients, names, strict=True)
-                weighted = [wide(grad) * self.metric[name] for grad, name in pairs]
-                self._weighted += fp32_norms(weighted)
+        if not self.active:
+            return
+        gradients = [gradient.detach() for gradient in gradients]
+        for name, square in zip(names, squares_of(gradients), strict=True):
+            self._seen[name].append(square)
+        if self.metric is not None:
+            metric = self.metric
+            self._weighted += weighted_squares(gradients, [metric[name] for name in names])
 
     @abstractmethod
     def _each(self, share: Share) -> int:
@@ -116,25 +119,25 @@ class PassingGradients(SmallGradients):
         return 1 / self._each(share)
 
     def part(self, share: Share, loss_scale: float | Tensor = 1.0) -> Tensor:
-        seen, self._norms = self._norms, {name: [] for name in self.layers}
+        seen, self._seen = self._seen, {name: [] for name in self.layers}
         each = self._each(share)
-        counts = {len(norms) for norms in seen.values()} - {0}
+        counts = {len(squares) for squares in seen.values()} - {0}
         if counts != {each}:
             raise RuntimeError(
                 f"the noise scale expected each gradient {each} time(s) in this step, and saw them "
                 f"{sorted(counts) or 'not at all'}: read it once a step, after the backward "
                 "passes, and say into how many the step is cut"
             )
-        first = next(norms[0] for norms in seen.values() if norms)
+        first = next(squares[0] for squares in seen.values() if squares)
         unused = [torch.zeros_like(first)] * each
-        norms = torch.stack([norm for norms in seen.values() for norm in norms or unused])
-        squares = norms.view(len(seen), each).square().sum(1)
-        return squares / self._divisor(share, loss_scale)
+        flat = torch.stack([square for squares in seen.values() for square in squares or unused])
+        whole = flat if each == 1 else flat.view(len(seen), each).sum(1)
+        return whole / self._divisor(share, loss_scale)
 
     def weighted_part(self, share: Share, loss_scale: float | Tensor = 1.0) -> Tensor:
         """As `part` in the metric, all layers added up; 0-d."""
         seen, self._weighted = self._weighted, []
-        return torch.stack(seen).square().sum() / self._divisor(share, loss_scale)
+        return torch.stack(seen).sum() / self._divisor(share, loss_scale)
 
     def _divisor(self, share: Share, loss_scale: float | Tensor) -> float | Tensor:
         factor = self._factor(share) * loss_scale
@@ -153,11 +156,9 @@ class RankGradients(PassingGradients):
             raise ValueError("the gradients of ranks differ from their mean from 2 ranks on, got 1")
         super().__init__(trainable(replica.module))
         names: dict[Tensor, str] = {param: name for name, (param,) in self.layers.items()}
-        self._on = True
 
         def hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-            if self._on:
-                self.see(bucket.gradients(), [names[param] for param in bucket.parameters()])
+            self.see(bucket.gradients(), [names[param] for param in bucket.parameters()])
             return allreduce_hook(group, bucket)
 
         replica.register_comm_hook(replica.process_group, hook)
@@ -169,7 +170,7 @@ class RankGradients(PassingGradients):
         return 1
 
     def remove(self) -> None:
-        self._on = False  # the hook itself is DDP's for life
+        self.active = False  # the hook itself is DDP's for life
 
 
 class MicroBatchGradients(PassingGradients):
@@ -205,28 +206,69 @@ def trainable(model: nn.Module) -> Layers:
     return {name: (param,) for name, param in model.named_parameters() if param.requires_grad}
 
 
-def fp32_norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """‖tensor‖₂ of each, 0-d and FP32 whatever their dtype (FP64 for FP64)."""
-    if tensors[0].device.type == "cpu":  # where a long sum in one go would lose digits
-        return [norm_in_stretches(tensor, tensor.dtype) for tensor in map(_flat, tensors)]
+def squares_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """‖tensor‖² of each, 0-d and FP32 whatever their dtype (FP64 for FP64)."""
+    if tensors[0].device.type == "cpu":
+        return [_square(_flat(tensor)) for tensor in tensors]
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return torch._foreach_norm(list(tensors), 2, dtype=dtype)
+    norms = torch._foreach_norm(list(tensors), 2, dtype=dtype)
+    return torch._foreach_mul(norms, norms)
+
+
+def weighted_squares(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Σ weight · tensor² of each, 0-d; the weights are FP32 or wider."""
+    if tensors[0].device.type == "cpu":
+        pairs = zip(tensors, weights, strict=True)
+        return [_weighted_square(_flat(tensor), _flat(weight)) for tensor, weight in pairs]
+    wider = [wide(tensor) for tensor in tensors]
+    pairs = zip(wider, torch._foreach_mul(wider, list(weights)), strict=True)
+    return [torch.dot(tensor.reshape(-1), product.reshape(-1)) for tensor, product in pairs]
+
+
+def _square(flat: Tensor) -> Tensor:
+    """On a CPU, which adds up in sequence: a long sum in one go would lose digits."""
+    if flat.numel() <= CPU_STRETCH:
+        return torch.dot(flat, flat)  # the least work that there is for a call
+    norm = norm_in_stretches(flat, flat.dtype)
+    return norm * norm
+
+
+def _weighted_square(flat: Tensor, weight: Tensor) -> Tensor:
+    """The same in stretches, whose products stay in the cache."""
+    if flat.numel() <= CPU_STRETCH:
+        return torch.dot(flat, flat * weight)
+    product = torch.empty(CPU_STRETCH, dtype=weight.dtype)
+    sums = []
+    for part, by in zip(
+        torch.split(flat, CPU_STRETCH), torch.split(weight, CPU_STRETCH), strict=True
+    ):
+        into = product[: part.numel()]
+        sums.append(torch.dot(part, torch.mul(part, by, out=into)))
+    return torch.stack(sums).sum()
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return wide(tensor).contiguous()
+    return wide(tensor).contiguous().view(-1)
 
 
 def wide(tensor: Tensor) -> Tensor:
     """As FP32, or as FP64 where it is that."""
+    if tensor.dtype == torch.float32:
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def squares(layers: Layers) -> Tensor:
     """‖p.grad‖² of each layer, of what this rank holds of it; shape (layers,), FP32."""
-    held = []
-    for params in layers.values():
-        grads = [local(param.grad) for param in params if param.grad is not None]
-        norms = fp32_norms(grads) if grads else [torch.zeros((), device=params[0].device)]
-        held.append(torch.stack([*norms]).square().sum())
-    return torch.stack(held)
+    held = [
+        [local(param.grad) for param in params if param.grad is not None]
+        for params in layers.values()
+    ]
+    grads = [grad for of_layer in held for grad in of_layer]
+    if not grads:
+        return torch.zeros(len(held), device=next(iter(layers.values()))[0].device)
+    flat = torch.stack([*squares_of(grads)])
+    counts = [len(of_layer) for of_layer in held]
+    if max(counts) == min(counts) == 1:
+        return flat
+    return torch.stack([of_layer.sum() for of_layer in torch.split(flat, counts)])

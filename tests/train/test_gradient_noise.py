@@ -68,7 +68,7 @@ def test_the_preconditioned_scale_is_that_of_gradients_in_the_metric(
     x, y = torch.randn(12, 4, dtype=torch.float64), torch.randint(0, 3, (12,))
     share = Share(12, 1, 3)
     for step in range(3):
-        noise.begin()
+        noise.begin(step)
         for part in range(3):
             chosen = slice(4 * part, 4 * part + 4)
             torch.autograd.backward(cross_entropy(model(x[chosen]), y[chosen]) / 3)
@@ -91,6 +91,28 @@ def test_the_preconditioned_scale_is_that_of_gradients_in_the_metric(
             )  # the step counter is FP32
         made.step()
         made.zero_grad()
+
+
+def test_every_third_step_is_measured_and_older_ones_fade_as_fast(
+    train: Train, read_run: ReadRun, tmp_path: Path
+) -> None:
+    words = ("noise.small=example", "noise.every=3", "noise.half_life_samples=500")
+    assert train(*RUN, *words) == 0
+    lines, _ = read_run(tmp_path / "run")
+    assert [line["step"] for line in lines if "noise_scale" in line] == [*range(1, 21, 3)]
+    assert {key for key in lines[1] if "noise" in key} == set()
+    (tmp_path / "run").rename(tmp_path / "sparse")
+    assert train(*RUN, "noise.small=example", "noise.half_life_samples=1") == 0
+    noise, seen = NoiseScale(half_life_samples=500), 0
+    alone, _ = read_run(tmp_path / "run")
+    for line, single in zip(lines[::3], alone[::3], strict=True):
+        noise.update(
+            small_sq_norm=single["grad_sq_norm"] + single["grad_trace"],
+            big_sq_norm=single["grad_sq_norm"] + single["grad_trace"] / 64,
+            small_batch=1, big_batch=64, samples=line["samples"] - seen,
+        )  # fmt: skip
+        seen = line["samples"]
+        assert line["grad_trace"] == pytest.approx(noise.reading().trace, rel=1e-6)
 
 
 def test_ranks_decide_alike_and_as_one_process_does(
@@ -125,7 +147,8 @@ def test_layers_add_up_to_the_whole(train: Train, read_run: ReadRun, tmp_path: P
 
 def test_a_step_that_is_not_finite_leaves_the_averages_as_they_were() -> None:
     noise = GradientNoise(MicroBatchGradients(nn.Linear(2, 2)), 100)
-    line = {"global_batch_size": 8, "data_parallel_size": 1, "gradient_accumulation_steps": 4}
+    line = {"global_batch_size": 8, "data_parallel_size": 1, "gradient_accumulation_steps": 4,
+            "samples": 8}  # fmt: skip
     noise.take(line | {"noise/small": 3.0, "noise/big": 2.0})
     before = noise.state_dict()
     for bad in ({"noise/small": math.inf}, {"noise/big": math.nan}):

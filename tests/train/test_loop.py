@@ -90,7 +90,7 @@ def test_measuring_the_noise_scale_asks_the_device_nothing(seam: str) -> None:
     point = loop.plan.at(0)
     loop.take(point)  # its random order of the samples is the host's
     with NoQuestions():
-        loop.noise.begin()
+        loop.noise.begin(0)
         batch = loop.task.train_batch(loop.sampler.take(0, 32))
         loss = loop.engine.forward_backward(loop.task, batch, point.batch_size)
         numbers = loop.measure(point, loss)

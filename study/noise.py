@@ -1,0 +1,180 @@
+"""The gradient noise scale of one run, from its `metrics.jsonl`, as a picture.
+
+Noise scale and batch size share an axis, both being in samples: where the batch is far below the
+noise scale, averaging still pays; far above it, samples are spent on what is known already. What
+the record calls resolved is drawn solid, the rest faint.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from numpy.typing import NDArray
+
+from largebatch.study.figures import COLOURS, DPI, GRID, INK, _paper_style, _plain
+from largebatch.study.layers import read_lines
+
+FIELD = "noise_scale"
+LAYER = "noise_scale/"
+MOST_NAMED = 6  # layers that a legend can still tell apart
+WHOLE, PRECONDITIONED = COLOURS[0], COLOURS[1]
+
+Series = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A noise scale over a run, in samples; NaN where a line has none."""
+
+    scale: Series
+    error: Series
+    """Standard error; NaN where it is not known."""
+    resolved: NDArray[np.bool_]
+
+    @property
+    def ends(self) -> tuple[Series, Series]:
+        """A standard error to either side, positive at both: R / (1 + E / R) and R (1 + E / R)."""
+        factor = 1 + self.error / self.scale
+        return self.scale / factor, self.scale * factor
+
+
+@dataclass(frozen=True)
+class NoiseHistory:
+    """What the lines of a run say of the noise scale, each array of shape (lines,)."""
+
+    samples: Series
+    batch_size: Series
+    whole: Curve
+    preconditioned: Curve | None
+    layers: dict[str, Series]
+    """Each layer's, where it is resolved."""
+
+
+def read_noise(folder: Path) -> NoiseHistory:
+    """The noise scales that a run recorded.
+
+    Raises:
+        ValueError: it recorded none.
+    """
+    lines = [line for line in read_lines(folder) if FIELD in line]
+    if not lines:
+        raise ValueError(
+            f"{folder} holds one run, and no noise scale: train it with noise.small=auto"
+        )
+    keys = list(dict.fromkeys(key for line in lines for key in line))
+    return NoiseHistory(
+        samples=_series(lines, "samples"),
+        batch_size=_series(lines, "global_batch_size"),
+        whole=_curve(lines, ""),
+        preconditioned=_curve(lines, "_preconditioned")
+        if f"{FIELD}_preconditioned" in keys
+        else None,
+        layers={
+            key.removeprefix(LAYER): _series(lines, key) for key in keys if key.startswith(LAYER)
+        },
+    )
+
+
+def _curve(lines: list[dict[str, Any]], kind: str) -> Curve:
+    resolved = [line.get(f"noise{kind}_resolved") is True for line in lines]
+    name = f"{FIELD}{kind}"
+    return Curve(_series(lines, name), _series(lines, f"{name}_error"), np.array(resolved))
+
+
+def _series(lines: list[dict[str, Any]], key: str) -> Series:
+    values = (line.get(key) for line in lines)
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def noise_figure(history: NoiseHistory, title: str) -> Figure:
+    """Noise scales and the batch size against samples seen, all axes logarithmic."""
+    with _paper_style():
+        figure = Figure(figsize=(7.0, 4.6), layout="constrained")
+        axes = figure.subplots()
+        axes.set(title=title, xlabel="Samples seen", ylabel="Samples", xscale="log", yscale="log")
+        axes.grid(True, which="major", color=GRID, linewidth=0.6)
+        handles = _draw_layers(axes, history)
+        if history.preconditioned is not None:
+            _draw(axes, history.samples, history.preconditioned, PRECONDITIONED, 1.1)
+            handles.insert(0, _handle("Noise scale, preconditioned", PRECONDITIONED, 1.1))
+        _draw(axes, history.samples, history.whole, WHOLE, 1.8)
+        axes.plot(
+            history.samples, history.batch_size, drawstyle="steps-pre", color=INK, linewidth=1.2,
+            linestyle=(0, (5, 2)), label="_batch",
+        )  # fmt: skip
+        _set_limits(axes, history)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(_plain))
+            axis.set_minor_formatter(NullFormatter())
+        first = [
+            _handle("Noise scale", WHOLE, 1.8),
+            Patch(facecolor=WHOLE, alpha=0.2, label="its standard error"),
+            Line2D([], [], color=WHOLE, alpha=0.3, linewidth=1.0, label="not resolved"),
+            Line2D([], [], color=INK, linewidth=1.2, linestyle=(0, (5, 2)), label="Global batch"),
+        ]
+        figure.legend(handles=first + handles, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _handle(label: str, colour: Any, width: float) -> Line2D:
+    return Line2D([], [], color=colour, linewidth=width, label=label)
+
+
+def _draw(axes: Axes, samples: Series, curve: Curve, colour: str, width: float) -> None:
+    """The curve faint throughout, and solid with its band where it is resolved."""
+    low, high = curve.ends
+    known = curve.resolved & np.isfinite(curve.error)
+    axes.fill_between(samples, low, high, where=known, color=colour, alpha=0.2, linewidth=0)
+    axes.plot(samples, curve.scale, color=colour, alpha=0.3, linewidth=1.0, label="_faint")
+    solid = np.where(curve.resolved, curve.scale, np.nan)
+    axes.plot(samples, solid, color=colour, linewidth=width, label="_solid", zorder=3)
+
+
+def _draw_layers(axes: Axes, history: NoiseHistory) -> list[Line2D]:
+    """Thin, from first to last layer by colour; returns what the legend says of them."""
+    count = len(history.layers)
+    colours = colormaps["viridis"](np.linspace(0.15, 0.9, max(count, 1)))
+    for (name, scale), colour in zip(history.layers.items(), colours, strict=False):
+        axes.plot(
+            history.samples, scale, color=colour, linewidth=0.7, alpha=0.8, label=f"_layer {name}"
+        )
+    if count <= MOST_NAMED:
+        return [_handle(n, c, 0.9) for n, c in zip(history.layers, colours, strict=False)]
+    names = [*history.layers]
+    return [_handle(f"{names[0]} (first layer)", colours[0], 0.9),
+            _handle(f"{names[-1]} (last)", colours[-1], 0.9)]  # fmt: skip
+
+
+def _set_limits(axes: Axes, history: NoiseHistory) -> None:
+    """By what is resolved, and the batch: an unresolved reading may be anything."""
+    steady = history.whole.resolved  # a single layer may be called so by chance, early on
+    shown = [history.batch_size, *(scale[steady] for scale in history.layers.values())]
+    for curve in (history.whole, history.preconditioned):
+        if curve is not None:
+            shown += [values[curve.resolved] for values in (curve.scale, *curve.ends)]
+    values = np.concatenate(shown)
+    values = values[np.isfinite(values) & (values > 0)]
+    axes.set_ylim(values.min() / 1.5, values.max() * 1.5)
+    if history.samples[0] < history.samples[-1]:
+        axes.set_xlim(history.samples[0], history.samples[-1])
+
+
+def write_noise(folder: Path, out: Path | None = None) -> Path:
+    """Draw a run's noise scale into `out` (default: its own folder); returns the picture's path.
+
+    Raises:
+        ValueError: it recorded none.
+    """
+    history = read_noise(folder)
+    target = folder if out is None else out
+    target.mkdir(parents=True, exist_ok=True)
+    path = target / "noise.png"
+    noise_figure(history, f"Gradient noise scale: {folder.resolve().name}").savefig(path, dpi=DPI)
+    return path
