@@ -18,9 +18,10 @@ from largebatch.study.runs import RunSummary
 class Point:
     """Steps and samples to target of one optimizer at one global batch size.
 
-    `steps`, `samples` and `lr` (at the best learning rate; None where every one missed) belong to
-    the median run. `steps_low` and `steps_high` are the extremes over its `seeds` runs, infinity
-    where one missed. `lower_bound` is what a missed point still says: more steps than this.
+    `steps`, `samples`, `seconds` and `lr` (at the best learning rate; None where every one missed)
+    belong to the median run; its seconds are those of its machine, with whatever else ran there.
+    `steps_low` and `steps_high` are the extremes over its `seeds` runs, infinity where one missed.
+    `lower_bound` is what a missed point still says: more steps than this.
     """
 
     optimizer: str
@@ -34,6 +35,7 @@ class Point:
     steps_low: float
     steps_high: float
     lower_bound: float | None
+    seconds: float | None = None
 
     @property
     def missed(self) -> bool:
@@ -127,6 +129,7 @@ def _point(runs: Sequence[RunSummary]) -> Point:
         steps_low=min(steps),
         steps_high=max(steps),
         lower_bound=_lower_bound(runs) if missed else None,
+        seconds=None if missed else median.seconds,
     )
 
 

@@ -33,7 +33,7 @@ FIT_COLUMNS = "optimizer,s_min,e_min,b_crit"
 RULE_COLUMNS = "optimizer,rule,base_batch,batch_size,lr,steps,tuned_steps,ratio"
 
 # The same tables for people, on the terminal and on the page: words first and last, else numbers.
-POINT_HEADS = ("optimizer", "batch", "steps", "samples", "best rate", "rates tried", "")
+POINT_HEADS = ("optimizer", "batch", "steps", "samples", "seconds", "best rate", "rates tried", "")
 FIT_HEADS = ("optimizer", "S_min", "E_min", "B_crit", "leave-one-out range", "rms", "")
 RULE_HEADS = ("optimizer", "rule", "base", "batch", "rate", "steps", "tuned", "ratio", "")
 
@@ -312,7 +312,8 @@ def _point_cells(point: Point) -> list[str]:
     rate = "-" if point.lr is None else f"{point.lr:.3g}"
     flag = "missed" if point.missed else "at edge" if point.at_edge else ""
     numbers = [f"{point.batch_size:,}", _whole(point.steps) + spread, _whole(point.samples)]
-    return [point.optimizer, *numbers, rate, str(point.trials), flag]
+    seconds = "-" if point.seconds is None else f"{point.seconds:.1f}"
+    return [point.optimizer, *numbers, seconds, rate, str(point.trials), flag]
 
 
 def _fit_cells(name: str, fit: Fit | None) -> list[str]:

@@ -230,6 +230,14 @@ def test_the_bound_of_a_missed_point_reaches_the_fit(tmp_path: Path) -> None:
     assert fit.steps_at(4096) > 2 * free.steps_at(4096)
 
 
+def test_wall_clock_stands_beside_the_steps_and_is_that_of_the_median_run(tmp_path: Path) -> None:
+    for seed, (steps, seconds) in enumerate(((90, 7.25), (100, 3.5), (300, 1.0))):
+        record(tmp_path / str(seed), steps, seed=seed, seconds=seconds)
+    report = write_report(tmp_path)
+    assert report.study.points[0].seconds == 3.5
+    assert "<td>3.5</td>" in report.html.read_text().replace('<td class="number">', "<td>")
+
+
 @pytest.mark.parametrize("status", ["interrupted", "failed"])
 def test_a_run_that_stopped_early_is_no_miss(tmp_path: Path, status: str) -> None:
     record(tmp_path / "a", 100)
