@@ -1,7 +1,11 @@
 """Layer-wise optimizers for very large batches, as plain `torch.optim.Optimizer` subclasses."""
 
+from largebatch.optim.kfac import KFAC
 from largebatch.optim.lamb import LAMB
 from largebatch.optim.lars import LARS
+from largebatch.optim.muon import Muon
 from largebatch.optim.param_groups import param_groups
+from largebatch.optim.shampoo import Shampoo
+from largebatch.optim.soap import SOAP
 
-__all__ = ["LAMB", "LARS", "param_groups"]
+__all__ = ["KFAC", "LAMB", "LARS", "SOAP", "Muon", "Shampoo", "param_groups"]

@@ -1,5 +1,6 @@
 """One run from its order to its summary: build the parts, train, close the record."""
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -8,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -60,7 +62,7 @@ def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
         ranks=ranks,
         device=device,
     )
-    optimizer = build_optimizer(config.optim, engine.model)
+    optimizer = build_optimizer(config.optim, engine.model, ranks)
     return Parts(task, engine, optimizer, build_noise(order, engine, optimizer))
 
 
@@ -92,9 +94,14 @@ def build_noise(order: Order, engine: Engine, optimizer: Optimizer) -> GradientN
         raise ConfigError(str(error)) from error
 
 
-def build_optimizer(node: Mapping[str, Any], model: nn.Module) -> Optimizer:
-    """The optimizer over the model's parameters, or over the model where it asks for modules."""
+def build_optimizer(node: Mapping[str, Any], model: nn.Module, ranks: Ranks) -> Optimizer:
+    """The optimizer over the model's parameters, or over the model where it asks for modules.
+
+    One with a keyword `process_group` is given that of all ranks, to share its work over them.
+    """
     make = build(node, "optim")
+    if ranks.size > 1 and "process_group" in inspect.signature(make.func).parameters:
+        make = partial(make.func, **{"process_group": dist.group.WORLD} | make.keywords)
     takes_model = getattr(make.func, "takes_model", False)
     argument = model if takes_model else list(model.named_parameters())
     check_arguments(make.func, (argument,), make.keywords, "optim")

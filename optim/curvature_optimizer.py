@@ -1,0 +1,342 @@
+"""What K-FAC needs around its formula: a model's layers, their ranks, groups, and state.
+
+Promises as in `largebatch.optim.layerwise`: `p.grad` is left as it was, state is FP32 at least,
+also after `load_state_dict`, a step with `found_inf` on any rank changes nothing by one bit. The
+host waits for the device where a layer is decomposed, and nowhere else.
+"""
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from largebatch.optim import kfac_saving as saving
+from largebatch.optim.chunks import compute_dtype
+from largebatch.optim.curvature import Curvature
+from largebatch.optim.curvature_layers import Layer, find_layers, without_bias
+from largebatch.optim.kfac_factors import make_factor_state, state_shapes
+from largebatch.optim.kfac_options import check_group, check_whole
+from largebatch.optim.kfac_teams import Team, make_teams
+from largebatch.optim.kfac_turns import Turns
+from largebatch.optim.layout import Name, is_dtensor, local
+from largebatch.optim.options import require
+from largebatch.optim.roots import Failures
+from largebatch.optim.spread import Spread, spread_of
+from largebatch.optim.tensors import on_device, write
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Group = dict[str, Any]
+
+
+class CurvatureOptimizer(Optimizer):
+    """Base of optimizers that watch a model's layers.
+
+    Args:
+        params: parameter groups; None: one of all parameters.
+        defaults: the options of a group.
+        options: those of the whole optimizer: `fisher`, `factor_interval`, `inverse_interval`,
+            `max_factor_size`.
+    """
+
+    takes_model: ClassVar[bool] = True
+    _step_supports_amp_scaling = True  # read by torch.amp.GradScaler
+    _curvature: Curvature
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: ParamsT | None,
+        defaults: Group,
+        options: Mapping[str, Any],
+        tolerated_failures: int,
+        process_group: "ProcessGroup | None",
+    ) -> None:
+        check_group(defaults)
+        check_whole(options)
+        require(tolerated_failures >= 0, "tolerated_failures", ">= 0", tolerated_failures)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            process_group = process_group or model.process_group
+            model = model.module
+        self._model, self._options, self._process_group = model, dict(options), process_group
+        self.loss_scale: float | Tensor = 1.0
+        """c, for whoever unscales gradients before the step; GradScaler says it otherwise."""
+        self.failures = Failures(tolerated_failures)
+        self._stats: dict[Name, dict[str, Tensor]] = {}
+        super().__init__(list(model.named_parameters()) if params is None else params, defaults)
+        self._watch()
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, as in torch, with options of its own.
+
+        Raises:
+            ValueError: an option out of range, a parameter that cannot be treated.
+        """
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1])
+            for name, param in [*self._named_params()][-len(self.param_groups[-1]["params"]) :]:
+                self._refuse(name, param)
+            clips = {group["kl_clip"] for group in self.param_groups}
+            require(len(clips) == 1, "kl_clip", "the same in every group", sorted(map(str, clips)))
+        except Exception:
+            self.param_groups.pop()
+            raise
+        if hasattr(self, "_curvature"):
+            self._watch()
+
+    def _refuse(self, name: Name, param: Tensor) -> None:
+        if param.is_complex():
+            raise ValueError(
+                f"KFAC takes real parameters, got {param.dtype} for parameter {name!r}: hold its "
+                "real and imaginary part as two parameters."
+            )
+        if getattr(param, "_fsdp_flattened", False):
+            raise ValueError(
+                f"KFAC needs whole layers, and parameter {name!r} is a flat shard of "
+                "FullyShardedDataParallel (FSDP1), which does not say what it holds: wrap the "
+                "model with torch.distributed.fsdp.fully_shard (FSDP2)."
+            )
+
+    def _named_params(self) -> Iterator[tuple[Name, nn.Parameter]]:
+        """Every parameter with its name, or its index over all groups where unnamed."""
+        first = 0
+        for group in self.param_groups:
+            names = group.get("param_names") or range(first, first + len(group["params"]))
+            yield from zip(names, group["params"], strict=True)
+            first += len(group["params"])
+
+    def _watch(self) -> None:
+        """Find the layers, share the work on them out among their ranks, and hook into them."""
+        self._names: dict[Tensor, Name] = {p: name for name, p in self._named_params()}
+        self._group_of = {param: group for group in self.param_groups for param in group["params"]}
+        spreads: dict[Tensor, Spread] = {
+            param: spread_of(param, name, self._process_group)
+            for param, name in self._names.items()
+        }
+        self._ranks = distinct(spread.group for spread in spreads.values())
+
+        def together(layer: Layer) -> bool:
+            """Whether all of it is the optimizer's, and spread over the same ranks."""
+            known = all(param in spreads for param in layer.params)
+            return known and len({id(spreads[param].group) for param in layer.params}) == 1
+
+        found = find_layers(self._model, self._options["max_factor_size"])
+        found = [layer if together(layer) else without_bias(layer) for layer in found]
+        layers = [layer for layer in found if together(layer)]
+        self._refuse_alone(layers)
+        interval = self._options["inverse_interval"]
+        self._preconditioned = {param for layer in layers for param in layer.params}
+        self._teams = make_teams(layers, spreads, interval)
+        if hasattr(self, "_curvature"):
+            self._curvature.close()
+        self._curvature = Curvature(self._model, layers, self._options["fisher"] == "true")
+        phases = {layer: phase for team in self._teams for layer, phase in team.phases.items()}
+        self._turns = Turns(phases, interval, self._options["factor_interval"])
+        self._go_on()
+
+    def _refuse_alone(self, layers: Iterable[Layer]) -> None:
+        """Refuse plain layers of which nobody has said whether other ranks have them too."""
+        if self._process_group is not None or not dist.is_initialized():
+            return
+        plain = [layer.name for layer in layers if not is_dtensor(layer.weight)]
+        if plain and dist.get_world_size() > 1:
+            raise ValueError(
+                f"process_group must be given on {dist.get_world_size()} ranks, because the "
+                f"curvature of layer {plain[0]!r} is an average over those that average its "
+                "gradients, as the gradients are: torch.distributed.group.WORLD with DDP, a group "
+                "of this rank alone for a model of its own"
+            )
+
+    def _go_on(self) -> None:
+        """Take up the state's count of steps, which waits for the device."""
+        steps = [state["step"] for state in self.state.values() if "step" in state]
+        decomposed = [layer for layer in self._owned() if self._has_factors(layer)]
+        self._turns.go_on(max(steps, default=None, key=float), decomposed)
+        self._curvature.active = self._turns.begin()
+
+    def _owned(self) -> Iterator[Layer]:
+        return (layer for team in self._teams for layer in team.owned)
+
+    # What users call ----------------------------------------------------------------------------
+
+    def items(self, number: int) -> None:
+        """Say of how many items the loss of a pass is the mean, on this rank; once for each pass.
+
+        Needed where they are not the samples: tokens, or what a mask leaves of them. With losses
+        scaled such that the gradient is of the mean over all items, `number` is this pass's own.
+        """
+        require(number >= 0, "number", ">= 0", number)
+        self._curvature.tell(number)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; the curvature of gradients that no step has used goes with them."""
+        super().zero_grad(set_to_none)
+        self._curvature.drop()
+
+    def fisher_backward(self, loss: Tensor) -> None:
+        """For `fisher="true"`: take the curvature from this loss, whose labels are samples.
+
+        Between the model's forward pass and the backward pass of training. `loss` is the training
+        loss, scaled alike, with labels sampled from the model's own prediction:
+
+            logits = model(x)
+            labels = torch.distributions.Categorical(logits=logits.detach()).sample()
+            optimizer.fisher_backward(cross_entropy(logits, labels))
+            cross_entropy(logits, y).backward()
+
+        It costs a backward pass through activations; no gradient of a parameter is computed.
+
+        Raises:
+            RuntimeError: the optimizer takes the empirical Fisher, or has not seen a forward pass.
+        """
+        if self._options["fisher"] != "true":
+            raise RuntimeError("fisher_backward needs fisher='true', got 'empirical'")
+        self._curvature.backward(loss)
+
+    # The phases of a step that do not depend on the formula -------------------------------------
+
+    def _refuse_sparse(self) -> None:
+        for name, param in self._named_params():
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"KFAC needs dense gradients, got a {param.grad.layout} gradient for "
+                    f"parameter {name!r}."
+                )
+
+    def _agreed_skip(self) -> Tensor | None:
+        """Whether any rank has found a gradient that is not finite, 0-d bool; None: not asked."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is None:
+            return None
+        device = local(next(iter(self._names))).device
+        flag = on_device(found_inf, device).float().clone()
+        for group in self._ranks:
+            dist.all_reduce(flag, group=group)
+        return flag != 0
+
+    def _count_step(self, skip: Tensor | None) -> None:
+        """Make what state is missing, and advance the step of every parameter with a gradient."""
+        for team in self._teams:
+            for layer in team.layers:
+                state = self.state.get(layer.weight, {})
+                if (team.size > 1 or layer.weight.grad is not None) and "factor_in" not in state:
+                    self.state[layer.weight].update(self._new_factor_state(team, layer))
+        for group, param in self._moved():
+            state = self.state[param]
+            for key in self._keys(param, group):
+                if key not in state:
+                    state[key] = torch.zeros_like(param, dtype=compute_dtype(param))
+            if "step" not in state:
+                state["step"] = torch.zeros((), device=local(param).device)
+            self._turns.counts.of(param, state)  # before it is advanced
+            write([state["step"]], [state["step"] + 1], skip)
+
+    def _new_factor_state(self, team: Team, layer: Layer) -> dict[str, Tensor]:
+        form = self._forms()[layer]
+        if layer in team.owned:
+            return make_factor_state(layer, form, team.device)
+        empty = torch.empty(0, dtype=layer.dtype, device=team.device)
+        return {name: empty.clone() for name in state_shapes(layer, form)}
+
+    def _forms(self) -> dict[Layer, str]:
+        layers = (layer for team in self._teams for layer in team.layers)
+        return {layer: self._group_of[layer.weight]["form"] for layer in layers}
+
+    def _moved(self) -> Iterator[tuple[Group, Tensor]]:
+        return ((g, param) for param, g in self._group_of.items() if param.grad is not None)
+
+    def _has_factors(self, layer: Layer) -> bool:
+        return "factor_in" in self.state.get(layer.weight, {})
+
+    def _keys(self, param: Tensor, group: Group) -> tuple[str, ...]:
+        """The state tensors that are shaped like the parameter."""
+        raise NotImplementedError
+
+    # What is saved ------------------------------------------------------------------------------
+
+    def state_dict(self) -> StateDict:
+        """As torch's. Where ranks share the work, all of them have to call it, and to load it.
+
+        What lies on the rank that works on a layer is then a DTensor: any world size can load it.
+        """
+
+        def spread(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
+            ids = [index for group in packed["param_groups"] for index in group["params"]]
+            saved = saving.cut(self._teams, self._forms(), self.state)
+            state = {
+                index: saved[param]
+                for param, index in zip(self._names, ids, strict=True)
+                if param in saved
+            }
+            return {**packed, "state": state}
+
+        hook = self.register_state_dict_post_hook(spread, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load as torch does, hooks included, but keep state in FP32; as for `state_dict`.
+
+        Raises:
+            ValueError: a state that does not fit these parameters or these options.
+        """
+        loaded: dict[int, dict[str, Any]] = {}
+        ids: list[int] = []
+
+        def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
+            loaded.update(final["state"])
+            ids.extend(index for group in final["param_groups"] for index in group["params"])
+            return {**final, "state": {}}  # torch would cast it to the parameters' dtype
+
+        def put_state(_: Optimizer) -> None:  # before the user's post-hooks
+            self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+            found: dict[Tensor, dict[str, Any]] = {
+                p: loaded[i] for p, i in zip(self._names, ids, strict=True) if i in loaded
+            }
+            self.state.update(self._ready(found))
+            self._go_on()
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(take_state),
+            self.register_load_state_dict_post_hook(put_state, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _ready(self, found: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+        """Loaded state as `step` expects it.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        forms, layers = self._forms(), {layer.weight: layer for layer in self._forms()}
+        ready = {}
+        for param, state in found.items():
+            keys = {"step", *self._keys(param, self._group_of[param])}
+            layer = layers.get(param)  # type: ignore[call-overload] # by identity
+            form = "" if layer is None else forms[layer]
+            ready[param] = saving.checked(param, self._names[param], state, keys, layer, form)
+        return saving.join(self._teams, forms, ready)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "KFAC watches its model by hooks and cannot be copied or pickled: build one for the "
+            "other model and give it this one's state_dict()"
+        )
+
+
+T = TypeVar("T", bound=Hashable)
+
+
+def distinct(things: Iterable[T | None]) -> list[T]:
+    return list(dict.fromkeys(thing for thing in things if thing is not None))

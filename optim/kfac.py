@@ -1,0 +1,380 @@
+"""K-FAC: gradients preconditioned by the curvature of each layer, in Kronecker factors.
+
+Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature",
+https://arxiv.org/abs/1503.05671. For a layer whose gradient is the matrix D, with the factors A of
+its inputs and G of its outputs' gradients (`largebatch.optim.curvature` says which, and why their
+scale depends neither on the batch size nor on how a batch is split):
+
+    A ← running average of A        G ← running average of G         bias-corrected
+    U = (G + s_G)⁻¹ D (A + s_A)⁻¹   every so many steps new inverses  (`kfac_damping`)
+    U ← r U                         grafting: r gives U the norm of another rule's step, or is 1
+    U ← k U                         KL clip: k = min(1, √(κ / lr² Σ ⟨U, D⟩)), over all layers
+    w ← w - lr · rule(U) - lr λ w   a first-order rule on U as if it were a gradient (`kfac_rules`)
+
+Parameters without such curvature (norms, biases on their own, tied ones, other modules) are moved
+by another first-order rule on their gradient: AdamW, unless said otherwise.
+
+Where this differs from the paper: factors of a running average with bias correction; decoupled
+weight decay; no automatic choice of damping, learning rate and momentum from the quadratic model,
+which costs further passes; no block-tridiagonal form.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from largebatch.optim.chunks import compute_dtype
+from largebatch.optim.curvature_layers import Layer
+from largebatch.optim.curvature_optimizer import CurvatureOptimizer, Group
+from largebatch.optim.grafting import WITH_SQUARES, grafted_step, next_squares
+from largebatch.optim.kfac_damping import Damping
+from largebatch.optim.kfac_factors import average, new_roots, roots_of
+from largebatch.optim.kfac_options import rule_of
+from largebatch.optim.kfac_rules import Rule
+from largebatch.optim.kfac_teams import Numbers, Team
+from largebatch.optim.layerwise import evaluate
+from largebatch.optim.layout import Name, local
+from largebatch.optim.options import require
+from largebatch.optim.roots import TOLERATED_FAILURES
+from largebatch.optim.tensors import gradient_of, root, scalar, write
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a team's layers are to be moved by."""
+
+    team: Team
+    parts: Mapping[Tensor, Tensor]
+    """U of each parameter, as far as it lies here."""
+    numbers: Numbers
+    ratios: Mapping[Layer, Tensor]
+    """r of each layer."""
+
+
+class KFAC(CurvatureOptimizer):
+    """Kronecker-factored approximate curvature (Martens, Grosse 2015); the module says the formula.
+
+    It works in a plain loop: mean loss, `loss.backward()`, `step()`. The model's passes are watched
+    by hooks, so it is to be called as a module, and sharded before the optimizer is made. Losses
+    are scaled such that `p.grad` at the step is that of the mean over all items of the step, as
+    `loss / accumulation` and the averages of DDP and FSDP2 make it. Items are samples, counted by
+    the leading dimension of what the model returns; where the mean is over something else, tokens
+    or what a mask leaves of them, say `items(number)` for each pass.
+
+    `lr` is a float or a 0-d tensor, read from the group at each step, as are the options that are
+    not of the whole optimizer. In any group:
+
+    - `betas`, `eps`: of the rules "average" and "adam", and of grafting to Adam.
+    - `weight_decay`: λ, decoupled: w ← w - lr λ w beside the step.
+    - `momentum`, `nesterov`: of the rule "sgd".
+    - `damping`: λ of the Kronecker factors; `relative_damping`: times their mean eigenvalues, so
+      that it means the same whatever the scale of gradients. `final_damping`: where it is after
+      `damping_items` items, moving geometrically; None: it stays. `ridge`: the least damping,
+      relative to the largest eigenvalue.
+    - `form`: "eigen", by eigenvectors; "inverse", by Cholesky factors, the same; "exact", damping
+      the product of the factors (see `kfac_damping`).
+    - `factor_decay`: what remains of the running averages at an update of them.
+    - `graft`: whose step gives the preconditioned gradient of a layer its norm (`grafting`), with
+      moments of its own; or "none".
+    - `kl_clip`: κ, or None. Over the layers of all groups, and the same in all.
+
+    Of the whole optimizer:
+
+    - `rule`: what moves the weights along preconditioned gradients, and `fallback` along those of
+      other parameters: a name in `kfac_rules.RULES` or a `Rule` of your own.
+    - `fallback_lr_ratio`: the learning rate of `fallback` relative to `lr`.
+    - `fisher`: "empirical", from the gradients of training, or "true", from labels sampled from the
+      model, for which `fisher_backward` is to be called in every step.
+    - `factor_interval`, `inverse_interval`: steps between updates of the averages, and of a layer's
+      inverses; layers take turns within the interval, and more often in the first steps.
+    - `max_factor_size`: of a larger factor the diagonal is kept.
+    - `tolerated_failures`: decompositions of one layer that may fail in a row; it keeps the last
+      good one meanwhile. `failures.total` counts them.
+    - `params`: parameter groups, as of `largebatch.optim.param_groups`; None: one of all.
+    - `process_group`: whose ranks average the gradients of parameters that are plain tensors, as
+      DDP does; that of a model wrapped in DDP is known, as are the meshes of DTensors.
+
+    State of a parameter: `step` and what its rule keeps; `graft_exp_avg`, `graft_exp_avg_sq`. Of a
+    layer's weight, on the rank that works on it: `factor_in`, `factor_out`, `factor_weight`,
+    `items`, what the form makes of them, `condition`.
+
+    Raises ValueError for an option out of range or a parameter it cannot treat, RuntimeError at
+    `step` for a sparse gradient, and RootError for a layer that keeps failing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.5, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        damping: float = 0.03,
+        relative_damping: bool = True,
+        final_damping: float | None = None,
+        damping_items: float | None = None,
+        ridge: float = 1e-6,
+        form: str = "eigen",
+        factor_decay: float = 0.95,
+        graft: str = "adam",
+        kl_clip: float | None = None,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        rule: str | Rule = "average",
+        fallback: str | Rule = "adam",
+        fallback_lr_ratio: float = 1.0,
+        fisher: str = "empirical",
+        factor_interval: int = 1,
+        inverse_interval: int = 10,
+        max_factor_size: int = 4096,
+        tolerated_failures: int = TOLERATED_FAILURES,
+        maximize: bool = False,
+        params: ParamsT | None = None,
+        process_group: "ProcessGroup | None" = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "damping": damping,
+            "relative_damping": relative_damping,
+            "final_damping": final_damping,
+            "damping_items": damping_items,
+            "ridge": ridge,
+            "form": form,
+            "factor_decay": factor_decay,
+            "graft": graft,
+            "kl_clip": kl_clip,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        options = {
+            "fisher": fisher,
+            "factor_interval": factor_interval,
+            "inverse_interval": inverse_interval,
+            "max_factor_size": max_factor_size,
+        }
+        require(0 <= fallback_lr_ratio < math.inf, "fallback_lr_ratio", ">= 0", fallback_lr_ratio)
+        self._rule, self._fallback = rule_of("rule", rule), rule_of("fallback", fallback)
+        self._fallback_lr_ratio = fallback_lr_ratio
+        super().__init__(model, params, defaults, options, tolerated_failures, process_group)
+
+    def layer_stats(self) -> dict[Name, dict[str, Tensor]]:
+        """Numbers of the layers with curvature in the last step, by the name of their weight.
+
+        0-d tensors on the device: `weight_norm` before the step and `update_norm`, of U as it goes
+        to the rule, over weight and bias; `trust_ratio`, what grafting and KL clip have multiplied
+        it by; `cosine`, of its angle with the plain gradient; `condition_number`, of A ⊗ G as
+        damped when it was last decomposed. After a step masked by `found_inf` they are void.
+        """
+        return dict(self._stats)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
+        loss = evaluate(closure)
+        self._refuse_sparse()
+        self._stats = {}
+        takes_factors = self._turns.begin()
+        skip = self._agreed_skip()
+        self._count_step(skip)
+        self._update_factors(takes_factors, skip)
+        self._refresh_roots(skip)
+        moves = [self._precondition(team, skip) for team in self._teams]
+        clip = self._kl_clip(moves)
+        for move in moves:
+            self._move_layers(move, clip, skip)
+        self._move_others(skip)
+        moved = [param for _, param in self._moved()]
+        self._curvature.active = self._turns.end(moved, skip)
+        return loss
+
+    # The phases of a step -----------------------------------------------------------------------
+
+    def _keys(self, param: Tensor, group: Group) -> tuple[str, ...]:
+        """The state tensors that are shaped like the parameter."""
+        if param not in self._preconditioned:
+            return self._fallback.keys
+        return (*self._rule.keys, *graft_keys(group))
+
+    def _update_factors(self, now: bool, skip: Tensor | None) -> None:
+        """Take in what the passes since the last step have left, or throw it away."""
+        sums, items = self._curvature.take()
+        if not now:
+            return
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        loss_scale = self.loss_scale if grad_scale is None else grad_scale
+        for team in self._teams:
+            totals = team.add_up(sums, items)
+            divisor = team.size * scalar(loss_scale, totals.items)
+            for layer in team.owned:
+                if layer in totals.sums and self._has_factors(layer):
+                    state, group = self.state[layer.weight], self._group_of[layer.weight]
+                    average(
+                        layer,
+                        state,
+                        totals.sums[layer],
+                        totals.items,
+                        totals.items / divisor.square(),
+                        group["factor_decay"],
+                        skip,
+                    )
+
+    def _refresh_roots(self, skip: Tensor | None) -> None:
+        """New inverses for the layers whose turn it is.
+
+        A decomposition waits for the device in any case, so here alone `skip` is looked at: a layer
+        whose turn falls on a skipped step has it in the next.
+        """
+        due = self._turns.due(layer for layer in self._owned() if self._has_factors(layer))
+        if not due or (skip is not None and bool(skip)):
+            return
+        for layer in due:
+            found = self.failures.attempt(partial(self._decompose, layer), layer.name)
+            self.state[layer.weight].update(found or {})
+            self._turns.had(layer)
+
+    def _decompose(self, layer: Layer) -> dict[str, Tensor]:
+        state, group = self.state[layer.weight], self._group_of[layer.weight]
+        value, final = group["damping"], group["final_damping"]
+        if final is not None:
+            value = value * (final / value) ** (state["items"] / group["damping_items"]).clamp(
+                max=1
+            )
+        damping = Damping(value, group["relative_damping"], group["ridge"])
+        return new_roots(layer, group["form"], damping, state)
+
+    def _precondition(self, team: Team, skip: Tensor | None) -> Move:
+        """U of every layer of a team, as far as it lies here, and the norms over all ranks."""
+        gradients: dict[Tensor, Tensor | None] = {
+            param: self._gradient(param) for param in team.params
+        }
+        numbers = team.numbers()
+        for layer in team.layers:
+            for param in layer.params:
+                weight, gradient = local(param).to(team.dtype), gradients[param]
+                numbers.add(layer, "weight", weight.square().sum() / team.copies[param])
+                if gradient is not None and self._group_of[param]["graft"] != "none":
+                    step = self._graft(param, gradient, skip)
+                    numbers.add(layer, "grafted", step.square().sum() / team.copies[param])
+        roots = {}
+        for layer in team.owned:
+            if self._has_factors(layer):
+                state = self.state[layer.weight]
+                roots[layer] = roots_of(layer, state)
+                numbers.add(layer, "condition", state["condition"][0])
+        parts = team.precondition(gradients, roots, numbers)
+        ratios = {}
+        for layer in team.layers:
+            found = numbers.of(layer)
+            grafts = self._group_of[layer.weight]["graft"] != "none"
+            wanted = found["grafted" if grafts else "update"]
+            ratios[layer] = torch.where(found["update"] > 0, root(wanted / found["update"]), 1.0)
+        return Move(team, parts, numbers, ratios)
+
+    def _gradient(self, param: Tensor) -> Tensor | None:
+        """The local part of the gradient to descend along, unscaled, FP32 or wider."""
+        if param.grad is None:
+            return None
+        gradient = gradient_of(param).to(compute_dtype(param))
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if grad_scale is not None:
+            gradient = gradient / scalar(grad_scale, gradient)
+        return -gradient if self._group_of[param]["maximize"] else gradient
+
+    def _graft(self, param: Tensor, gradient: Tensor, skip: Tensor | None) -> Tensor:
+        """The grafted rule's own step, on the gradient itself."""
+        state, group = self.state[param], self._group_of[param]
+        grafting, (beta1, beta2) = group["graft"], group["betas"]
+        step = self._turns.counts.of(param, state) + 1
+        before = [local(state[key]) for key in graft_keys(group)]
+        after = [before[0].lerp(gradient, 1 - beta1)]
+        if grafting in WITH_SQUARES:
+            after.append(next_squares(grafting, before[1], gradient, beta2))
+        squares = after[1] if len(after) > 1 else None
+        mean = after[0] / (1 - beta1**step)
+        grafted = grafted_step(grafting, mean, squares, step, beta2, group["eps"])
+        write(before, after, skip)
+        return grafted
+
+    def _kl_clip(self, moves: Sequence[Move]) -> Tensor | None:
+        """k = min(1, √(κ / lr² Σ ⟨U, D⟩)), over all layers."""
+        limit = self.param_groups[0]["kl_clip"]
+        if limit is None or not moves:
+            return None
+        total = torch.zeros_like(moves[0].numbers.table[0, 0])
+        for move in moves:
+            for layer, ratio in move.ratios.items():
+                product = move.numbers.of(layer)["product"] * ratio
+                lr = scalar(self._group_of[layer.weight]["lr"], product)
+                total += (product * lr.square()).to(total)
+        return torch.where(total > limit, root(limit / total), 1.0)
+
+    def _move_layers(self, move: Move, clip: Tensor | None, skip: Tensor | None) -> None:
+        for layer, ratio in move.ratios.items():
+            factor = ratio if clip is None else ratio * clip.to(ratio)
+            for param in layer.params:
+                if param.grad is not None:
+                    update = move.parts[param].to(compute_dtype(param))
+                    self._descend(param, update * factor.to(update), self._rule, 1.0, skip)
+            if layer.weight.grad is not None:
+                self._stats[self._names[layer.weight]] = stats_of(move.numbers.of(layer), factor)
+
+    def _move_others(self, skip: Tensor | None) -> None:
+        for _, param in self._moved():
+            if param not in self._preconditioned:
+                gradient = self._gradient(param)
+                assert gradient is not None
+                self._descend(param, gradient, self._fallback, self._fallback_lr_ratio, skip)
+
+    def _descend(
+        self, param: Tensor, gradient: Tensor, rule: Rule, lr_ratio: float, skip: Tensor | None
+    ) -> None:
+        """One step of a rule along a gradient, and of weight decay."""
+        state, group = self.state[param], self._group_of[param]
+        own = {key: local(state[key]) for key in rule.keys}
+        step = self._turns.counts.of(param, state) + 1
+        direction, after = rule.advance(gradient, own, group, step)
+        lr = scalar(group["lr"], direction) * lr_ratio
+        weight = local(param).to(direction.dtype)
+        moved = weight - lr * direction
+        if group["weight_decay"]:
+            moved -= lr * group["weight_decay"] * weight
+        write([*own.values(), local(param)], [*(after[key] for key in own), moved], skip)
+
+
+def graft_keys(group: Group) -> tuple[str, ...]:
+    """The state that grafting takes, shaped like the parameter."""
+    if group["graft"] == "none":
+        return ()
+    squares = ("graft_exp_avg_sq",) if group["graft"] in WITH_SQUARES else ()
+    return ("graft_exp_avg", *squares)
+
+
+def stats_of(numbers: Mapping[str, Tensor], ratio: Tensor) -> dict[str, Tensor]:
+    norms = numbers["update"] * numbers["gradient"]
+    return {
+        "weight_norm": root(numbers["weight"]),
+        "update_norm": ratio * root(numbers["update"]),
+        "trust_ratio": ratio,
+        "cosine": torch.where(norms > 0, numbers["product"] * norms.rsqrt(), 0.0),
+        "condition_number": numbers["condition"],
+    }

@@ -1,0 +1,103 @@
+"""How what only the owner of a layer has is saved, and loaded in another world.
+
+As in `largebatch.optim.portable`: in a state dict it is a DTensor, of which every rank has a part.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from largebatch.optim.curvature_layers import Layer
+from largebatch.optim.kfac_factors import state_shapes
+from largebatch.optim.kfac_teams import Team
+from largebatch.optim.layerwise import as_state
+from largebatch.optim.layout import Name, local
+from largebatch.optim.portable import Key, Portable
+from largebatch.optim.spread import Spread
+from largebatch.optim.teams import Layer as Spreading
+
+States = Mapping[Tensor, Mapping[str, Any]]
+Forms = Mapping[Layer, str]
+
+
+def cut(teams: list[Team], forms: Forms, states: States) -> dict[Tensor, dict[str, Any]]:
+    """The state of every parameter as it is saved. A collective of each team."""
+    saved = {param: dict(state) for param, state in states.items()}
+    for portable, keys in portables(teams, forms, states):
+        for (param, key), value in portable.cut(entries(states, keys)).items():
+            saved[param][key] = value
+    return saved
+
+
+def join(teams: list[Team], forms: Forms, states: States) -> dict[Tensor, dict[str, Any]]:
+    """The opposite of `cut`."""
+    ready = {param: dict(state) for param, state in states.items()}
+    for portable, keys in portables(teams, forms, states):
+        for (param, key), value in portable.join(entries(states, keys)).items():
+            ready[param][key] = value
+    return ready
+
+
+def entries(states: States, keys: list[Key]) -> dict[Key, Tensor]:
+    return {(param, key): states[param][key] for param, key in keys}
+
+
+def portables(
+    teams: list[Team], forms: Forms, states: States
+) -> Iterator[tuple[Portable, list[Key]]]:
+    for team in teams:
+        held = [layer for layer in team.layers if layer.weight in states]
+        if team.group is None or not held:
+            continue
+        shapes: dict[Key, tuple[int, ...]] = {}
+        owners: dict[Key, int] = {}
+        for layer in held:
+            for key, shape in state_shapes(layer, forms[layer]).items():
+                shapes[layer.weight, key] = shape
+                owners[layer.weight, key] = team.owners[layer]
+        spreads = [spreading(layer, team.spreads[layer.weight]) for layer in held]
+        yield Portable(spreads, shapes, owners), [*shapes]
+
+
+def spreading(layer: Layer, spread: Spread) -> Spreading:
+    return Spreading(layer.weight, layer.name, 0, spread, ())
+
+
+def checked(
+    param: Tensor,
+    name: Name,
+    found: Mapping[str, Any],
+    keys: set[str],
+    layer: Layer | None,
+    form: str,
+) -> dict[str, Any]:
+    """A parameter's loaded state in the dtype and on the device that `step` expects.
+
+    Args:
+        keys: what there has to be, apart from the layer's own.
+
+    Raises:
+        ValueError: an entry that is missing, unknown or of another shape.
+    """
+    shapes = {} if layer is None else state_shapes(layer, form)
+    if found.keys() != keys | shapes.keys():
+        wrong = sorted(found.keys() ^ (keys | shapes.keys()))
+        raise ValueError(
+            f"state of parameter {name!r} must have the entries that its options make, got or "
+            f"lacks {', '.join(wrong[:4])}: was it saved by another optimizer, or with another "
+            "form, graft, rule or fallback?"
+        )
+    ready = {}
+    for key, value in found.items():
+        if key not in shapes:
+            ready[key] = as_state(key, value, name, param)
+            continue
+        assert layer is not None
+        if tuple(value.shape) != shapes[key]:
+            raise ValueError(
+                f"state {key!r} of parameter {name!r} must have the shape {shapes[key]}, got "
+                f"{tuple(value.shape)}: was it saved with another max_factor_size?"
+            )
+        ready[key] = value.to(local(param).device, layer.dtype, copy=True)
+    return ready

@@ -1,0 +1,306 @@
+"""State that lies with the owners of blocks, and how it is saved and loaded.
+
+A parameter's state is one flat dict: `step`; what lies like the parameter itself, such as a
+momentum buffer; and for each of its blocks entries "block_3/factor_0", whole on the block's owner
+and empty elsewhere. The keys are the same on every rank. In a state dict the latter are spread over
+the ranks: see `largebatch.optim.portable`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from largebatch.optim.blocks import Block
+from largebatch.optim.chunks import Group
+from largebatch.optim.layerwise import as_state
+from largebatch.optim.layout import Name, is_dtensor
+from largebatch.optim.portable import Key, Portable
+from largebatch.optim.roots import TOLERATED_FAILURES, Failures
+from largebatch.optim.step_counts import StepCounts
+from largebatch.optim.teams import Layer, Team, make_layer, share_out, teams_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+BlockState = dict[str, Tensor]
+
+
+class OwnedState(Optimizer):
+    """An optimizer whose parameters have blocks, with owners among the ranks that share them."""
+
+    # On the class too, because pickle keeps an optimizer's groups and state only.
+    _process_group: "ProcessGroup | None" = None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        process_group: "ProcessGroup | None",
+        tolerated_failures: int,
+    ) -> None:
+        self._process_group = process_group
+        self._begin(tolerated_failures)
+        super().__init__(params, defaults)
+
+    def _begin(self, tolerated_failures: int = TOLERATED_FAILURES) -> None:
+        self.failures = Failures(tolerated_failures)
+        self._layers: dict[Tensor, Layer] = {}
+        self._known_teams: tuple[Any, list[Team]] = ((), [])
+        self._counts = StepCounts()
+
+    def __getstate__(self) -> dict[str, Any]:
+        shared = any(layer.spread.group is not None for layer in self._layers.values())
+        if shared or self._process_group is not None:
+            raise ValueError(
+                f"{type(self).__name__} cannot be copied or pickled where ranks share its work, "
+                "because each has other parts of its state: save state_dict(), load it into another"
+            )
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore groups and state; an option that was not yet known then takes its default."""
+        super().__setstate__(state)
+        failures: Failures | None = self.__dict__.get("failures")
+        self._begin(TOLERATED_FAILURES if failures is None else failures.tolerated)
+        self.defaults.pop("differentiable", None)  # torch puts it there for those that know it
+        for group in self.param_groups:
+            group.pop("differentiable", None)
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    # What a subclass says ------------------------------------------------------------------------
+
+    def _block_shapes(self, group: Group, block: Block) -> dict[str, tuple[int, ...]]:
+        """The shapes of the state of a block, by name; none of them 0-d."""
+        raise NotImplementedError
+
+    def _new_block_state(self, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> BlockState:
+        """The state of a block before its first step."""
+        raise NotImplementedError
+
+    def _elementwise_keys(self, layer: Layer, group: Group) -> tuple[str, ...]:
+        """The state tensors that lie like the parameter."""
+        raise NotImplementedError
+
+    # Who has what --------------------------------------------------------------------------------
+
+    def _refuse(self, name: Name, param: Tensor) -> None:
+        if param.is_complex():
+            raise ValueError(
+                f"{type(self).__name__} takes real parameters, got {param.dtype} for "
+                f"parameter {name!r}: hold its real and imaginary part as two parameters."
+            )
+        if getattr(param, "_fsdp_flattened", False):
+            raise ValueError(
+                f"{type(self).__name__} works on whole matrices, and parameter {name!r} is a flat "
+                "shard of FullyShardedDataParallel (FSDP1), which does not say what of: wrap the "
+                "model with torch.distributed.fsdp.fully_shard (FSDP2)."
+            )
+        if is_dtensor(param):
+            for placement in param.placements:  # type: ignore[attr-defined]
+                if placement.is_partial():
+                    raise ValueError(
+                        f"parameter {name!r} is placed as {placement}: its ranks hold summands of "
+                        "it, shard or replicate it instead"
+                    )
+
+    def _names(self) -> Iterator[list[Name]]:
+        """The names of each group's parameters, or their index over all groups."""
+        first = 0
+        for group in self.param_groups:
+            end = first + len(group["params"])
+            names = group.get("param_names", ())
+            yield list(names if len(names) == len(group["params"]) else range(first, end))
+            first = end
+
+    def _teams(self) -> list[Team]:
+        """All parameters that may have a gradient. Made anew where they have changed."""
+        key: list[Any] = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} needs dense gradients, got a {param.grad.layout} "
+                        f"gradient for a parameter of shape {tuple(param.shape)}."
+                    )
+                key.append((id(param), param.requires_grad or param.grad is not None))
+        if self._known_teams[0] == key:
+            return self._known_teams[1]
+        fresh = [
+            make_layer(param, name, index, group, self._process_group)
+            for index, (group, names) in enumerate(
+                zip(self.param_groups, self._names(), strict=True)
+            )
+            for name, param in zip(names, group["params"], strict=True)
+            if param not in self._layers
+        ]
+        share_out(fresh, self.param_groups, self._layers)
+        self._layers |= {layer.param: layer for layer in fresh}
+        live = {param for (_, is_live), param in zip(key, self._params(), strict=True) if is_live}
+        teams = teams_of(layer for layer in self._layers.values() if layer.param in live)
+        self._known_teams = key, teams
+        return teams
+
+    def _params(self) -> Iterator[Tensor]:
+        return (param for group in self.param_groups for param in group["params"])
+
+    def _make_state(self, layer: Layer, group: Group) -> None:
+        """Make what state is missing, as at a parameter's first gradient; on every rank alike."""
+        state = self.state[layer.param]
+        if "step" not in state:
+            state["step"] = torch.zeros((), device=layer.device)
+            layer.state_names = ()
+        for key in self._elementwise_keys(layer, group):
+            if key not in state:
+                state[key] = torch.zeros_like(layer.param, dtype=layer.dtype)
+        if not layer.state_names:
+            self._make_block_states(layer, group)
+
+    def _make_block_states(self, layer: Layer, group: Group) -> None:
+        state, me = self.state[layer.param], layer.spread.me
+        for number, (block, owner) in enumerate(zip(layer.blocks, layer.owners, strict=True)):
+            shapes = self._block_shapes(group, block)
+            layer.state_names = tuple(shapes)
+            if all(f"block_{number}/{name}" in state for name in shapes):
+                continue
+            new = {name: torch.empty(0) for name in shapes}
+            if owner == me:
+                new = self._new_block_state(group, shapes)
+            for name, value in new.items():
+                state.setdefault(f"block_{number}/{name}", value.to(layer.device, layer.dtype))
+
+    def _block_state(self, layer: Layer, number: int) -> BlockState:
+        state = self.state[layer.param]
+        return {name: state[f"block_{number}/{name}"] for name in layer.state_names}
+
+    # To and from state dicts ----------------------------------------------------------------------
+
+    def state_dict(self) -> StateDict:
+        """As torch's. Where blocks have owners among several ranks, all of them have to call it.
+
+        What lies whole on its owner is then a DTensor, cut by rows: any world size can load it.
+        """
+
+        self._teams()
+
+        def spread(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
+            index_of = {
+                param: index
+                for group, saved in zip(self.param_groups, packed["param_groups"], strict=True)
+                for param, index in zip(group["params"], saved["params"], strict=True)
+            }
+            state = dict(packed["state"])
+            for portable, keys in self._portables(self.state):
+                cut = portable.cut({(param, key): self.state[param][key] for param, key in keys})
+                for (param, key), value in cut.items():
+                    state[index_of[param]] = {**state[index_of[param]], key: value}
+            return {**packed, "state": state}
+
+        hook = self.register_state_dict_post_hook(spread, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load as torch does, hooks included, but keep the state in FP32; as for `state_dict`.
+
+        Raises:
+            ValueError: a state that does not fit these parameters or its own options; what was
+                there before remains.
+        """
+        loaded: dict[int, dict[str, Any]] = {}
+        ids: list[int] = []
+
+        def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
+            loaded.update(final["state"])
+            ids.extend(index for group in final["param_groups"] for index in group["params"])
+            # Torch would cast it to the parameters' dtype.
+            return {**final, "state": {}}
+
+        def put_state(_: Optimizer) -> None:  # before the user's post-hooks
+            params = [*self._params()]
+            by_param = {
+                p: loaded[index] for p, index in zip(params, ids, strict=True) if index in loaded
+            }
+            self.state.update(self._ready(by_param))
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(take_state),
+            self.register_load_state_dict_post_hook(put_state, prepend=True),
+        )
+        before = self.__dict__.copy()
+        try:
+            super().load_state_dict(state_dict)
+        except Exception:
+            self.__dict__.update(before)  # groups and state, which torch has replaced
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _ready(self, by_param: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+        """The loaded state of each parameter as `step` expects it, from options loaded before.
+
+        Raises:
+            ValueError: a tensor that is missing or of another shape.
+        """
+        self._teams()
+        ready: dict[Tensor, dict[str, Any]] = {}
+        for param, found in by_param.items():
+            layer = self._layers[param]
+            group = self.param_groups[layer.group]
+            shapes = self._shapes_of(layer)
+            keys = ("step", *shapes, *self._elementwise_keys(layer, group))
+            missing = [key for key in keys if key not in found]
+            if missing:
+                raise ValueError(
+                    f"state of parameter {layer.name!r} must have an entry {missing[0]!r}, got "
+                    f"{', '.join(found) or 'none'}: was it saved by another optimizer, or with "
+                    "another grafting, block_size or merge_dims?"
+                )
+            for key, shape in shapes.items():
+                if tuple(found[key].shape) != shape:
+                    raise ValueError(
+                        f"state {key!r} of parameter {layer.name!r} must have the shape {shape}, "
+                        f"got {tuple(found[key].shape)}"
+                    )
+            ready[param] = {
+                key: found[key].to(layer.device, layer.dtype)
+                if key in shapes
+                else as_state(key, found[key], layer.name, param)
+                for key in keys
+            }
+        for portable, held in self._portables(ready):
+            joined = portable.join({(param, key): ready[param][key] for param, key in held})
+            for (param, key), value in joined.items():
+                ready[param][key] = value
+        return ready
+
+    def _portables(self, state: Mapping[Tensor, Any]) -> Iterator[tuple[Portable, list[Key]]]:
+        """For each process group the block states of the layers that have any."""
+        by_group: dict[Any, list[Layer]] = {}
+        for layer in self._layers.values():
+            if layer.spread.group is not None and layer.blocks and layer.param in state:
+                by_group.setdefault(layer.spread.group, []).append(layer)
+        for layers in by_group.values():
+            shapes: dict[Key, tuple[int, ...]] = {}
+            owners: dict[Key, int] = {}
+            for layer in layers:
+                for key, shape in self._shapes_of(layer).items():
+                    shapes[layer.param, key] = shape
+                    owners[layer.param, key] = layer.owners[int(key[6 : key.index("/")])]
+            yield Portable(layers, shapes, owners), [*shapes]
+
+    def _shapes_of(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """The shapes of a layer's block states, by their keys in its state."""
+        group = self.param_groups[layer.group]
+        return {
+            f"block_{number}/{name}": shape
+            for number, block in enumerate(layer.blocks)
+            for name, shape in self._block_shapes(group, block).items()
+        }

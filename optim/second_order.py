@@ -1,0 +1,356 @@
+"""What Shampoo and SOAP share around their formulas: the way of a gradient through the ranks.
+
+A step, in this order:
+
+1. every rank's part of the gradients, unscaled, travels to the owners of its blocks, and with it
+   what has to be agreed on: `found_inf`, and which parameters have a gradient;
+2. the owners precondition their blocks, and advance the state that only they have; vectors and
+   scalars, which have no blocks, are stepped by AdamW where they lie;
+3. directions travel back to all that hold a part of the parameter, and with them the squares from
+   which norms of whole layers are made;
+4. every rank moves its part of the weights.
+
+That is one collective each way for each process group, and the same ones on every rank whatever
+gradients are missing: a parameter takes part in a step if any rank has a gradient for it, and
+counts as zeros where there is none. Only a rank that lacks some gradient waits for the device to
+learn which the others have.
+
+Plain parameters are those of one process, or of DDP's replicas: each rank computes all of it, which
+needs no collective, but needs like ranks: on unlike hardware replicas would drift apart. With
+`process_group` the ranks of the group share the work and the memory of the factors; their gradients
+must be the same, as DDP leaves them, and results travel once.
+
+Promises as in `largebatch.optim.layerwise`: `p.grad` is left as it was, arithmetic and state are
+FP32 at least, a step with `found_inf` changes nothing by one bit. The device is waited for where
+roots or bases are taken, which cannot be done without.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from largebatch.optim.chunks import Group
+from largebatch.optim.layerwise import evaluate
+from largebatch.optim.layout import Name, local
+from largebatch.optim.options import require, require_one_of
+from largebatch.optim.owned_state import BlockState, OwnedState
+from largebatch.optim.roots import TOLERATED_FAILURES, full_precision
+from largebatch.optim.step_stats import Stats, Tally, Worked
+from largebatch.optim.teams import Layer, Team
+from largebatch.optim.tensors import gradient_of, on_device, write
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class BlockAtWork:
+    """One block in one step."""
+
+    layer: Layer
+    number: int
+    group: Group
+    grad: Tensor
+    """In the block's merged shape; not to be written to."""
+    state: BlockState
+    step: int
+    """t, from 1."""
+    skip: Tensor | None
+
+    def put(self, name: str, value: Tensor) -> Tensor:
+        """state ← value, unless the step is skipped; returns the value."""
+        write([self.state[name]], [value], self.skip)
+        return value
+
+    def is_due(self, first: int) -> bool:
+        """Whether roots are taken now: once in an interval, in this block's slot of it.
+
+        They are first needed at step `first`. Where that is in the first interval, factors are
+        young and change much: all blocks' roots are then taken at `first`, and once more within
+        steps 2 to 3 from there, 4 to 7, 8 to 15, and so on up to the interval's length. Otherwise
+        those for `first` have been spread over the interval before it.
+        """
+        interval: int = self.group["precondition_interval"]
+        slot, age = self.layer.slots[self.number], self.step - first + 1
+        if first < interval and age < interval:
+            phase = 1 << (age.bit_length() - 1) if age > 0 else 0  # begins and lasts so
+            return age > 0 and age == phase + slot * phase // interval
+        return self.step > first - interval and (self.step - 1 - slot) % interval == 0
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What a step starts from: the same on all ranks before any state is touched."""
+
+    teams: "list[Gathered]"
+    active: set[Tensor]
+    """The parameters that some rank has a gradient for."""
+    skip: Tensor | None
+    """0-d bool: where true, nothing may change."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A team's gradients as they have arrived."""
+
+    team: Team
+    parts: list[Tensor | None]
+    """For each layer this rank's part of the gradient."""
+    blocks: list[dict[int, Tensor]]
+    """For each layer the gradient's blocks that this rank owns."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What a rank has made of a team's gradients."""
+
+    team: Team
+    blocks: list[dict[int, Tensor]]
+    """For each layer the directions of the blocks owned here."""
+    elementwise: dict[int, Tensor]
+    """By layer, this rank's part of the directions of what has no blocks."""
+    stats: Stats
+
+
+class SecondOrderOptimizer(OwnedState):
+    """Base of optimizers that precondition blocks of matrices."""
+
+    # Read by torch.amp.GradScaler: `step` unscales and skips by itself, without asking the host.
+    _step_supports_amp_scaling = True
+
+    _stats: tuple[Stats, ...] = ()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        process_group: "ProcessGroup | None" = None,
+        tolerated_failures: int = TOLERATED_FAILURES,
+    ) -> None:
+        require(tolerated_failures >= 0, "tolerated_failures", ">= 0", tolerated_failures)
+        self._check_options(defaults)
+        super().__init__(params, defaults, process_group, tolerated_failures)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Refuse options (the defaults, or one group's) out of range; subclasses add their own."""
+        lr, betas = options["lr"], options["betas"]
+        if isinstance(lr, Tensor):  # its value may lie on a device and is not looked at
+            require(lr.dim() == 0, "lr", "a float or a 0-d tensor", f"shape {tuple(lr.shape)}")
+        else:
+            require(0 <= lr < math.inf, "lr", "in [0, inf)", lr)
+        in_range = len(betas) == 2 and 0 <= betas[0] < 1 and 0 <= betas[1] < 1
+        require(in_range, "betas", "two numbers in [0, 1)", betas)
+        for name in ("eps", "weight_decay"):
+            require(0 <= options[name] < math.inf, name, "in [0, inf)", options[name])
+        for name in ("block_size", "precondition_interval"):
+            whole = isinstance(options[name], int) and options[name] >= 1
+            require(whole, name, "a whole number >= 1", options[name])
+        for name in ("maximize", "merge_dims", "precondition"):
+            require(isinstance(options[name], bool), name, "True or False", options[name])
+        require_one_of(options, "decay", ("decoupled", "l2"))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch. In it, `precondition=False` leaves its tensors to AdamW.
+
+        Raises:
+            ValueError: an option out of range, a parameter that cannot be treated.
+        """
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            self._check_options(group)
+            *_, names = self._names()
+            for name, param in zip(names, group["params"], strict=True):
+                self._refuse(name, param)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    # What a subclass says of its formula --------------------------------------------------------
+
+    def _work_on(self, block: BlockAtWork) -> Worked:
+        """Advance a block's state by one gradient, and return its direction.
+
+        Called with `full_precision` set.
+        """
+        raise NotImplementedError
+
+    def _uses_momentum(self, group: Group) -> bool:
+        """Whether a layer's steps are averaged once more where the weights lie."""
+        return False
+
+    def _step_with_momentum(
+        self, layer: Layer, group: Group, direction: Tensor, skip: Tensor | None
+    ) -> Tensor:
+        """The step from a layer's direction, this rank's part of it."""
+        return direction
+
+    def _elementwise_keys(self, layer: Layer, group: Group) -> tuple[str, ...]:
+        if not layer.blocks:
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum_buffer",) if self._uses_momentum(group) else ()
+
+    # The phases of a step -----------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
+        loss = evaluate(closure)
+        self._counts.settle()
+        agreed = self._agree(self._teams())
+        with full_precision():
+            directions = [self._work(gathered, agreed) for gathered in agreed.teams]
+        for ours in directions:
+            self._descend(ours, agreed)
+        self._stats = tuple(ours.stats for ours in directions)
+        self._advance(agreed)
+        return loss
+
+    def _agree(self, teams: list[Team]) -> Agreed:
+        """Bring the gradients to the owners of their blocks, before any state is touched."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        device = teams[0].layers[0].device if teams else torch.device("cpu")
+        flag = None if found_inf is None else on_device(found_inf, device).float()
+        active: set[Tensor] = set()
+        gathered: list[Gathered] = []
+        for team in teams:
+            ours = [self._gradient(layer) for layer in team.layers]
+            present = [part is not None for part in ours]
+            sums = None
+            if team.is_sharded:
+                # Of all ranks: is the step to be skipped, and who has a gradient of what. Made on
+                # the device: a copy to it would wait for all that it has still to do.
+                size = 1 + len(present)
+                sums = torch.ones(size, dtype=team.dtype, device=team.exchange.device)
+                sums[0] = 0.0 if flag is None else flag
+                for place, has in enumerate(present):
+                    if not has:
+                        sums[1 + place] = 0.0
+            arrived, totals = team.exchange.to_owners(ours, sums)
+            if totals is not None:
+                if flag is not None:
+                    flag = totals[0]
+                if not all(present):
+                    present = [count > 0 for count in totals[1:].tolist()]
+            active |= {layer.param for layer, has in zip(team.layers, present, strict=True) if has}
+            gathered.append(Gathered(team, ours, arrived))
+        return Agreed(gathered, active, None if flag is None else flag != 0)
+
+    def _gradient(self, layer: Layer) -> Tensor | None:
+        """This rank's part of the gradient to descend along; not to be written to."""
+        param, group = layer.param, self.param_groups[layer.group]
+        if param.grad is None:
+            return None
+        grad = gradient_of(param).to(layer.dtype)
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if grad_scale is not None:
+            grad = grad / on_device(grad_scale, grad.device).to(grad.dtype)
+        if group["maximize"]:
+            grad = -grad
+        if group["decay"] == "l2" and group["weight_decay"]:
+            grad = grad.add(local(param), alpha=group["weight_decay"])
+        return grad
+
+    def _work(self, gathered: Gathered, agreed: Agreed) -> Directions:
+        """The directions of the blocks owned here, and of this rank's part of what has none."""
+        team = gathered.team
+        tally = Tally(team.layers, team.dtype, team.exchange.device)
+        blocks: list[dict[int, Tensor]] = [{} for _ in team.layers]
+        elementwise: dict[int, Tensor] = {}
+        for place, layer in enumerate(team.layers):
+            if layer.param not in agreed.active:
+                continue
+            group, param = self.param_groups[layer.group], layer.param
+            self._make_state(layer, group)
+            step = self._counts.of(param, self.state[param]) + 1
+            tally.moves(place)
+            if not layer.blocks:
+                part = gathered.parts[place]
+                if part is None:
+                    part = torch.zeros_like(local(param), dtype=layer.dtype)
+                elementwise[place] = self._adamw(param, group, part, step, agreed.skip)
+                tally.add_part(place, part, elementwise[place])
+            for k, own in gathered.blocks[place].items():
+                grad = own.to(layer.dtype).reshape(layer.blocks[k].shape)
+                state = self._block_state(layer, k)
+                work = BlockAtWork(layer, k, group, grad, state, step, agreed.skip)
+                worked = self._work_on(work)
+                blocks[place][k] = worked.direction.reshape(layer.blocks[k].box.size)
+                tally.add_block(place, k, grad, worked, state["condition"])
+        return Directions(team, blocks, elementwise, tally.stats())
+
+    def _descend(self, ours: Directions, agreed: Agreed) -> None:
+        """Bring the directions back, and move this rank's part of the weights."""
+        team, stats = ours.team, ours.stats
+        sums = torch.cat([stats.squares.flatten(), stats.conditions])
+        parts, totals = team.exchange.to_holders(ours.blocks, sums)
+        assert totals is not None
+        stats.squares = totals[: stats.squares.numel()].view_as(stats.squares)
+        stats.conditions = totals[stats.squares.numel() :]
+        scales = stats.scales()
+        for place in stats.moved:
+            layer = team.layers[place]
+            group, weight = self.param_groups[layer.group], local(layer.param)
+            if layer.blocks:
+                direction = parts[place].to(layer.dtype) * scales[place].to(weight.device)
+                direction = direction.to(layer.dtype)
+                direction = self._step_with_momentum(layer, group, direction, agreed.skip)
+            else:
+                direction = ours.elementwise[place]
+            old = weight.to(layer.dtype)
+            if group["decay"] == "decoupled" and group["weight_decay"]:
+                direction = direction.add(old, alpha=group["weight_decay"])
+            lr = group["lr"]
+            if isinstance(lr, Tensor):
+                lr = on_device(lr, weight.device).to(layer.dtype)
+            write([weight], [old - lr * direction], agreed.skip)
+
+    def _advance(self, agreed: Agreed) -> None:
+        """Count the step, on the device and on the host."""
+        moved = [layer.param for gathered in agreed.teams for layer in gathered.team.layers]
+        moved = [param for param in moved if param in agreed.active]
+        for param in moved:
+            step = self.state[param]["step"]
+            skip = None if agreed.skip is None else agreed.skip.to(step.device)
+            write([step], [step + 1], skip)
+        self._counts.stepped(moved, agreed.skip)
+
+    def _adamw(
+        self, param: Tensor, group: Group, grad: Tensor, step: int, skip: Tensor | None
+    ) -> Tensor:
+        """m̂ / (√v̂ + ε) of this rank's part of a parameter; advances m and v."""
+        (beta1, beta2), state = group["betas"], self.state[param]
+        exp_avg, exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
+        mean = exp_avg.lerp(grad, 1 - beta1)
+        squares = exp_avg_sq.lerp(grad * grad, 1 - beta2)
+        write([exp_avg, exp_avg_sq], [mean, squares], skip)
+        denominator = (squares / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        return mean.div_(1 - beta1**step).div_(denominator)
+
+    def layer_stats(self) -> dict[Name, dict[str, Tensor]]:
+        """What the last step was like, for every layer moved by it.
+
+        Keys are the parameters' names where the optimizer was given `model.named_parameters()`,
+        else their index over all groups. Values are 0-d tensors on the device:
+
+        - `weight_norm`: ‖w‖ before the step;
+        - `update_norm`: ‖u‖ of the step's direction as it goes into momentum, decay and lr;
+        - `trust_ratio`: what the preconditioned direction was multiplied by for that length;
+        - `cosine`: of the angle between u and the gradient, 1 for plain gradient descent;
+        - `condition_number`: the largest of the layer's factors when roots or bases were last
+          taken; for layers that are preconditioned only.
+
+        After a step masked by `found_inf` they are void.
+        """
+        return {name: layer for stats in self._stats for name, layer in stats.by_layer()}

@@ -1,0 +1,200 @@
+"""Shampoo: gradients preconditioned by the roots of their Kronecker factors, one per dimension.
+
+Gupta, Koren, Singer 2018, "Shampoo: Preconditioned Stochastic Tensor Optimization",
+https://arxiv.org/abs/1802.09568, Algorithm 2; with the running averages, blocks and grafting of
+Anil et al. 2020, https://arxiv.org/abs/2002.09018. For a block of order k with gradient G, at its
+step t:
+
+    L_i ← β L_i + (1 - β) G_(i) G_(i)ᵀ       for every dimension i, G_(i) G unfolded along it
+    m ← β₁ m + (1 - β₁) G,  m̂ = m / (1 - β₁ᵗ)
+    R_i = (L_i / (1 - βᵗ) + ridge · λ_max · I)^(-e),  e = 1 / (2k)
+    d = m̂ multiplied by R_i along every dimension i
+    u = (‖a‖ / ‖d‖) d                         a the step of the grafted method
+    w ← w - lr · (u + λ w)
+
+Where we differ: the ridge is relative to each factor's largest eigenvalue λ_max, not an absolute
+εI that the sums start from; the norms of the grafting are over the whole tensor, not over a block.
+A step's roots are of factors that contain its own gradient, as in the paper.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from largebatch.optim.blocks import Block
+from largebatch.optim.chunks import Group
+from largebatch.optim.factors import factor_beta, in_basis, next_factor
+from largebatch.optim.grafting import GRAFTINGS, WITH_SQUARES, grafted_step, next_squares
+from largebatch.optim.layout import local
+from largebatch.optim.options import require, require_one_of
+from largebatch.optim.owned_state import BlockState
+from largebatch.optim.roots import inverse_root
+from largebatch.optim.second_order import BlockAtWork, SecondOrderOptimizer
+from largebatch.optim.step_stats import Worked, square
+from largebatch.optim.teams import Layer
+from largebatch.optim.tensors import write
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Shampoo(SecondOrderOptimizer):
+    """Shampoo with grafting (Gupta et al. 2018, Anil et al. 2020); the module says the formula.
+
+    `lr` is a float or a 0-d tensor, read from the group at each step; `betas` are β₁ and β₂, the
+    latter that of the grafted method; `weight_decay` is λ. The keywords:
+
+    - `factor_beta`: β; None: β₂; 1: plain sums, L_i ← L_i + G_(i) G_(i)ᵀ, as in the 2018 paper.
+    - `grafting`: whose step length is taken: "adam", "rmsprop", "adagrad", "sgd" (that of m̂), or
+      "none", u = d.
+    - `exponent`: e in place of 1 / (2k).
+    - `ridge`: relative to λ_max. From about 1e-7 downwards FP32 has no digits left for it; upwards
+      of 1e-3 steps come close to the plain gradient's.
+    - `precondition_interval`: steps from root to root of a factor. The factors of different blocks
+      have different steps of the interval, so that no step has much more to do than others but the
+      first. In the first interval factors are young, and roots are taken more often: once in steps
+      2 to 3, 4 to 7, 8 to 15, and so on.
+    - `start_preconditioning_step`: until then the grafted method's own step is taken. Where it is
+      not below the interval, the first roots are spread over the interval before it.
+    - `momentum`, `nesterov`: of the steps u, as in torch's SGD: b ← μ b + u, and b, or u + μ b.
+    - `decay`: "decoupled", or "l2", λ w added to the gradient.
+    - `block_size`: the longest side of a factor; `merge_dims`: see `largebatch.optim.blocks`.
+    - `tolerated_failures`: roots in a row that may fail, the last good one in their place, before
+      the step raises; `failures.total` counts them by layer.
+    - `process_group`: plain parameters' work and factors are shared out over its ranks, whose
+      gradients must be the same; saving and loading state is then a collective. DTensors need none.
+
+    Tensors with less than two dimensions longer than 1, and groups with `precondition=False`, are
+    stepped by AdamW with `betas` and `eps`.
+
+    Raises ValueError for an option out of range or a parameter it cannot treat, and RuntimeError at
+    `step` for a sparse gradient; `roots.RootError` at `step` after too many failures.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        factor_beta: float | None = None,
+        grafting: str = "adam",
+        exponent: float | None = None,
+        ridge: float = 1e-5,
+        precondition_interval: int = 10,
+        start_preconditioning_step: int = 1,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        decay: str = "decoupled",
+        block_size: int = 1024,
+        merge_dims: bool = True,
+        maximize: bool = False,
+        tolerated_failures: int = 3,
+        process_group: "ProcessGroup | None" = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "factor_beta": factor_beta,
+            "grafting": grafting,
+            "exponent": exponent,
+            "ridge": ridge,
+            "precondition_interval": precondition_interval,
+            "start_preconditioning_step": start_preconditioning_step,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "decay": decay,
+            "block_size": block_size,
+            "merge_dims": merge_dims,
+            "maximize": maximize,
+            "precondition": True,
+        }
+        super().__init__(params, defaults, process_group, tolerated_failures)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        beta, exponent = options["factor_beta"], options["exponent"]
+        require(beta is None or 0 <= beta <= 1, "factor_beta", "in [0, 1] or None", beta)
+        require(exponent is None or 0 < exponent < math.inf, "exponent", "> 0 or None", exponent)
+        require(0 < options["ridge"] < 1, "ridge", "in (0, 1)", options["ridge"])
+        require(0 <= options["momentum"] < 1, "momentum", "in [0, 1)", options["momentum"])
+        start = options["start_preconditioning_step"]
+        whole = isinstance(start, int) and start >= 1
+        require(whole, "start_preconditioning_step", "a whole number >= 1", start)
+        require_one_of(options, "grafting", GRAFTINGS)
+        require_one_of(options, "nesterov", (False, True))
+        if options["nesterov"]:
+            require(options["momentum"] > 0, "momentum", "> 0 with nesterov", options["momentum"])
+
+    def _block_shapes(self, group: Group, block: Block) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {"condition": (len(block.shape),)}
+        for dim, n in enumerate(block.shape):
+            shapes |= {f"factor_{dim}": (n, n), f"root_{dim}": (n, n)}
+        shapes["exp_avg"] = block.shape
+        if group["grafting"] in WITH_SQUARES:
+            shapes["grad_sq"] = block.shape
+        return shapes
+
+    def _new_block_state(self, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> BlockState:
+        return {
+            name: torch.eye(*shape) if name.startswith("root") else torch.zeros(shape)
+            for name, shape in shapes.items()
+        }
+
+    def _work_on(self, block: BlockAtWork) -> Worked:
+        """Advance factors, roots when they are due, m, and the grafted method, in this order."""
+        group, grad, step = block.group, block.grad, block.step
+        (beta1, beta2), start = group["betas"], group["start_preconditioning_step"]
+        for dim in range(grad.dim()):
+            block.put(f"factor_{dim}", next_factor(block, dim))
+        if block.is_due(start):
+            self._take_roots(block)
+        mean = block.put("exp_avg", block.state["exp_avg"].lerp(grad, 1 - beta1))
+        mean = mean / (1 - beta1**step)
+        squares, grafting = None, group["grafting"]
+        if grafting in WITH_SQUARES:
+            squares = next_squares(grafting, block.state["grad_sq"], grad, beta2)
+            block.put("grad_sq", squares)
+        own = grafted_step(grafting, mean, squares, step, beta2, group["eps"])
+        if step < start:
+            return Worked(own, square(own))
+        roots = [block.state[f"root_{dim}"] for dim in range(grad.dim())]
+        direction = in_basis(mean, roots)  # which are symmetric
+        return Worked(direction, square(direction if grafting == "none" else own))
+
+    def _take_roots(self, block: BlockAtWork) -> None:
+        """New roots of the factors; one that fails leaves the last good one."""
+        group, order = block.group, block.grad.dim()
+        beta, exponent = factor_beta(group), group["exponent"] or 1 / (2 * order)
+        correction = 1.0 if beta == 1 else 1 - beta**block.step
+        condition = block.state["condition"].clone()
+        for dim in range(order):
+            factor = block.state[f"factor_{dim}"] / correction
+            take = partial(inverse_root, factor, 1 / exponent, group["ridge"])
+            root = self.failures.attempt(take, str(block.layer.name), (block.number, dim))
+            if root is not None:
+                block.put(f"root_{dim}", root.matrix)
+                condition[dim] = root.condition
+        block.put("condition", condition)
+
+    def _uses_momentum(self, group: Group) -> bool:
+        return bool(group["momentum"] > 0)
+
+    def _step_with_momentum(
+        self, layer: Layer, group: Group, direction: Tensor, skip: Tensor | None
+    ) -> Tensor:
+        if not self._uses_momentum(group):
+            return direction
+        buffer = local(self.state[layer.param]["momentum_buffer"])
+        moved = buffer * group["momentum"] + direction
+        write([buffer], [moved], skip)
+        return direction.add(moved, alpha=group["momentum"]) if group["nesterov"] else moved

@@ -1,0 +1,179 @@
+"""Where the elements of a tensor lie: which box of it each member of a process group holds."""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from largebatch.optim.layout import Name, is_dtensor, local
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Box:
+    """The elements of a tensor with start <= index < start + size in every dimension."""
+
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @cached_property
+    def numel(self) -> int:
+        return math.prod(self.size)
+
+    def overlap(self, other: "Box") -> "Box | None":
+        """What lies in both; None where nothing does."""
+        start = tuple(map(max, self.start, other.start))
+        ends = map(min, self.end, other.end)
+        size = tuple(end - begin for begin, end in zip(start, ends, strict=True))
+        return Box(start, size) if all(length > 0 for length in size) else None
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        return tuple(begin + length for begin, length in zip(self.start, self.size, strict=True))
+
+    def of(self, tensor: Tensor, within: "Box") -> Tensor:
+        """This box of a tensor that holds the box `within`, a view."""
+        for dim, (begin, length) in enumerate(zip(self.start, self.size, strict=True)):
+            if length != within.size[dim]:
+                tensor = tensor.narrow(dim, begin - within.start[dim], length)
+        return tensor
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a tensor lies over the members of a process group, by their rank in the group."""
+
+    shape: tuple[int, ...]
+    group: "ProcessGroup | None"
+    """None: this process has all of it, and works alone."""
+    boxes: tuple[Box, ...]
+    """What each member holds; may be empty."""
+    copies: tuple[int, ...]
+    """Which copy of the tensor each member's box is a part of: 0, 1, … where it is replicated."""
+
+    @property
+    def me(self) -> int:
+        return 0 if self.group is None else self.group.rank()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether some copy of it is in parts."""
+        return len(set(self.copies)) < len(self.copies)
+
+
+def whole_box(shape: Sequence[int]) -> Box:
+    return Box((0,) * len(shape), tuple(shape))
+
+
+def spread_of(tensor: Tensor, name: Name, process_group: "ProcessGroup | None" = None) -> Spread:
+    """How a parameter is spread.
+
+    Args:
+        process_group: whose ranks hold a copy each of a plain tensor; None: this process is alone.
+
+    Raises:
+        ValueError: a placement that does not give every rank a box of the tensor.
+    """
+    shape = tuple(tensor.shape)
+    if not is_dtensor(tensor):
+        return replicated(shape, process_group)
+    spread = spread_over(shape, tensor.device_mesh, tensor.placements, name)  # type: ignore[attr-defined]
+    box, found = spread.boxes[spread.me], tuple(local(tensor).shape)
+    if box.numel != local(tensor).numel() or (box.numel and box.size != found):
+        raise ValueError(
+            f"parameter {name!r} of shape {shape}, placed as "
+            f"{tensor.placements}, should have a local part of shape {box.size}, got {found}: "  # type: ignore[attr-defined]
+            "only shards as torch.chunk cuts them are known here"
+        )
+    return spread
+
+
+def replicated(shape: tuple[int, ...], group: "ProcessGroup | None") -> Spread:
+    """Every member of the group holds all of it."""
+    if group is None or group.size() == 1:
+        return Spread(shape, None, (whole_box(shape),), (0,))
+    size = group.size()
+    return Spread(shape, group, (whole_box(shape),) * size, tuple(range(size)))
+
+
+def spread_over(shape: tuple[int, ...], mesh: Any, placements: Sequence[Any], name: Name) -> Spread:
+    """How a DTensor of these placements is spread over its mesh.
+
+    Raises:
+        ValueError: a placement that is neither a shard nor a replica.
+    """
+    for placement in placements:
+        if not (placement.is_replicate() or hasattr(placement, "dim")):
+            raise ValueError(
+                f"parameter {name!r} is placed as {placement}: shard or replicate it instead"
+            )
+    if mesh.size() == 1:
+        return replicated(shape, None)
+    sizes, boxes, copies = tuple(mesh.mesh.shape), [], []
+    for coordinate in coordinates_of(mesh):
+        copy = 0
+        for position, size, placement in zip(coordinate, sizes, placements, strict=True):
+            if placement.is_replicate():
+                copy = copy * size + position
+        boxes.append(box_at(shape, sizes, coordinate, placements))
+        copies.append(copy)
+    return Spread(shape, group_of(mesh), tuple(boxes), tuple(copies))
+
+
+@functools.lru_cache(maxsize=16)
+def coordinates_of(mesh: Any) -> tuple[tuple[int, ...], ...]:
+    """Where in the mesh each member of its group is, by its rank in the group."""
+    group = group_of(mesh)
+    every = itertools.product(*map(range, mesh.mesh.shape))
+    ranks = mesh.mesh.flatten().tolist()
+    found = {
+        dist.get_group_rank(group, rank): coordinate
+        for rank, coordinate in zip(ranks, every, strict=True)
+    }
+    return tuple(found[member] for member in range(len(found)))
+
+
+def box_at(
+    shape: tuple[int, ...],
+    sizes: tuple[int, ...],
+    coordinate: tuple[int, ...],
+    placements: Sequence[Any],
+) -> Box:
+    """What the rank at a mesh coordinate holds: chunks of chunks, cut as torch.chunk does."""
+    start, size = [0] * len(shape), list(shape)
+    shards = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
+    # FSDP2 cuts what tensor parallelism has cut before, although its mesh dimension comes first.
+    for axis in sorted(shards, key=lambda axis: hasattr(placements[axis], "split_factor")):
+        dim = placements[axis].dim
+        chunk = math.ceil(size[dim] / sizes[axis])
+        first = min(chunk * coordinate[axis], size[dim])
+        start[dim] += first
+        size[dim] = min(chunk, size[dim] - first)
+    return Box(tuple(start), tuple(size))
+
+
+def group_of(mesh: Any) -> "ProcessGroup":
+    """The process group of all ranks of a mesh. A collective of theirs, the first time."""
+    if mesh.ndim == 1:
+        group: ProcessGroup = mesh.get_group()
+        return group
+    world = dist.group.WORLD
+    assert world is not None
+    if mesh.size() == world.size():
+        return world
+    ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
+    if (world, ranks) not in GROUPS:
+        GROUPS[world, ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return GROUPS[world, ranks]
+
+
+# Of meshes with several dimensions that are not all the world.
+GROUPS: dict[Any, "ProcessGroup"] = {}

@@ -1,0 +1,108 @@
+"""What gloo ranks do in the tests of the exchange: tensors to their owners and back."""
+
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from gloo_ranks import Outcome
+from parity_layouts import mesh_of
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from largebatch.optim.exchange import Exchange, Parcel
+from largebatch.optim.spread import Box, Spread, spread_of
+
+SHAPES = ((7, 3), (1, 4), (5,), (2, 3, 4), ())
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tensors of SHAPES, counted through, spread like this; blocks of at most two rows."""
+
+    layout: str
+    missing: int | None = None
+    """The rank that has none of the parts."""
+
+    def __str__(self) -> str:
+        return f"{self.layout}/{self.missing}"
+
+
+def spread_tensors(layout: str) -> list[Tensor]:
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    tensors, first = [], 1
+    for shape in SHAPES:
+        numel = torch.Size(shape).numel()
+        tensors.append(torch.arange(first, first + numel).float().view(shape))
+        first += numel
+    if layout in ("plain", "group"):
+        return tensors
+    mesh = (
+        mesh_of((2, size // 2), ("a", "b")) if layout in MESHES_OF_TWO else mesh_of((size,), ("a",))
+    )
+    return [
+        distribute_tensor(tensor, mesh, placements_of(layout, tensor), src_data_rank=None)
+        for tensor in tensors
+    ]
+
+
+MESHES_OF_TWO = ("hsdp", "twice")
+
+
+def placements_of(layout: str, tensor: Tensor) -> list[Placement]:
+    """Shards of the first dimension; of the last one for "columns"; scalars are replicated."""
+    if tensor.dim() == 0:
+        return [Replicate()] * (2 if layout in MESHES_OF_TWO else 1)
+    return {
+        "fsdp": [Shard(0)],
+        "columns": [Shard(tensor.dim() - 1)],
+        "replicated": [Replicate()],
+        "hsdp": [Replicate(), Shard(0)],
+        "twice": [Shard(0), Shard(tensor.dim() - 1)],
+    }[layout]
+
+
+def blocks_of_two(shape: tuple[int, ...]) -> tuple[Box, ...]:
+    if not shape:
+        return (Box((), ()),)
+    rest = shape[1:]
+    return tuple(
+        Box((start, *(0 for _ in rest)), (min(2, shape[0] - start), *rest))
+        for start in range(0, shape[0], 2)
+    )
+
+
+def parcel_of(tensor: Tensor, layout: str, shift: int) -> Parcel:
+    group = dist.group.WORLD if layout == "group" else None
+    spread: Spread = spread_of(tensor, "name", group)
+    size = 1 if spread.group is None else spread.group.size()
+    blocks = blocks_of_two(spread.shape)
+    return Parcel(spread, blocks, tuple((shift + number) % size for number in range(len(blocks))))
+
+
+def carry(case: Case) -> Outcome:
+    """Every tensor to the owners of its blocks, doubled by them, and back to all holders."""
+    tensors = spread_tensors(case.layout)
+    exchange = Exchange([parcel_of(t, case.layout, number) for number, t in enumerate(tensors)])
+    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    sums = torch.tensor([rank + 1.0, 0.1])
+    given = [None] * len(parts) if case.missing == rank else parts
+    before = [part.clone() for part in parts]
+    with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as collective:
+        blocks, gathered_sums = exchange.to_owners(given, sums)
+        doubled = [{n: 2 * block for n, block in own.items()} for own in blocks]
+        back, scattered_sums = exchange.to_holders(doubled, sums)
+        with_sums = collective.call_count
+        exchange.to_owners(given)
+        without_sums = collective.call_count - with_sums
+    return {
+        "parts": parts,
+        "unchanged": all(torch.equal(a, b) for a, b in zip(before, parts, strict=True)),
+        "owned": [set(own) for own in blocks],
+        "owners": [parcel.owners for parcel in exchange.parcels],
+        "blocks": [{n: block.clone() for n, block in own.items()} for own in blocks],
+        "back": [part.clone() for part in back],
+        "sums": (gathered_sums, scattered_sums),
+        "collectives": (with_sums, without_sums),
+    }

@@ -1,0 +1,159 @@
+"""Shampoo and SOAP as their papers write them, for one tensor, in numpy and FP64.
+
+Blocks, where there are any, are given as slices; everything but the norms of the grafting is then
+done for each block alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Slices = tuple[slice, ...]
+
+
+def unfold(tensor: Array, dim: int) -> Array:
+    """The matrix whose rows are the tensor's slices along `dim`."""
+    return np.moveaxis(tensor, dim, 0).reshape(tensor.shape[dim], -1)
+
+
+def along(tensor: Array, matrix: Array, dim: int) -> Array:
+    """Every fibre of the tensor along `dim` multiplied by the matrix from the left."""
+    product = matrix @ unfold(tensor, dim)
+    rest = np.delete(tensor.shape, dim)
+    return np.moveaxis(product.reshape(matrix.shape[0], *rest), 0, dim)
+
+
+def inverse_root(factor: Array, exponent: float, ridge: float) -> Array:
+    """(A + ridge · λ_max · I)^(-exponent)."""
+    values, vectors = np.linalg.eigh(factor)
+    largest = values[-1]
+    if largest <= 0:
+        return np.eye(len(factor))
+    ridged = np.maximum(values, 0) + ridge * largest
+    return vectors @ np.diag(ridged**-exponent) @ vectors.T
+
+
+def is_due(t: int, interval: int) -> bool:
+    """Once in an interval, and within the first one at steps 1, 2, 4, 8 and so on."""
+    return (t - 1) % interval == 0 or (t < interval and t in (1, 2, 4, 8, 16))
+
+
+class ShampooBlock:
+    """Gupta et al. 2018, Algorithm 2, with running averages and a grafted method."""
+
+    def __init__(self, shape: tuple[int, ...], options: dict[str, Any]) -> None:
+        self.o = options
+        self.factors = [np.zeros((n, n)) for n in shape]
+        self.roots = [np.eye(n) for n in shape]
+        self.m, self.v, self.t = np.zeros(shape), np.zeros(shape), 0
+
+    def step(self, g: Array) -> tuple[Array, Array]:
+        """The preconditioned direction and the grafted method's own step."""
+        o, self.t = self.o, self.t + 1
+        (beta1, beta2), t = o["betas"], self.t
+        beta = beta2 if o["factor_beta"] is None else o["factor_beta"]
+        for dim in range(g.ndim):
+            new = unfold(g, dim) @ unfold(g, dim).T
+            old = self.factors[dim]
+            self.factors[dim] = old + new if beta == 1 else beta * old + (1 - beta) * new
+        if is_due(t, o["precondition_interval"]):
+            correction = 1.0 if beta == 1 else 1 - beta**t
+            exponent = o["exponent"] or 1 / (2 * g.ndim)
+            for dim in range(g.ndim):
+                factor = self.factors[dim] / correction
+                self.roots[dim] = inverse_root(factor, exponent, o["ridge"])
+        self.m = beta1 * self.m + (1 - beta1) * g
+        mean = self.m / (1 - beta1**t)
+        own = self.grafted(g, mean, beta2)
+        if t < o["start_preconditioning_step"]:
+            return own, own
+        direction = mean
+        for dim in range(g.ndim):
+            direction = along(direction, self.roots[dim], dim)
+        return direction, direction if o["grafting"] == "none" else own
+
+    def grafted(self, g: Array, mean: Array, beta2: float) -> Array:
+        grafting, eps = self.o["grafting"], self.o["eps"]
+        if grafting == "adagrad":
+            self.v = self.v + g * g
+        else:
+            self.v = beta2 * self.v + (1 - beta2) * g * g
+        if grafting == "adam":
+            return mean / (np.sqrt(self.v / (1 - beta2**self.t)) + eps)
+        if grafting in ("rmsprop", "adagrad"):
+            return mean / (np.sqrt(self.v) + eps)
+        return mean
+
+
+class SOAPBlock:
+    """Vyas et al. 2024, Algorithm 3; the first step is Adam's, as the module says."""
+
+    def __init__(self, shape: tuple[int, ...], options: dict[str, Any]) -> None:
+        self.o = options
+        self.factors = [np.zeros((n, n)) for n in shape]
+        self.bases = [np.eye(n) for n in shape]
+        self.m, self.v, self.t = np.zeros(shape), np.zeros(shape), 0
+
+    def rotated(self, tensor: Array) -> Array:
+        for dim, basis in enumerate(self.bases):
+            tensor = along(tensor, basis.T, dim)
+        return tensor
+
+    def back(self, tensor: Array) -> Array:
+        for dim, basis in enumerate(self.bases):
+            tensor = along(tensor, basis, dim)
+        return tensor
+
+    def step(self, g: Array) -> tuple[Array, Array]:
+        o, self.t = self.o, self.t + 1
+        (beta1, beta2), t = o["betas"], self.t
+        beta = beta2 if o["factor_beta"] is None else o["factor_beta"]
+        self.m = beta1 * self.m + (1 - beta1) * g
+        self.v = beta2 * self.v + (1 - beta2) * self.rotated(g) ** 2
+        m_hat, v_hat = self.rotated(self.m) / (1 - beta1**t), self.v / (1 - beta2**t)
+        direction = self.back(m_hat / (np.sqrt(v_hat) + o["eps"]))
+        for dim in range(g.ndim):
+            new = unfold(g, dim) @ unfold(g, dim).T
+            self.factors[dim] = beta * self.factors[dim] + (1 - beta) * new
+        if t == 1:
+            self.bases = [np.linalg.eigh(factor)[1][:, ::-1] for factor in self.factors]
+            self.v = (1 - beta2) * self.rotated(g) ** 2
+        elif is_due(t, o["precondition_interval"]):
+            for dim, factor in enumerate(self.factors):
+                basis = self.bases[dim]
+                order = np.argsort(-np.diag(basis.T @ factor @ basis), kind="stable")
+                q, r = np.linalg.qr(factor @ basis[:, order])
+                self.bases[dim] = q * np.where(np.diag(r) < 0, -1, 1)
+                self.v = np.take(self.v, order, axis=dim)
+        return direction, direction
+
+
+def run(
+    block_of: Callable[[tuple[int, ...], dict[str, Any]], Any],
+    weight: Array,
+    grads: Sequence[Array],
+    options: dict[str, Any],
+    blocks: Sequence[Slices] | None = None,
+) -> Array:
+    """The weight after all the steps."""
+    o, w = options, weight.copy()
+    blocks = blocks or [tuple(slice(None) for _ in w.shape)]
+    workers = [block_of(w[block].shape, o) for block in blocks]
+    buffer = np.zeros_like(w)
+    for raw in grads:
+        g = raw + o["weight_decay"] * w if o["decay"] == "l2" else raw
+        direction, own = np.zeros_like(w), np.zeros_like(w)
+        for block, worker in zip(blocks, workers, strict=True):
+            direction[block], own[block] = worker.step(g[block])
+        length = np.linalg.norm(direction)
+        u = direction * (np.linalg.norm(own) / length if length > 0 else 1.0)
+        momentum = o.get("momentum", 0.0)
+        if momentum:
+            buffer = momentum * buffer + u
+            u = u + momentum * buffer if o["nesterov"] else buffer
+        decay = o["weight_decay"] if o["decay"] == "decoupled" else 0.0
+        w = w - o["lr"] * (u + decay * w)
+    return w

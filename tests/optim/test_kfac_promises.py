@@ -1,0 +1,511 @@
+"""What K-FAC promises beside its formula."""
+
+import copy
+import gc
+import io
+import pickle
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from kfac_ranks import FACTORS, ROWS, Cell, Model, Run, data, skipped
+from optimizer_rows import same_bits
+from test_promises import NoHostSync
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from largebatch.optim import KFAC, param_groups
+from largebatch.optim.kfac_factors import averages
+from largebatch.optim.kfac_teams import cost
+from largebatch.optim.roots import RootError
+
+each_row = pytest.mark.parametrize("row", ROWS)
+
+
+def run_of(row: str, dtype: torch.dtype = torch.float32, **options: Any) -> Run:
+    return Run(Cell("one-process", 1, row, dtype), options)
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert same_bits([one[name]], [other[name]]), name
+
+
+@each_row
+def test_two_runs_are_the_same_to_the_bit(row: str) -> None:
+    runs = [run_of(row) for _ in range(2)]
+    for run in runs:
+        run.train(0, 6)
+    assert_same_bits(*(run.tensors() for run in runs))
+
+
+@each_row
+@pytest.mark.parametrize("saved_after", [0, 1, 4])
+def test_a_run_resumed_from_a_saved_state_dict_goes_on_as_if_never_stopped(
+    row: str, saved_after: int
+) -> None:
+    run, resumed = run_of(row), run_of(row, lr=123.0)
+    run.train(0, saved_after)
+    file = io.BytesIO()
+    torch.save((run.model.state_dict(), run.optimizer.state_dict()), file)
+    file.seek(0)
+    model, optimizer = torch.load(file, weights_only=True)
+    resumed.model.load_state_dict(model)
+    resumed.optimizer.load_state_dict(optimizer)
+    assert_same_bits(run.tensors(), resumed.tensors())
+    for one in (run, resumed):
+        one.train(saved_after, 9)
+    assert_same_bits(run.tensors(), resumed.tensors())
+
+
+@each_row
+def test_gradients_are_left_as_they_were(row: str) -> None:
+    run = run_of(row, maximize=True, weight_decay=0.1)
+    for number in range(3):
+        run.backward(*data(number))
+        before = [param.grad.clone() for param in run.model.parameters()]
+        run.optimizer.step()
+        assert same_bits([param.grad for param in run.model.parameters()], before)
+        run.optimizer.zero_grad()
+
+
+@each_row
+def test_a_masked_step_changes_nothing_and_is_as_if_it_had_not_been(row: str) -> None:
+    outcome = skipped(Cell("one-process", 1, row))
+    assert outcome["unchanged"]
+    run = run_of(row)
+    for number in (0, 2):
+        run.train(number, number + 1)
+    assert_same_bits(outcome["tensors"], run.tensors())
+
+
+@pytest.mark.parametrize("unscale_first", [False, True])
+def test_with_torchs_gradient_scaler_factors_and_steps_are_those_without(
+    unscale_first: bool,
+) -> None:
+    runs = [run_of("defaults"), run_of("defaults")]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    for number in range(3):
+        x, y = data(number)
+        scaled, plain = runs
+        scaler.scale(cross_entropy(scaled.model(x), y)).backward()
+        if unscale_first:
+            scaled.optimizer.loss_scale = scaler.get_scale()
+            scaler.unscale_(scaled.optimizer)
+        scaler.step(scaled.optimizer)
+        scaler.update()
+        scaled.optimizer.zero_grad()
+        plain.train(number, number + 1)
+    assert_same_bits(*(run.tensors() for run in runs))  # by powers of two
+
+
+@pytest.mark.parametrize("row", ["defaults", "inverse", "exact", "diagonal"])
+def test_the_host_waits_for_the_device_where_a_layer_is_decomposed_only(row: str) -> None:
+    run = run_of(row, inverse_interval=16, factor_interval=1, lr=torch.tensor(0.02))
+    run.train(0, 9)  # with the turns of the first steps
+    phases = {phase for team in run.optimizer._teams for phase in team.phases.values()}
+    without = 0
+    for number in range(9, 25):
+        if number % 16 in phases:
+            run.train(number, number + 1)
+            continue
+        without += 1
+        with NoHostSync():
+            run.backward(*data(number))
+            run.optimizer.step()
+            run.optimizer.layer_stats()
+    assert 0 < without < 16
+
+
+def test_layers_take_turns_in_an_interval_by_their_cost() -> None:
+    """After the first steps every layer has one turn in an interval, no step much more work."""
+    interval = 5
+    run = run_of("defaults", inverse_interval=interval)
+    layers = [*run.optimizer._owned()]
+    turns: dict[str, list[int]] = {layer.name: [] for layer in layers}
+    for number in range(4 * interval):
+        states = [run.optimizer.state.get(layer.weight, {}) for layer in layers]
+        before = [state.get("inverse_in", torch.zeros(1)).clone() for state in states]
+        run.train(number, number + 1)
+        for layer, old in zip(layers, before, strict=True):
+            if not torch.equal(old, run.optimizer.state[layer.weight]["inverse_in"]):
+                turns[layer.name].append(number)
+    for numbers in turns.values():
+        assert numbers[:4] == [0, 1, 2, 4]
+        assert {later - number for number, later in pairwise(numbers[4:])} == {interval}
+        assert numbers[4] - numbers[3] <= interval
+    costs = {layer.name: cost(layer) for layer in layers}
+    loads = [
+        sum(costs[name] for name, numbers in turns.items() if number in numbers)
+        for number in range(2 * interval, 3 * interval)
+    ]
+    assert sum(loads) == sum(costs.values())
+    assert max(loads) <= sum(loads) / interval + max(costs.values())
+    assert min(loads) > 0
+
+
+@each_row
+def test_state_stays_fp32_for_bf16_parameters_also_when_loaded(row: str) -> None:
+    run = run_of(row, torch.bfloat16)
+    run.train(0, 3)
+    resumed = run_of(row, torch.bfloat16)
+    resumed.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    resumed.model.load_state_dict(run.model.state_dict())
+    for one in (run, resumed):
+        one.train(3, 4)
+        for name, tensor in one.tensors().items():
+            assert tensor.dtype == (torch.float32 if "/" in name else torch.bfloat16)
+    assert_same_bits(run.tensors(), resumed.tensors())
+
+
+def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
+    run, plain = run_of("defaults"), run_of("defaults")
+    x, y = data(0)
+
+    def closure() -> Tensor:
+        run.optimizer.zero_grad()
+        loss = cross_entropy(run.model(x), y)
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        loss = run.optimizer.step(closure)
+    torch.testing.assert_close(loss.detach(), cross_entropy(plain.model(x), y).detach())
+    plain.train(0, 1)
+    assert_same_bits(run.tensors(), plain.tensors())
+
+
+def test_without_a_gradient_a_parameter_is_left_alone_and_has_no_state() -> None:
+    run = run_of("defaults")
+    before = run.tensors()
+    run.optimizer.step()
+    assert_same_bits(before, run.tensors())
+    run.backward(*data(0))
+    run.model.conv.weight.grad = run.model.conv.bias.grad = run.model.norm.bias.grad = None
+    run.optimizer.step()
+    after = run.tensors()
+    idle = {"conv.weight", "conv.bias", "norm.bias"}
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (name in idle), name
+    assert not any(name.split("/")[0] in idle for name in after.keys() - before.keys())
+
+
+def test_a_failed_decomposition_keeps_the_last_good_one_and_at_last_names_the_layer() -> None:
+    run = run_of("defaults", inverse_interval=1, tolerated_failures=2)
+    run.train(0, 2)
+    state = run.optimizer.state[run.model.head.weight]
+    good = state["inverse_in"].clone(), state["inverse_out"].clone()
+    state["factor_out"].fill_(float("nan"))
+    for number in (2, 3):
+        run.train(number, number + 1)
+        assert torch.equal(state["inverse_in"], good[0])
+        assert torch.equal(state["inverse_out"], good[1])
+    assert run.optimizer.failures.total == {"head.weight": 2}
+    with pytest.raises(RootError, match=r"layer 'head\.weight': .*non-finite.* 3 times in a row"):
+        run.train(4, 5)
+
+
+@pytest.mark.parametrize("form", ["inverse", "eigen"])
+def test_what_fails_in_fp32_is_decomposed_in_fp64(form: str) -> None:
+    run, expected = run_of("defaults", form=form), run_of("defaults", form=form)
+    expected.train(0, 1)
+    name = {"inverse": "cholesky_ex", "eigen": "eigh"}[form]
+    real, refused = getattr(torch.linalg, name), []
+
+    def only_fp64(matrix: Tensor, **options: Any) -> Any:
+        if matrix.dtype == torch.float64:
+            return real(matrix, **options)
+        refused.append(matrix)
+        if form == "eigen":
+            raise torch.linalg.LinAlgError("did not converge")
+        return torch.zeros_like(matrix), torch.ones(len(matrix), dtype=torch.int32)
+
+    with mock.patch.object(torch.linalg, name, only_fp64):
+        run.train(0, 1)
+    assert len(refused) > 0
+    assert not run.optimizer.failures.total
+    for param, other in zip(run.model.parameters(), expected.model.parameters(), strict=True):
+        torch.testing.assert_close(param, other, rtol=1e-3, atol=1e-5)
+
+
+def test_factors_do_not_see_the_global_matmul_precision_or_autocast() -> None:
+    runs = [run_of("defaults"), run_of("defaults")]
+    runs[0].train(0, 2)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        runs[1].train(0, 2)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert_same_bits(*(run.tensors() for run in runs))
+    layer = nn.Linear(3, 3, bias=False)
+    optimizer = KFAC(layer, lr=0.0, factor_decay=0.0)
+    x = torch.randn(8, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x).float().square().mean().backward()
+    optimizer.step()
+    (found,) = optimizer._owned()
+    factor_in, _ = averages(found, optimizer.state[layer.weight])
+    torch.testing.assert_close(factor_in[0], x.T @ x / 8, rtol=1e-6, atol=1e-6)
+
+
+# Items ------------------------------------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    """A label for every token of (samples, tokens, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_masked_tokens_are_no_items_whatever_the_passes() -> None:
+    """The mean is over the tokens that count: G is Σ δδᵀ over their number, as if alone."""
+    torch.manual_seed(1)
+    x, y = torch.randn(6, 4, 4).double(), torch.randint(0, 3, (6, 4))
+    counts = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]] * 3, dtype=torch.bool)
+    kept = int(counts.sum())
+    factors = []
+    for sizes in ((6,), (2, 4), (1, 2, 3)):
+        model = Tagger().double()
+        optimizer = KFAC(model, lr=0.0)
+        parts = zip(x.split(sizes), y.split(sizes), counts.split(sizes), strict=True)
+        for part_x, part_y, part_counts in parts:
+            loss = cross_entropy(model(part_x)[part_counts], part_y[part_counts], reduction="sum")
+            (loss / kept).backward()
+            optimizer.items(int(part_counts.sum()))
+        optimizer.step()
+        layers = list(optimizer._owned())
+        factors.append([averages(layer, optimizer.state[layer.weight]) for layer in layers])
+    model = Tagger().double()
+    optimizer = KFAC(model, lr=0.0)
+    cross_entropy(model(x[counts]), y[counts]).backward()
+    optimizer.step()
+    alone = [averages(layer, optimizer.state[layer.weight]) for layer in optimizer._owned()]
+    for found in factors:
+        for (_, factor_out), (_, expected) in zip(found, alone, strict=True):
+            torch.testing.assert_close(factor_out, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_samples_are_counted_by_what_the_model_returns_else_by_the_layers_themselves() -> None:
+    """A layer on flattened tokens has more rows than there are samples."""
+
+    class Flattening(Tagger):
+        def forward(self, x: Tensor) -> dict[str, Any]:  # type: ignore[override]
+            h = super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            return {"count": 3, "logits": [h.mean(dim=1)]}
+
+    x, found = torch.randn(6, 4, 4), []
+    for call in (lambda m: m(x)["logits"][0], lambda m: m.forward(x)["logits"][0]):
+        model = Flattening()
+        optimizer = KFAC(model, lr=0.0)
+        call(model).square().sum(dim=1).mean().backward()
+        optimizer.step()
+        found.append(averages(next(optimizer._owned()), optimizer.state[model.first.weight])[1])
+    torch.testing.assert_close(4 * found[0], found[1])  # 6 samples or 24 rows
+
+
+def test_passes_without_gradients_or_backward_leave_no_trace() -> None:
+    run, other = run_of("defaults"), run_of("defaults")
+    run.train(0, 2)
+    other.train(0, 1)
+    x, _ = data(7)
+    with torch.no_grad():
+        other.model(x)
+    other.model(x)  # never differentiated
+    copy.deepcopy(other.model)(x).sum().backward()  # nor is it this model
+    pickle.loads(pickle.dumps(other.model))(x).sum().backward()
+    other.train(1, 2)
+    assert_same_bits(run.tensors(), other.tensors())
+
+
+class Checkpointed(nn.Module):
+    """Its middle may be computed again in the backward pass."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.middle = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 5))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.reentrant is None:
+            return self.last(self.middle(h))
+        return self.last(checkpoint(self.middle, h, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_pass_that_is_computed_again_counts_once(reentrant: bool) -> None:
+    factors = []
+    for model in (Checkpointed(None), Checkpointed(reentrant)):
+        optimizer = KFAC(model, lr=0.1)
+        torch.manual_seed(1)
+        model(torch.randn(8, 4)).square().sum(dim=1).mean().backward()
+        optimizer.step()
+        layers = optimizer._owned()
+        factors += [[averages(layer, optimizer.state[layer.weight]) for layer in layers]]
+    assert len(factors[0]) == 4
+    for plain, again in zip(*factors, strict=True):
+        assert same_bits(plain, again)
+
+
+def test_gradients_that_are_thrown_away_take_their_curvature_with_them() -> None:
+    run, other = run_of("defaults"), run_of("defaults")
+    run.backward(*data(5))
+    run.optimizer.items(3)
+    run.optimizer.zero_grad()
+    for one in (run, other):
+        one.train(0, 2)
+    assert_same_bits(run.tensors(), other.tensors())
+
+
+def test_the_true_fishers_pass_is_free_where_factors_are_not_updated() -> None:
+    run = run_of("defaults", fisher="true", factor_interval=2)
+    x, y = data(0)
+    seen = []
+    for _ in range(4):
+        logits = run.model(x)
+        run.optimizer.fisher_backward(cross_entropy(logits, y.flip(0)))
+        cross_entropy(logits, y).backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        seen.append(run.optimizer.state[run.model.head.weight]["items"].item())
+    assert seen == [16, 16, 32, 32]
+
+
+def test_a_model_outlives_its_optimizer_unwatched() -> None:
+    model = Model(torch.float32)
+    optimizer = KFAC(model, lr=0.1)
+    del optimizer
+    gc.collect()
+    x, y = data(0)
+    with mock.patch("largebatch.optim.curvature.input_sum") as watched:
+        cross_entropy(model(x), y).backward()
+    assert not watched.called
+
+
+# Groups, and what is refused --------------------------------------------------------------------
+
+
+def test_parameter_groups_have_options_of_their_own() -> None:
+    run = run_of("defaults")
+    groups = param_groups(run.model, weight_decay=0.1)
+    assert len(groups) > 1
+    optimizer = KFAC(run.model, lr=0.1, params=groups)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}
+    only_head = KFAC(run.model, lr=0.1, params=run.model.head.named_parameters())
+    assert [layer.name for layer in only_head._owned()] == ["head.weight"]
+    only_head.add_param_group({"params": [("conv.weight", run.model.conv.weight)], "damping": 1.0})
+    assert [layer.name for layer in only_head._owned()] == ["conv.weight", "head.weight"]
+    assert all(layer.bias is None for layer in only_head._owned())
+    before = run.model.conv.bias.clone()
+    x, y = data(0)
+    cross_entropy(run.model(x), y).backward()
+    only_head.step()
+    assert torch.equal(run.model.conv.bias, before)
+    assert {*only_head.layer_stats()} == {"conv.weight", "weight"}
+
+
+nan = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, r"lr must be in \[0, inf\), got -1.0"),
+        ({"lr": torch.ones(1)}, r"lr must be a float or a 0-d tensor, got shape \(1,\)"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\)"),
+        ({"damping": nan}, r"damping must be in \[0, inf\), got nan"),
+        ({"ridge": -1.0}, r"ridge must be in \[0, inf\), got -1.0"),
+        ({"final_damping": 1e-3}, "go together, got final_damping alone"),
+        ({"damping_items": 1e3}, "go together, got damping_items alone"),
+        ({"final_damping": 1.0, "damping_items": 9, "damping": 0}, "damping must be > 0 where"),
+        ({"kl_clip": 0.0}, r"kl_clip must be in \(0, inf\) or None, got 0.0"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"factor_decay": 1.0}, r"factor_decay must be in \[0, 1\), got 1.0"),
+        ({"form": "svd"}, r"form must be one of 'eigen', 'inverse', 'exact', got 'svd'"),
+        ({"graft": "lamb"}, "graft must be one of .*'none', got 'lamb'"),
+        ({"rule": "lion"}, "rule must be a Rule or one of sgd, average, adam, plain, got 'lion'"),
+        ({"fallback": "lion"}, "fallback must be a Rule or one of .* got 'lion'"),
+        ({"fallback_lr_ratio": nan}, "fallback_lr_ratio must be >= 0, got nan"),
+        ({"fisher": "exact"}, "fisher must be one of 'empirical', 'true', got 'exact'"),
+        ({"factor_interval": 0}, "factor_interval must be a whole number >= 1, got 0"),
+        ({"inverse_interval": 2.5}, "inverse_interval must be a whole number >= 1, got 2.5"),
+        ({"max_factor_size": True}, "max_factor_size must be a whole number >= 1, got True"),
+        ({"tolerated_failures": -1}, "tolerated_failures must be >= 0, got -1"),
+        ({"relative_damping": 1}, "relative_damping must be one of False, True, got 1"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_with_its_value_and_the_range(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        KFAC(nn.Linear(2, 2), **{"lr": 0.1, **options})
+
+
+def test_a_bad_group_is_refused_and_leaves_the_optimizer_as_it_was() -> None:
+    model = Model(torch.float32)
+    optimizer = KFAC(model, lr=0.1, params=model.head.parameters())
+    for bad in ({"damping": -1.0}, {"kl_clip": 1e-3}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            optimizer.add_param_group({"params": model.conv.parameters(), **bad})
+        assert len(optimizer.param_groups) == 1
+    phases = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="KFAC takes real parameters, got torch"):
+        optimizer.add_param_group({"params": [phases]})
+
+
+def test_a_sparse_gradient_is_refused_by_name_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Embedding(4, 2, sparse=True), nn.Linear(2, 2))
+    optimizer = KFAC(model, lr=0.1)
+    before = [param.detach().clone() for param in model.parameters()]
+    model(torch.tensor([1, 3])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"needs dense gradients, got .* '0\.weight'"):
+        optimizer.step()
+    assert same_bits(list(model.parameters()), before)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
+def test_copying_it_is_refused(duplicate: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match="cannot be copied or pickled: build one for the other"):
+        duplicate(KFAC(nn.Linear(2, 2), lr=0.1))
+
+
+def test_a_state_of_other_options_is_refused() -> None:
+    run = run_of("defaults")
+    run.train(0, 1)
+    saved = run.optimizer.state_dict()
+    other = run_of("defaults", graft="none", rule="sgd")
+    with pytest.raises(ValueError, match=r"state of parameter .* got or lacks .*exp_avg"):
+        other.optimizer.load_state_dict(
+            {**saved, "param_groups": other.optimizer.state_dict()["param_groups"]}
+        )
+    smaller = run_of("defaults", max_factor_size=5)
+    with pytest.raises(ValueError, match=r"must have the shape \(.*max_factor_size"):
+        smaller.optimizer.load_state_dict(saved)
+    assert all(key in saved["state"][0] for key in FACTORS)
+
+
+def test_the_state_of_many_layers_is_small_in_names() -> None:
+    run = run_of("defaults")
+    run.train(0, 1)
+    found = {name: {*run.optimizer.state[param]} for name, param in run.model.named_parameters()}
+    graft = {"graft_exp_avg", "graft_exp_avg_sq"}
+    layer = {"factor_in", "factor_out", "factor_weight", "items", "condition"}
+    inverses = {"inverse_in", "inverse_out"}
+    assert found["norm.weight"] == {"step", "exp_avg", "exp_avg_sq"}
+    assert found["conv.bias"] == {"step", "exp_avg"} | graft
+    assert found["conv.weight"] == {"step", "exp_avg"} | graft | layer | inverses

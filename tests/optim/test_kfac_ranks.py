@@ -1,0 +1,200 @@
+"""K-FAC is one algorithm however a batch is repeated, split into passes, and spread over ranks."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from gloo_ranks import Outcome, launch, one_thread, successful
+from kfac_ranks import (
+    BATCH_SIZE,
+    NUM_STEPS,
+    ROWS,
+    Cell,
+    Leg,
+    Repetition,
+    fisher_pass,
+    preconditioned,
+    refused,
+    skipped,
+    train,
+    train_alone,
+    travel,
+)
+from parity_figures import relative
+from torch import Tensor
+
+FP32, FP64 = torch.float32, torch.float64
+SPREADS = (("DDP", 2), ("FSDP2", 2), ("DDP", 4), ("FSDP2", 4), ("HSDP", 4))
+
+# ‖a - b‖ / ‖b‖ of the worst parameter after 20 steps.
+LIMITS = {("defaults", FP32): 1e-4, ("ridge", FP32): 1e-5} | {(row, FP64): 1e-9 for row in ROWS}
+PASSES = {2: (5, 3), 4: (3, 1)}
+CELLS = [
+    *(Cell(*spread, row, FP32) for spread in SPREADS for row in ("defaults", "ridge")),
+    *(Cell(*spread, "defaults", FP64, PASSES[spread[1]]) for spread in SPREADS),
+    *(Cell(*spread, "inverse", FP64) for spread in (("DDP", 2), ("FSDP2", 4))),
+    *(Cell(*spread, "exact", FP64) for spread in (("FSDP2", 2), ("HSDP", 4))),
+    *(Cell(*spread, "diagonal", FP64) for spread in (("FSDP2", 2), ("DDP", 4), ("HSDP", 4))),
+]
+each_cell = pytest.mark.parametrize("cell", CELLS, ids=str)
+alone = functools.cache(train_alone)
+
+
+@pytest.fixture(scope="module")
+def launched(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Callable[..., Outcome], tuple[object, ...], int], list[dict[str, Outcome]]]:
+    folder = tmp_path_factory.mktemp("kfac")
+    return functools.cache(lambda work, jobs, size: launch(work, jobs, size, folder))
+
+
+@pytest.fixture
+def trained(
+    launched: Callable[..., list[dict[str, Outcome]]],
+) -> Callable[[Cell], Sequence[Outcome]]:
+    def of(cell: Cell) -> Sequence[Outcome]:
+        cells = tuple(other for other in CELLS if other.world_size == cell.world_size)
+        ranks = launched(train, cells, cell.world_size)
+        return successful([rank[str(cell)] for rank in ranks])
+
+    return of
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Over the parameters."""
+    assert found.keys() == expected.keys()
+    return max(relative(found[name], expected[name]) for name in expected if "/" not in name)
+
+
+@each_cell
+def test_ranks_take_the_steps_of_one_process(
+    cell: Cell, trained: Callable[[Cell], Sequence[Outcome]]
+) -> None:
+    reference = alone(cell.alone)
+    assert len(reference["stats"]) == 5
+    for outcome in trained(cell):
+        limit = LIMITS[cell.row, cell.dtype]
+        assert worst(outcome["tensors"], reference["tensors"]) <= limit
+        for name, numbers in reference["stats"].items():
+            assert relative(outcome["stats"][name], numbers) <= 100 * limit
+
+
+@each_cell
+def test_collectives_are_few_and_factors_lie_on_one_rank_each(
+    cell: Cell, trained: Callable[[Cell], Sequence[Outcome]]
+) -> None:
+    """One for the statistics, one for results, and where gradients are sharded one for them."""
+    outcomes = trained(cell)
+    updates = [step % ROWS[cell.row].get("factor_interval", 1) == 0 for step in range(NUM_STEPS)]
+    expected = [1 + update + (cell.layout != "DDP") for update in updates]
+    assert all(outcome["collectives"] == expected for outcome in outcomes)
+    memory = [outcome["memory"] for outcome in outcomes]
+    assert sum(memory) == alone(cell.alone)["memory"]
+    assert min(memory) > 0
+
+
+def repetitions(size: int, row: str, dtype: torch.dtype) -> tuple[Repetition, ...]:
+    """The same 16 samples 8, 32 and 128 times, in one pass, two, and an uneven two."""
+    found = []
+    for repeated in (1, 8, 32, 128):
+        share = BATCH_SIZE * repeated // size
+        for layout in ("one-process",) if size == 1 else ("DDP", "FSDP2"):
+            for passes in ((share,), (share // 2, share // 2), (share - 1, 1)):
+                found.append(Repetition(Cell(layout, size, row, dtype, passes), repeated))
+    return tuple(found)
+
+
+def by_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weight and bias are one matrix to K-FAC."""
+    layers: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        layers.setdefault(name.rpartition(".")[0], []).append(tensor.reshape(-1))
+    return {name: torch.cat(parts) for name, parts in layers.items()}
+
+
+REPEATED = [("defaults", FP32), ("exact", FP64)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(("row", "dtype"), REPEATED, ids=str)
+def test_a_repeated_batch_is_preconditioned_alike_whatever_its_split(
+    row: str,
+    dtype: torch.dtype,
+    size: int,
+    launched: Callable[..., list[dict[str, Outcome]]],
+) -> None:
+    with one_thread():
+        reference = preconditioned(Repetition(Cell("one-process", 1, row, dtype), 1))
+    assert len(reference) == 8
+    every = tuple(job for other in REPEATED for job in repetitions(size, *other))
+    ranks = launched(preconditioned, every, size)
+    for job in repetitions(size, row, dtype):
+        for outcome in successful([rank[str(job)] for rank in ranks]):
+            figure = worst(by_layer(outcome), by_layer(reference))
+            assert figure <= (1e-5 if dtype == FP32 else 1e-9), str(job)
+
+
+ROUTES = [
+    ("defaults", FP32, (("DDP", 2), ("FSDP2", 4), ("one-process", 1))),
+    ("defaults", FP64, (("one-process", 1), ("FSDP2", 2), ("DDP", 4))),
+    ("exact", FP64, (("FSDP2", 4), ("DDP", 2), ("HSDP", 4))),
+    ("diagonal", FP64, (("HSDP", 4), ("one-process", 1), ("FSDP2", 2))),
+]
+LEG_STEPS = 5  # a multiple of no row's intervals
+
+
+@pytest.mark.parametrize(("row", "dtype", "route"), ROUTES, ids=str)
+def test_a_checkpoint_goes_on_in_another_layout_and_world_size(
+    row: str, dtype: torch.dtype, route: tuple[tuple[str, int], ...], tmp_path: Path
+) -> None:
+    legs = [
+        Leg(
+            Cell(layout, size, row, dtype),
+            LEG_STEPS * number,
+            LEG_STEPS * (number + 1),
+            tmp_path / f"{number - 1}" if number > 0 else None,
+            tmp_path / f"{number}" if number + 1 < len(route) else None,
+        )
+        for number, (layout, size) in enumerate(route)
+    ]
+    for leg in legs:
+        found = launch(travel, [leg], leg.cell.world_size, tmp_path)
+        last = successful([rank[str(leg)] for rank in found])
+    with one_thread():
+        whole = travel(Leg(legs[0].cell.alone, 0, LEG_STEPS * len(route), None, None))
+    for outcome in last:
+        limit = 1e-9 if dtype == FP64 else 1e-4
+        assert worst(outcome["tensors"], whole["tensors"]) <= limit
+
+
+@pytest.mark.parametrize("work", [skipped, fisher_pass])
+def test_what_ranks_do_alone_they_do_together(
+    work: Callable[[Cell], Outcome], launched: Callable[..., list[dict[str, Outcome]]]
+) -> None:
+    """A step that one rank's `found_inf` masks everywhere; the true Fisher's passes."""
+    with one_thread():
+        reference = work(Cell("one-process", 1, "defaults", FP64))
+    for size in (2, 4):
+        passes = PASSES[size]
+        cells = tuple(
+            Cell(layout, size, "defaults", FP64, passes)
+            for layout, world_size in SPREADS
+            if world_size == size
+        )
+        ranks = launched(work, cells, size)
+        for cell in cells:
+            for outcome in successful([rank[str(cell)] for rank in ranks]):
+                assert worst(outcome["tensors"], reference["tensors"]) <= 1e-9
+                assert outcome.get("unchanged", True)
+
+
+def test_layers_that_cannot_be_seen_whole_are_refused_by_name(
+    launched: Callable[..., list[dict[str, Outcome]]],
+) -> None:
+    cell = Cell("TP", 2, "defaults")
+    for outcome in successful([rank[str(cell)] for rank in launched(refused, (cell,), 2)]):
+        assert "process_group must be given on 2 ranks" in outcome["plain"]
+        assert "'embedding.weight'" in outcome["plain"]
+        assert "whole rows of layer 'up.weight', which is tensor-parallel" in outcome["parallel"]
