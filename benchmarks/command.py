@@ -17,6 +17,9 @@ BENCHMARKS: Final = {
         "largebatch.benchmarks.noise", "what measuring the noise scale adds to a step"
     ),
     "ramp": Benchmark("largebatch.benchmarks.ramp", "a batch that follows the noise scale"),
+    "second_order": Benchmark(
+        "largebatch.benchmarks.second_order", "cost of Shampoo, SOAP and K-FAC beside AdamW"
+    ),
 }
 
 
@@ -27,7 +30,7 @@ def main(arguments: list[str]) -> int:
     wanted = arguments[:1] in (["-h"], ["--help"])
     if arguments and not wanted:
         print(f"largebatch bench: no benchmark {arguments[0]!r}", file=sys.stderr)
-    rows = "\n".join(f"  {name:8} {benchmark.summary}" for name, benchmark in BENCHMARKS.items())
+    rows = "\n".join(f"  {name:12} {benchmark.summary}" for name, benchmark in BENCHMARKS.items())
     print(
         f"usage: largebatch bench NAME …\n\n{rows}\n\nlargebatch bench NAME --help says more",
         file=sys.stdout if wanted else sys.stderr,

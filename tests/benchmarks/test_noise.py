@@ -58,7 +58,7 @@ def test_every_row_takes_the_same_steps_and_reads_what_it_says(workload: Any) ->
         weighted = {"_preconditioned"} if row.preconditioned else set()
         assert measured.state_dict()["scales"].keys() == {""} | layers | weighted
         assert steppers[row.name].num_summed == 2 + 1 + len(layers | weighted)
-        readings[row.name] = measured.state_dict()["scales"][""]["sums"]["trace"]
+        readings[row.name] = measured.state_dict()["scales"][""]["trace"]
     assert readings["example"] == readings["example by layer"]
     assert readings["micro_batch"] == readings["micro_batch by layer"]
 
