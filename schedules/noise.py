@@ -25,6 +25,8 @@ from largebatch.schedules.counts import real_number, whole_number
 NORMAL_QUANTILE = 1.96
 
 _SUMS = ("weight", "squared_weight", "grad", "trace", "grad_grad", "trace_trace", "grad_trace")
+"""Of weights and of their squares, the two weighted means, and the weighted sums of squares and
+products about them."""
 
 
 class NoiseReading(NamedTuple):
@@ -57,7 +59,6 @@ class NoiseScale:
         name = "half_life_samples"
         self.half_life_samples = real_number(half_life_samples, name, above=0.0)
         self._sums = dict.fromkeys(_SUMS, 0.0)
-        self._origin = (0.0, 0.0)
 
     def update(
         self,
@@ -95,17 +96,20 @@ class NoiseScale:
         self._add(grad, trace, samples=passed)
 
     def _add(self, grad: float, trace: float, samples: int) -> None:
+        """Fade what was, and add one estimate (West 1979, https://doi.org/10.1145/359146.359153)."""
         keep = 0.5 ** (samples / self.half_life_samples)
-        weight = 1 - keep
-        if not self._sums["weight"]:
-            self._origin = (grad, trace)  # squares are summed about it: the spread keeps its digits
-        x, y = grad - self._origin[0], trace - self._origin[1]
-        new = (weight, weight * weight, weight * x, weight * y)
-        products = (weight * x * x, weight * y * y, weight * x * y)
-        for name, value in zip(_SUMS, (*new, *products), strict=True):
-            # Weights shrink by `keep` an update, hence their squares by its square.
-            decay = keep * keep if name == "squared_weight" else keep
-            self._sums[name] = self._sums[name] * decay + value
+        weight, s = 1 - keep, self._sums
+        total = keep * s["weight"] + weight
+        # About the means of the moment, which move on: squares about anything else would lose
+        # their digits in a run whose gradients shrink by many orders of magnitude.
+        x, y = grad - s["grad"], trace - s["trace"]
+        s["grad"] += weight / total * x
+        s["trace"] += weight / total * y
+        after_x, after_y = grad - s["grad"], trace - s["trace"]
+        s["grad_grad"] = keep * s["grad_grad"] + weight * x * after_x
+        s["trace_trace"] = keep * s["trace_trace"] + weight * y * after_y
+        s["grad_trace"] = keep * s["grad_trace"] + weight * x * after_y
+        s["weight"], s["squared_weight"] = total, keep * keep * s["squared_weight"] + weight**2
 
     def reading(self) -> NoiseReading:
         """The averages now.
@@ -116,16 +120,15 @@ class NoiseScale:
         s = self._sums
         if not s["weight"]:
             raise ValueError("a noise scale needs at least one update before it is read, got none")
-        x, y = s["grad"] / s["weight"], s["trace"] / s["weight"]
-        grad, trace = x + self._origin[0], y + self._origin[1]
+        grad, trace = s["grad"], s["trace"]
         spread = s["squared_weight"] / s["weight"] ** 2  # 1/n for n equal weights
         if spread > 1 - 1e-9:
             return NoiseReading(_ratio(trace, grad), math.inf, False, grad, trace)
         # Weighted sample covariances, then those of the means.
         of_means = spread / (1 - spread)
-        var_grad = max(0.0, s["grad_grad"] / s["weight"] - x * x) * of_means
-        var_trace = max(0.0, s["trace_trace"] / s["weight"] - y * y) * of_means
-        covariance = (s["grad_trace"] / s["weight"] - x * y) * of_means
+        var_grad = max(0.0, s["grad_grad"] / s["weight"]) * of_means
+        var_trace = max(0.0, s["trace_trace"] / s["weight"]) * of_means
+        covariance = s["grad_trace"] / s["weight"] * of_means
         quantile = student_quantile(1 / spread - 1)
         resolved = grad > quantile * math.sqrt(var_grad) and trace > quantile * math.sqrt(var_trace)
         if grad <= 0:
@@ -136,13 +139,11 @@ class NoiseScale:
 
     def state_dict(self) -> dict[str, Any]:
         """All there is to know, in plain numbers; the half-life is the constructor's."""
-        return {"sums": dict(self._sums), "origin": list(self._origin)}
+        return dict(self._sums)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self._sums = {name: float(state["sums"][name]) for name in _SUMS}
-        grad, trace = state["origin"]
-        self._origin = (float(grad), float(trace))
+        self._sums = {name: float(state[name]) for name in _SUMS}
 
 
 def student_quantile(degrees: float) -> float:

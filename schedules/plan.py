@@ -173,10 +173,6 @@ class Plan:
         size = self.final_batch_size if self._exponent is None else self._ramp.at(0)
         return self._hyper(size).lr
 
-    def peak_lr_at(self, batch_size: int) -> float:
-        """The learning rate at one of the plan's batch sizes, before the curve's factor."""
-        return self._hyper(batch_size).lr
-
     def __iter__(self) -> Iterator[Point]:
         return self.steps_from(0)
 

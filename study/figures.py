@@ -21,8 +21,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from largebatch.study.fit import Fit
 from largebatch.study.points import Point
 
-# Okabe and Ito's palette, made to be told apart by colour-blind readers; its yellow is too pale.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's palette, made to be told apart by colour-blind readers; its yellow is too pale,
+# a dark brown stands for it.
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#6B3E1D",
+)  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 INK, GREY, GRID = "#222222", "#777777", "#e4e4e4"
 DPI = 200

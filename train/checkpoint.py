@@ -38,6 +38,7 @@ class Checkpoints:
         self._run, self._folder = folder, folder / CHECKPOINTS
         self._ranks, self._model, self._optimizer = ranks, model, optimizer
         self._keep = keep
+        self._last: int | None = None
 
     def save(self, state: dict[str, Any]) -> None:
         """Save the run as it stands; every rank calls it.
@@ -45,17 +46,22 @@ class Checkpoints:
         Args:
             state: the loop's, in plain numbers.
         """
-        final = self._folder / f"samples-{state['progress']['samples']:015d}"
+        samples: int = state["progress"]["samples"]
+        if samples == self._last:
+            return
+        self._last = samples
+        final = self._folder / f"samples-{samples:015d}"
         draft = final.with_name(f".{final.name}")
         if self._ranks.is_first:
             self._folder.mkdir(exist_ok=True)
-            shutil.rmtree(draft, ignore_errors=True)  # of a job that was killed while it wrote
+            for left in self._folder.glob(".samples-*"):  # by a job that was killed meanwhile
+                shutil.rmtree(left)
         self._wait_for_all()
         with quiet():
             state_dict_saver.save(
                 self._tensors(), checkpoint_id=draft, no_dist=self._ranks.size == 1
             )
-        if self._ranks.is_first and not final.exists():
+        if self._ranks.is_first:
             (draft / STATE).write_text(json.dumps(state), encoding="utf-8")
             for path in draft.iterdir():
                 flush_to_disk(path)
@@ -77,6 +83,7 @@ class Checkpoints:
                 optim_state_dict=tensors["optimizer"],
             )
         state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        self._last = state["progress"]["samples"]
         return state
 
     def _tensors(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from largebatch.conf.config import ConfigError, sentence
 from largebatch.train.order import Order, prepare
 from largebatch.train.ranks import Ranks, die_with_parent, find_ranks, started_ranks
+from largebatch.train.record import RunEnded
 
 REFUSED: Final = 2
 MISSED: Final = 3
@@ -99,9 +100,11 @@ def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
     ranks = find_ranks()
     try:
         order = prepare(composed, ranks)
-    except ConfigError:
+    except ConfigError as error:
         if ranks.size > 1:
             train(ranks, None)
+        elif isinstance(error, RunEnded) and not display:
+            return error.summary  # a sweep that goes on with resume=auto passes it by
         raise
     if order.config.engine.nproc == 1:
         summary = train(ranks, order, display)

@@ -42,23 +42,24 @@ class CoScaling:
                 moved.setdefault(name, value)
         before, self.batch_size = self.batch_size, point.batch_size
         if before:
-            moved |= self._correct_momentum(point.hyper.lr / self._plan.peak_lr_at(before))
+            moved |= self._correct_momentum(point.lr)
         return {"batch_change": {"from": before} | moved} if before or moved else {}
 
-    def _correct_momentum(self, factor: float) -> dict[str, Any]:
-        """Multiply the buffers that hold the learning rate by `factor`, as Goyal et al. 2017 ask.
+    def _correct_momentum(self, lr: float) -> dict[str, Any]:
+        """Bring buffers that hold the last step's learning rate to `lr`, as Goyal et al. 2017 ask.
 
         Section 3.3 of arXiv:1706.02677. Past updates then follow a change of the batch as they do
         where the learning rate is outside of the buffer.
         """
-        buffers = [
-            self._optimizer.state[param]["momentum_buffer"]
-            for group in self._optimizer.param_groups
-            if group.get("lr_in_buffer")
-            for param in group["params"]
-            if "momentum_buffer" in self._optimizer.state.get(param, {})
-        ]
-        if not buffers or factor == 1.0:
-            return {}
-        torch._foreach_mul_(buffers, factor)
-        return {"momentum_buffer": factor}
+        moved: dict[str, Any] = {}
+        for group in self._optimizer.param_groups:
+            factor = lr / group["lr"]
+            buffers = [
+                self._optimizer.state[param]["momentum_buffer"]
+                for param in group["params"]
+                if "momentum_buffer" in self._optimizer.state.get(param, {})
+            ]
+            if group.get("lr_in_buffer") and buffers and factor != 1.0:
+                torch._foreach_mul_(buffers, factor)
+                moved.setdefault("momentum_buffer", factor)
+        return moved

@@ -100,7 +100,11 @@ class GradientNoise:
             numbers |= _by_name(f"{_BIG}/", self.seam.layers, big)
         if isinstance(self.seam, PassingGradients) and self.seam.metric is not None:
             metric = self.seam.metric
-            layers = [(n, p.grad) for n, (p,) in self.seam.layers.items() if p.grad is not None]
+            layers = [
+                (name, param.grad)
+                for name, (param,) in self.seam.layers.items()
+                if name in metric and param.grad is not None
+            ]
             grads, weights = [grad for _, grad in layers], [metric[name] for name, _ in layers]
             weighted = torch.stack([*weighted_squares(grads, weights)])
             numbers[f"{_BIG}_preconditioned"] = weighted.sum()
@@ -133,6 +137,11 @@ class GradientNoise:
         if numbers:
             self._samples = line["samples"]
 
+    def readings(self) -> dict[str, float | bool]:
+        """The reading over all layers, as fields of a record; empty before the first."""
+        scale = self._scales.get("")
+        return {} if scale is None else _fields(scale.reading(), "")
+
     def state_dict(self) -> dict[str, Any]:
         """The averages, in plain numbers."""
         scales = {name: scale.state_dict() for name, scale in self._scales.items()}
@@ -149,7 +158,8 @@ class GradientNoise:
 def metric_of(
     optimizer: Optimizer, layers: Mapping[str, Any], before: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """P = 1 / (√v̂ + ε) of each layer's parameter; empty before the optimizer's first step.
+    """P = 1 / (√v̂ + ε) of each parameter that the optimizer has a second moment for; empty before
+    its first step.
 
     Args:
         before: the metric of another step, whose memory this one takes over, or empty.
@@ -159,7 +169,7 @@ def metric_of(
     for name, (param,) in layers.items():
         state = optimizer.state.get(param, {})
         if "exp_avg_sq" not in state:
-            return {}
+            continue
         group, moment = groups[param], wide(state["exp_avg_sq"])
         metric[name] = before[name] if name in before else torch.empty_like(moment)
         correction = _correction(group["betas"][1], state["step"])

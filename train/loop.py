@@ -105,6 +105,8 @@ class Loop:
 
     def run(self) -> Progress:
         """Step until the target, the budget, an interruption or a non-finite number."""
+        if self.progress.status == "reached" or self.is_spent:  # before it was resumed
+            return self.progress
         self._boundary = (self.progress.steps, time.perf_counter())
         for point in self.plan.steps_from(self.progress.samples):
             batch = self.take(point)
@@ -115,12 +117,21 @@ class Loop:
             before = self.send_off(point, numbers)
             self._readings.annotate(**change)
             self.advance(point)
-            if self.ends_with(before) or self.boundary_ends_it(point) or self.saving_ends_it(point):
+            ended = self.ends_with(before)
+            if self.progress.status != "diverged":  # an interruption leaves no boundary out
+                ended = self.boundary_ends_it(point) or ended
+            if ended or self.saving_ends_it(point):
                 break
         self.ends_with(self.arrived(self._readings.flush()))
         if self.progress.status != "diverged" and self.save_every_samples is not None:
             self.save(self.state_dict())
         return self.progress
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether there are no more samples to train on."""
+        limit = min(self.give_up_samples or math.inf, self.plan.budget_samples)
+        return self.progress.samples >= limit
 
     def take(self, point: Point) -> Batch:
         """This rank's share of the global batch, and the randomness of the step."""
@@ -204,8 +215,7 @@ class Loop:
         """Evaluate where the grid or the end says so, and let the ramp decide what follows; True
         where the run has no more to do.
         """
-        seen = self.progress.samples
-        spent = seen >= min(self.give_up_samples or math.inf, self.plan.budget_samples)
+        seen, spent = self.progress.samples, self.is_spent
         if self.evaluate is None:
             return spent
         if not (self.grid.is_due(self.progress.steps) or spent):
@@ -216,7 +226,9 @@ class Loop:
         step_seconds = (time.perf_counter() - begun) / (self.progress.steps - steps)
         line["eval_loss"] = self.progress.eval_loss = self.evaluate()
         if self.plan.is_open:
-            self.decide(seen, line | {"batch_size": point.batch_size, "step_seconds": step_seconds})
+            measured = {"batch_size": point.batch_size, "step_seconds": step_seconds}
+            known = {} if self.noise is None else self.noise.readings()
+            self.decide(seen, line | known | measured)
         if not math.isfinite(self.progress.eval_loss):
             self.progress.status = "diverged"
         elif self.target_loss is not None and self.progress.eval_loss <= self.target_loss:
@@ -239,7 +251,10 @@ class Loop:
             return False
         if self.ends_with(self.arrived(self._readings.flush())):
             return True
+        begun = time.perf_counter()
         self.save(self.state_dict())
+        steps, boundary = self._boundary
+        self._boundary = (steps, boundary + time.perf_counter() - begun)  # is no time of steps
         return False
 
     def state_dict(self) -> dict[str, Any]:
@@ -254,7 +269,9 @@ class Loop:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`, the model's and the optimizer's state being loaded."""
-        self.progress = Progress(**state["progress"] | {"status": "exhausted"})
+        vars(self.progress).update(state["progress"])
+        if self.progress.status == "interrupted":
+            self.progress.status = "exhausted"
         self.plan.load_state_dict(state["plan"])
         if self.noise is not None:
             self.noise.load_state_dict(state["noise"])

@@ -65,8 +65,9 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
     try:
         data_parallel_size = max(ranks.size, config.engine.nproc)
         plan.check_divisible(data_parallel_size, config.engine.micro_batch_size)
-        splits = plan.splits(data_parallel_size, config.engine.micro_batch_size)
-        seam = noise_seam(config.noise.small, data_parallel_size, splits)
+        micro_batch_size = config.engine.micro_batch_size
+        splits = plan.splits(data_parallel_size, micro_batch_size)
+        seam = noise_seam(config.noise.small, data_parallel_size, splits, micro_batch_size)
         if seam is None and isinstance(plan.ramp, NoiseRamp):
             raise ConfigError(
                 "the ramp follows the noise scale, which noise.small=null does not measure: use "
@@ -102,12 +103,22 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
     )
 
 
-def noise_seam(small: str | None, data_parallel_size: int, splits: Sequence[Split]) -> str | None:
-    """Which small gradients `noise.small` means in this run.
+def noise_seam(
+    small: str | None,
+    data_parallel_size: int,
+    splits: Sequence[Split],
+    micro_batch_size: int | None,
+) -> str | None:
+    """Which small gradients `noise.small` means in this run; `auto` the same in a world of any
+    size, so that a run which goes on in another one measures the same.
 
     Raises:
         ConfigError: ones that are the whole batch somewhere in it, from which nothing follows.
     """
+    if small == "auto":
+        smallest = min(split.batch_size for split in splits)
+        cut = micro_batch_size is not None and 2 * micro_batch_size <= smallest
+        return "micro_batch" if cut else "example"
     if small in (None, "example"):
         return small
     accumulating = small != "rank"
@@ -117,9 +128,7 @@ def noise_seam(small: str | None, data_parallel_size: int, splits: Sequence[Spli
         if data_parallel_size * (split.gradient_accumulation_steps if accumulating else 1) < 2
     ]
     if not alone:
-        return "rank" if small == "rank" else "micro_batch"
-    if small == "auto":
-        return "example"
+        return small
     raise ConfigError(
         f"noise.small={small} sees one gradient in a batch of {alone[0]}, and noise shows in the "
         "difference of several: use more ranks, a smaller engine.micro_batch_size, or "

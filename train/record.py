@@ -40,20 +40,28 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class RunEnded(ConfigError):
+    """There is nothing to resume: the run has come to its end, as `summary` says."""
+
+    def __init__(self, folder: Path, summary: dict[str, Any]) -> None:
+        super().__init__(
+            f"{folder} holds a run that has ended ({summary['status']}): there is nothing to "
+            "resume; choose another folder with hydra.run.dir=…"
+        )
+        self.summary = summary
+
+
 def check_unfinished(folder: Path) -> None:
     """Refuse to go on with a run that has come to its end.
 
     Raises:
-        ConfigError: naming the folder and the way out.
+        RunEnded: naming the folder and the way out.
     """
     if not (folder / SUMMARY).exists():
         return
-    status = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["status"]
-    if status not in UNFINISHED:
-        raise ConfigError(
-            f"{folder} holds a run that has ended ({status}): there is nothing to resume; choose "
-            "another folder with hydra.run.dir=…"
-        )
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    if summary["status"] not in UNFINISHED:
+        raise RunEnded(folder, summary)
 
 
 class RunFolder:
@@ -88,8 +96,10 @@ class RunFolder:
                 raise ConfigError(f"another process is at work on the run in {folder}")
             self._cut(resumed_samples)
             (folder / SUMMARY).unlink(missing_ok=True)
-            start = f"resumed-{resumed_samples}"
-            hydra_files = {f"{start}-{name}": text for name, text in hydra_files.items()}
+            (folder / ".hydra").mkdir(exist_ok=True)
+            if (folder / ".hydra" / "config.yaml").exists():  # else killed before it was written
+                start = f"resumed-{resumed_samples}"
+                hydra_files = {f"{start}-{name}": text for name, text in hydra_files.items()}
         for name, text in hydra_files.items():
             (folder / ".hydra" / name).write_text(text, encoding="utf-8")
 

@@ -40,6 +40,8 @@ def find_resumption(folder: Path, config: str) -> Resumption | None:
     if not (folder / METRICS).exists():
         return None
     check_unfinished(folder)
+    if not (folder / ".hydra" / "config.yaml").exists():  # killed before it had begun
+        return Resumption(None, 0)
     _check_same(folder, config)
     found = complete(folder)
     if not found:

@@ -4,7 +4,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,7 @@ class Parts:
     engine: Engine
     optimizer: Optimizer
     noise: GradientNoise | None
+    progress: Progress = field(default_factory=Progress)
 
 
 def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
@@ -79,9 +80,10 @@ def build_noise(order: Order, engine: Engine, optimizer: Optimizer) -> GradientN
         seam = engine.small_gradients(order.noise_seam)
         if noise.small == "auto" and isinstance(seam, ExampleGradients) and seam.missed:
             raise ConfigError(
-                "noise.small=auto finds one micro-batch on one rank, and layers whose gradients "
-                f"are not known sample by sample ({', '.join(seam.missed[:3])}, …): set "
-                "engine.micro_batch_size to at most half of the smallest batch"
+                "noise.small=auto finds no engine.micro_batch_size that cuts the smallest batch, "
+                "and layers whose gradients are not known sample by sample "
+                f"({', '.join(seam.missed[:3])}, …): set engine.micro_batch_size to at most half "
+                "of the smallest batch"
             )
         return GradientNoise(
             seam,
@@ -128,9 +130,11 @@ def run(
     """
     parts = build_parts(order, ranks, device)
     if not ranks.is_first:
-        return _train(order, parts, ranks, device, lambda line: None)
-    resumed = None if order.resumption is None else order.resumption.samples
-    with RunFolder(order.folder, order.hydra_files, resumed) as folder:
+        (opened,) = parts.engine.as_first_rank([0.0])
+        if not opened:
+            raise ConfigError("rank 0 was refused the run's folder")
+        return _train(order, parts, ranks, device, lambda line: None, time.perf_counter())
+    with _opened(order, parts.engine) as folder:
         logger = _logger(order)
         every, begin = order.config.record.every, time.perf_counter() - folder.seconds
 
@@ -142,9 +146,10 @@ def run(
             watch(line)
 
         try:
-            summary = _train(order, parts, ranks, device, record)
+            summary = _train(order, parts, ranks, device, record, begin)
         except BaseException as error:
-            failed = _summary(order, parts, ranks, device, Progress(status="failed"), begin)
+            parts.progress.status = "failed"
+            failed = _summary(order, parts, ranks, device, begin)
             summary = failed | {"error": f"{type(error).__name__}: {error}"}
             raise
         finally:
@@ -153,14 +158,27 @@ def run(
         return summary
 
 
+def _opened(order: Order, engine: Engine) -> RunFolder:
+    """The run's folder, on rank 0; the others hear whether it could be opened."""
+    resumed = None if order.resumption is None else order.resumption.samples
+    try:
+        folder = RunFolder(order.folder, order.hydra_files, resumed)
+    except ConfigError:
+        engine.as_first_rank([0.0])
+        raise
+    engine.as_first_rank([1.0])
+    return folder
+
+
 def _train(
     order: Order,
     parts: Parts,
     ranks: Ranks,
     device: torch.device,
     record: Callable[[dict[str, Any]], None],
+    begin: float,
 ) -> dict[str, Any]:
-    config, begin = order.config, time.perf_counter()
+    config = order.config
     checkpoints = Checkpoints(
         order.folder, ranks, parts.engine.model, parts.optimizer, config.checkpoint.keep
     )
@@ -186,15 +204,16 @@ def _train(
             give_up_samples=config.target.give_up_samples,
             record_layers=config.record.layers,
             enough=finder or (lambda line: False),
+            progress=parts.progress,
         )
         if order.resumption is not None and order.resumption.checkpoint is not None:
             loop.load_state_dict(checkpoints.load(order.resumption.checkpoint))
-        progress = loop.run()
-    summary = _summary(order, parts, ranks, device, progress, begin)
+        loop.run()
+    summary = _summary(order, parts, ranks, device, begin)
     if interruption.signal is not None:
         summary["signal"] = interruption.signal
     if finder is not None:
-        summary |= finder.outcome(progress.status)
+        summary |= finder.outcome(parts.progress.status)
         if ranks.is_first:
             publish(order.folder, summary, finder)
     return summary
@@ -205,10 +224,10 @@ def _summary(
     parts: Parts,
     ranks: Ranks,
     device: torch.device,
-    progress: Progress,
     begin: float,
 ) -> dict[str, Any]:
-    config, reached = order.config, progress.status == "reached"
+    config, progress = order.config, parts.progress
+    reached = progress.status == "reached"
     batch_size = order.plan.final_batch_size
     return {
         "status": progress.status,

@@ -107,8 +107,10 @@ class PassingGradients(SmallGradients):
         for name, square in zip(names, squares_of(gradients), strict=True):
             self._seen[name].append(square)
         if self.metric is not None:
-            metric = self.metric
-            self._weighted += weighted_squares(gradients, [metric[name] for name in names])
+            pairs = [(g, n) for g, n in zip(gradients, names, strict=True) if n in self.metric]
+            if pairs:
+                weights = [self.metric[name] for _, name in pairs]
+                self._weighted += weighted_squares([gradient for gradient, _ in pairs], weights)
 
     @abstractmethod
     def _each(self, share: Share) -> int:

@@ -30,7 +30,6 @@ def gaussian_pairs(
 ) -> NDArray[np.float64]:
     """(mean squared norm of N small gradients, that of their mean) of each step, ‖G‖² = 1."""
     variances = flat(50) if variances is None else variances
-    variances = flat(50) if variances is None else variances
     generator = np.random.default_rng(seed)
     mean = np.full(len(variances), 1 / math.sqrt(len(variances)))
     pairs = []
@@ -130,6 +129,15 @@ def test_the_window_is_in_samples_whatever_the_batch() -> None:
         other.update(**norms, small_batch=8, big_batch=64)
     assert one.reading().trace == pytest.approx(other.reading().trace)
     assert one.reading().grad_sq_norm == pytest.approx(1.0)
+
+
+def test_digits_are_kept_when_gradients_shrink_by_many_orders_of_magnitude() -> None:
+    first, then = gaussian_pairs(100, seed=3), 1e-8 * gaussian_pairs(300, seed=4)
+    half_life = 4 * BIG  # of which the second part has 75: nothing of the first is left
+    one, other = (filled(p, half_life).reading() for p in (np.concatenate([first, then]), then))
+    assert one.grad_sq_norm == pytest.approx(other.grad_sq_norm, rel=1e-4)
+    assert one.standard_error == pytest.approx(other.standard_error, rel=1e-4)
+    assert one.resolved == other.resolved
 
 
 def test_the_state_goes_through_json_and_continues_to_the_bit() -> None:

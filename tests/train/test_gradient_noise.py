@@ -136,6 +136,42 @@ def test_ranks_decide_alike_and_as_one_process_does(
             assert b[field] == pytest.approx(a[field], rel=1e-4)
 
 
+def test_a_ramp_hears_the_last_reading_at_boundaries_that_were_not_measured(
+    train: Train, read_run: ReadRun, tmp_path: Path
+) -> None:
+    assert train(
+        "task=digits", "optim=adamw", "optim.lr=0.003", "batch=sqrt_noise", "batch.start=32",
+        "batch.size=256", "batch.exchange_rate=2000", "batch.votes=2", "noise.every=8",
+        "target.loss=null", "budget.samples=6000", "evaluation.growth=1.05", "hydra.run.dir=run",
+    ) == 0  # fmt: skip
+    lines, _ = read_run(tmp_path / "run")
+    assert {line["global_batch_size"] for line in lines} >= {32, 64}
+
+
+def test_a_parameter_without_second_moment_is_left_out_of_the_metric() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)])
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.01)
+    noise = GradientNoise(MicroBatchGradients(model), 1, optimizer=optimizer)
+    for step in range(3):
+        noise.begin(step)
+        optimizer.zero_grad()
+        for _ in range(2):  # the second layer is first used in the last step
+            used = model if step == 2 else [model[0]]
+            loss = sum(layer(torch.randn(4, 3)).square().mean() for layer in used)
+            torch.autograd.backward(loss / 2)
+        numbers = noise.parts(Share(8, 1, 2)) | noise.whole()
+        if step:
+            first = sum(
+                (p.grad.square() / ((s["exp_avg_sq"] / (1 - 0.999**step)).sqrt() + 1e-8)).sum()
+                for p in model[0].parameters()
+                if (s := optimizer.state[p]) and p.grad is not None
+            )
+            assert float(numbers["noise/big_preconditioned"]) == pytest.approx(float(first), 1e-4)
+            assert torch.isfinite(numbers["noise/small_preconditioned"])
+        optimizer.step()
+
+
 def test_layers_add_up_to_the_whole(train: Train, read_run: ReadRun, tmp_path: Path) -> None:
     assert train(*RUN, "noise.small=example", "record.layers=true") == 0
     lines, _ = read_run(tmp_path / "run")
@@ -170,7 +206,7 @@ def test_a_step_that_is_not_finite_leaves_the_averages_as_they_were() -> None:
         (("noise.small=example", "noise.preconditioned=true"), "needs whole gradients to go by"),
         (("batch=sqrt_noise", "batch.size=1024", "noise.small=null"), "the ramp follows the n"),
         (("noise.small=auto", "model=custom", "model._target_=convolving.Model"),
-         "noise.small=auto finds one micro-batch on one rank, and layers whose gradients are not"),
+         "noise.small=auto finds no engine.micro_batch_size that cuts the smallest batch, and"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_refused(

@@ -197,6 +197,101 @@ def test_an_interrupted_run_saves_and_goes_on(tmp_path: Path, command: Command) 
     assert steps == list(range(1, 939))
 
 
+def test_a_run_killed_before_it_could_say_that_it_had_ended_ends_again(
+    train: Train, tmp_path: Path
+) -> None:
+    words = (*SMALL, "target.loss=0.9", "optim.lr=0.3", "evaluation.growth=1",
+             "checkpoint.every_samples=1e6", "resume=auto")  # fmt: skip
+    assert train(*words) == 0
+    path = tmp_path / "run" / "summary.json"
+    before = json.loads(path.read_text())
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    path.unlink()
+    (tmp_path / "run" / "checkpoints" / ".samples-000000000000001").mkdir()  # half deleted
+    assert train(*words) == 0
+    after = json.loads(path.read_text())
+    for key in ("status", "steps_to_target", "samples_to_target", "steps", "samples", "eval_loss"):
+        assert after[key] == before[key]
+    assert after["status"] == "reached"
+    assert after["seconds"] >= json.loads(lines.splitlines()[-1])["seconds"]
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
+
+
+def test_a_run_killed_before_its_configuration_was_written_begins(
+    train: Train, tmp_path: Path
+) -> None:
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    assert train(*SMALL, "resume=auto") == 0
+    assert len(read_lines(tmp_path / "run")) == 20
+    assert (tmp_path / "run" / ".hydra" / "config.yaml").exists()
+
+
+SIGNALLING = """
+import os, signal
+from largebatch.train.tasks.digits import Digits
+class Task(Digits):
+    def __init__(self):
+        super().__init__()
+        self._left = int(os.environ.pop("SIGNAL_AT", "1000000"))
+    def train_batch(self, indices):
+        self._left -= 1
+        if not self._left:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().train_batch(indices)
+"""
+
+
+@pytest.mark.parametrize("stop", [1, 7, 19])
+def test_an_interruption_leaves_no_boundary_out(
+    stop: int, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step is a boundary here, at which the ramp decides."""
+    (tmp_path / "signalling.py").write_text(SIGNALLING)
+    words = (
+        "task=custom", "task._target_=signalling.Task", "model=digits_mlp", "optim=sgd",
+        "optim.lr=0.2", "batch=loss_triggered", "batch.start=32", "batch.spec=2.2:64 1.6:128",
+        "evaluation.growth=1", "target.loss=null", "budget.samples=1500", "resume=auto",
+        "checkpoint.every_samples=1e6",
+    )  # fmt: skip
+    assert train(*words, "hydra.run.dir=whole") == 0
+    monkeypatch.setenv("SIGNAL_AT", str(stop))
+    assert train(*words, "hydra.run.dir=run") == 143
+    assert train(*words, "hydra.run.dir=run") == 0
+    whole, again = read_lines(tmp_path / "whole"), read_lines(tmp_path / "run")
+    assert {line["global_batch_size"] for line in whole} == {32, 64, 128}
+    for line in (*whole, *again):
+        del line["seconds"]
+    assert again == whole
+
+
+def test_a_sweep_that_goes_on_passes_by_what_has_ended(command: Command, tmp_path: Path) -> None:
+    words = ("task=digits", "optim=sgd", "batch.size=64,128", "target.loss=null", "resume=auto",
+             "budget.samples=1280", "evaluation.growth=100", "hydra.sweep.dir=many",
+             "hydra.launcher.n_jobs=1")  # fmt: skip
+    assert command("sweep", *words).returncode == 0
+    one, other = (tmp_path / "many" / name / "summary.json" for name in "01")
+    kept = one.read_bytes()
+    other.unlink()
+    done = command("sweep", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert one.read_bytes() == kept
+    assert json.loads(other.read_text())["status"] == "exhausted"
+
+
+def test_a_run_that_fails_says_how_far_it_came(train: Train, tmp_path: Path) -> None:
+    broken = SIGNALLING.replace("os.kill(os.getpid(), signal.SIGTERM)", "raise OSError('gone')")
+    (tmp_path / "breaking.py").write_text(broken)
+    os.environ["SIGNAL_AT"] = "5"
+    words = ("task=custom", "task._target_=breaking.Task", "model=digits_mlp", "optim=sgd",
+             "batch.size=64", "hydra.run.dir=run")  # fmt: skip
+    with pytest.raises(OSError, match="gone"):
+        train(*words)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["samples"]) == ("failed", 4, 256)
+    assert summary["error"] == "OSError: gone"
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -220,7 +315,7 @@ def test_what_cannot_be_resumed_is_refused(
 
 
 def test_a_second_process_in_a_runs_folder_is_refused(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Train, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("task=digits", "optim=sgd", "target.loss=null", "budget.samples=1e9", "resume=auto")
     process = subprocess.Popen(
@@ -233,6 +328,9 @@ def test_a_second_process_in_a_runs_folder_is_refused(
             time.sleep(0.01)
         assert train(*words, "hydra.run.dir=run") == 2
         assert "another process is at work on the run in" in capsys.readouterr().err
+        ranks = command("train", *words, "engine.nproc=2", "hydra.run.dir=run")
+        assert ranks.returncode == 2
+        assert len(ranks.stderr.splitlines()) == 1  # the other rank goes without a word
         begin = len(read_lines(tmp_path / "run"))
         time.sleep(0.2)
         assert len(read_lines(tmp_path / "run")) > begin
