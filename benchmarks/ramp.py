@@ -64,11 +64,13 @@ class Setting(NamedTuple):
 def main(arguments: list[str]) -> int:
     """Run the comparison; returns 1 where a run has missed its target."""
     parser = argparse.ArgumentParser(prog="largebatch bench ramp", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5, help="runs of every setting")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of every setting, from 1 on")
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/ramp"), help="of the runs")
     parser.add_argument("--picture", type=Path, help="where it goes (default: FOLDER/ramp.png)")
     options = parser.parse_args(arguments)
     folder: Path = options.folder
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {options.seeds}")
     if folder.exists():
         print(f"largebatch: {folder} is there already; choose another --folder", file=sys.stderr)
         return 2
@@ -174,6 +176,7 @@ def _draw_costs(axes: Axes, constants: Sequence[Setting], ramps: Sequence[Settin
             alpha=0.5,
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="samples to target", ylabel="steps to target")
+    axes.margins(0.12)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -183,7 +186,9 @@ def _draw_costs(axes: Axes, constants: Sequence[Setting], ramps: Sequence[Settin
 
 
 def _draw_runs(axes: Axes, ramps: Sequence[Setting]) -> None:
-    for place, setting in list(enumerate(ramps))[::2]:  # more would hide one another
+    for place, setting in enumerate(ramps):
+        if 1 < place < len(ramps) - 1:
+            continue  # more would hide one another
         lines = read_lines(setting.runs[0].folder)
         axes.step(
             [line["samples"] for line in lines], [line["global_batch_size"] for line in lines],

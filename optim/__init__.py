@@ -1,4 +1,6 @@
-"""Layer-wise optimizers for very large batches, as plain `torch.optim.Optimizer` subclasses."""
+"""Layer-wise and second-order optimizers for very large batches, as plain `torch.optim.Optimizer`
+subclasses.
+"""
 
 from largebatch.optim.kfac import KFAC
 from largebatch.optim.lamb import LAMB

@@ -36,7 +36,8 @@ class NoiseRamp(DecidedRamp):
     """From `start` times `factor` a rung, after `votes` votes in a row, to `size` at most.
 
     Votes are cast at boundaries, one each; a boundary without one begins the count anew, and so
-    does a rise. The batch never shrinks.
+    does a rise. Where readings say at how many `noise_samples` the noise was last measured, a
+    boundary without a new measurement is passed by. The batch never shrinks.
 
     Attributes:
         start: the batch size before the first rise.
@@ -54,6 +55,7 @@ class NoiseRamp(DecidedRamp):
     _rungs: tuple[int, ...] = field(init=False, repr=False)
     _count: int = field(init=False, repr=False, default=0)
     _boundary: int = field(init=False, repr=False, default=-1)
+    _measured: float = field(init=False, repr=False, default=-1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +86,11 @@ class NoiseRamp(DecidedRamp):
         del samples
         if self.batch_size >= self.size:
             return self.batch_size
+        measured = readings.get("noise_samples")
+        if measured is not None:
+            if measured == self._measured:  # nothing new: neither a vote nor the lack of one
+                return self.batch_size
+            self._measured = measured
         rung = self.batch_size * self.factor
         votes_for_it = self.desired(rung, readings) >= rung  # never of NaN
         self._count = self._count + 1 if votes_for_it else 0
@@ -93,7 +100,7 @@ class NoiseRamp(DecidedRamp):
         return rung
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {"votes": self._count, "boundary": self._boundary}
+        counts = {"votes": self._count, "boundary": self._boundary, "measured": self._measured}
         return super().state_dict() | counts
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -111,6 +118,7 @@ class NoiseRamp(DecidedRamp):
             )
         super().load_state_dict(state)
         self._count, self._boundary = int(state["votes"]), int(state["boundary"])
+        self._measured = float(state["measured"])
 
 
 @dataclass(kw_only=True)

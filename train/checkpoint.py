@@ -63,7 +63,7 @@ class Checkpoints:
             )
         if self._ranks.is_first:
             (draft / STATE).write_text(json.dumps(state), encoding="utf-8")
-            for path in draft.iterdir():
+            for path in (*draft.iterdir(), draft):
                 flush_to_disk(path)
             draft.rename(final)
             flush_to_disk(self._folder)

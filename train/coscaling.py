@@ -53,13 +53,15 @@ class CoScaling:
         """
         moved: dict[str, Any] = {}
         for group in self._optimizer.param_groups:
-            factor = lr / group["lr"]
+            if not group.get("lr_in_buffer") or group["lr"] in (0.0, lr):
+                continue
             buffers = [
                 self._optimizer.state[param]["momentum_buffer"]
                 for param in group["params"]
                 if "momentum_buffer" in self._optimizer.state.get(param, {})
             ]
-            if group.get("lr_in_buffer") and buffers and factor != 1.0:
+            if buffers:
+                factor = lr / group["lr"]
                 torch._foreach_mul_(buffers, factor)
                 moved.setdefault("momentum_buffer", factor)
         return moved

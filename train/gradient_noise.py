@@ -64,7 +64,8 @@ class GradientNoise:
                 "noise.preconditioned needs the second moment of an optimizer such as AdamW or "
                 f"LAMB, got {type(self.optimizer).__name__}"
             )
-        if not isinstance(self.seam, PassingGradients):
+        whole = all(len(params) == 1 for params in self.seam.layers.values())
+        if not (isinstance(self.seam, PassingGradients) and whole):
             raise ValueError(
                 "noise.preconditioned needs whole gradients to go by: use noise.small=micro_batch "
                 "or rank"
@@ -118,6 +119,7 @@ class GradientNoise:
             line["data_parallel_size"],
             line["gradient_accumulation_steps"],
         )
+        taken = False
         for key, small in numbers.items():
             if not key.startswith(_SMALL):
                 continue
@@ -134,13 +136,18 @@ class GradientNoise:
                 samples=line["samples"] - self._samples,
             )
             line.update(_fields(scale.reading(), name))
-        if numbers:
+            taken = True
+        if taken:
             self._samples = line["samples"]
 
     def readings(self) -> dict[str, float | bool]:
-        """The reading over all layers, as fields of a record; empty before the first."""
+        """The reading over all layers, as fields of a record, and after how many samples it was
+        last measured, `noise_samples`; empty before the first.
+        """
         scale = self._scales.get("")
-        return {} if scale is None else _fields(scale.reading(), "")
+        if scale is None:
+            return {}
+        return _fields(scale.reading(), "") | {"noise_samples": self._samples}
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, in plain numbers."""

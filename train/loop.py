@@ -53,6 +53,7 @@ READINGS = frozenset(
         "loss",
         "lr",
         "noise_resolved",
+        "noise_samples",
         "noise_scale",
         "noise_scale_error",
         "step_seconds",

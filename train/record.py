@@ -31,7 +31,8 @@ def check_free(folder: Path) -> None:
     """
     if (folder / METRICS).exists() or (folder / SUMMARY).exists():
         raise ConfigError(
-            f"{folder} already holds a run; choose another with hydra.run.dir=…, or move it away"
+            f"{folder} already holds a run; choose another with hydra.run.dir=…, move it away, or "
+            "go on with it by resume=auto"
         )
 
 
@@ -86,7 +87,11 @@ class RunFolder:
             check_free(folder)
             (folder / ".hydra").mkdir(parents=True, exist_ok=True)
             # "x": of two runs that found the folder free, one creates the file.
-            self._lines = (folder / METRICS).open("x", encoding="utf-8")
+            try:
+                self._lines = (folder / METRICS).open("x", encoding="utf-8")
+            except FileExistsError:
+                check_free(folder)
+                raise
             lock(self._lines.fileno())
         else:
             check_unfinished(folder)
@@ -101,7 +106,7 @@ class RunFolder:
                 start = f"resumed-{resumed_samples}"
                 hydra_files = {f"{start}-{name}": text for name, text in hydra_files.items()}
         for name, text in hydra_files.items():
-            (folder / ".hydra" / name).write_text(text, encoding="utf-8")
+            write_whole(folder / ".hydra" / name, text)
 
     def _cut(self, samples: int) -> None:
         """Drop the lines of steps after `samples` samples, and a last one that is not whole."""
@@ -119,6 +124,11 @@ class RunFolder:
         """One line, on disk before the next step is recorded."""
         self._lines.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
         self._lines.flush()
+
+    def flush_to_disk(self) -> None:
+        """Wait until the lines so far would survive a crash of the machine."""
+        self._lines.flush()
+        os.fsync(self._lines.fileno())
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write the summary: whole, or not at all."""

@@ -134,8 +134,8 @@ def run(
         if not opened:
             raise ConfigError("rank 0 was refused the run's folder")
         return _train(order, parts, ranks, device, lambda line: None, time.perf_counter())
-    with _opened(order, parts.engine) as folder:
-        logger = _logger(order)
+    folder, logger = _opened(order, parts.engine)
+    with folder:
         every, begin = order.config.record.every, time.perf_counter() - folder.seconds
 
         def record(line: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ def run(
             watch(line)
 
         try:
-            summary = _train(order, parts, ranks, device, record, begin)
+            summary = _train(order, parts, ranks, device, record, begin, folder)
         except BaseException as error:
             parts.progress.status = "failed"
             failed = _summary(order, parts, ranks, device, begin)
@@ -158,16 +158,17 @@ def run(
         return summary
 
 
-def _opened(order: Order, engine: Engine) -> RunFolder:
-    """The run's folder, on rank 0; the others hear whether it could be opened."""
+def _opened(order: Order, engine: Engine) -> tuple[RunFolder, Logger]:
+    """The run's folder and logger, on rank 0; the others hear whether there are any."""
     resumed = None if order.resumption is None else order.resumption.samples
     try:
+        logger = _logger(order)  # first: what it refuses leaves a folder as it was
         folder = RunFolder(order.folder, order.hydra_files, resumed)
-    except ConfigError:
+    except BaseException:
         engine.as_first_rank([0.0])
         raise
     engine.as_first_rank([1.0])
-    return folder
+    return folder, logger
 
 
 def _train(
@@ -177,11 +178,18 @@ def _train(
     device: torch.device,
     record: Callable[[dict[str, Any]], None],
     begin: float,
+    folder: RunFolder | None = None,
 ) -> dict[str, Any]:
     config = order.config
     checkpoints = Checkpoints(
         order.folder, ranks, parts.engine.model, parts.optimizer, config.checkpoint.keep
     )
+
+    def save(state: dict[str, Any]) -> None:
+        if folder is not None:
+            folder.flush_to_disk()  # a checkpoint must not outlive the lines before it
+        checkpoints.save(state)
+
     finder = None if config.mode is None else LRFinder(config.mode)
     with Interruption() as interruption:
         loop = Loop(
@@ -198,7 +206,7 @@ def _train(
             record=record,
             interruption=interruption,
             noise=parts.noise,
-            save=checkpoints.save,
+            save=save,
             save_every_samples=config.checkpoint.every_samples,
             target_loss=config.target.loss,
             give_up_samples=config.target.give_up_samples,

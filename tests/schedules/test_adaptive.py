@@ -538,3 +538,18 @@ def test_a_norm_test_ramp_in_noise_comes_within_a_rung_of_its_fixed_point(
     [*simulate(ramp, lambda share: 1400, seed, budget=600_000)]
     asked = rung_below(1400 * (1 / eta**2 - 1), 64)
     assert asked / 2 <= ramp.batch_size <= asked
+
+
+@each_policy
+def test_a_boundary_without_a_new_measurement_is_passed_by(
+    policy: Callable[..., NoiseRamp],
+) -> None:
+    """Of eight boundaries one is measured: three of those raise the batch, and never fewer."""
+    ramp = policy(start=64, size=512, votes=3)
+    states = [readings(noise_samples=float(64 * 8 * (place // 8))) for place in range(24)]
+    before = boundaries(ramp, states[:12])
+    again = policy(start=64, size=512, votes=3)
+    again.load_state_dict(json.loads(json.dumps(ramp.state_dict())))
+    after = boundaries(again, states[12:], begin=before[-1][0])
+    sizes = [size for _, size in before + after]
+    assert sizes == [64] * 16 + [128] * 8

@@ -99,10 +99,11 @@ def test_a_step_after_a_change_is_that_of_an_optimizer_made_with_the_new_values(
     assert torch.equal(weights[0], weights[1])
 
 
+HALVED = StepDecay(drop_samples=[256], drop_factor=0.5)
 RAMPS = {
     "linear": (GeometricBatch(start=32, ramp_samples=256, size=128), Constant(), [2.0, 2.0]),
-    "smith": (Smith(start=32, size=64), StepDecay(drop_samples=[256], drop_factor=0.5), []),
-    "seesaw": (Seesaw(start=32, size=64), StepDecay(drop_samples=[256], drop_factor=0.5), [0.5**0.5]),
+    "smith": (Smith(start=32, size=64), HALVED, []),
+    "seesaw": (Seesaw(start=32, size=64), HALVED, [0.5**0.5]),
 }
 
 

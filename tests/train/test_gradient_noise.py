@@ -172,13 +172,25 @@ def test_a_parameter_without_second_moment_is_left_out_of_the_metric() -> None:
         optimizer.step()
 
 
-def test_layers_add_up_to_the_whole(train: Train, read_run: ReadRun, tmp_path: Path) -> None:
-    assert train(*RUN, "noise.small=example", "record.layers=true") == 0
-    lines, _ = read_run(tmp_path / "run")
-    named = [key for key in lines[-1] if key.startswith("noise_scale/")]
-    assert named == ["noise_scale/0.weight", "noise_scale/0.bias", "noise_scale/2.weight",
-                     "noise_scale/2.bias"]  # fmt: skip
-    assert not [key for key in lines[-1] if key.startswith("noise/")]
+def test_layers_are_told_by_name_and_add_up_to_the_whole() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    noise = GradientNoise(MicroBatchGradients(model), 100, by_layer=True)
+    x, y = torch.randn(12, 4), torch.randint(0, 3, (12,))
+    noise.begin(0)
+    for half in (slice(0, 6), slice(6, 12)):
+        torch.autograd.backward(cross_entropy(model(x[half]), y[half]) / 2)
+    numbers = noise.parts(Share(12, 1, 2)) | noise.whole()
+    halves = [gradients(model, x[:6], y[:6]), gradients(model, x[6:], y[6:])]
+    for place, name in enumerate(dict(model.named_parameters())):
+        one, other = (half[place] for half in halves)
+        small = (one.square().sum() + other.square().sum()) / 2
+        assert float(numbers[f"noise/small/{name}"]) == pytest.approx(float(small), rel=1e-5)
+        big = ((one + other) / 2).square().sum()
+        assert float(numbers[f"noise/big/{name}"]) == pytest.approx(float(big), rel=1e-5)
+    for kind in ("noise/small", "noise/big"):
+        layers = [float(value) for key, value in numbers.items() if key.startswith(f"{kind}/")]
+        assert sum(layers) == pytest.approx(float(numbers[kind]), rel=1e-6)
 
 
 def test_a_step_that_is_not_finite_leaves_the_averages_as_they_were() -> None:
