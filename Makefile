@@ -23,8 +23,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 study: $(VENV)/.train
 	$(BIN)/largebatch sweep study=$(STUDY) $(ARGS)
 
+# Two files at a time; a thread a process, which would otherwise wait for one another.
 test: lint types
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 matrix: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m '' --timeout 1800 tests/optim/test_parity.py tests/optim/test_reshard.py
