@@ -170,13 +170,21 @@ def metric_of(
 
     Args:
         before: the metric of another step, whose memory this one takes over, or empty.
+
+    Raises:
+        ValueError: the optimizer keeps no second moment of a parameter that it has stepped.
     """
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     metric: dict[str, Tensor] = {}
     for name, (param,) in layers.items():
         state = optimizer.state.get(param, {})
-        if "exp_avg_sq" not in state:
+        if not state:
             continue
+        if "exp_avg_sq" not in state:
+            raise ValueError(
+                "noise.preconditioned needs the second moment of every parameter, and "
+                f"{type(optimizer).__name__} keeps none of {name!r}: leave it at false"
+            )
         group, moment = groups[param], wide(state["exp_avg_sq"])
         metric[name] = before[name] if name in before else torch.empty_like(moment)
         correction = _correction(group["betas"][1], state["step"])

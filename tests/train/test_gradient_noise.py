@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from largebatch.optim import LAMB
+from largebatch.optim import LAMB, Shampoo
 from largebatch.schedules import NoiseScale
 from largebatch.train.gradient_noise import GradientNoise
 from largebatch.train.small_gradients import MicroBatchGradients, Share
@@ -134,6 +134,17 @@ def test_ranks_decide_alike_and_as_one_process_does(
     for a, b in zip(one[4:], two[4:], strict=True):
         for field in ("loss", "grad_trace", "grad_sq_norm"):
             assert b[field] == pytest.approx(a[field], rel=1e-4)
+
+
+def test_an_optimizer_without_second_moments_of_its_matrices_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = Shampoo(model.named_parameters(), lr=0.01)
+    noise = GradientNoise(MicroBatchGradients(model), 1, optimizer=optimizer)
+    noise.begin(0)
+    torch.autograd.backward(model(torch.ones(2, 3)).square().mean())
+    optimizer.step()
+    with pytest.raises(ValueError, match="Shampoo keeps none of 'weight': leave it at false"):
+        noise.begin(1)
 
 
 def test_a_ramp_hears_the_last_reading_at_boundaries_that_were_not_measured(
