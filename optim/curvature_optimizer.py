@@ -226,15 +226,21 @@ class CurvatureOptimizer(Optimizer):
                 state = self.state.get(layer.weight, {})
                 if (team.size > 1 or layer.weight.grad is not None) and "factor_in" not in state:
                     self.state[layer.weight].update(self._new_factor_state(team, layer))
-        for group, param in self._moved():
-            state = self.state[param]
-            for key in self._keys(param, group):
-                if key not in state:
-                    state[key] = torch.zeros_like(param, dtype=compute_dtype(param))
-            if "step" not in state:
-                state["step"] = torch.zeros((), device=local(param).device)
+                    self._make_state(layer.weight)  # whole, for it may be saved without a gradient
+        for _, param in self._moved():
+            state = self._make_state(param)
             self._turns.counts.of(param, state)  # before it is advanced
             write([state["step"]], [state["step"] + 1], skip)
+
+    def _make_state(self, param: Tensor) -> dict[str, Tensor]:
+        """The parameter's state, with zeros for what of its own shape is missing."""
+        state: dict[str, Tensor] = self.state[param]
+        for key in self._keys(param, self._group_of[param]):
+            if key not in state:
+                state[key] = torch.zeros_like(param, dtype=compute_dtype(param))
+        if "step" not in state:
+            state["step"] = torch.zeros((), device=local(param).device)
+        return state
 
     def _new_factor_state(self, team: Team, layer: Layer) -> dict[str, Tensor]:
         form = self._forms()[layer]

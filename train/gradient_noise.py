@@ -59,7 +59,8 @@ class GradientNoise:
     def __post_init__(self) -> None:
         if self.optimizer is None:
             return
-        if "betas" not in self.optimizer.defaults:
+        of_gradients = not getattr(type(self.optimizer), "takes_model", False)  # as K-FAC's
+        if "betas" not in self.optimizer.defaults or not of_gradients:
             raise ValueError(
                 "noise.preconditioned needs the second moment of an optimizer such as AdamW or "
                 f"LAMB, got {type(self.optimizer).__name__}"

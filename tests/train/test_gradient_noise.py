@@ -226,6 +226,8 @@ def test_a_step_that_is_not_finite_leaves_the_averages_as_they_were() -> None:
         (("noise.small=micro_batch",), "noise.small=micro_batch sees one gradient in a ba"),
         (("noise.small=micro_batch", "engine.micro_batch_size=32", "noise.preconditioned=true",
           "optim=sgd"), "noise.preconditioned needs the second moment of an optimizer suc"),
+        (("noise.small=micro_batch", "engine.micro_batch_size=32", "noise.preconditioned=true",
+          "optim=kfac"), "noise.preconditioned needs the second moment of an optimizer suc"),
         (("noise.small=example", "noise.preconditioned=true"), "needs whole gradients to go by"),
         (("batch=sqrt_noise", "batch.size=1024", "noise.small=null"), "the ramp follows the n"),
         (("noise.small=auto", "model=custom", "model._target_=convolving.Model"),
