@@ -291,7 +291,8 @@ class CurvatureOptimizer(Optimizer):
         """Load as torch does, hooks included, but keep state in FP32; as for `state_dict`.
 
         Raises:
-            ValueError: a state that does not fit these parameters or these options.
+            ValueError: a state that does not fit these parameters or these options; what was there
+                before remains.
         """
         loaded: dict[int, dict[str, Any]] = {}
         ids: list[int] = []
@@ -313,8 +314,12 @@ class CurvatureOptimizer(Optimizer):
             self.register_load_state_dict_pre_hook(take_state),
             self.register_load_state_dict_post_hook(put_state, prepend=True),
         )
+        before = self.__dict__.copy()
         try:
             super().load_state_dict(state_dict)
+        except Exception:
+            self.__dict__.update(before)  # groups and state, which torch has replaced
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
