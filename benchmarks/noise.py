@@ -10,10 +10,8 @@ memory, once, what the norms are taken of.
 import argparse
 import gc
 import json
-import math
 import os
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -31,6 +29,7 @@ from rich.table import Table
 from torch.multiprocessing.spawn import start_processes
 from torch.profiler import ProfilerActivity, profile
 
+from largebatch.benchmarks.arguments import add_options, run
 from largebatch.benchmarks.noise_steps import (
     ALONE,
     NUM_MICRO_BATCHES,
@@ -41,7 +40,6 @@ from largebatch.benchmarks.noise_steps import (
     Stepper,
     Workload,
 )
-from largebatch.benchmarks.optim import check, device_named
 from largebatch.benchmarks.rounds import FEWEST_ROUNDS, MEMORY_BYTES, NUM_WARM_UP, timed
 from largebatch.train.provenance import provenance
 from largebatch.train.ranks import Ranks
@@ -103,28 +101,12 @@ class Line:
 def main(arguments: Sequence[str]) -> int:
     """`largebatch bench noise`; 0, or 2 where an option cannot be."""
     parser = argparse.ArgumentParser(prog="largebatch bench noise", description=__doc__)
-    parser.add_argument("--device", help="cpu, or the accelerator's type (default: it, if any)")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
-    parser.add_argument("--seconds", type=float, default=240.0, help="to spend (default: 240)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
-    options = parser.parse_args(arguments)
-    threads: int | None = options.threads
-    try:
-        device = device_named(options.device)
-        check(threads is None or threads >= 1, "--threads", "1 or more", threads)
-        check(0 < options.seconds < math.inf, "--seconds", "> 0", options.seconds)
-        folder = Path() if options.json is None else options.json.parent
-        check(folder.is_dir(), "--json", "a file in a folder that exists", options.json)
-    except ValueError as error:
-        print(f"largebatch bench noise: {error}", file=sys.stderr)
-        return 2
-    if threads is not None:
-        torch.set_num_threads(threads)
-    record = measure(ONE_PROCESS, RANKS, device, options.seconds)
-    show(record, Console())
-    if options.json is not None:
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return 0
+    add_options(parser, 240.0)
+
+    def measured(device: torch.device, seconds: float) -> dict[str, Any]:
+        return measure(ONE_PROCESS, RANKS, device, seconds)
+
+    return run(parser, arguments, measured, show)
 
 
 def measure(

@@ -6,15 +6,11 @@ memory's speed that the step's unavoidable traffic makes.
 """
 
 import argparse
-import json
-import math
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -23,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from largebatch.benchmarks.arguments import add_options, run
 from largebatch.benchmarks.contenders import PEERS, REFERENCE, Contender, contenders
 from largebatch.benchmarks.inventories import Inventory, small_tensors, transformer
 from largebatch.benchmarks.rounds import MEMORY_BYTES, NUM_WARM_UP, Rounds, run_rounds
@@ -53,45 +50,12 @@ class Line:
 def main(arguments: Sequence[str]) -> int:
     """`largebatch bench optim`; 0, or 2 where an option cannot be."""
     parser = argparse.ArgumentParser(prog="largebatch bench optim", description=__doc__)
-    parser.add_argument("--device", help="cpu, or the accelerator's type (default: it, if any)")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own)")
-    parser.add_argument("--seconds", type=float, default=40.0, help="to spend (default: 40)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
-    options = parser.parse_args(arguments)
-    try:
-        device = device_named(options.device)
-        check(
-            options.threads is None or options.threads >= 1,
-            "--threads",
-            "1 or more",
-            options.threads,
-        )
-        check(0 < options.seconds < math.inf, "--seconds", "> 0", options.seconds)
-        folder = Path() if options.json is None else options.json.parent
-        check(folder.is_dir(), "--json", "a file in a folder that exists", options.json)
-    except ValueError as error:
-        print(f"largebatch bench optim: {error}", file=sys.stderr)
-        return 2
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    record = measure((small_tensors(), transformer()), device, options.seconds)
-    show(record, Console())
-    if options.json is not None:
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return 0
+    add_options(parser, 40.0)
 
+    def measured(device: torch.device, seconds: float) -> dict[str, Any]:
+        return measure((small_tensors(), transformer()), device, seconds)
 
-def device_named(name: str | None) -> torch.device:
-    """Raises ValueError for a device that this torch does not have."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    here = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
-    check(name is None or name in here, "--device", f"one of {', '.join(here)} here", name)
-    return torch.device(name or here[-1])
-
-
-def check(holds: bool, option: str, accepted: str, value: object) -> None:
-    if not holds:
-        raise ValueError(f"{option} must be {accepted}, got {value}")
+    return run(parser, arguments, measured, show)
 
 
 def measure(

@@ -8,10 +8,8 @@ share the work out among them: time, memory and what travels, rank by rank.
 import argparse
 import gc
 import json
-import math
 import os
 import statistics
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch.multiprocessing.spawn import start_processes
 
+from largebatch.benchmarks.arguments import add_options, run
 from largebatch.benchmarks.contenders import REFERENCE
 from largebatch.benchmarks.noise_steps import Bytewise, Decoding, Workload
-from largebatch.benchmarks.optim import check, device_named
 from largebatch.benchmarks.second_order_steps import ROWS, Samples, Stepper, run_rounds
 from largebatch.benchmarks.second_order_tables import show
 from largebatch.train.provenance import provenance
@@ -114,35 +112,12 @@ class RankLine:
 def main(arguments: Sequence[str]) -> int:
     """`largebatch bench second_order`; 0, or 2 where an option cannot be."""
     parser = argparse.ArgumentParser(prog="largebatch bench second_order", description=__doc__)
-    parser.add_argument("--device", help="cpu, or the accelerator's type (default: it, if any)")
-    parser.add_argument(
-        "--threads", type=int, help="of torch on the CPU in one process (default: torch's own)"
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=180.0,
-        help="to spend (default: 180); more where whole intervals take longer",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
-    options = parser.parse_args(arguments)
-    threads: int | None = options.threads
-    try:
-        device = device_named(options.device)
-        check(threads is None or threads >= 1, "--threads", "1 or more", threads)
-        check(0 < options.seconds < math.inf, "--seconds", "> 0", options.seconds)
-        folder = Path() if options.json is None else options.json.parent
-        check(folder.is_dir(), "--json", "a file in a folder that exists", options.json)
-    except ValueError as error:
-        print(f"largebatch bench second_order: {error}", file=sys.stderr)
-        return 2
-    if threads is not None:
-        torch.set_num_threads(threads)
-    record = measure(PARTS, device, options.seconds)
-    show(record, Console())
-    if options.json is not None:
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return 0
+    add_options(parser, 180.0, " in one process", "; more where whole intervals take longer")
+
+    def measured(device: torch.device, seconds: float) -> dict[str, Any]:
+        return measure(PARTS, device, seconds)
+
+    return run(parser, arguments, measured, show)
 
 
 def measure(parts: Sequence[Part], device: torch.device, seconds: float) -> dict[str, Any]:
