@@ -33,6 +33,12 @@ MAY_IMPORT = {
         "largebatch.train.record",
         "largebatch.train.ranks",
     ],
+    "launch": [
+        "largebatch.launch",
+        "largebatch.conf",
+        "largebatch.train.record",
+        "largebatch.train.ranks",
+    ],
     "benchmarks": [
         "largebatch.benchmarks",
         "largebatch.optim",
@@ -40,7 +46,7 @@ MAY_IMPORT = {
         "largebatch.train",
     ],
     "src/largebatch": ["largebatch.cli"],
-    "src/hydra_plugins": ["largebatch.study"],
+    "src/hydra_plugins": ["largebatch.study", "largebatch.launch"],
 }
 
 

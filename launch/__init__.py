@@ -1,0 +1,1 @@
+"""Aurora and other clusters: jobs, environment, preflight, sweeps over an allocation, watching."""
