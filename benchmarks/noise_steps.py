@@ -6,7 +6,6 @@ model of its own from the same start, over the same samples in the same micro-ba
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -14,22 +13,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.optim import AdamW
 
-from largebatch.optim.layout import local
 from largebatch.schedules import Constant, ConstantBatch, Plan
-from largebatch.train.engines import DDP
+from largebatch.train.engine_fsdp import FSDP
+from largebatch.train.engines import DDP, Engine
 from largebatch.train.evaluation import EvaluationGrid
-from largebatch.train.gradient_noise import GradientNoise, Numbers
+from largebatch.train.gradient_noise import GradientNoise
 from largebatch.train.interruption import Interruption
 from largebatch.train.loop import Loop
 from largebatch.train.models import ByteMLP
 from largebatch.train.ranks import Ranks
 from largebatch.train.sampler import Indices, Sampler
-from largebatch.train.sharded_gradients import ShardedGradients
-from largebatch.train.small_gradients import Share
 from largebatch.train.tasks import Batch, Task
 from largebatch.train.tasks.bytes import Bytes
 
@@ -65,8 +61,8 @@ ON_RANKS = (
     Row("rank by layer", "rank", by_layer=True),
     Row("rank preconditioned", "rank", preconditioned=True),
     Row("FSDP2 without", reference="FSDP2 without", sharded=True),
-    Row("FSDP2 sharded", "sharded", reference="FSDP2 without", sharded=True),
-    Row("FSDP2 sharded by group", "sharded", True, reference="FSDP2 without", sharded=True),
+    Row("FSDP2 rank", "rank", reference="FSDP2 without", sharded=True),
+    Row("FSDP2 rank by group", "rank", True, reference="FSDP2 without", sharded=True),
 )
 
 
@@ -117,7 +113,7 @@ class Decoding:
         return f"decoder, batch {self.batch_size} x {self.places}"
 
     def model(self) -> nn.Module:
-        return Decoder(self.width, self.num_blocks, self.vocabulary, self.places)
+        return Decoder(self.width, self.num_blocks, self.vocabulary)
 
     def task(self) -> Task:
         return Symbols(self.places, self.vocabulary)
@@ -151,16 +147,21 @@ class Symbols:
         return {}
 
 
-class Decoder(nn.Sequential):
+class Decoder(nn.Module):
     """Pre-norm blocks between an embedding and a head of its own; input (samples, places)."""
 
-    def __init__(self, width: int, num_blocks: int, vocabulary: int, places: int) -> None:
-        super().__init__(
-            nn.Embedding(vocabulary, width),
-            *(Block(width) for _ in range(num_blocks)),
-            nn.LayerNorm(width),
-            nn.Linear(width, vocabulary),
-        )
+    def __init__(self, width: int, num_blocks: int, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(num_blocks))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary))
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        x = self.embedding(symbols)  # (samples, places, width)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(x)
+        return logits
 
 
 class Block(nn.Module):
@@ -192,11 +193,11 @@ class Stepper:
         torch.manual_seed(0)
         task, model = workload.task(), workload.model()
         micro_batch_size = workload.batch_size // (ranks.size * NUM_MICRO_BATCHES)
-        make = ShardedEngine if row.sharded else DDP
+        make = FSDP if row.sharded else DDP
         engine = make(model, ranks, device, micro_batch_size)
         optimizer = AdamW(list(engine.model.named_parameters()), lr=1e-5, fused=True)
         self.model, self.noise = engine.model, noise_of(row, engine, optimizer)
-        self._loop = (ShardedLoop if row.sharded else Loop)(
+        self._loop = Loop(
             plan=Plan(
                 ramp=ConstantBatch(size=workload.batch_size),
                 curve=Constant(),
@@ -227,7 +228,7 @@ class Stepper:
         batch = loop.take(point)
         loss = loop.engine.forward_backward(loop.task, batch, point.batch_size)
         numbers = loop.measure(point, loss)
-        loop.update(point.lr)
+        numbers |= loop.update(point.lr)
         before = loop.send_off(point, numbers)
         loop.advance(point)
         loop.ends_with(before)
@@ -254,7 +255,7 @@ class Stepper:
             return run
 
         calls: list[tuple[object, str]] = [
-            (self.noise, name) for name in ("begin", "parts", "whole", "take")
+            (self.noise, name) for name in ("begin", "parts", "take")
         ]
         calls.append((self.noise.seam, "see"))
         for owner, name in calls:
@@ -266,14 +267,14 @@ class Stepper:
         return spent / num_steps
 
 
-def noise_of(row: Row, engine: DDP, optimizer: AdamW) -> GradientNoise | None:
+def noise_of(row: Row, engine: Engine, optimizer: AdamW) -> GradientNoise | None:
     if row.seam is None:
         return None
     measured = optimizer if row.preconditioned else None
-    if row.sharded:
-        return ShardedNoise(ShardedGradients(engine.model), 8192, by_layer=row.by_layer)
     seam = engine.small_gradients(row.seam)
-    return GradientNoise(seam, 8192, by_layer=row.by_layer, optimizer=measured)
+    return GradientNoise(
+        seam, 8192, by_layer=row.by_layer, optimizer=measured, copies=engine.gradient_copies
+    )
 
 
 def least_bytes(row: Row, noise: GradientNoise, workload: Workload, ranks: Ranks) -> int:
@@ -307,54 +308,3 @@ def passing_values(workload: Workload) -> int:
     with torch.no_grad():
         task.loss(model, task.train_batch(np.zeros(1, dtype=np.int64)))
     return counted
-
-
-class ShardedEngine(DDP):
-    """As the engine for replicas, with FSDP2: each block, and what is left, a group of its own."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        ranks: Ranks,
-        device: torch.device,
-        micro_batch_size: int | None = None,
-    ) -> None:
-        super().__init__(model, Ranks(), device, micro_batch_size)
-        self.data_parallel_size = ranks.size
-        for child in model.children():
-            fully_shard(child)
-        fully_shard(model)
-
-    def _unsynchronised(self) -> nullcontext[None]:
-        """Put off the reduce-scatter to the last micro-batch."""
-        assert isinstance(self._replica, FSDPModule)
-        return _Unsynchronised(self._replica)
-
-
-class _Unsynchronised(nullcontext[None]):
-    def __init__(self, model: FSDPModule) -> None:
-        super().__init__()
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._model.set_requires_gradient_sync(False)
-
-    def __exit__(self, *raised: object) -> None:
-        self._model.set_requires_gradient_sync(True)
-
-
-class ShardedLoop(Loop):
-    """A loop whose gradient norm is that of this rank's shards."""
-
-    def gradients(self) -> list[Tensor]:
-        return [local(gradient) for gradient in super().gradients()]
-
-
-class ShardedNoise(GradientNoise):
-    """Under FSDP2 a rank has its shards of the whole gradient: their squares add up as well."""
-
-    def parts(self, share: Share) -> Numbers:
-        return super().parts(share) | super().whole()
-
-    def whole(self) -> Numbers:
-        return {}

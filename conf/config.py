@@ -59,19 +59,44 @@ class ScalingConfig:
         return {name: value for name, value in options.items() if value is not None}
 
 
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
 @dataclass
 class EngineConfig:
+    """Keys of all engines, and below them those of one; a YAML has only its own."""
+
     _target_: str = "largebatch.train.engines.DDP"
     micro_batch_size: Any = None
     nproc: Any = 1
     device: str | None = None
+    activation_checkpointing: bool = False
+    compile: bool = False
+    replicas: Any = None
+    reshard_after_forward: bool | None = None
+    accumulate: str | None = None
+    stage: Any = None
+    zero: Node | None = None
 
     def __post_init__(self) -> None:
         self.nproc = whole_number(self.nproc, "engine.nproc", 1)
-        if self.micro_batch_size is not None:
-            self.micro_batch_size = whole_number(
-                self.micro_batch_size, "engine.micro_batch_size", 1
-            )
+        for name in ("micro_batch_size", "replicas", "stage"):
+            value = getattr(self, name)
+            if value is not None and not (name == "micro_batch_size" and value == "auto"):
+                least = 0 if name == "stage" else 1
+                setattr(self, name, whole_number(value, f"engine.{name}", least))
+
+    @property
+    def target(self) -> Node:
+        """What builds it, with the keys of its own."""
+        own = ("replicas", "reshard_after_forward", "accumulate", "stage", "zero")
+        given = {name: getattr(self, name) for name in own}
+        return {"_target_": self._target_} | {k: v for k, v in given.items() if v is not None}
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether it needs a process group in a world of one too."""
+        return self._target_ != "largebatch.train.engines.DDP"
 
 
 @dataclass
@@ -149,6 +174,47 @@ class CheckpointConfig:
         if self.every_samples is not None:
             self.every_samples = whole_number(self.every_samples, "checkpoint.every_samples", 1)
         self.keep = whole_number(self.keep, "checkpoint.keep", 1)
+
+
+REMEDIES = ("skip", "rollback", "stop")
+
+
+@dataclass
+class GuardConfig:
+    """What is done about numbers that go wrong; `train/guard.py` has the rules."""
+
+    non_finite: str = "stop"
+    spike: str = "skip"
+    grad_norm_multiple: Any = None
+    loss_deviations: Any = None
+    window: Any = 100
+    warmup_steps: Any = 20
+    most_events: Any = 10
+
+    def __post_init__(self) -> None:
+        for name in ("non_finite", "spike"):
+            if getattr(self, name) not in REMEDIES:
+                raise ConfigError(
+                    f"guard.{name} must be one of {', '.join(REMEDIES)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        for name in ("grad_norm_multiple", "loss_deviations"):
+            if getattr(self, name) is not None:
+                above = 1.0 if name == "grad_norm_multiple" else 0.0
+                setattr(self, name, real_number(getattr(self, name), f"guard.{name}", above=above))
+        for name, least in (("window", 5), ("warmup_steps", 0), ("most_events", 0)):
+            setattr(self, name, whole_number(getattr(self, name), f"guard.{name}", least))
+        if self.spike == "skip" and self.loss_deviations is not None:
+            raise ConfigError(
+                "guard.loss_deviations sees a loss when its step is made, too late to skip it: "
+                "set guard.spike to rollback or stop"
+            )
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether it may want a checkpoint to go back to."""
+        watches = self.grad_norm_multiple is not None or self.loss_deviations is not None
+        return self.non_finite == "rollback" or (self.spike == "rollback" and watches)
 
 
 FEWEST_POINTS = 5
@@ -231,6 +297,9 @@ class TrainConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    precision: str = "fp32"
+    clip_norm: Any = None
     resume: str | None = None
     mode: LRFindConfig | None = None
     study: StudyConfig | None = None
@@ -238,6 +307,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.seed = whole_number(self.seed, "seed")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
+        if self.clip_norm is not None:
+            self.clip_norm = real_number(self.clip_norm, "clip_norm", above=0.0)
+        if self.guard.rolls_back and self.checkpoint.every_samples is None:
+            raise ConfigError(
+                "guard goes back to the last checkpoint: set checkpoint.every_samples, or "
+                "guard.non_finite and guard.spike to skip or stop"
+            )
         if self.resume not in (None, "auto"):
             raise ConfigError(f"resume must be null or auto, got {self.resume!r}")
         if self.resume is not None and self.study is not None:
@@ -267,6 +347,8 @@ class TrainConfig:
                 "a sweep of mode=lr_find is short and made in one piece: leave resume and "
                 "checkpoint.every_samples at null"
             )
+        if self.guard != GuardConfig():
+            raise ConfigError("mode=lr_find ends where it blows up: leave guard as it is")
 
 
 def in_samples(node: Node, name: str, tokens_per_sample: int) -> Node:

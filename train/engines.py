@@ -1,39 +1,74 @@
-"""How a step's gradient comes about on all ranks. An engine holds no policy: a few verbs."""
+"""How a step's gradient comes about on all ranks. An engine holds no policy: a few verbs.
+
+`DDP` is here; `FSDP` and `DeepSpeed` have files of their own. All give the same trajectory for one
+global batch, up to rounding.
+"""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
+from largebatch.optim.layout import local
 from largebatch.train.example_gradients import ExampleGradients
+from largebatch.train.precision import Precision
 from largebatch.train.ranks import Ranks
 from largebatch.train.small_gradients import MicroBatchGradients, RankGradients, SmallGradients
 from largebatch.train.tasks import Batch, Task, to_device
+from largebatch.train.update import Limits, Numbers, Update
+
+if TYPE_CHECKING:
+    from largebatch.train.checkpoint_tensors import Tensors
 
 
 class Engine(Protocol):
-    """What the loop asks of an engine."""
+    """What a run asks of an engine."""
 
     model: nn.Module
     """The bare model, its parameters named as the user named them."""
     data_parallel_size: int
     device: torch.device
+    precision: Precision
+    gradient_copies: int
+    """Ranks that hold the same piece of the gradient: all of them where it is replicated."""
+
+    def attach(self, optimizer: Optimizer, clip_norm: float | None) -> Optimizer:
+        """Take the optimizer in, once; returns the one whose groups hold from now on.
+
+        Raises:
+            ValueError: it cannot be used here, or its gradients not be clipped.
+        """
 
     def micro_batch_size(self, global_batch_size: int) -> int:
         """Samples in one backward pass on one rank."""
 
+    def set_micro_batch_size(self, micro_batch_size: int) -> None:
+        """From now on."""
+
+    def loss(self, task: Task, batch: Batch) -> Tensor:
+        """The mean loss over `batch`, on the device, in the run's precision."""
+
     def forward_backward(self, task: Task, batch: Batch, global_batch_size: int) -> Tensor:
-        """Leave the gradient of the global batch's mean loss in `p.grad`.
+        """Make the gradient of the global batch's mean loss, for `update` to use.
 
         Args:
             batch: this rank's samples, global_batch_size / data_parallel_size of them.
 
         Returns:
             This rank's part of the global mean loss: the parts of all ranks add up to it.
+        """
+
+    def update(self, optimizer: Optimizer, limits: Limits) -> Numbers:
+        """One optimizer step within `limits`; the gradients are gone afterwards."""
+
+    def non_finite(self, steps_ago: int) -> list[str]:
+        """Parameters whose gradient was not finite in the last step (0) or the one before, on any
+        rank; empty where it is not known. Every rank calls it; waits for the device.
         """
 
     def sum_over_ranks(self, values: Tensor) -> "dist.Work | None":
@@ -49,36 +84,56 @@ class Engine(Protocol):
             ValueError: there is none here.
         """
 
+    def tensors(self, optimizer: Optimizer) -> "Tensors":
+        """Model and optimizer, as checkpoints hold them."""
 
-class DDP:
-    """Replicated parameters, one gradient all-reduce a step, whatever the micro-batches."""
+
+class OfRanks:
+    """What engines share: one rank's micro-batches, and talk between ranks."""
+
+    _add_up_for_norm = False
 
     def __init__(
         self,
         model: nn.Module,
         ranks: Ranks,
         device: torch.device,
-        micro_batch_size: int | None = None,
+        micro_batch_size: int | None,
+        precision: Precision | None,
     ) -> None:
-        self.model = model.to(device)
+        self.model = model
         self.data_parallel_size = ranks.size
         self.device = device
+        self.precision = precision or Precision("fp32", device)
+        self.gradient_copies = ranks.size
+        self._ranks = ranks
         self._micro_batch_size = micro_batch_size
-        self._replica: nn.Module = self.model
-        if ranks.size > 1:
-            self._replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        self._replica = model
+
+    def attach(self, optimizer: Optimizer, clip_norm: float | None) -> Optimizer:
+        del clip_norm  # `update` is told at every step
+        return optimizer
 
     def micro_batch_size(self, global_batch_size: int) -> int:
         return self._micro_batch_size or global_batch_size // self.data_parallel_size
 
+    def set_micro_batch_size(self, micro_batch_size: int) -> None:
+        self._micro_batch_size = micro_batch_size
+
+    def loss(self, task: Task, batch: Batch) -> Tensor:
+        with self.precision.autocast():
+            return task.loss(self.model, to_device(batch, self.device))
+
     def forward_backward(self, task: Task, batch: Batch, global_batch_size: int) -> Tensor:
         part = torch.zeros((), device=self.device)
         for micro_batch, is_last in self._micro_batches(batch, global_batch_size):
-            with nullcontext() if is_last else self._unsynchronised():
-                share = micro_batch[0].shape[0] / global_batch_size
-                loss = task.loss(self._replica, to_device(micro_batch, self.device))
-                # DDP averages over ranks: times their number, the shares add up to the global mean.
-                torch.autograd.backward(loss * (share * self.data_parallel_size))
+            share = micro_batch[0].shape[0] / global_batch_size
+            with self._synchronised(is_last):
+                with self.precision.autocast():
+                    loss = task.loss(self._replica, to_device(micro_batch, self.device))
+                # Engines average over ranks: times their number, the shares add up to the global
+                # mean.
+                self._backward(loss * (share * self.data_parallel_size))
             part += loss.detach() * share
         return part
 
@@ -87,10 +142,12 @@ class DDP:
         for start in range(0, length, size):
             yield tuple(tensor[start : start + size] for tensor in batch), start + size >= length
 
-    def _unsynchronised(self) -> "nullcontext[None]":
-        if isinstance(self._replica, DistributedDataParallel):
-            return self._replica.no_sync()  # type: ignore[return-value]
-        return nullcontext()
+    def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Within it a backward pass sums over ranks where it is the last of its step."""
+        raise NotImplementedError
+
+    def _backward(self, loss: Tensor) -> None:
+        torch.autograd.backward(loss)
 
     def sum_over_ranks(self, values: Tensor) -> "dist.Work | None":
         if self.data_parallel_size == 1:
@@ -104,6 +161,63 @@ class DDP:
         told = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.broadcast(told, 0)
         return told.tolist()
+
+
+class OfGradients(OfRanks):
+    """Engines that leave the gradient in `p.grad`, on the way to one of torch's own optimizers."""
+
+    _update: Update
+
+    def forward_backward(self, task: Task, batch: Batch, global_batch_size: int) -> Tensor:
+        part = super().forward_backward(task, batch, global_batch_size)
+        if self.precision.loss_scale is not None:
+            grads = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, 1 / self.precision.loss_scale.value)
+        return part
+
+    def _backward(self, loss: Tensor) -> None:
+        scale = self.precision.loss_scale
+        torch.autograd.backward(loss if scale is None else loss * scale.value)
+
+    def update(self, optimizer: Optimizer, limits: Limits) -> Numbers:
+        return self._update(optimizer, limits)
+
+    def non_finite(self, steps_ago: int) -> list[str]:
+        params, squares = self._update.squares(steps_ago)
+        squares = squares.clone()
+        if self.data_parallel_size > 1:
+            dist.all_reduce(squares)
+        names: dict[Tensor, str] = {param: name for name, param in self.model.named_parameters()}
+        finite = torch.isfinite(squares).tolist()
+        return [names[param] for param, is_finite in zip(params, finite, strict=True)
+                if not is_finite]  # fmt: skip
+
+    def tensors(self, optimizer: Optimizer) -> "Tensors":
+        from largebatch.train.checkpoint_tensors import DistributedTensors
+
+        return DistributedTensors(self.model, optimizer, self._ranks)
+
+
+class DDP(OfGradients):
+    """Replicated parameters, one gradient all-reduce a step, whatever the micro-batches."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        device: torch.device,
+        micro_batch_size: int | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        super().__init__(model.to(device), ranks, device, micro_batch_size, precision)
+        self._update = Update(ranks.size, None, self.precision.loss_scale)
+        if ranks.size > 1:
+            self._replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+
+    def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
+        if not is_last and isinstance(self._replica, DistributedDataParallel):
+            return self._replica.no_sync()
+        return nullcontext()
 
     def small_gradients(self, kind: str) -> SmallGradients:
         if kind == "example":

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from largebatch.train.engines import Engine
 from largebatch.train.ranks import Ranks
-from largebatch.train.tasks import Task, to_device
+from largebatch.train.tasks import Task
 
 _MOST_AT_ONCE = 4096
 
@@ -29,15 +29,24 @@ class EvaluationGrid:
 
 
 @torch.no_grad()
-def evaluate(task: Task, engine: Engine, ranks: Ranks, device: torch.device) -> float:
-    """The mean loss over the evaluation set, each rank taking its share; the same on all ranks."""
+def evaluate(task: Task, engine: Engine, ranks: Ranks, most: int | None = None) -> float:
+    """The mean loss over the evaluation set, each rank taking its share; the same on all ranks.
+
+    Every rank makes the same number of forward passes, on samples of no weight where it has no
+    more: a sharded model gathers its weights in each.
+
+    Args:
+        most: samples in a forward pass.
+    """
     engine.model.eval()
-    indices = np.array_split(np.arange(task.num_eval, dtype=np.int64), ranks.size)[ranks.rank]
-    total = torch.zeros((), device=device)
-    for start in range(0, len(indices), _MOST_AT_ONCE):
-        chunk = indices[start : start + _MOST_AT_ONCE]
-        batch = to_device(task.eval_batch(chunk), device)
-        total += task.loss(engine.model, batch) * len(chunk)
+    share = math.ceil(task.num_eval / ranks.size)
+    begin, end = share * ranks.rank, min(share * (ranks.rank + 1), task.num_eval)
+    most = min(most or _MOST_AT_ONCE, _MOST_AT_ONCE)
+    total = torch.zeros((), device=engine.device)
+    for start in range(begin, begin + share, most):
+        chunk = np.arange(start, min(start + most, end), dtype=np.int64)
+        batch = task.eval_batch(chunk if len(chunk) else np.zeros(1, np.int64))
+        total += engine.loss(task, batch) * len(chunk)
     if ranks.size > 1:
         dist.all_reduce(total)
     engine.model.train()

@@ -1,7 +1,7 @@
 """The noise scale of a run: from the squared norms at a seam to what a record line says.
 
-It costs no collective of its own: this rank's parts of the small gradients' mean squared norms
-travel with the loss, and the whole gradient is the same on every rank. The host sees the numbers
+It costs no collective of its own: this rank's parts of the small gradients' mean squared norms, and
+of the whole gradient's, travel with the loss. The host sees the numbers
 with the step's others, one step late.
 """
 
@@ -41,6 +41,7 @@ class GradientNoise:
             tr Σ and ‖G‖² add up, the noise scale does not.
         optimizer: where given, also the noise scale in the metric P = 1 / (√v̂ + ε) of its second
             moment v̂ before the step, `noise_scale_preconditioned`: the noise as Adam sees it.
+        copies: ranks that hold the same piece of the whole gradient.
 
     Raises:
         ValueError: a second moment is asked for where there is none, or at a seam where no whole
@@ -52,6 +53,7 @@ class GradientNoise:
     every: int = 1
     by_layer: bool = False
     optimizer: Optimizer | None = None
+    copies: int = 1
     _scales: dict[str, NoiseScale] = field(default_factory=dict)
     _metric: dict[str, Tensor] = field(default_factory=dict)
     _samples: int = 0
@@ -80,22 +82,29 @@ class GradientNoise:
             self._metric = metric_of(self.optimizer, self.seam.layers, self._metric)
             self.seam.metric = self._metric or None
 
-    def parts(self, share: Share) -> Numbers:
-        """This rank's parts of what has to be summed over ranks, after the backward passes."""
+    def parts(self, share: Share, loss_scale: float | Tensor = 1.0) -> Numbers:
+        """This rank's parts of what has to be summed over ranks, after the backward passes and
+        before the whole gradient is clipped.
+
+        Args:
+            loss_scale: what small gradients were multiplied with as they went by.
+        """
         if not self.seam.active:
             return {}
-        small = self.seam.part(share)
+        whole = {name: value / self.copies for name, value in self._whole().items()}
+        return self._small(share, loss_scale) | whole
+
+    def _small(self, share: Share, loss_scale: float | Tensor) -> Numbers:
+        small = self.seam.part(share, loss_scale)
         numbers = {_SMALL: small.sum()}
         if self.by_layer:
             numbers |= _by_name(f"{_SMALL}/", self.seam.layers, small)
         if isinstance(self.seam, PassingGradients) and self.seam.metric is not None:
-            numbers[f"{_SMALL}_preconditioned"] = self.seam.weighted_part(share)
+            numbers[f"{_SMALL}_preconditioned"] = self.seam.weighted_part(share, loss_scale)
         return numbers
 
-    def whole(self) -> Numbers:
-        """What every rank has of the whole gradient, before it is clipped."""
-        if not self.seam.active:
-            return {}
+    def _whole(self) -> Numbers:
+        """This rank's pieces of the whole gradient."""
         big = squares(self.seam.layers)
         numbers = {_BIG: big.sum()}
         if self.by_layer:

@@ -20,8 +20,9 @@ from largebatch.train.randomness import seed_step
 from largebatch.train.ranks import Ranks
 from largebatch.train.readings import Readings
 from largebatch.train.sampler import Sampler
-from largebatch.train.small_gradients import Share, squares_of
+from largebatch.train.small_gradients import Share
 from largebatch.train.tasks import Batch, Task
+from largebatch.train.update import Limits, Numbers
 
 
 @dataclass
@@ -33,14 +34,6 @@ class Progress:
     samples: int = 0
     loss: float | None = None
     eval_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Of one step, on the device: parts that ranks add up, and what is the same on each."""
-
-    summed: dict[str, Tensor]
-    own: dict[str, Tensor]
 
 
 # What a ramp may decide on.
@@ -72,6 +65,7 @@ class Loop:
         noise: measures the noise scale, where it is asked for.
         save: takes the run's state as it is between two steps; called on every rank.
         save_every_samples: how often, and at the end of all runs but diverged ones; None: never.
+        clip_norm: gradients of a larger L2 norm are scaled down to it.
         target_loss: the run ends at the first evaluation at or below it.
         record_layers: put each layer's trust ratio into the lines.
         give_up_samples: ends a run without its target earlier than the budget, which schedules see.
@@ -92,6 +86,7 @@ class Loop:
     noise: GradientNoise | None = None
     save: Callable[[dict[str, Any]], None] = lambda state: None
     save_every_samples: int | None = None
+    clip_norm: float | None = None
     target_loss: float | None = None
     give_up_samples: int | None = None
     record_layers: bool = False
@@ -114,7 +109,7 @@ class Loop:
             loss = self.engine.forward_backward(self.task, batch, point.batch_size)
             numbers = self.measure(point, loss)
             change = self._coscaling.take_up(point)
-            self.update(point.lr)
+            numbers |= self.update(point.lr)
             before = self.send_off(point, numbers)
             self._readings.annotate(**change)
             self.advance(point)
@@ -144,14 +139,13 @@ class Loop:
         return self.task.train_batch(self.sampler.take(start, share))
 
     def measure(self, point: Point, loss: Tensor) -> Numbers:
-        """The step's numbers, gradients untouched: first those to be summed over ranks."""
+        """The step's numbers, gradients untouched."""
         interrupted = torch.full_like(loss, float(self.interruption.signal is not None))
         summed = {"loss": loss, "interrupted": interrupted}
-        own = {"grad_norm": torch.stack([*squares_of(self.gradients())]).sum().sqrt()}
         if self.noise is not None:
-            summed |= self.noise.parts(self.share(point))
-            own |= self.noise.whole()
-        return Numbers(summed, own)
+            scale = self.engine.precision.loss_scale
+            summed |= self.noise.parts(self.share(point), 1.0 if scale is None else scale.value)
+        return Numbers(summed, {})
 
     def share(self, point: Point) -> Share:
         ranks, micro = (
@@ -160,21 +154,16 @@ class Loop:
         )
         return Share(point.batch_size, ranks, math.ceil(point.batch_size / (ranks * micro)))
 
-    def gradients(self) -> list[Tensor]:
-        groups = self.optimizer.param_groups
-        return [p.grad for group in groups for p in group["params"] if p.grad is not None]
-
-    def update(self, lr: float) -> None:
+    def update(self, lr: float) -> Numbers:
         """One optimizer step at learning rate `lr`."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        numbers = self.engine.update(self.optimizer, Limits(self.clip_norm))
+        return Numbers(numbers.summed, numbers.own | trust_ratios(self.optimizer, self.record_layers))
 
     def send_off(self, point: Point, numbers: Numbers) -> dict[str, Any] | None:
         """Pack the step's numbers for the host; returns the line of the step before."""
         all_of_them = numbers.summed | numbers.own
-        all_of_them |= trust_ratios(self.optimizer, self.record_layers)
         packed = torch.stack([*all_of_them.values()])
         work = self.engine.sum_over_ranks(packed[: len(numbers.summed)])
         share = self.share(point)
@@ -190,8 +179,14 @@ class Loop:
         return self.arrived(self._readings.push(line, tuple(all_of_them), packed, work))
 
     def arrived(self, line: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Take in what a line that is now complete says of the noise scale."""
-        if line is not None and self.noise is not None:
+        """Take in what a line that is now complete says of the gradient."""
+        if line is None:
+            return None
+        if "grad_square" in line:
+            line["grad_norm"] = math.sqrt(line.pop("grad_square"))
+        if self.clip_norm is not None:
+            line["grad_norm_clipped"] = min(line["grad_norm"], self.clip_norm)
+        if self.noise is not None:
             self.noise.take(line)
         return line
 

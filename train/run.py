@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.config import ConfigError, EngineConfig
 from largebatch.train.build import build, check_arguments
 from largebatch.train.checkpoint import Checkpoints
 from largebatch.train.engines import Engine
@@ -25,7 +25,9 @@ from largebatch.train.loggers import Logger, NoLogger
 from largebatch.train.loop import Loop, Progress
 from largebatch.train.lr_find import LRFinder
 from largebatch.train.lr_results import publish
+from largebatch.train.model_options import checkpoint_activations, compile_blocks
 from largebatch.train.order import Order
+from largebatch.train.precision import Precision
 from largebatch.train.provenance import provenance
 from largebatch.train.ranks import Ranks
 from largebatch.train.record import RunFolder
@@ -53,18 +55,37 @@ def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
     task: Task = build(config.task, "task")
     torch.manual_seed(config.seed)
     model: nn.Module = build(config.model, "model")
+    prepare_model(config.engine, model)
     engine: Engine = build(
-        {
-            "_target_": config.engine._target_,
-            "micro_batch_size": config.engine.micro_batch_size,
-        },
+        config.engine.target,
         "engine",
         model=model,
         ranks=ranks,
         device=device,
+        micro_batch_size=config.engine.micro_batch_size,
+        precision=Precision(config.precision, device),
     )
     optimizer = build_optimizer(config.optim, engine.model, ranks)
+    try:
+        optimizer = engine.attach(optimizer, config.clip_norm)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return Parts(task, engine, optimizer, build_noise(order, engine, optimizer))
+
+
+def prepare_model(config: EngineConfig, model: nn.Module) -> None:
+    """What is done to a model whatever the engine.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    try:
+        if config.activation_checkpointing:
+            checkpoint_activations(model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if config.compile:
+        compile_blocks(model)
 
 
 def build_noise(order: Order, engine: Engine, optimizer: Optimizer) -> GradientNoise | None:
@@ -91,6 +112,7 @@ def build_noise(order: Order, engine: Engine, optimizer: Optimizer) -> GradientN
             noise.every,
             by_layer=order.config.record.layers,
             optimizer=optimizer if noise.preconditioned else None,
+            copies=engine.gradient_copies,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -199,7 +221,9 @@ def _train(
             optimizer=parts.optimizer,
             sampler=Sampler(parts.task.num_train, config.seed, parts.task.replacement),
             ranks=ranks,
-            evaluate=partial(evaluate, parts.task, parts.engine, ranks, device)
+            evaluate=partial(
+                evaluate, parts.task, parts.engine, ranks, config.engine.micro_batch_size
+            )
             if finder is None
             else None,
             grid=EvaluationGrid(config.evaluation.growth),
@@ -208,6 +232,7 @@ def _train(
             noise=parts.noise,
             save=save,
             save_every_samples=config.checkpoint.every_samples,
+            clip_norm=config.clip_norm,
             target_loss=config.target.loss,
             give_up_samples=config.target.give_up_samples,
             record_layers=config.record.layers,

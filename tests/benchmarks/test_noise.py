@@ -167,11 +167,11 @@ def test_the_record_and_the_table_hold_every_row(
     assert ranks["collectives"]["without"] == 2  # the gradient's, and that of the loss
     floats = {entry["name"]: entry["extra_floats"] for entry in ranks["rows"]}
     num_layers = len([*TINY.model().parameters()])
-    groups = 4  # embedding, block, norm, head
+    groups = 2  # the block, and the rest
     assert floats == {
-        "without": 0, "without, again": 0, "rank": 1, "rank by layer": 1 + num_layers,
-        "rank preconditioned": 2, "FSDP2 without": 0, "FSDP2 sharded": 2,
-        "FSDP2 sharded by group": 2 + 2 * groups,
+        "without": 0, "without, again": 0, "rank": 2, "rank by layer": 2 + 2 * num_layers,
+        "rank preconditioned": 4, "FSDP2 without": 0, "FSDP2 rank": 2,
+        "FSDP2 rank by group": 2 + 2 * groups,
     }  # fmt: skip
     assert record["provenance"]["device"] in shown
     assert all(formula in shown for formula in record["formulas"].values())

@@ -72,7 +72,7 @@ def test_the_preconditioned_scale_is_that_of_gradients_in_the_metric(
         for part in range(3):
             chosen = slice(4 * part, 4 * part + 4)
             torch.autograd.backward(cross_entropy(model(x[chosen]), y[chosen]) / 3)
-        numbers = noise.parts(share) | noise.whole()
+        numbers = noise.parts(share)
         assert ("noise/small_preconditioned" in numbers) == (step > 0)
         if step:
             root = [
@@ -171,7 +171,7 @@ def test_a_parameter_without_second_moment_is_left_out_of_the_metric() -> None:
             used = model if step == 2 else [model[0]]
             loss = sum(layer(torch.randn(4, 3)).square().mean() for layer in used)
             torch.autograd.backward(loss / 2)
-        numbers = noise.parts(Share(8, 1, 2)) | noise.whole()
+        numbers = noise.parts(Share(8, 1, 2))
         if step:
             first = sum(
                 (p.grad.square() / ((s["exp_avg_sq"] / (1 - 0.999**step)).sqrt() + 1e-8)).sum()
@@ -191,7 +191,7 @@ def test_layers_are_told_by_name_and_add_up_to_the_whole() -> None:
     noise.begin(0)
     for half in (slice(0, 6), slice(6, 12)):
         torch.autograd.backward(cross_entropy(model(x[half]), y[half]) / 2)
-    numbers = noise.parts(Share(12, 1, 2)) | noise.whole()
+    numbers = noise.parts(Share(12, 1, 2))
     halves = [gradients(model, x[:6], y[:6]), gradients(model, x[6:], y[6:])]
     for place, name in enumerate(dict(model.named_parameters())):
         one, other = (half[place] for half in halves)

@@ -72,10 +72,9 @@ def test_a_step_of_the_loop_asks_the_device_nothing(optimizer: type[Optimizer]) 
             loss = loop.engine.forward_backward(loop.task, batch, point.batch_size)
             numbers = loop.measure(point, loss)
             if optimized:  # torch's own SGD and AdamW read their CPU step counters
-                loop.update(point.lr)
-            loop.send_off(point, numbers)
+                loop.send_off(point, numbers | loop.update(point.lr))
         if not optimized:
-            loop.update(point.lr)
+            loop.send_off(point, numbers | loop.update(point.lr))
         loop.advance(point)
 
 
@@ -94,7 +93,7 @@ def test_measuring_the_noise_scale_asks_the_device_nothing(seam: str) -> None:
         batch = loop.task.train_batch(loop.sampler.take(0, 32))
         loss = loop.engine.forward_backward(loop.task, batch, point.batch_size)
         numbers = loop.measure(point, loss)
-        loop.update(point.lr)
+        numbers |= loop.update(point.lr)
         loop.send_off(point, numbers)
     assert ("noise/small_preconditioned" in numbers.summed) == (seam == "micro_batch")
 

@@ -1,0 +1,123 @@
+"""Runs of every engine on gloo ranks, cells as data: what each rank does, and the cells there are."""
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from gloo_ranks import Outcome
+from hydra import compose, initialize_config_module
+
+from largebatch.conf.config import typed
+from largebatch.train.order import Order, make_plan
+from largebatch.train.ranks import Ranks
+from largebatch.train.run import run
+
+STEPS, BATCH_SIZE = 50, 64
+# Rates at which the losses fall without a jump, and a ridge that keeps roots of nearly singular
+# statistics from blowing rounding up: differences then stay what rounding makes them.
+OPTIMIZERS = {
+    "adamw": ["optim.lr=0.004"],
+    "lamb": ["optim.lr=0.01"],
+    "shampoo": ["optim.lr=0.004", "optim.ridge=1e-4"],
+}
+ENGINES = {
+    "ddp": ["engine=ddp"],
+    "fsdp": ["engine=fsdp"],
+    "hsdp": ["engine=fsdp", "engine.replicas=2"],
+    "zero1": ["engine=deepspeed", "engine.stage=1"],
+    "zero2": ["engine=deepspeed", "engine.stage=2"],
+    "zero3": ["engine=deepspeed", "engine.stage=3"],
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    engine: str
+    accumulation: int
+    optimizer: str
+    folder: str = ""
+    """Of the run; empty: one that is thrown away."""
+    words: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        more = f" {' '.join(self.words)}" if self.words else ""
+        return f"{self.engine} x{self.accumulation} {self.optimizer}{more}"
+
+    def overrides(self, world_size: int) -> list[str]:
+        micro = BATCH_SIZE // (world_size * self.accumulation)
+        return [
+            "task=bytes", "task.num_bytes=65536", "task.num_eval=64", "target.loss=null",
+            f"batch.size={BATCH_SIZE}", f"budget.samples={STEPS * BATCH_SIZE}",
+            "evaluation.growth=10", f"optim={self.optimizer}",
+            *OPTIMIZERS[self.optimizer], *ENGINES[self.engine],
+            f"engine.micro_batch_size={micro}", *self.words,
+        ]  # fmt: skip
+
+
+def applies(cell: Cell, world_size: int) -> bool:
+    """ZeRO flattens the matrices that Shampoo needs; two replicas need two ranks."""
+    if cell.optimizer == "shampoo" and cell.engine.startswith("zero"):
+        return False
+    return cell.engine != "hsdp" or world_size > 1
+
+
+def cells(world_size: int) -> list[Cell]:
+    every = (
+        Cell(engine, accumulation, optimizer)
+        for engine in ENGINES
+        for accumulation in (1, 4)
+        for optimizer in OPTIMIZERS
+    )
+    return [cell for cell in every if applies(cell, world_size)]
+
+
+def work(cell: Cell) -> Outcome:
+    """The losses of a run, as rank 0 has recorded them; nothing on the other ranks."""
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # DeepSpeed's, of another launch
+        os.environ.pop(key, None)
+    group_of_one()
+    with quiet(), tempfile.TemporaryDirectory() as temporary:
+        ranks = Ranks("test", dist.get_rank(), dist.get_world_size())
+        folder = Path(cell.folder or temporary)
+        summary = run(order(cell, ranks.size, folder), ranks, torch.device("cpu"))
+        return {"status": summary["status"], "losses": losses(folder) if ranks.is_first else []}
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def order(cell: Cell, world_size: int, folder: Path) -> Order:
+    with initialize_config_module("largebatch.conf", version_base="1.3"):
+        config = typed(compose("train", cell.overrides(world_size)))
+    return Order(config, make_plan(config), folder, cell.optimizer, "bytes", "byte_mlp")
+
+
+def group_of_one() -> None:
+    """A process group where the launch made none; for good, as DeepSpeed remembers its first."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without DeepSpeed's remarks, and torch's on how DeepSpeed calls it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def figures(found: list[dict[str, Outcome]], expected: list[float], cell: Any) -> float:
+    """The largest relative difference of a cell's losses."""
+    taken = found[0][str(cell)]["losses"]
+    assert len(taken) == len(expected) == STEPS
+    return max(abs(a - b) / abs(b) for a, b in zip(taken, expected, strict=True))

@@ -1,0 +1,156 @@
+"""ZeRO: DeepSpeed shards optimizer state (stage 1), gradients (2) and parameters (3).
+
+DeepSpeed keeps FP32 weights and sums FP32 gradients, as the other engines do; `precision=bf16` is
+autocast's, not DeepSpeed's own mode, whose weights and sums are bf16. Its optimizer is ours, bound
+so that layer-wise norms are those of whole layers.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from largebatch.optim.layerwise import LayerwiseOptimizer
+from largebatch.optim.zero import bind
+from largebatch.train.engines import OfRanks
+from largebatch.train.precision import Precision
+from largebatch.train.ranks import Ranks
+from largebatch.train.small_gradients import SmallGradients, squares_of
+from largebatch.train.update import Limits, Numbers
+
+if TYPE_CHECKING:
+    from largebatch.train.checkpoint_tensors import Tensors
+
+
+class DeepSpeed(OfRanks):
+    """DeepSpeed's engine as one of ours.
+
+    Args:
+        stage: of ZeRO, 0 to 3.
+        zero: more of DeepSpeed's `zero_optimization`, by its own names.
+
+    Raises:
+        ValueError: another stage, or FP16, which DeepSpeed would sum in FP16.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        device: torch.device,
+        micro_batch_size: int | None = None,
+        precision: Precision | None = None,
+        *,
+        stage: int = 1,
+        zero: Mapping[str, Any] | None = None,
+    ) -> None:
+        if stage not in range(4):
+            raise ValueError(f"engine.stage must be 0, 1, 2 or 3, got {stage!r}")
+        if precision is not None and precision.loss_scale is not None:
+            raise ValueError(
+                "precision=fp16 sums gradients in FP32, which DeepSpeed's FP16 mode does not: use "
+                "precision=bf16, or engine=ddp or fsdp"
+            )
+        super().__init__(model.to(device), ranks, device, micro_batch_size, precision)
+        self._zero = {"stage": stage, **(zero or {})}
+        self._wrapped: Any = None
+
+    def attach(self, optimizer: Optimizer, clip_norm: float | None) -> Optimizer:
+        elementwise = type(optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+        if not elementwise and not isinstance(optimizer, LayerwiseOptimizer):
+            if self._zero["stage"]:
+                raise ValueError(
+                    f"{type(optimizer).__name__} needs whole tensors, which ZeRO flattens: use "
+                    "engine=ddp or fsdp, or one of AdamW, SGD, LARS and LAMB"
+                )
+        config = {
+            "train_micro_batch_size_per_gpu": 1,  # the loop cuts the batch itself
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": clip_norm or 0.0,
+            "zero_optimization": self._zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 1 << 62,
+        }
+        deepspeed = import_deepspeed(self._ranks, self.device)
+        self._wrapped, *_ = deepspeed.initialize(
+            model=self.model, optimizer=optimizer, config=config
+        )
+        self._replica = self._wrapped
+        if isinstance(optimizer, LayerwiseOptimizer):
+            return bind(self._wrapped)
+        inner: Optimizer = self._wrapped.basic_optimizer
+        return inner
+
+    def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
+        self._wrapped.set_gradient_accumulation_boundary(is_last)
+        return nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
+        self._wrapped.backward(loss)
+
+    def update(self, optimizer: Optimizer, limits: Limits) -> Numbers:
+        if limits.skip_above is not None:
+            raise ValueError(
+                "engine=deepspeed steps whatever the gradient: use the rollback or stop of guard, "
+                "or engine=ddp or fsdp"
+            )
+        del optimizer  # DeepSpeed has it
+        norm = self._norm_of_replicas() if self._zero["stage"] == 0 else None
+        self._wrapped.step()
+        if norm is None:
+            norm = torch.as_tensor(self._wrapped.get_global_grad_norm(), dtype=torch.float32)
+        return Numbers({}, {"grad_norm": norm.to(self.device)})
+
+    def _norm_of_replicas(self) -> Tensor:
+        """Without ZeRO gradients are where they always are, and DeepSpeed measures none."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.stack([*squares_of(grads)]).sum().sqrt()
+
+    def non_finite(self, steps_ago: int) -> list[str]:
+        del steps_ago
+        return []  # the gradients are DeepSpeed's, and gone
+
+    def small_gradients(self, kind: str) -> SmallGradients:
+        raise ValueError(
+            f"noise.small={kind} finds no gradients to measure under engine=deepspeed: use "
+            "engine=ddp or fsdp"
+        )
+
+    def tensors(self, optimizer: Optimizer) -> "Tensors":
+        del optimizer
+        from largebatch.train.checkpoint_tensors import DeepSpeedTensors
+
+        return DeepSpeedTensors(self._wrapped)
+
+
+def import_deepspeed(ranks: Ranks, device: torch.device) -> Any:
+    """DeepSpeed, told what it looks for in the environment.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if device.type == "cpu":  # elsewhere it finds the accelerator; on XPU it must not be told
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name, value in (
+        ("RANK", ranks.rank),
+        ("LOCAL_RANK", ranks.local_rank),
+        ("WORLD_SIZE", ranks.size),
+    ):
+        os.environ.setdefault(name, str(value))
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            f"engine=deepspeed needs DeepSpeed ({error}): pip install 'largebatch[deepspeed]'"
+        ) from error
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # A kernel for inference, which it would spend minutes to compile.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

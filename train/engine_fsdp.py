@@ -1,0 +1,114 @@
+"""Parameters, gradients and optimizer state sharded over ranks by FSDP2, or over groups of them.
+
+With `replicas` groups (HSDP) each holds the whole model, sharded over its ranks: gathering stays
+within a group, and gradients are then summed across the groups.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from largebatch.train.engines import OfGradients
+from largebatch.train.model_options import blocks
+from largebatch.train.precision import Precision
+from largebatch.train.ranks import Ranks
+from largebatch.train.sharded_gradients import ShardedGradients
+from largebatch.train.small_gradients import SmallGradients
+from largebatch.train.update import Update
+
+
+class FSDP(OfGradients):
+    """FSDP2's `fully_shard` on each block of the model, and on what is left.
+
+    Args:
+        replicas: groups of ranks that hold the whole model each; 1: all ranks share one.
+        reshard_after_forward: let go of a block's gathered weights between its forward and its
+            backward pass (ZeRO-3); false keeps them, for memory in place of a second gather.
+        accumulate: where micro-batches are summed: "unsharded", whole gradients on every rank and
+            one reduce-scatter a step, or "sharded", one for each micro-batch and the memory of a
+            shard.
+
+    Raises:
+        ValueError: replicas that do not divide the ranks, or another word for `accumulate`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        device: torch.device,
+        micro_batch_size: int | None = None,
+        precision: Precision | None = None,
+        *,
+        replicas: int = 1,
+        reshard_after_forward: bool = True,
+        accumulate: str = "unsharded",
+    ) -> None:
+        if replicas < 1 or ranks.size % replicas:
+            raise ValueError(
+                f"engine.replicas must divide the {ranks.size} rank(s), got {replicas}: "
+                "each group of ranks holds the whole model once"
+            )
+        if accumulate not in ("unsharded", "sharded"):
+            raise ValueError(f"engine.accumulate must be unsharded or sharded, got {accumulate!r}")
+        super().__init__(model, ranks, device, micro_batch_size, precision)
+        self._accumulates_shards = accumulate == "sharded"
+        shard(model, mesh(ranks, device, replicas), self.precision, reshard_after_forward)
+        self.gradient_copies = replicas
+        self._update = Update(
+            replicas, self._add_up if ranks.size > 1 else None, self.precision.loss_scale
+        )
+
+    def _add_up(self, value: Tensor) -> None:
+        dist.all_reduce(value)
+
+    def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
+        cast(FSDPModule, self.model).set_requires_gradient_sync(is_last or self._accumulates_shards)
+        return nullcontext()
+
+    def small_gradients(self, kind: str) -> SmallGradients:
+        seams = {"rank": "unsharded", "micro_batch": "sharded"}
+        if kind not in seams:
+            raise ValueError(
+                f"noise.small={kind} needs whole parameters, which engine=fsdp has not: use "
+                "noise.small=rank, or micro_batch with engine.accumulate=sharded"
+            )
+        if kind == "micro_batch" and not self._accumulates_shards:
+            raise ValueError(
+                "noise.small=micro_batch sees gradients where they are reduced, and "
+                "engine.accumulate=unsharded reduces them once a step: use engine.accumulate="
+                "sharded, or noise.small=rank"
+            )
+        return ShardedGradients(self.model, synchronised_once=not self._accumulates_shards)
+
+
+def mesh(ranks: Ranks, device: torch.device, replicas: int) -> DeviceMesh:
+    """All ranks: in a row, or as `replicas` groups that hold the whole model each."""
+    if device.type == "xpu":
+        # xccl cannot split a group that is bound to a device (torch-xpu-ops issue 5385).
+        dist.distributed_c10d._get_default_group().bound_device_id = None
+    if replicas == 1:
+        return init_device_mesh(device.type, (ranks.size,), mesh_dim_names=("shard",))
+    shape = (replicas, ranks.size // replicas)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(
+    model: nn.Module, over: DeviceMesh, precision: Precision, reshard_after_forward: bool
+) -> None:
+    """Shard each block, and the rest, in place; weights gathered in the precision computed in."""
+    policy = MixedPrecisionPolicy()
+    if precision.dtype != torch.float32:
+        policy = MixedPrecisionPolicy(
+            param_dtype=precision.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    for block in blocks(model):
+        fully_shard(
+            block, mesh=over, mp_policy=policy, reshard_after_forward=reshard_after_forward
+        )
+    fully_shard(model, mesh=over, mp_policy=policy, reshard_after_forward=reshard_after_forward)
