@@ -165,15 +165,43 @@ class NoiseConfig:
         self.every = whole_number(self.every, "noise.every", 1)
 
 
+CHECKPOINT_MODES = ("sync", "async")
+CHECKPOINT_CHECKS = ("auto", "full", "size")
+
+
 @dataclass
 class CheckpointConfig:
+    """When a run is saved, what stays, and what is read before one is gone on from."""
+
     every_samples: Any = None
+    every_minutes: Any = None
+    mode: str = "sync"
     keep: Any = 2
+    keep_every_samples: Any = None
+    verify: str = "auto"
+    required: bool = False
 
     def __post_init__(self) -> None:
-        if self.every_samples is not None:
-            self.every_samples = whole_number(self.every_samples, "checkpoint.every_samples", 1)
+        for name in ("every_samples", "keep_every_samples"):
+            if getattr(self, name) is not None:
+                count = whole_number(getattr(self, name), f"checkpoint.{name}", 1)
+                setattr(self, name, count)
+        if self.every_minutes is not None:
+            self.every_minutes = real_number(
+                self.every_minutes, "checkpoint.every_minutes", above=0.0
+            )
         self.keep = whole_number(self.keep, "checkpoint.keep", 1)
+        for name, words in (("mode", CHECKPOINT_MODES), ("verify", CHECKPOINT_CHECKS)):
+            if getattr(self, name) not in words:
+                raise ConfigError(
+                    f"checkpoint.{name} must be one of {', '.join(words)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+
+    @property
+    def saves(self) -> bool:
+        """Whether a run is saved at all."""
+        return self.every_samples is not None or self.every_minutes is not None
 
 
 REMEDIES = ("skip", "rollback", "stop")
@@ -215,6 +243,21 @@ class GuardConfig:
         """Whether it may want a checkpoint to go back to."""
         watches = self.grad_norm_multiple is not None or self.loss_deviations is not None
         return self.non_finite == "rollback" or (self.spike == "rollback" and watches)
+
+
+@dataclass
+class ThroughputConfig:
+    """What rates are made with; `train/flops.py` and `train/peaks.py` say how."""
+
+    formula: str | None = None
+    peak_tflops: Any = None
+    steps_left_out: Any = 5
+
+    def __post_init__(self) -> None:
+        if self.peak_tflops is not None:
+            name = "throughput.peak_tflops"
+            self.peak_tflops = real_number(self.peak_tflops, name, above=0.0)
+        self.steps_left_out = whole_number(self.steps_left_out, "throughput.steps_left_out")
 
 
 FEWEST_POINTS = 5
@@ -298,6 +341,7 @@ class TrainConfig:
     record: RecordConfig = field(default_factory=RecordConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
     precision: str = "fp32"
     clip_norm: Any = None
     resume: str | None = None
@@ -313,9 +357,9 @@ class TrainConfig:
             )
         if self.clip_norm is not None:
             self.clip_norm = real_number(self.clip_norm, "clip_norm", above=0.0)
-        if self.guard.rolls_back and self.checkpoint.every_samples is None:
+        if self.guard.rolls_back and not self.checkpoint.saves:
             raise ConfigError(
-                "guard goes back to the last checkpoint: set checkpoint.every_samples, or "
+                "guard goes back to the last checkpoint: set checkpoint.every_samples or every_minutes, or "
                 "guard.non_finite and guard.spike to skip or stop"
             )
         if self.resume not in (None, "auto"):

@@ -1,112 +1,187 @@
 """What a run is continued from: model, optimizer and the loop's own state after some step.
 
-A checkpoint is complete or it is not there: it is written under another name, by all ranks, and
-takes its own when everything is on disk. Tensors go through `torch.distributed.checkpoint`, keyed
-by their names in the model, so that a world of another size can read them; the rest is
-`state.json`.
+A checkpoint is complete or it is not there (`checkpoint_files.py`), holds what an engine puts into
+it (`checkpoint_tensors.py`), and is made by all ranks, of which none is left waiting
+(`checkpoint_saving.py`). Here is when: after so many samples or minutes, how many stay, and what
+happens where one cannot be written.
 """
 
-import json
-import os
-import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.optim import Optimizer
-
+from largebatch.conf.config import CheckpointConfig, ConfigError
+from largebatch.train.checkpoint_files import (
+    CHECKPOINTS,
+    FORMAT,
+    add_up,
+    clear_drafts,
+    draft_of,
+    listed,
+    name_of,
+    publish,
+    read_state,
+    remove,
+    retire,
+    samples_of,
+    set_aside,
+)
+from largebatch.train.checkpoint_saving import Saving
+from largebatch.train.checkpoint_tensors import Part, Tensors, of_first
 from largebatch.train.ranks import Ranks
-from largebatch.train.resume import CHECKPOINTS, STATE, complete
+
+
+class CheckpointFailed(RuntimeError):
+    """One could not be written, and `checkpoint.required` says that this ends the run."""
 
 
 class Checkpoints:
     """The checkpoints of one run, `checkpoints/samples-N/` in its folder.
 
+    With `mode=async` a save returns when what this rank writes has been copied to host memory, and
+    the files are written while training goes on. One is under way at a time: the next waits for it.
+
+    One that cannot be written, on a full disk say, is removed, on all ranks alike; the last one
+    stays, and the run goes on with a line on stderr and one in `failures`. With
+    `checkpoint.required` it ends.
+
     Args:
-        keep: so many of the last ones stay, older ones are deleted when a new one is complete.
+        failed: on rank 0, takes the samples and the words of one that could not be written.
+
+    Attributes:
+        last: the one that was last saved or loaded, once it is known to be complete.
+        failures: what went wrong, the same on all ranks.
+        seconds_waited: that training has stood still for them, on this rank.
     """
 
     def __init__(
-        self, folder: Path, ranks: Ranks, model: nn.Module, optimizer: Optimizer, keep: int
+        self,
+        folder: Path,
+        ranks: Ranks,
+        tensors: Tensors,
+        config: CheckpointConfig,
+        failed: Callable[[int, str], None] = lambda samples, what: None,
     ) -> None:
         self._run, self._folder = folder, folder / CHECKPOINTS
-        self._ranks, self._model, self._optimizer = ranks, model, optimizer
-        self._keep = keep
-        self._last: int | None = None
+        self._ranks, self._tensors, self._config = ranks, tensors, config
+        self._failed = failed
+        self._under_way: tuple[Path, Saving] | None = None
+        self._begun_at = time.monotonic()
+        self.last: Path | None = None
+        self.failures: list[str] = []
+        self.seconds_waited = 0.0
+
+    def due(self, samples_before: int, samples_now: int) -> bool:
+        """Whether a step has passed a multiple of `every_samples`."""
+        every: int | None = self._config.every_samples
+        return every is not None and samples_now // every != samples_before // every
+
+    def is_due_by_time(self) -> bool:
+        """Whether `every_minutes` have gone by since the last save began, on this rank's clock:
+        rank 0 decides, and all are told.
+        """
+        every: float | None = self._config.every_minutes
+        return every is not None and time.monotonic() - self._begun_at >= 60 * every
 
     def save(self, state: dict[str, Any]) -> None:
         """Save the run as it stands; every rank calls it.
 
         Args:
             state: the loop's, in plain numbers.
+
+        Raises:
+            CheckpointFailed: it, or the one before, could not be written, with `required`.
         """
+        self.wait()
         samples: int = state["progress"]["samples"]
-        if samples == self._last:
+        final = self._folder / name_of(samples)
+        if final == self.last:
             return
-        self._last = samples
-        final = self._folder / f"samples-{samples:015d}"
-        draft = final.with_name(f".{final.name}")
-        if self._ranks.is_first:
-            self._folder.mkdir(exist_ok=True)
-            for left in self._folder.glob(".samples-*"):  # by a job that was killed meanwhile
-                shutil.rmtree(left)
-        self._wait_for_all()
-        with quiet():
-            state_dict_saver.save(
-                self._tensors(), checkpoint_id=draft, no_dist=self._ranks.size == 1
-            )
-        if self._ranks.is_first:
-            (draft / STATE).write_text(json.dumps(state), encoding="utf-8")
-            for path in (*draft.iterdir(), draft):
-                flush_to_disk(path)
-            draft.rename(final)
-            flush_to_disk(self._folder)
-            for old in complete(self._run)[: -self._keep]:
-                old.rename(old.with_name(f".{old.name}"))  # never half deleted under its own name
-                shutil.rmtree(old.with_name(f".{old.name}"))
+        begun = time.perf_counter()
+        self._begun_at = time.monotonic()
+        try:
+            of_first(self._ranks, lambda: self._make_draft(final))
+        except OSError as error:
+            self._note(final, str(error))
+            return
+        background = self._config.mode == "async"
+        saved_by = self._tensors.describe() | {"time": time.time()}
+        writing = self._tensors.begin_save(draft_of(final), staged=background)
+
+        def publish_all(parts: list[Part]) -> None:
+            files = add_up(part.files for part in parts)
+            files |= writing.finish([part.results for part in parts])
+            whole = state | {"format": FORMAT, "saved_by": saved_by}
+            publish(draft_of(final), final, files, whole)
+            retire(self._run, self._config.keep, self._config.keep_every_samples)
+
+        def discard() -> None:
+            remove(draft_of(final))
+
+        saving = Saving(self._ranks, writing, publish_all, discard, background)
+        self._under_way = final, saving
+        self.seconds_waited += time.perf_counter() - begun
+        if not background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until no save is under way; every rank calls it.
+
+        Raises:
+            CheckpointFailed: it could not be written, with `required`.
+        """
+        if self._under_way is None:
+            return
+        begun = time.perf_counter()
+        final, saving = self._under_way
+        what = saving.wait()
+        self._under_way = None
+        self.seconds_waited += time.perf_counter() - begun
+        if what:
+            self._note(final, what)
+        else:
+            self.last = final
+
+    def settle(self, seconds: float = 60.0) -> None:
+        """After an error: let the save that is under way end, if it does. Ranks may have died."""
+        if self._under_way is not None:
+            self._under_way[1].join(seconds)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Set model and optimizer to what they were; returns the loop's state."""
-        tensors = self._tensors()
-        with quiet():
-            state_dict_loader.load(tensors, checkpoint_id=checkpoint, no_dist=self._ranks.size == 1)
-            set_state_dict(
-                self._model,
-                self._optimizer,
-                model_state_dict=tensors["model"],
-                optim_state_dict=tensors["optimizer"],
-            )
-        state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        self._last = state["progress"]["samples"]
+        """Set model and optimizer to what they were; returns the loop's state. Every rank calls it.
+
+        Checkpoints after it were passed by as broken; they are set aside, out of the way of those
+        that the run will make again.
+
+        Raises:
+            ConfigError: it does not fit this run.
+        """
+        self.wait()
+        try:
+            state = of_first(self._ranks, lambda: read_state(checkpoint))
+            self._tensors.load(checkpoint, state.get("saved_by", {}))
+        except (OSError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+        if self._ranks.is_first:
+            for later in listed(self._run):
+                if samples_of(later) > samples_of(checkpoint):
+                    set_aside(later, "broken")
+        self.last = checkpoint
         return state
 
-    def _tensors(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self._model, self._optimizer)
-        return {"model": model, "optimizer": optimizer}
+    def _make_draft(self, final: Path) -> None:
+        self._folder.mkdir(exist_ok=True)
+        clear_drafts(self._run)  # by a job that was killed meanwhile
+        draft_of(final).mkdir()
 
-    def _wait_for_all(self) -> None:
-        if self._ranks.size > 1:
-            dist.barrier()
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, would survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Torch warns that a single process is one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
+    def _note(self, final: Path, what: str) -> None:
+        told = f"{final.name} could not be saved: {what}"
+        self.failures.append(told)
+        if self._config.required:
+            raise CheckpointFailed(told)
+        if self._ranks.is_first:
+            left = "there is none yet" if self.last is None else f"{self.last.name} stays the last"
+            print(f"largebatch: {told}; {left}, training goes on", file=sys.stderr)
+            self._failed(samples_of(final), told)

@@ -106,11 +106,15 @@ def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
         elif isinstance(error, RunEnded) and not display:
             return error.summary  # a sweep that goes on with resume=auto passes it by
         raise
-    if order.config.engine.nproc == 1:
-        summary = train(ranks, order, display)
-    else:
-        with started_ranks(order.config.engine.nproc) as ranks:
+    try:
+        if order.config.engine.nproc == 1:
             summary = train(ranks, order, display)
+        else:
+            with started_ranks(order.config.engine.nproc) as ranks:
+                summary = train(ranks, order, display)
+    finally:
+        if order.resumption is not None:
+            order.resumption.release()
     assert summary is not None
     if "error" in summary:  # a sweep that found nothing; other errors are raised
         of_many = "" if display else f"{os.path.relpath(order.folder)}: "
@@ -133,6 +137,7 @@ def train(ranks: Ranks, order: Order | None, display: bool = False) -> dict[str,
     from largebatch.train.display import Display
     from largebatch.train.ranks import meet, pick_device, process_group, set_threads, tell
     from largebatch.train.run import run
+    from largebatch.train.stacks import answering
 
     store = meet(ranks)
     order = tell(store, ranks, order)
@@ -143,7 +148,12 @@ def train(ranks: Ranks, order: Order | None, display: bool = False) -> dict[str,
         device = pick_device(order.config.engine.device, ranks)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    with process_group(store, ranks, device):
+    config = order.config
+    in_background = config.checkpoint.saves and config.checkpoint.mode == "async"
+    group = process_group(
+        store, ranks, device, with_cpu=in_background, always=config.engine.needs_group
+    )
+    with answering(order.folder, ranks.rank, ranks.size), group:
         if not display:
             return run(order, ranks, device)
         with Display(order) as shown:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class DeepSpeed(OfRanks):
-    """DeepSpeed's engine as one of ours.
+    """DeepSpeed's engine as one of ours. It steps whatever the gradient is.
 
     Args:
         stage: of ZeRO, 0 to 3.
@@ -37,6 +37,8 @@ class DeepSpeed(OfRanks):
     Raises:
         ValueError: another stage, or FP16, which DeepSpeed would sum in FP16.
     """
+
+    can_skip = False
 
     def __init__(
         self,
@@ -95,11 +97,7 @@ class DeepSpeed(OfRanks):
         self._wrapped.backward(loss)
 
     def update(self, optimizer: Optimizer, limits: Limits) -> Numbers:
-        if limits.skip_above is not None:
-            raise ValueError(
-                "engine=deepspeed steps whatever the gradient: use the rollback or stop of guard, "
-                "or engine=ddp or fsdp"
-            )
+        assert limits.skip_above is None
         del optimizer  # DeepSpeed has it
         norm = self._norm_of_replicas() if self._zero["stage"] == 0 else None
         self._wrapped.step()

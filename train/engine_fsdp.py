@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -64,9 +64,6 @@ class FSDP(OfGradients):
             replicas, self._add_up if ranks.size > 1 else None, self.precision.loss_scale
         )
 
-    def _add_up(self, value: Tensor) -> None:
-        dist.all_reduce(value)
-
     def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
         cast(FSDPModule, self.model).set_requires_gradient_sync(is_last or self._accumulates_shards)
         return nullcontext()
@@ -108,7 +105,5 @@ def shard(
             param_dtype=precision.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     for block in blocks(model):
-        fully_shard(
-            block, mesh=over, mp_policy=policy, reshard_after_forward=reshard_after_forward
-        )
+        fully_shard(block, mesh=over, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=over, mp_policy=policy, reshard_after_forward=reshard_after_forward)

@@ -36,6 +36,8 @@ class Engine(Protocol):
     precision: Precision
     gradient_copies: int
     """Ranks that hold the same piece of the gradient: all of them where it is replicated."""
+    can_skip: bool
+    """Whether a step can be masked by its own gradient."""
 
     def attach(self, optimizer: Optimizer, clip_norm: float | None) -> Optimizer:
         """Take the optimizer in, once; returns the one whose groups hold from now on.
@@ -91,7 +93,7 @@ class Engine(Protocol):
 class OfRanks:
     """What engines share: one rank's micro-batches, and talk between ranks."""
 
-    _add_up_for_norm = False
+    can_skip = True
 
     def __init__(
         self,
@@ -179,6 +181,9 @@ class OfGradients(OfRanks):
         scale = self.precision.loss_scale
         torch.autograd.backward(loss if scale is None else loss * scale.value)
 
+    def _add_up(self, value: Tensor) -> None:
+        dist.all_reduce(value)
+
     def update(self, optimizer: Optimizer, limits: Limits) -> Numbers:
         return self._update(optimizer, limits)
 
@@ -210,7 +215,9 @@ class DDP(OfGradients):
         precision: Precision | None = None,
     ) -> None:
         super().__init__(model.to(device), ranks, device, micro_batch_size, precision)
-        self._update = Update(ranks.size, None, self.precision.loss_scale)
+        self._update = Update(
+            ranks.size, self._add_up if ranks.size > 1 else None, self.precision.loss_scale
+        )
         if ranks.size > 1:
             self._replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 

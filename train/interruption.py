@@ -1,15 +1,20 @@
-"""Ctrl-C and SIGTERM end a run between two steps, with its record closed."""
+"""Ctrl-C, SIGTERM and a batch system's warning end a run between two steps, its record closed.
+
+PBS sends SIGTERM before it kills a job, Slurm the signal of `--signal` (use USR2), LSF SIGUSR2, and
+SIGXCPU comes with the end of a CPU time limit. SIGUSR1 is none of them: it prints the stacks
+(`train/stacks.py`).
+"""
 
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Final, Self
+
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class Interruption:
-    """Within it, the first SIGINT or SIGTERM is noted in `signal`; a second one acts as it would
-    have.
-    """
+    """Within it, the first of `SIGNALS` is noted in `signal`; a second acts as it would have."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -19,7 +24,7 @@ class Interruption:
         # Signals reach the main thread alone; elsewhere (a thread of the user's) there is none to
         # note.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -1,28 +1,34 @@
 """The way of a batch. Read `Loop.run` first: one step from plan to record."""
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from largebatch.conf.config import GuardConfig
 from largebatch.schedules import Plan, Point
 from largebatch.train.coscaling import CoScaling
 from largebatch.train.engines import Engine
 from largebatch.train.evaluation import EvaluationGrid
 from largebatch.train.gradient_noise import GradientNoise
+from largebatch.train.guard import Guard, Verdict
 from largebatch.train.interruption import Interruption
+from largebatch.train.precision import LossScale
 from largebatch.train.randomness import seed_step
 from largebatch.train.ranks import Ranks
 from largebatch.train.readings import Readings
 from largebatch.train.sampler import Sampler
 from largebatch.train.small_gradients import Share
+from largebatch.train.step_clock import StepClock
 from largebatch.train.tasks import Batch, Task
 from largebatch.train.update import Limits, Numbers
+
+if TYPE_CHECKING:
+    from largebatch.train.checkpoint import Checkpoints
 
 
 @dataclass
@@ -34,6 +40,10 @@ class Progress:
     samples: int = 0
     loss: float | None = None
     eval_loss: float | None = None
+    reason: str | None = None
+    """Why it ended, where the guard has ended it."""
+    left_out: int = 0
+    """Samples of the order that were left out, by rolling back: what comes stands so much later."""
 
 
 # What a ramp may decide on.
@@ -63,8 +73,11 @@ class Loop:
             that do not wait for it.
         record: takes each complete line; called on every rank, in step order.
         noise: measures the noise scale, where it is asked for.
-        save: takes the run's state as it is between two steps; called on every rank.
-        save_every_samples: how often, and at the end of all runs but diverged ones; None: never.
+        guard: what becomes of numbers that go wrong.
+        event: takes what the guard has done, as keywords of an event; called on every rank.
+        checkpoints: where the run's state is kept between two steps, and taken from; None: nowhere.
+        rewind: cuts the record to the lines until so many samples; called on every rank.
+        phase: is told what is done between steps: "evaluate", "save".
         clip_norm: gradients of a larger L2 norm are scaled down to it.
         target_loss: the run ends at the first evaluation at or below it.
         record_layers: put each layer's trust ratio into the lines.
@@ -84,8 +97,11 @@ class Loop:
     record: Callable[[dict[str, Any]], None]
     interruption: Interruption
     noise: GradientNoise | None = None
-    save: Callable[[dict[str, Any]], None] = lambda state: None
-    save_every_samples: int | None = None
+    guard: Guard = field(default_factory=lambda: Guard(GuardConfig()))
+    event: Callable[[dict[str, Any]], None] = lambda event: None
+    checkpoints: "Checkpoints | None" = None
+    rewind: Callable[[int], None] = lambda samples: None
+    phase: Callable[[str], None] = lambda name: None
     clip_norm: float | None = None
     target_loss: float | None = None
     give_up_samples: int | None = None
@@ -93,17 +109,31 @@ class Loop:
     enough: Callable[[dict[str, Any]], bool] = lambda line: False
     progress: Progress = field(default_factory=Progress)
     _readings: Readings = field(default_factory=Readings)
+    _rollback: Verdict | None = None
+    _save_is_due: bool = False
+    _clock: StepClock = field(default_factory=StepClock)
     _coscaling: CoScaling = field(init=False)
-    _boundary: tuple[int, float] = field(init=False)
 
     def __post_init__(self) -> None:
         self._coscaling = CoScaling(self.plan, self.optimizer)
 
     def run(self) -> Progress:
-        """Step until the target, the budget, an interruption or a non-finite number."""
+        """Step until the target, the budget, an interruption, or a number that the guard stops at."""
         if self.progress.status == "reached" or self.is_spent:  # before it was resumed
             return self.progress
-        self._boundary = (self.progress.steps, time.perf_counter())
+        self.make_steps()
+        while self._rollback is not None:
+            if self.roll_back(self._rollback):
+                self.make_steps()
+        if self.checkpoints is not None:
+            if self.progress.status != "diverged":
+                self.save()
+            self.checkpoints.wait()
+        return self.progress
+
+    def make_steps(self) -> None:
+        """Step from where the run stands until it ends, or is to go back."""
+        self._clock.start()
         for point in self.plan.steps_from(self.progress.samples):
             batch = self.take(point)
             loss = self.engine.forward_backward(self.task, batch, point.batch_size)
@@ -114,14 +144,19 @@ class Loop:
             self._readings.annotate(**change)
             self.advance(point)
             ended = self.ends_with(before)
-            if self.progress.status != "diverged":  # an interruption leaves no boundary out
+            if not self.is_broken:  # an interruption leaves no boundary out
                 ended = self.boundary_ends_it(point) or ended
             if ended or self.saving_ends_it(point):
                 break
-        self.ends_with(self.arrived(self._readings.flush()))
-        if self.progress.status != "diverged" and self.save_every_samples is not None:
-            self.save(self.state_dict())
-        return self.progress
+        if self._rollback is None:
+            self.ends_with(self.arrived(self._readings.flush()))
+        else:
+            self._readings.flush()  # of a step that will not have been
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the weights are those of a step that should not have been made."""
+        return self.progress.status == "diverged" or self._rollback is not None
 
     @property
     def is_spent(self) -> bool:
@@ -132,8 +167,9 @@ class Loop:
     def take(self, point: Point) -> Batch:
         """This rank's share of the global batch, and the randomness of the step."""
         share = point.batch_size // self.engine.data_parallel_size
-        start = point.samples + self.ranks.rank * share
-        seed_step(self.engine.device, self.sampler.seed, point.samples, self.ranks.rank)
+        position = point.samples + self.progress.left_out
+        start = position + self.ranks.rank * share
+        seed_step(self.engine.device, self.sampler.seed, position, self.ranks.rank)
         if self.noise is not None:
             self.noise.begin(self.progress.steps)
         return self.task.train_batch(self.sampler.take(start, share))
@@ -142,6 +178,9 @@ class Loop:
         """The step's numbers, gradients untouched."""
         interrupted = torch.full_like(loss, float(self.interruption.signal is not None))
         summed = {"loss": loss, "interrupted": interrupted}
+        if self.checkpoints is not None:
+            due = self.ranks.is_first and self.checkpoints.is_due_by_time()
+            summed["save_is_due"] = torch.full_like(loss, float(due))
         if self.noise is not None:
             scale = self.engine.precision.loss_scale
             summed |= self.noise.parts(self.share(point), 1.0 if scale is None else scale.value)
@@ -158,8 +197,12 @@ class Loop:
         """One optimizer step at learning rate `lr`."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        numbers = self.engine.update(self.optimizer, Limits(self.clip_norm))
-        return Numbers(numbers.summed, numbers.own | trust_ratios(self.optimizer, self.record_layers))
+        numbers = self.engine.update(self.optimizer, Limits(self.clip_norm, self.skip_above()))
+        return numbers | Numbers({}, trust_ratios(self.optimizer, self.record_layers))
+
+    def skip_above(self) -> float | None:
+        """The gradient norm above which the next step is none; None: every step is made."""
+        return self.guard.threshold() if self.guard.skips else None
 
     def send_off(self, point: Point, numbers: Numbers) -> dict[str, Any] | None:
         """Pack the step's numbers for the host; returns the line of the step before."""
@@ -175,7 +218,12 @@ class Loop:
             "micro_batch_size": self.engine.micro_batch_size(point.batch_size),
             "gradient_accumulation_steps": share.gradient_accumulation_steps,
             "data_parallel_size": share.data_parallel_size,
+            "step_seconds": self._clock.step(),
         }
+        if self.plan.tokens_per_sample > 1:
+            line["tokens"] = line["samples"] * self.plan.tokens_per_sample
+        if self.guard.threshold() < math.inf:
+            line["grad_norm_bound"] = self.guard.threshold()
         return self.arrived(self._readings.push(line, tuple(all_of_them), packed, work))
 
     def arrived(self, line: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -184,6 +232,10 @@ class Loop:
             return None
         if "grad_square" in line:
             line["grad_norm"] = math.sqrt(line.pop("grad_square"))
+        if "skipped" in line:
+            line["skipped"] = line["skipped"] > 0
+        if line.get("skipped") and line.get("loss_scale", 0.0) > LossScale.LEAST:
+            line["overflow"] = math.isfinite(line["loss"]) and not math.isfinite(line["grad_norm"])
         if self.clip_norm is not None:
             line["grad_norm_clipped"] = min(line["grad_norm"], self.clip_norm)
         if self.noise is not None:
@@ -195,17 +247,60 @@ class Loop:
         self.progress.samples = point.samples + point.batch_size
 
     def ends_with(self, line: dict[str, Any] | None) -> bool:
-        """Record a complete line; True where it ends the run."""
+        """Record a complete line; True where it ends the steps."""
         if line is None:
             return False
         interrupted = line.pop("interrupted") > 0
+        self._save_is_due |= line.pop("save_is_due", 0.0) > 0
         self.progress.loss = line["loss"]
+        verdict = None if line.get("overflow") else self.guard.take(line)
         self.record(line)
-        if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
-            self.progress.status = "diverged"
-        elif interrupted and self.progress.status == "exhausted":
+        if verdict is not None:
+            self.act_on(verdict)
+        if interrupted and self.progress.status == "exhausted":
             self.progress.status = "interrupted"
-        return self.enough(line) or self.progress.status in ("diverged", "interrupted")
+        return self.enough(line) or self.is_broken or self.progress.status == "interrupted"
+
+    def act_on(self, verdict: Verdict) -> None:
+        """Do as the guard says, and tell; every rank comes here with the same verdict."""
+        event = asdict(verdict)
+        if not math.isfinite(verdict.value):
+            event["parameters"] = self.engine.non_finite(self.progress.steps - verdict.step)
+        if verdict.kind == "rollback":
+            self._rollback = verdict
+        else:
+            self.event(event)
+        if verdict.kind == "stop":
+            named = event.get("parameters")
+            said = f"; not finite: {', '.join(named[:4])}" if named else ""
+            self.progress.status, self.progress.reason = "diverged", verdict.reason + said
+
+    def roll_back(self, verdict: Verdict) -> bool:
+        """Go back to the last good checkpoint, the samples since then left out for good; False
+        where there is none, and the run ends.
+        """
+        self._rollback = None
+        state = self.last_state()
+        if state is None:
+            self.progress.status = "diverged"
+            self.progress.reason = f"{verdict.reason}, and there is no checkpoint to go back to"
+            self.event(asdict(verdict) | {"kind": "stop", "reason": self.progress.reason})
+            return False
+        position = self.progress.samples + self.progress.left_out
+        self.load_state_dict(state, rolled_back=True)
+        window = [self.progress.samples + self.progress.left_out, position]
+        self.progress.left_out = position - self.progress.samples
+        self.rewind(self.progress.samples)
+        self.event(asdict(verdict) | {"to_samples": self.progress.samples, "left_out": window})
+        return True
+
+    def last_state(self) -> dict[str, Any] | None:
+        """Of the last checkpoint, model and optimizer set to what they were then."""
+        if self.checkpoints is None:
+            return None
+        self.checkpoints.wait()
+        last = self.checkpoints.last
+        return None if last is None else self.checkpoints.load(last)
 
     def boundary_ends_it(self, point: Point) -> bool:
         """Evaluate where the grid or the end says so, and let the ramp decide what follows; True
@@ -218,9 +313,10 @@ class Loop:
             return False
         line = self.arrived(self._readings.flush())
         assert line is not None
-        steps, begun = self._boundary
-        step_seconds = (time.perf_counter() - begun) / (self.progress.steps - steps)
-        line["eval_loss"] = self.progress.eval_loss = self.evaluate()
+        step_seconds = self._clock.mean_of_steps()
+        with self._clock.paused():
+            self.phase("evaluate")
+            line["eval_loss"] = self.progress.eval_loss = self.evaluate()
         if self.plan.is_open:
             measured = {"batch_size": point.batch_size, "step_seconds": step_seconds}
             known = {} if self.noise is None else self.noise.readings()
@@ -229,7 +325,6 @@ class Loop:
             self.progress.status = "diverged"
         elif self.target_loss is not None and self.progress.eval_loss <= self.target_loss:
             self.progress.status = "reached"
-        self._boundary = (self.progress.steps, time.perf_counter())
         return self.ends_with(line) or spent or self.progress.status != "exhausted"
 
     def decide(self, seen: int, line: dict[str, Any]) -> None:
@@ -239,36 +334,46 @@ class Loop:
         self.plan.observe(seen, **dict(zip(readings, agreed, strict=True)))
 
     def saving_ends_it(self, point: Point) -> bool:
-        """Save where the step has passed a multiple of `save_every_samples`; True where its last
-        line ends the run.
-        """
-        every = self.save_every_samples
-        if every is None or self.progress.samples // every == point.samples // every:
+        """Save where it is due; True where its last line ends the steps."""
+        if self.checkpoints is None:
+            return False
+        if not (self._save_is_due or self.checkpoints.due(point.samples, self.progress.samples)):
             return False
         if self.ends_with(self.arrived(self._readings.flush())):
             return True
-        begun = time.perf_counter()
-        self.save(self.state_dict())
-        steps, boundary = self._boundary
-        self._boundary = (steps, boundary + time.perf_counter() - begun)  # is no time of steps
+        self._save_is_due = False
+        with self._clock.paused():
+            self.save()
         return False
+
+    def save(self) -> None:
+        assert self.checkpoints is not None
+        self.phase("save")
+        self.checkpoints.save(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands between two steps, model and optimizer aside, in plain numbers."""
         return {
             "progress": asdict(self.progress),
             "plan": self.plan.state_dict(),
+            "guard": self.guard.state_dict(),
+            "precision": self.engine.precision.state_dict(),
             "noise": {} if self.noise is None else self.noise.state_dict(),
             "evaluation_due_at": self.grid.due_at,
             "batch_size": self._coscaling.batch_size,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], rolled_back: bool = False) -> None:
         """Go on from a `state_dict`, the model's and the optimizer's state being loaded."""
         vars(self.progress).update(state["progress"])
         if self.progress.status == "interrupted":
             self.progress.status = "exhausted"
         self.plan.load_state_dict(state["plan"])
+        self.engine.precision.load_state_dict(state["precision"])
+        if rolled_back:
+            self.guard.rewind(state["guard"])
+        else:
+            self.guard.load_state_dict(state["guard"])
         if self.noise is not None:
             self.noise.load_state_dict(state["noise"])
         self.grid.due_at = state["evaluation_due_at"]

@@ -64,8 +64,9 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
     plan = make_plan(config)
     try:
         data_parallel_size = max(ranks.size, config.engine.nproc)
-        plan.check_divisible(data_parallel_size, config.engine.micro_batch_size)
-        micro_batch_size = config.engine.micro_batch_size
+        given = config.engine.micro_batch_size
+        micro_batch_size = None if given == "auto" else given  # found on the device
+        plan.check_divisible(data_parallel_size, micro_batch_size)
         splits = plan.splits(data_parallel_size, micro_batch_size)
         seam = noise_seam(config.noise.small, data_parallel_size, splits, micro_batch_size)
         if seam is None and isinstance(plan.ramp, NoiseRamp):
@@ -86,7 +87,7 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
     }
     resumption = None
     if config.resume == "auto":
-        resumption = find_resumption(folder, hydra_files["config.yaml"])
+        resumption = find_resumption(folder, hydra_files["config.yaml"], data_parallel_size)
     if resumption is None:
         check_free(folder)
     return Order(

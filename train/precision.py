@@ -1,4 +1,4 @@
-"""In what precision a step computes. Weights, gradients, their sum over micro-batches and over ranks
+"""In what precision a step computes. Weights, gradients, and their sums over micro-batches and ranks
 are FP32 in all of them: what is added up rounds once, whatever the accumulation.
 """
 

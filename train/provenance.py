@@ -24,7 +24,7 @@ def provenance(ranks: Ranks, device: torch.device) -> dict[str, Any]:
             "largebatch": _own_version(),
         },
         "git_commit": _git_commit(),
-        "device": _device_name(device),
+        "device": device_name(device),
         "num_threads": torch.get_num_threads(),
         "host": socket.gethostname(),
         "launcher": ranks.launcher,
@@ -61,10 +61,11 @@ def _git_commit() -> str | None:
 
 
 @cache
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What torch calls an accelerator, or the processor's own name."""
     if device.type != "cpu":
         module = torch.get_device_module(device)
-        name: str = module.get_device_name(device)
+        name: str = module.getdevice_name(device)
         return name
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

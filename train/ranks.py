@@ -1,105 +1,56 @@
-"""Which launcher started this process, its rank and device, and the process group. Imports no loop.
+"""The ranks of this run: starting them, ending them, their device and their process group. Imports
+no loop.
 
-A run on several ranks is started in one of three ways: torchrun, an MPI launcher (mpiexec), or
-`engine.nproc`, where rank 0 starts the others itself and hands them torchrun's variables.
+A run on several ranks is started by a launcher (train/launchers.py: which, and who this process is
+among all), or by `engine.nproc`, where rank 0 starts the others itself and hands them torchrun's
+variables.
 """
 
+import importlib
 import os
 import pickle
-import socket
+import resource
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
+
+from largebatch.conf.config import ConfigError
+from largebatch.train.launchers import Ranks, free_port, launcher_of, ranks_from
 
 if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import Store
 
-# Launchers that MPI can be asked about: their own variables name a rank, not all of them a size.
-_MPI_MARKERS: Final = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PALS_RANKID")
+__all__ = [
+    "Ranks",
+    "backend_of",
+    "die_with_parent",
+    "find_ranks",
+    "free_port",
+    "launcher_of",
+    "meet",
+    "pick_device",
+    "process_group",
+    "ranks_from",
+    "set_threads",
+    "started_ranks",
+    "tell",
+]
 
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among all. `local_*` count within its node."""
-
-    launcher: str = "none"
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    master_addr: str = "127.0.0.1"
-    master_port: int = 0
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
+# Open files of a rank beside its sockets to the others: libraries, data, logs.
+_OTHER_FILES: Final = 256
 
 
 @cache
 def find_ranks() -> Ranks:
     """This process's ranks, found once: asking MPI is a collective call."""
     return ranks_from(os.environ)
-
-
-def ranks_from(environment: Mapping[str, str]) -> Ranks:
-    """From torchrun's variables where they are, else from MPI where its launcher left a mark.
-
-    Raises:
-        RuntimeError: an MPI launcher without mpi4py, or with an mpi4py that sees a world of 1 while
-            the launcher says otherwise.
-    """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return Ranks(
-            launcher=environment.get("LARGEBATCH_LAUNCHER", "torchrun"),
-            rank=int(environment["RANK"]),
-            size=int(environment["WORLD_SIZE"]),
-            local_rank=int(environment.get("LOCAL_RANK", environment["RANK"])),
-            local_size=int(environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"])),
-            master_addr=environment.get("MASTER_ADDR", "127.0.0.1"),
-            master_port=int(environment.get("MASTER_PORT", "0")),
-        )
-    if any(marker in environment for marker in _MPI_MARKERS):
-        return _ask_mpi(environment)
-    return Ranks()
-
-
-def _ask_mpi(environment: Mapping[str, str]) -> Ranks:
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise RuntimeError(
-            f"started by an MPI launcher, but mpi4py does not load ({error}): "
-            "pip install 'largebatch[mpi]', or start with torchrun or engine.nproc"
-        ) from None
-    world = MPI.COMM_WORLD
-    rank, size = world.Get_rank(), world.Get_size()
-    said = int(environment.get("PMI_SIZE", environment.get("OMPI_COMM_WORLD_SIZE", size)))
-    if said != size:
-        raise RuntimeError(
-            f"the launcher started {said} ranks, but mpi4py sees {size}: its MPI library is not "
-            "the launcher's; install an mpi4py built for it, or start with torchrun"
-        )
-    node = world.Split_type(MPI.COMM_TYPE_SHARED)
-    local_rank, local_size = node.Get_rank(), node.Get_size()
-    one_node = local_size == size
-    master = ("127.0.0.1" if one_node else socket.gethostname(), free_port()) if rank == 0 else None
-    addr, port = world.bcast(master)
-    return Ranks("mpi", rank, size, local_rank, local_size, addr, port)
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager
@@ -111,7 +62,7 @@ def started_ranks(nproc: int) -> Iterator[Ranks]:
     port = free_port()
     others = []
     for rank in range(1, nproc):
-        environment = os.environ | {
+        environment = _without("LARGEBATCH_RANKS") | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(nproc),
@@ -140,16 +91,19 @@ def started_ranks(nproc: int) -> Iterator[Ranks]:
             other.wait()
 
 
+def _without(name: str) -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != name}
+
+
 def die_with_parent(environment: Mapping[str, str] = os.environ) -> None:
     """End this process when the one that started it is gone, SIGKILL included.
 
-    `LARGEBATCH_PARENT` names the process id to watch; without it this does nothing. An orphan that
-    trained on would write into a folder that a restarted study owns.
+    A launcher's ranks watch the process above them: torchrun's agent, mpiexec's proxy, Slurm's step
+    daemon. Others watch the process id in `LARGEBATCH_PARENT`; without one this does nothing. An
+    orphan that trained on would hold its device, and write into a folder that a restarted run owns.
     """
-    if "LARGEBATCH_PARENT" not in environment:
-        return
-    parent = int(environment["LARGEBATCH_PARENT"])
-    if parent == os.getpid():
+    parent = _parent(environment)
+    if parent is None or parent == os.getpid():
         return
 
     def watch() -> None:
@@ -160,12 +114,26 @@ def die_with_parent(environment: Mapping[str, str] = os.environ) -> None:
     threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
 
 
-def pick_device(name: str | None, ranks: Ranks) -> "torch.device":
-    """The device called `name`, or the accelerator where there is one, else the CPU.
+def _parent(environment: Mapping[str, str]) -> int | None:
+    if launcher_of(environment) not in ("none", "nproc"):
+        return os.getppid()  # LARGEBATCH_PARENT, if any, is that of the launcher
+    named = environment.get("LARGEBATCH_PARENT")
+    return None if named is None else int(named)
+
+
+def pick_device(name: str | None, ranks: Ranks, ipex: bool = False) -> "torch.device":
+    """The device called `name`, or the accelerator where there is one, else the CPU; made current.
+
+    Args:
+        ipex: import Intel Extension for PyTorch first. Only images of before torch 2.8 need it for
+            their XPU; its development has ended with 2.8.
 
     Raises:
-        ValueError: a device that this torch does not have.
+        ValueError: a device that this torch does not have, or more ranks on this node than devices.
+        ConfigError: `ipex` where it does not load.
     """
+    if ipex:
+        _load_ipex()
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -175,9 +143,27 @@ def pick_device(name: str | None, ranks: Ranks) -> "torch.device":
     if accelerator is None or accelerator.type != kind:
         here = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
         raise ValueError(f"engine.device must be one of {here} here, got {kind!r}")
+    count = torch.accelerator.device_count()
+    if ranks.local_rank >= count:
+        raise ValueError(
+            f"local rank {ranks.local_rank} has no {kind} device of its own: this node shows "
+            f"{count} (on Aurora's tiles: ZE_FLAT_DEVICE_HIERARCHY=FLAT, without ZE_AFFINITY_MASK);"
+            f" start at most {count} ranks a node, or use engine.device=cpu"
+        )
     # Before the process group: xccl and nccl bind to the current device.
     torch.accelerator.set_device_index(ranks.local_rank)
     return torch.device(kind, ranks.local_rank)
+
+
+def _load_ipex() -> None:
+    try:
+        importlib.import_module("intel_extension_for_pytorch")
+    except ImportError as error:
+        raise ConfigError(
+            f"engine.ipex=true, but intel_extension_for_pytorch does not load ({error}): leave it "
+            "at false, as torch 2.8 and later need it nowhere; on an older image pip install "
+            "'largebatch[ipex]'"
+        ) from error
 
 
 def set_threads(ranks: Ranks) -> None:
@@ -189,9 +175,14 @@ def set_threads(ranks: Ranks) -> None:
 
 
 def meet(ranks: Ranks) -> "Store | None":
-    """The store in which all ranks meet before they know anything else; None for one rank."""
+    """The store in which all ranks meet before they know anything else; None for one rank.
+
+    Raises:
+        ConfigError: this process may not open as many files as it needs sockets.
+    """
     if ranks.size == 1:
         return None
+    _allow_sockets(ranks.size)
     from torch.distributed.rendezvous import rendezvous
 
     # torchrun's agent may keep the store itself; env:// knows.
@@ -199,6 +190,23 @@ def meet(ranks: Ranks) -> "Store | None":
     url = "env://" if ranks.launcher == "torchrun" else address
     store: Store = next(iter(rendezvous(url, ranks.rank, ranks.size)))[0]
     return store
+
+
+def _allow_sockets(size: int) -> None:
+    """Let this process open a file for each of `size` ranks: rank 0 keeps the store, gloo is a
+    full mesh. What a job's script asked of the system need not have reached its ranks.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = size + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"{size} ranks need {needed} open files, and this process may open {hard}: "
+            f"`ulimit -n {needed}` before the launcher, or `mpiexec --rlimit NOFILE`, or fewer "
+            "ranks"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def tell(store: "Store | None", ranks: Ranks, value: Any) -> Any:
@@ -212,24 +220,51 @@ def tell(store: "Store | None", ranks: Ranks, value: Any) -> Any:
 
 
 @contextmanager
-def process_group(store: "Store | None", ranks: Ranks, device: "torch.device") -> Iterator[None]:
-    """The default process group over all ranks: gloo, nccl or xccl by the device. None for one
-    rank.
+def process_group(
+    store: "Store | None",
+    ranks: Ranks,
+    device: "torch.device",
+    *,
+    with_cpu: bool = False,
+    timeout_seconds: float | None = None,
+    always: bool = False,
+) -> Iterator[None]:
+    """The default process group over all ranks: gloo, nccl or xccl by the device.
+
+    Args:
+        with_cpu: collectives of CPU tensors too (asynchronous checkpoints make them), by gloo.
+        timeout_seconds: of a collective; None: torch's own. gloo and nccl keep it. xccl does not
+            end a collective that hangs (no abort), so that a watcher has to.
+        always: also for one rank, which needs none itself; FSDP2 and DeepSpeed ask for one.
     """
-    if store is None:
+    if store is None and not always:
         yield
         return
     import torch.distributed as dist
-    from torch._C._distributed_c10d import PrefixStore
+    from torch._C._distributed_c10d import HashStore, PrefixStore
 
+    own = dist.get_default_backend_for_device(device)
+    backend, bound = backend_of(device.type, own, with_cpu)
     dist.init_process_group(
-        dist.get_default_backend_for_device(device),
-        store=PrefixStore("largebatch/group", store),
+        backend,
+        store=PrefixStore("largebatch/group", store or HashStore()),
         rank=ranks.rank,
         world_size=ranks.size,
-        device_id=None if device.type == "cpu" else device,
+        timeout=None if timeout_seconds is None else timedelta(seconds=timeout_seconds),
+        device_id=device if bound else None,
     )
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def backend_of(device_type: str, own: str, with_cpu: bool) -> tuple[str, bool]:
+    """Name of the backend, and whether the group is bound to the device.
+
+    A bound group connects at once, which keeps FSDP2 from a deadlock on xccl; but one of several
+    backends that is bound loses the CPU's.
+    """
+    if device_type == "cpu":
+        return own, False
+    return (f"{device_type}:{own},cpu:gloo", False) if with_cpu else (own, True)

@@ -12,12 +12,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TextIO
 
 from largebatch.conf.config import ConfigError
+from largebatch.train.owner import Owner
 
 METRICS: Final = "metrics.jsonl"
 SUMMARY: Final = "summary.json"
+ROLLED_BACK: Final = "rolled_back.jsonl"
 
 STATUSES: Final = ("reached", "exhausted", "diverged", "interrupted", "failed")
 UNFINISHED: Final = ("interrupted", "failed")
@@ -65,12 +67,29 @@ def check_unfinished(folder: Path) -> None:
         raise RunEnded(folder, summary)
 
 
+def claim(folder: Path, world: int = 1) -> Owner:
+    """Make this process the owner of the run that is in `folder`, before anything in it is read.
+
+    Raises:
+        Owned: another process is at work in it.
+    """
+    file = (folder / METRICS).open("r+", encoding="utf-8")
+    try:
+        return Owner(folder, file, world)
+    except BaseException:
+        file.close()
+        raise
+
+
 class RunFolder:
-    """The record of one run, open for as long as the run lasts. The lock dies with its process.
+    """The record of one run, open for as long as the run lasts. The folder is this process's until
+    then (`train/owner.py`).
 
     Args:
         resumed_samples: go on with the run that the folder holds, from the checkpoint after so many
             samples. Lines of later steps are dropped: those steps are made again.
+        owner: who has claimed the run that is gone on with; the folder releases it.
+        world: ranks of the run.
 
     Attributes:
         seconds: that the run had taken until there.
@@ -80,7 +99,12 @@ class RunFolder:
     """
 
     def __init__(
-        self, folder: Path, hydra_files: Mapping[str, str], resumed_samples: int | None = None
+        self,
+        folder: Path,
+        hydra_files: Mapping[str, str],
+        resumed_samples: int | None = None,
+        owner: Owner | None = None,
+        world: int = 1,
     ) -> None:
         self.path, self.seconds = folder, 0.0
         if resumed_samples is None:
@@ -88,18 +112,20 @@ class RunFolder:
             (folder / ".hydra").mkdir(parents=True, exist_ok=True)
             # "x": of two runs that found the folder free, one creates the file.
             try:
-                self._lines = (folder / METRICS).open("x", encoding="utf-8")
+                self._lines: TextIO = (folder / METRICS).open("x+", encoding="utf-8")
             except FileExistsError:
                 check_free(folder)
                 raise
-            lock(self._lines.fileno())
+            self._owner = Owner(folder, self._lines, world)
         else:
-            check_unfinished(folder)
-            self._lines = (folder / METRICS).open("r+", encoding="utf-8")
-            if not lock(self._lines.fileno()):
-                self._lines.close()
-                raise ConfigError(f"another process is at work on the run in {folder}")
-            self._cut(resumed_samples)
+            self._owner = owner or claim(folder, world)
+            self._lines = self._owner.file
+            try:
+                check_unfinished(folder)
+                self._cut(resumed_samples)
+            except BaseException:
+                self._owner.release()
+                raise
             (folder / SUMMARY).unlink(missing_ok=True)
             (folder / ".hydra").mkdir(exist_ok=True)
             if (folder / ".hydra" / "config.yaml").exists():  # else killed before it was written
@@ -125,8 +151,27 @@ class RunFolder:
         self._lines.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
         self._lines.flush()
 
+    def rewind(self, samples: int) -> None:
+        """Move the lines of steps after `samples` samples to `rolled_back.jsonl`: the run has gone
+        back to before them.
+        """
+        self._lines.flush()
+        self._lines.seek(0)
+        lines = self._lines.read()
+        seconds = self.seconds
+        self._lines.seek(0)
+        self._cut(samples)
+        self.seconds = seconds
+        with (self.path / ROLLED_BACK).open("a", encoding="utf-8") as file:
+            file.write(lines.encode()[self._lines.tell() :].decode())
+
     def flush_to_disk(self) -> None:
-        """Wait until the lines so far would survive a crash of the machine."""
+        """Wait until the lines so far would survive a crash of the machine.
+
+        Raises:
+            Owned: another process has taken the folder for abandoned, and over.
+        """
+        self._owner.check()
         self._lines.flush()
         os.fsync(self._lines.fileno())
 
@@ -135,7 +180,7 @@ class RunFolder:
         assert summary["status"] in STATUSES
         text = json.dumps({key: finite(value) for key, value in summary.items()}, indent=1)
         write_whole(self.path / SUMMARY, text + "\n")
-        self._lines.close()
+        self._owner.release()
 
     def __enter__(self) -> Self:
         return self
@@ -146,7 +191,7 @@ class RunFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._lines.close()
+        self._owner.release()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,20 +18,26 @@ from largebatch.train.checkpoint import Checkpoints
 from largebatch.train.engines import Engine
 from largebatch.train.evaluation import EvaluationGrid, evaluate
 from largebatch.train.example_gradients import ExampleGradients
+from largebatch.train.flops import flops_of
 from largebatch.train.gradient_noise import GradientNoise
+from largebatch.train.guard import Guard
 from largebatch.train.interruption import Interruption
 from largebatch.train.loggers import Logger, NoLogger
 from largebatch.train.loop import Loop, Progress
 from largebatch.train.lr_find import LRFinder
 from largebatch.train.lr_results import publish
+from largebatch.train.micro_batch import find_micro_batch_size
 from largebatch.train.model_options import checkpoint_activations, compile_blocks
 from largebatch.train.order import Order
+from largebatch.train.peaks import chosen, peaks_of
 from largebatch.train.precision import Precision
-from largebatch.train.provenance import provenance
+from largebatch.train.provenance import device_name, provenance
 from largebatch.train.ranks import Ranks
 from largebatch.train.record import RunFolder
+from largebatch.train.reporter import Reporter, Silence
 from largebatch.train.sampler import Sampler
 from largebatch.train.tasks import Task
+from largebatch.train.throughput import Throughput
 
 
 @dataclass
@@ -41,6 +46,7 @@ class Parts:
     engine: Engine
     optimizer: Optimizer
     noise: GradientNoise | None
+    num_parameters: int
     progress: Progress = field(default_factory=Progress)
 
 
@@ -55,6 +61,8 @@ def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
     task: Task = build(config.task, "task")
     torch.manual_seed(config.seed)
     model: nn.Module = build(config.model, "model")
+    num_parameters = sum(p.numel() for p in model.parameters())
+    size = config.engine.micro_batch_size
     prepare_model(config.engine, model)
     engine: Engine = build(
         config.engine.target,
@@ -62,15 +70,24 @@ def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
         model=model,
         ranks=ranks,
         device=device,
-        micro_batch_size=config.engine.micro_batch_size,
+        micro_batch_size=None if size == "auto" else size,
         precision=Precision(config.precision, device),
     )
     optimizer = build_optimizer(config.optim, engine.model, ranks)
+    if not engine.can_skip and Guard(config.guard).skips:
+        raise ConfigError(
+            "engine=deepspeed steps whatever the gradient: set guard.non_finite and guard.spike to "
+            "rollback or stop, or use engine=ddp or fsdp"
+        )
     try:
         optimizer = engine.attach(optimizer, config.clip_norm)
+        if size == "auto":
+            sizes = [split.batch_size for split in order.plan.splits(ranks.size, None)]
+            engine.set_micro_batch_size(find_micro_batch_size(engine, task, ranks, sizes))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Parts(task, engine, optimizer, build_noise(order, engine, optimizer))
+    noise = build_noise(order, engine, optimizer)
+    return Parts(task, engine, optimizer, noise, num_parameters)
 
 
 def prepare_model(config: EngineConfig, model: nn.Module) -> None:
@@ -86,6 +103,27 @@ def prepare_model(config: EngineConfig, model: nn.Module) -> None:
         raise ConfigError(str(error)) from error
     if config.compile:
         compile_blocks(model)
+
+
+def build_throughput(order: Order, task: Task, ranks: Ranks, device: torch.device) -> Throughput:
+    """What rates are made with.
+
+    Raises:
+        ConfigError: a formula that is not known, or not for this model.
+    """
+    config, name = order.config.throughput, device_name(device)
+    known = peaks_of(name)
+    flops = None
+    if config.formula is not None or known or config.peak_tflops is not None:
+        try:
+            flops = flops_of(
+                partial(build, order.config.model, "model"), task, config.formula or "auto"
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    peak = chosen(config.peak_tflops, name)
+    others = tuple(other for other in known if other != peak)
+    return Throughput(flops, ranks.size, peak, others, config.steps_left_out)
 
 
 def build_noise(order: Order, engine: Engine, optimizer: Optimizer) -> GradientNoise | None:
@@ -155,23 +193,18 @@ def run(
         (opened,) = parts.engine.as_first_rank([0.0])
         if not opened:
             raise ConfigError("rank 0 was refused the run's folder")
-        return _train(order, parts, ranks, device, lambda line: None, time.perf_counter())
+        return _train(order, parts, ranks, device, Silence())
+    throughput = build_throughput(order, parts.task, ranks, device)
     folder, logger = _opened(order, parts.engine)
     with folder:
-        every, begin = order.config.record.every, time.perf_counter() - folder.seconds
-
-        def record(line: dict[str, Any]) -> None:
-            line["seconds"] = round(time.perf_counter() - begin, 4)
-            if line["step"] % every == 0 or "eval_loss" in line or "batch_change" in line:
-                folder.write(line)
-                logger.log(line)
-            watch(line)
-
+        every = order.config.record.every
+        reporter = Reporter(folder, logger, throughput, ranks.size, every, watch)
         try:
-            summary = _train(order, parts, ranks, device, record, begin, folder)
+            with reporter:
+                summary = _train(order, parts, ranks, device, reporter)
         except BaseException as error:
             parts.progress.status = "failed"
-            failed = _summary(order, parts, ranks, device, begin)
+            failed = _summary(order, parts, ranks, device, reporter)
             summary = failed | {"error": f"{type(error).__name__}: {error}"}
             raise
         finally:
@@ -182,10 +215,13 @@ def run(
 
 def _opened(order: Order, engine: Engine) -> tuple[RunFolder, Logger]:
     """The run's folder and logger, on rank 0; the others hear whether there are any."""
-    resumed = None if order.resumption is None else order.resumption.samples
+    resumed, owner = None, None
+    if order.resumption is not None:
+        resumed, owner = order.resumption.samples, order.resumption.owner
     try:
         logger = _logger(order)  # first: what it refuses leaves a folder as it was
-        folder = RunFolder(order.folder, order.hydra_files, resumed)
+        world = engine.data_parallel_size
+        folder = RunFolder(order.folder, order.hydra_files, resumed, owner, world)
     except BaseException:
         engine.as_first_rank([0.0])
         raise
@@ -194,25 +230,18 @@ def _opened(order: Order, engine: Engine) -> tuple[RunFolder, Logger]:
 
 
 def _train(
-    order: Order,
-    parts: Parts,
-    ranks: Ranks,
-    device: torch.device,
-    record: Callable[[dict[str, Any]], None],
-    begin: float,
-    folder: RunFolder | None = None,
+    order: Order, parts: Parts, ranks: Ranks, device: torch.device, tell: Silence
 ) -> dict[str, Any]:
     config = order.config
     checkpoints = Checkpoints(
-        order.folder, ranks, parts.engine.model, parts.optimizer, config.checkpoint.keep
+        order.folder,
+        ranks,
+        parts.engine.tensors(parts.optimizer),
+        config.checkpoint,
+        tell.checkpoint_failed,
     )
-
-    def save(state: dict[str, Any]) -> None:
-        if folder is not None:
-            folder.flush_to_disk()  # a checkpoint must not outlive the lines before it
-        checkpoints.save(state)
-
     finder = None if config.mode is None else LRFinder(config.mode)
+    most = parts.engine.micro_batch_size(order.plan.final_batch_size)
     with Interruption() as interruption:
         loop = Loop(
             plan=order.plan,
@@ -221,17 +250,18 @@ def _train(
             optimizer=parts.optimizer,
             sampler=Sampler(parts.task.num_train, config.seed, parts.task.replacement),
             ranks=ranks,
-            evaluate=partial(
-                evaluate, parts.task, parts.engine, ranks, config.engine.micro_batch_size
-            )
+            evaluate=partial(evaluate, parts.task, parts.engine, ranks, most)
             if finder is None
             else None,
             grid=EvaluationGrid(config.evaluation.growth),
-            record=record,
+            record=tell.line,
             interruption=interruption,
             noise=parts.noise,
-            save=save,
-            save_every_samples=config.checkpoint.every_samples,
+            guard=Guard(config.guard),
+            event=tell.event,
+            checkpoints=checkpoints if config.checkpoint.saves else None,
+            rewind=tell.rewind,
+            phase=tell.phase,
             clip_norm=config.clip_norm,
             target_loss=config.target.loss,
             give_up_samples=config.target.give_up_samples,
@@ -241,8 +271,12 @@ def _train(
         )
         if order.resumption is not None and order.resumption.checkpoint is not None:
             loop.load_state_dict(checkpoints.load(order.resumption.checkpoint))
-        loop.run()
-    summary = _summary(order, parts, ranks, device, begin)
+        try:
+            loop.run()
+        except BaseException:
+            checkpoints.settle()
+            raise
+    summary = _summary(order, parts, ranks, device, tell)
     if interruption.signal is not None:
         summary["signal"] = interruption.signal
     if finder is not None:
@@ -257,20 +291,21 @@ def _summary(
     parts: Parts,
     ranks: Ranks,
     device: torch.device,
-    begin: float,
+    tell: Silence,
 ) -> dict[str, Any]:
     config, progress = order.config, parts.progress
     reached = progress.status == "reached"
     batch_size = order.plan.final_batch_size
     return {
         "status": progress.status,
+        "reason": progress.reason,
         "steps_to_target": progress.steps if reached else None,
         "samples_to_target": progress.samples if reached else None,
         "steps": progress.steps,
         "samples": progress.samples,
         "loss": progress.loss,
         "eval_loss": progress.eval_loss,
-        "seconds": round(time.perf_counter() - begin, 4),
+        "seconds": tell.seconds(),
         "task": order.task,
         "model": order.model,
         "optimizer": order.optimizer,
@@ -287,7 +322,9 @@ def _summary(
         "gradient_accumulation_steps": math.ceil(
             batch_size / (ranks.size * parts.engine.micro_batch_size(batch_size))
         ),
-        "num_parameters": sum(p.numel() for p in parts.engine.model.parameters()),
+        "precision": config.precision,
+        "num_parameters": parts.num_parameters,
+        "throughput": tell.rates(),
         "provenance": provenance(ranks, device) | dict(parts.task.provenance()),
     }
 

@@ -48,7 +48,8 @@ class Update:
 
     Attributes:
         copies: ranks that hold the same piece of the gradient.
-        add_up: sums over all ranks in place, where they hold different pieces.
+        add_up: sums over all ranks in place; None for one rank. Also where ranks hold copies:
+            what they decide on must be the same number, to the bit.
         loss_scale: of FP16, whose overflow is no step.
     """
 

@@ -1,4 +1,4 @@
-"""Small models for the bundled tasks. GELU throughout: a ReLU's kink turns the rounding of another
+"""Small multilayer perceptrons. GELU throughout: a ReLU's kink turns the rounding of another
 micro-batch split into loss differences of 1e-3 within 100 steps."""
 
 from torch import Tensor, nn
@@ -28,3 +28,14 @@ class ByteMLP(nn.Module):
     def forward(self, symbols: Tensor) -> Tensor:
         logits: Tensor = self.mlp(self.embedding(symbols).flatten(1))  # (samples, vocabulary)
         return logits
+
+
+class ImageMLP(nn.Sequential):
+    """Images of shape (samples, channels, size, size) → logits, (samples, classes)."""
+
+    def __init__(self, channels: int, size: int, classes: int, hidden: int = 256) -> None:
+        pixels = (
+            whole_number(channels, "model.channels", 1) * whole_number(size, "model.size", 1) ** 2
+        )
+        classes = whole_number(classes, "model.classes", 2)
+        super().__init__(nn.Flatten(), MLP(pixels, hidden, classes))

@@ -1,0 +1,325 @@
+"""The types of a cluster and of a job on it. A cluster is one YAML in conf/cluster/, and no code.
+
+Hydra composes, one merge into `SubmitConfig` refuses an unknown key and an impossible value before
+anything is written or submitted. Imports no torch.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from largebatch.conf.config import ConfigError, sentence
+from largebatch.schedules.counts import whole_number
+
+_CHOICES = {
+    "scheduler": ("pbs", "slurm", "none"),
+    "launcher": ("pals", "srun", "mpich", "torchrun"),
+    "environment": ("venv", "spread", "copper"),
+    "collectives": ("oneccl", "nccl", "none"),
+}
+
+# oneCCL's all-reduce between nodes. `2d` cannot be one, and topo is what it is between (oneCCL's
+# documentation of its environment variables).
+ALGORITHMS = ("direct", "rabenseifner", "nreduce", "ring", "double_tree", "recursive_doubling")
+
+
+def seconds(value: Any, name: str) -> int:
+    """A wall time in seconds, from HH:MM:SS or from seconds.
+
+    Raises:
+        ConfigError: anything else, or none at all.
+    """
+    if isinstance(value, int) and value > 0:
+        return value
+    found = re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", str(value))
+    hours, minutes, rest = map(int, found.groups()) if found else (0, 0, 0)
+    total = 3600 * hours + 60 * minutes + rest
+    if total == 0:
+        raise ConfigError(f"{name} must be HH:MM:SS, such as 00:30:00, got {value!r}")
+    return total
+
+
+def clock(total: int) -> str:
+    """Seconds as HH:MM:SS."""
+    return f"{total // 3600:02}:{total // 60 % 60:02}:{total % 60:02}"
+
+
+@dataclass
+class QueueConfig:
+    """What a queue takes. `walltime` holds, for jobs of up to so many nodes, the longest time."""
+
+    walltime: dict[int, Any] = MISSING
+    min_nodes: Any = 1
+    min_walltime: Any = "00:00:01"
+    jobs_per_user: Any = None
+    """Queued and running; None: not limited, or not known."""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        self.min_nodes = whole_number(self.min_nodes, "min_nodes", 1)
+        self.min_walltime = seconds(self.min_walltime, "min_walltime")
+        self.walltime = {
+            int(nodes): seconds(longest, "walltime")
+            for nodes, longest in sorted(self.walltime.items())
+        }
+        if self.jobs_per_user is not None:
+            self.jobs_per_user = whole_number(self.jobs_per_user, "jobs_per_user", 1)
+
+    @property
+    def max_nodes(self) -> int:
+        return max(self.walltime)
+
+    def longest(self, nodes: int) -> int:
+        """Seconds that a job of so many nodes may take."""
+        most = min(limit for limit in self.walltime if nodes <= limit)
+        longest: int = self.walltime[most]
+        return longest
+
+
+@dataclass
+class DomainConfig:
+    """Cores that are near one another, and the devices that are near to them."""
+
+    cores: str = MISSING
+    devices: list[int] = field(default_factory=list)
+
+
+@dataclass
+class NodeConfig:
+    """A node's cores, and who is to use which; launch/binding.py makes the ranks' lists of it.
+
+    Cores are written as people write them: `0,52` or `42-47,94-99`.
+    """
+
+    ranks: Any = 1
+    """Ranks a node: one a device."""
+    domains: list[DomainConfig] = field(default_factory=list)
+    """None: ranks are not bound."""
+    cores_per_rank: Any = None
+    """None: as many as there are for all."""
+    rank_cores: str = ""
+    """Cores that ranks may have, taken in order. Empty: every core of the domains."""
+    reserved: str = ""
+    """The operating system's."""
+    ccl_workers: str | None = None
+    """A core for each rank's oneCCL worker. None: oneCCL chooses, among `ccl_choice`."""
+    ccl_choice: str = ""
+    copper: str = ""
+    daos: str = ""
+    bind: str | None = None
+    """Cores of each rank, as 4-7:8-11:…, in place of those that are computed."""
+
+    def __post_init__(self) -> None:
+        self.ranks = whole_number(self.ranks, "cluster.node.ranks", 1)
+        if self.cores_per_rank is not None:
+            self.cores_per_rank = whole_number(
+                self.cores_per_rank, "cluster.node.cores_per_rank", 1
+            )
+
+    @property
+    def num_devices(self) -> int:
+        return sum(len(domain.devices) for domain in self.domains)
+
+
+@dataclass
+class SettingsConfig:
+    """Environment variables that belong together, exported in jobs of `from_nodes` nodes or more.
+
+    `because` says of each variable why, and who has confirmed it; `source` of all together. A value
+    is a word of the shell's: `$NAME` is expanded; null leaves the variable alone.
+    """
+
+    source: str = ""
+    from_nodes: Any = 1
+    export: dict[str, Any] = field(default_factory=dict)
+    because: dict[str, str] = field(default_factory=dict)
+    unset: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.from_nodes = whole_number(self.from_nodes, "cluster.settings.….from_nodes", 1)
+        strange = [
+            name
+            for name in [*self.export, *self.unset]
+            if not re.fullmatch(r"[A-Za-z_]\w*", str(name))
+        ]
+        if strange:
+            raise ConfigError(
+                f"cluster.settings export and unset variables by name, got {strange[0]!r}"
+            )
+
+
+@dataclass
+class ClusterConfig:
+    """A cluster, and what is asked of it for one job."""
+
+    name: str = MISSING
+    scheduler: str = "pbs"
+    launcher: str = "pals"
+    launcher_options: list[str] = field(default_factory=list)
+    shell_options: str = "-l"
+    directives: list[str] = field(default_factory=list)
+    """Further directives of the scheduler, as they are."""
+
+    nodes: Any = 1
+    spares: Any = 0
+    queue: str | None = None
+    account: str | None = None
+    walltime: Any = None
+    chain: Any = 1
+    queues: dict[str, QueueConfig] | None = None
+    """None: none is checked."""
+    filesystems: list[str] = field(default_factory=list)
+    place: str | None = None
+    place_group: str | None = None
+    place_group_max_nodes: Any = 1
+
+    modules: list[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list)
+    environment: str = "venv"
+    venv: str | None = None
+    archive: str | None = None
+    daos: str | None = None
+    daos_filesystem: str = "daos_user_fs"
+
+    node: NodeConfig = field(default_factory=NodeConfig)
+    hsn_suffix: str | None = None
+    master_port: Any = None
+    open_files: Any = 65536
+    collectives: str = "none"
+    allreduce: str = "default"
+    settings: dict[str, SettingsConfig] = field(default_factory=dict)
+    rank_logs_from_nodes: Any = 2
+    watch_timeout: Any = None
+
+    def __post_init__(self) -> None:
+        self.spares = whole_number(self.spares, "cluster.spares")
+        for name in (
+            "nodes",
+            "chain",
+            "open_files",
+            "place_group_max_nodes",
+            "rank_logs_from_nodes",
+        ):
+            setattr(self, name, whole_number(getattr(self, name), f"cluster.{name}", 1))
+        for name in ("master_port", "watch_timeout"):
+            if getattr(self, name) is not None:
+                setattr(self, name, whole_number(getattr(self, name), f"cluster.{name}", 1))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"cluster.{name} must be one of {', '.join(choices)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if self.walltime is not None:
+            self.walltime = seconds(self.walltime, "cluster.walltime")
+        self._check_allreduce()
+        self._check_environment()
+        if self.launcher == "torchrun" and self.nodes + self.spares > 1:
+            raise ConfigError(
+                f"cluster.launcher=torchrun starts ranks on one node, got cluster.nodes="
+                f"{self.nodes}: use mpich, pals or srun"
+            )
+
+    def _check_allreduce(self) -> None:
+        if self.allreduce == "default":
+            return
+        if self.collectives != "oneccl":
+            raise ConfigError(
+                f"cluster.allreduce chooses among oneCCL's algorithms, and {self.name} has "
+                f"cluster.collectives={self.collectives}: leave it at default"
+            )
+        by_size = all(
+            re.fullmatch(rf"({'|'.join(ALGORITHMS)})(:\d+-(\d+|max))?", part)
+            for part in self.allreduce.split(";")
+        )
+        if not by_size:
+            raise ConfigError(
+                f"cluster.allreduce must be default, one of {', '.join(ALGORITHMS)}, or such by "
+                f"bytes ('direct:0-1048576;rabenseifner:1048577-max'), got {self.allreduce!r}"
+            )
+        transport = self.exported.get("CCL_ATL_TRANSPORT", "mpi")
+        if "direct" in self.allreduce and transport != "mpi":
+            raise ConfigError(
+                "cluster.allreduce=direct is MPI's own all-reduce: it needs CCL_ATL_TRANSPORT=mpi, "
+                f"got {transport!r}"
+            )
+
+    def _check_environment(self) -> None:
+        bare = [module for module in self.modules if "/" not in module]
+        if bare:
+            raise ConfigError(
+                f"cluster.modules must name versions, got {bare[0]!r}: `module avail {bare[0]}` "
+                f"lists them (what a bare name loads changes under a chain of jobs)"
+            )
+        if self.environment == "spread" and self.archive is None:
+            raise ConfigError(
+                "cluster.environment=spread unpacks an archive on every node: name it with "
+                "cluster.archive=…"
+            )
+        if self.environment == "copper" and self.venv is None:
+            raise ConfigError(
+                "cluster.environment=copper reads the environment through Copper: name it with "
+                "cluster.venv=…"
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        ranks: int = self.nodes * self.node.ranks
+        return ranks
+
+    @property
+    def active_settings(self) -> dict[str, SettingsConfig]:
+        """Those for a job of this size."""
+        return {
+            name: group for name, group in self.settings.items() if self.nodes >= group.from_nodes
+        }
+
+    @property
+    def exported(self) -> dict[str, Any]:
+        """Every variable that is exported."""
+        return {
+            name: value
+            for group in self.active_settings.values()
+            for name, value in group.export.items()
+            if value is not None
+        }
+
+
+@dataclass
+class SubmitConfig:
+    """What `largebatch submit` is told."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    name: str = "largebatch"
+    folder: str = MISSING
+    """Of the job: its script, its output, its logs, and the run's record if that has no other."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z][\w.-]{0,14}", self.name):
+            raise ConfigError(
+                "name must be a letter and up to 14 letters, digits, dots, dashes or underscores, "
+                f"as PBS takes it, got {self.name!r}"
+            )
+        if re.search(r"\s", self.folder):
+            raise ConfigError(f"folder must have no spaces, got {self.folder!r}")
+
+
+def typed_submit(config: DictConfig) -> SubmitConfig:
+    """The composed configuration as a `SubmitConfig`.
+
+    Raises:
+        ConfigError: a missing or unknown key, a wrong type or an impossible value.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} must be given, as KEY=VALUE")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(SubmitConfig), config)
+        result = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(sentence(error)) from error
+    assert isinstance(result, SubmitConfig)
+    return result

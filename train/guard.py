@@ -1,0 +1,202 @@
+"""What becomes of a run whose numbers go wrong: skip the step, go back, or stop. No torch.
+
+Two kinds of trouble. A loss or gradient norm that is *not finite*; and a *spike*, all of it finite,
+which no check for NaN sees: a 30B model's gradient norm went 0.39, 2.41, 89.9, …, 1e5 at a flat
+loss. A spike is a gradient norm above a multiple of its trailing median (20 caught that blow-up,
+and healthy runs stay below it but for their first 19 steps), or a loss far above its own median.
+
+Numbers come a step or two late. So what is to be *skipped* is decided on the device, in its own
+step, against `threshold()`; the guard hears of it from the line. Rolling back and stopping are
+decided from the lines.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any, Final
+
+from largebatch.conf.config import GuardConfig
+
+FEWEST: Final = 5
+"""Values before a median says anything."""
+
+_NORMAL_MAD: Final = 1.4826  # standard deviations of a normal distribution to its median deviation
+
+_LEAST_DEVIATION: Final = 0.01
+"""Of the median loss, where the losses hardly vary: a loss of full batches has a MAD near 0."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be done about the step that ended at `samples`.
+
+    Attributes:
+        kind: "skip" (the device has done it), "rollback" or "stop".
+        reason: a sentence's half, for people.
+        number: which number of the line, "loss" or "grad_norm".
+        bound: what `value` should have stayed at or below; inf where it should have been finite.
+    """
+
+    kind: str
+    reason: str
+    step: int
+    samples: int
+    number: str
+    value: float
+    bound: float
+
+
+@dataclass
+class Guard:
+    """Judges a run's complete lines, each once and in order.
+
+    A gradient norm is a spike above `grad_norm_multiple` times the median of the last `window`
+    norms. A loss is one above
+
+        median + loss_deviations * max(1.4826 * MAD, 0.01 * |median|)
+
+    of the last `window` losses, MAD being the median of |loss - median| (1.4826 MAD estimates a
+    standard deviation, and no outlier moves it). Steps until `warmup_steps` are never spikes, but
+    fill the medians; what was skipped does not.
+
+    More than `most_events` skips and rollbacks within `window` lines stop the run: it does not
+    recover.
+    """
+
+    config: GuardConfig
+    _norms: list[float] = field(default_factory=list)
+    _losses: list[float] = field(default_factory=list)
+    _step: int = 0
+    _lines: int = 0
+    _events: list[int] = field(default_factory=list)  # lines taken at each
+
+    @property
+    def skips_non_finite(self) -> bool:
+        """Whether the device is to mask a step whose gradient norm is not finite."""
+        return self.config.non_finite == "skip"
+
+    @property
+    def skips(self) -> bool:
+        """Whether it may ask the device to mask a step."""
+        watches = self.config.grad_norm_multiple is not None
+        return self.skips_non_finite or (self.config.spike == "skip" and watches)
+
+    def threshold(self) -> float:
+        """The gradient norm above which the device is to mask the next step; inf: none is.
+
+        What is not finite needs a comparison of its own: inf is not above inf, nor NaN above any.
+        """
+        return self._norm_bound() if self.config.spike == "skip" else math.inf
+
+    def take(self, line: Mapping[str, Any]) -> Verdict | None:
+        """Judge a complete line; None where nothing is wrong with it.
+
+        Args:
+            line: `step`, `samples`, `loss` and `grad_norm`; `skipped`, true where the device has
+                masked the step; `grad_norm_bound`, the threshold it was then compared with.
+        """
+        self._lines += 1
+        verdict = self._not_finite(line) or self._spike(line)
+        self._step = line["step"]
+        if verdict is None:
+            self._norms = [*self._norms, line["grad_norm"]][-self.config.window :]
+            self._losses = [*self._losses, line["loss"]][-self.config.window :]
+            return None
+        return self._counted(verdict)
+
+    def _not_finite(self, line: Mapping[str, Any]) -> Verdict | None:
+        broken = [name for name in ("grad_norm", "loss") if not math.isfinite(line[name])]
+        if not broken:
+            return None
+        name, kind = broken[0], self.config.non_finite
+        reason = f"{name} is {line[name]}"
+        if kind == "skip" and not line.get("skipped"):
+            # As of a loss whose gradient is finite.
+            kind, reason = "stop", f"{reason} and the step is made: too late to skip it"
+        return Verdict(kind, reason, line["step"], line["samples"], name, line[name], math.inf)
+
+    def _spike(self, line: Mapping[str, Any]) -> Verdict | None:
+        norm_bound = line.get("grad_norm_bound", self._norm_bound())
+        if self.config.spike == "skip":
+            bounds = {"grad_norm": norm_bound} if line.get("skipped") else {}
+        else:
+            bounds = {"grad_norm": norm_bound, "loss": self._loss_bound()}
+            bounds = {name: bound for name, bound in bounds.items() if line[name] > bound}
+        for name, bound in bounds.items():
+            reason = f"{name} {line[name]:.4g} is above its bound {bound:.4g}"
+            return Verdict(
+                self.config.spike, reason, line["step"], line["samples"], name, line[name], bound
+            )
+        return None
+
+    def _norm_bound(self) -> float:
+        if self.config.grad_norm_multiple is None or self._knows_little:
+            return math.inf
+        bound: float = self.config.grad_norm_multiple * median(self._norms)
+        return bound or math.inf  # of norms that are all 0
+
+    def _loss_bound(self) -> float:
+        if self.config.loss_deviations is None or self._knows_little:
+            return math.inf
+        middle: float = median(self._losses)
+        spread = _NORMAL_MAD * median(abs(loss - middle) for loss in self._losses)
+        deviation = max(spread, _LEAST_DEVIATION * abs(middle))
+        return middle + float(self.config.loss_deviations) * deviation
+
+    @property
+    def _knows_little(self) -> bool:
+        return self._step < self.config.warmup_steps or len(self._norms) < FEWEST
+
+    def _counted(self, verdict: Verdict) -> Verdict:
+        """The verdict, or an end to the run where there were too many."""
+        since = self._lines - self.config.window
+        self._events = [at for at in self._events if at > since] + [self._lines]
+        if verdict.kind == "stop" or len(self._events) <= self.config.most_events:
+            return verdict
+        reason = (
+            f"{verdict.reason}: event {len(self._events)} within {self.config.window} steps, and "
+            f"guard.most_events={self.config.most_events}"
+        )
+        return replace(verdict, kind="stop", reason=reason)
+
+    def state_dict(self) -> dict[str, Any]:
+        """In plain numbers."""
+        return {
+            "norms": list(self._norms),
+            "losses": list(self._losses),
+            "step": self._step,
+            "lines": self._lines,
+            "events": list(self._events),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.rewind(state)
+        self._lines, self._events = state["lines"], list(state["events"])
+
+    def rewind(self, state: Mapping[str, Any]) -> None:
+        """Forget what came after a `state_dict`, as the run goes back to its checkpoint.
+
+        The events stay: they are what ends a run that goes back again and again.
+        """
+        self._norms, self._losses = list(state["norms"]), list(state["losses"])
+        self._step = state["step"]
+
+
+def not_finite(squares: Mapping[str, float]) -> list[str]:
+    """Names of the parameters whose squared gradient norm is not finite, in the model's order."""
+    return [name for name, square in squares.items() if not math.isfinite(square)]
+
+
+def in_words(names: Sequence[str], num_parameters: int) -> str:
+    """Which gradients are not finite, for people; the first is where to look."""
+    if not names:
+        return f"the gradients of all {num_parameters} parameters are finite"
+    if len(names) == 1:
+        return f"the gradient of {names[0]} is not finite, of {num_parameters} parameters"
+    rest = ", ".join(names[1:4]) + (", …" if len(names) > 4 else "")
+    return (
+        f"the gradient of {names[0]} is not finite, nor those of {len(names) - 1} more of "
+        f"{num_parameters} parameters ({rest})"
+    )

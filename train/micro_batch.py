@@ -1,0 +1,94 @@
+"""`engine.micro_batch_size=auto`: the largest that fits an accelerator's memory, with a margin.
+
+Memory grows in proportion to the micro-batch, so two small ones tell what a larger one takes. The
+answer is tried before it is given. (Trying ever larger ones until memory runs out would leave the
+other ranks waiting for the one that ran out first.)
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from largebatch.optim.layout import local
+from largebatch.train.engines import Engine
+from largebatch.train.ranks import Ranks
+from largebatch.train.tasks import Task
+
+MARGIN: Final = 0.1
+"""Of the device's memory that stays free: fragments, and collectives of other sizes."""
+
+_STATE_BYTES: Final = 8
+"""Of a parameter: two FP32 moments, which the first step allocates."""
+
+
+def candidates(batch_sizes: Sequence[int], data_parallel_size: int) -> list[int]:
+    """Micro-batches that divide each rank's share of every batch size, smallest first."""
+    common = math.gcd(*(size // data_parallel_size for size in batch_sizes))
+    return [size for size in range(1, common + 1) if common % size == 0]
+
+
+def largest_that_fits(
+    sizes: Sequence[int], peak_bytes: Callable[[int], int], limit: float
+) -> int | None:
+    """The largest of `sizes` (ascending) that takes at most `limit` bytes; None: not even the first.
+
+    Args:
+        peak_bytes: what a pass with so many samples takes at most; called on sizes that are believed
+            to fit.
+    """
+    first = peak_bytes(sizes[0])
+    if first > limit:
+        return None
+    if len(sizes) == 1:
+        return sizes[0]
+    second = peak_bytes(sizes[1])
+    per_sample = max(0.0, (second - first) / (sizes[1] - sizes[0]))
+    believed = [s for s in sizes if first + per_sample * (s - sizes[0]) <= limit]
+    while len(believed) > 1 and peak_bytes(believed[-1]) > limit:
+        believed.pop()
+    return believed[-1]
+
+
+def find_micro_batch_size(
+    engine: Engine, task: Task, ranks: Ranks, batch_sizes: Sequence[int]
+) -> int:
+    """The same on every rank: what fits the fullest of their devices.
+
+    Raises:
+        ValueError: no accelerator, or not even one sample fits.
+    """
+    device = engine.device
+    if device.type == "cpu":
+        raise ValueError(
+            "engine.micro_batch_size=auto measures the memory of an accelerator: on a CPU give a "
+            "number, or null for the whole local batch"
+        )
+    memory = torch.get_device_module(device)
+    _, total = memory.mem_get_info(device)
+    held = sum(local(p.detach()).numel() for p in engine.model.parameters() if p.requires_grad)
+
+    def peak_bytes(size: int) -> int:
+        memory.reset_peak_memory_stats(device)
+        indices = np.zeros(size, np.int64)
+        engine.forward_backward(task, task.train_batch(indices), size * ranks.size)
+        for param in engine.model.parameters():
+            param.grad = None
+        peak = torch.tensor([memory.max_memory_allocated(device)], dtype=torch.int64, device=device)
+        if ranks.size > 1:
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        memory.empty_cache()
+        return int(peak)
+
+    limit = (1 - MARGIN) * total - _STATE_BYTES * held
+    found = largest_that_fits(candidates(batch_sizes, ranks.size), peak_bytes, limit)
+    if found is None:
+        raise ValueError(
+            f"engine.micro_batch_size=auto: not even one sample fits the {total / 2**30:.1f} GiB of "
+            f"{device} with {MARGIN:.0%} to spare: shard the model (engine=fsdp), or set "
+            "engine.activation_checkpointing=true"
+        )
+    return found

@@ -1,0 +1,206 @@
+"""A decoder-only transformer language model of today's common shape.
+
+RMSNorm before every part (Zhang & Sennrich 2019, arXiv:1910.07467), rotary positions (Su et al.
+2021, arXiv:2104.09864), SwiGLU (Shazeer 2020, arXiv:2002.05202), queries that share keys and values
+in groups (Ainslie et al. 2023, arXiv:2305.13245), no biases: the shape of LLaMA (Touvron et al.
+2023, arXiv:2302.13971). Queries, keys and values have a matrix each, because a layer-wise optimizer
+would see a fused one as one layer.
+
+There are no buffers: the model can be made on the meta device, given memory by `to_empty` and
+values by `reset_parameters`, and sharded, checkpointed or compiled block by block (`blocks`).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from largebatch.schedules.counts import real_number, whole_number
+
+_WIDTHS_OF = 64
+"""A SwiGLU width that is not given is a multiple of it, as matrix units like it."""
+
+
+class Attention(nn.Module):
+    """Causal attention; each of `kv_heads` keys and values serves heads / kv_heads queries."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, rotary_base: float) -> None:
+        super().__init__()
+        self.head_dim, self.rotary_base = dim // heads, rotary_base
+        self.queries = nn.Linear(dim, heads * self.head_dim, bias=False)
+        self.keys = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
+        self.values = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
+        self.output = nn.Linear(heads * self.head_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (samples, length, dim)
+        queries, keys, values = (
+            part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for part in (self.queries, self.keys, self.values)
+        )  # (samples, heads or kv_heads, length, head_dim)
+        mixed = scaled_dot_product_attention(
+            rotate(queries, self.rotary_base),
+            rotate(keys, self.rotary_base),
+            values,
+            is_causal=True,
+            enable_gqa=keys.shape[1] != queries.shape[1],
+        )
+        projected: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
+        return projected
+
+
+def rotate(x: Tensor, base: float) -> Tensor:
+    """Turn each pair (x_i, x_{i + d/2}) at place m by the angle m · base^(-2i/d).
+
+    The angles are made anew in every block and in FP32: a table passed in would be cast to bf16
+    with the block's other inputs by FSDP2, and 8 bits cannot tell place 1,000 from 1,001.
+
+    Args:
+        x: (…, length, d).
+    """
+    length, width = x.shape[-2:]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    pairs = torch.arange(0, width, 2, dtype=dtype, device=x.device)
+    places = torch.arange(length, dtype=dtype, device=x.device)
+    angles = places[:, None] * base ** (-pairs / width)  # (length, d / 2)
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.to(dtype).chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).type_as(x)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.down(silu(self.gate(x)) * self.up(x))
+        return projected
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each added to what it read."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        hidden: int,
+        rotary_base: float,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attention = Attention(dim, heads, kv_heads, rotary_base)
+        self.mlp_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.mlp = SwiGLU(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
+
+
+class Transformer(nn.Module):
+    """Tokens of shape (samples, length), int64 → logits of shape (samples, length, vocabulary).
+
+    Args:
+        hidden: width of the SwiGLU; None: 8/3 of `dim`, rounded up to a multiple of 64.
+        kv_heads: keys and values per block, a divisor of `heads`; None: as many as heads.
+        max_length: longer sequences are refused.
+        tie_embeddings: the output matrix is the embedding.
+        init_std: of every matrix; those that write to the residual stream are smaller by
+            √(2 · depth), so that its variance does not grow with depth (GPT-2).
+
+    Raises:
+        ValueError: sizes that do not fit each other, or a longer sequence.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        kv_heads: int | None = None,
+        hidden: int | None = None,
+        max_length: int = 2048,
+        rotary_base: float = 10_000.0,
+        tie_embeddings: bool = False,
+        norm_eps: float = 1e-5,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.vocabulary = whole_number(vocabulary, "model.vocabulary", 2)
+        self.dim = whole_number(dim, "model.dim", 2)
+        self.heads = whole_number(heads, "model.heads", 1)
+        self.kv_heads = self.heads if kv_heads is None else whole_number(kv_heads, _KV_HEADS, 1)
+        if self.dim % (2 * self.heads):
+            raise ValueError(
+                f"model.dim must be a multiple of twice model.heads = {self.heads} (rotary "
+                f"positions turn pairs), got {self.dim}"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"{_KV_HEADS} must divide model.heads = {self.heads}, got {self.kv_heads}"
+            )
+        width = -(-8 * self.dim // (3 * _WIDTHS_OF)) * _WIDTHS_OF
+        self.hidden = width if hidden is None else whole_number(hidden, "model.hidden", 1)
+        self.max_length = whole_number(max_length, "model.max_length", 1)
+        self.init_std = real_number(init_std, "model.init_std", above=0.0)
+        rotary_base = real_number(rotary_base, "model.rotary_base", above=1.0)
+        norm_eps = real_number(norm_eps, "model.norm_eps", above=0.0)
+        self.tie_embeddings = tie_embeddings
+        device = torch.get_default_device()
+        with torch.device("meta"):  # torch's own initial values are neither drawn nor kept
+            self.embedding = nn.Embedding(self.vocabulary, self.dim)
+            self.blocks = nn.ModuleList(
+                Block(self.dim, self.heads, self.kv_heads, self.hidden, rotary_base, norm_eps)
+                for _ in range(whole_number(depth, "model.depth", 1))
+            )
+            self.norm = nn.RMSNorm(self.dim, eps=norm_eps)
+            self.head = nn.Linear(self.dim, self.vocabulary, bias=False)
+        self.to_empty(device=device)
+        self.reset_parameters()
+
+    def _tie(self) -> None:
+        if self.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._tie()  # to_empty gives each module a tensor of its own
+        return self
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the initial weights, as the constructor does."""
+        small = self.init_std / math.sqrt(2 * len(self.blocks))
+        for name, param in self.named_parameters():
+            if name.endswith("norm.weight"):
+                param.fill_(1.0)
+            else:
+                writes = name.endswith(("attention.output.weight", "mlp.down.weight"))
+                param.normal_(0.0, small if writes else self.init_std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[-1] > self.max_length:
+            raise ValueError(
+                f"sequences must be at most model.max_length = {self.max_length} tokens long, got "
+                f"{tokens.shape[-1]}: shorten them or raise model.max_length"
+            )
+        x = self.embedding(tokens)  # (samples, length, dim)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+_KV_HEADS = "model.kv_heads"
