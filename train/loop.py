@@ -253,7 +253,8 @@ class Loop:
         interrupted = line.pop("interrupted") > 0
         self._save_is_due |= line.pop("save_is_due", 0.0) > 0
         self.progress.loss = line["loss"]
-        verdict = None if line.get("overflow") else self.guard.take(line)
+        known = self.is_broken or line.get("overflow")  # what follows a verdict is one with it
+        verdict = None if known else self.guard.take(line)
         self.record(line)
         if verdict is not None:
             self.act_on(verdict)
