@@ -54,7 +54,8 @@ class Cell:
     def overrides(self, world_size: int) -> list[str]:
         micro = BATCH_SIZE // (world_size * self.accumulation)
         return [
-            "task=bytes", "task.num_bytes=65536", "task.num_eval=64", "target.loss=null",
+            "task=text", "task.num_bytes=65536", "task.sequence_length=16", "task.num_eval=16",
+            "model.dim=32", "model.depth=2", "model.heads=2", "target.loss=null",
             f"batch.size={BATCH_SIZE}", f"budget.samples={STEPS * BATCH_SIZE}",
             "evaluation.growth=10", f"optim={self.optimizer}",
             *OPTIMIZERS[self.optimizer], *ENGINES[self.engine],
@@ -99,7 +100,7 @@ def losses(folder: Path) -> list[float]:
 def order(cell: Cell, world_size: int, folder: Path) -> Order:
     with initialize_config_module("largebatch.conf", version_base="1.3"):
         config = typed(compose("train", cell.overrides(world_size)))
-    return Order(config, make_plan(config), folder, cell.optimizer, "bytes", "byte_mlp")
+    return Order(config, make_plan(config), folder, cell.optimizer, "text", "transformer")
 
 
 def group_of_one() -> None:
