@@ -171,10 +171,12 @@ def _check_size(size: int, environment: Mapping[str, str]) -> None:
     if said is None and size == 1 and "PALS_RANKID" in environment:
         said = "an unknown number of"
     if said is not None and said != size:
+        alone = "; if one rank is meant: run without mpiexec, or export LARGEBATCH_RANKS=1"
         raise ConfigError(
             f"the launcher started {said} ranks, but mpi4py sees {size}: its MPI library is not "
-            "the launcher's; install an mpi4py built for it, or start with torchrun. (If one rank "
-            "is what you want: run without mpiexec, or export LARGEBATCH_RANKS=1)"
+            "the launcher's; install an mpi4py built for it, or start with torchrun"
+            + alone
+            * (size == 1)
         )
 
 

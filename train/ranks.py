@@ -43,6 +43,9 @@ __all__ = [
     "tell",
 ]
 
+# With one of these a launcher shows a rank some of its node's devices.
+_MASKS: Final = ("ZE_AFFINITY_MASK", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
 # Open files of a rank beside its sockets to the others: libraries, data, logs.
 _OTHER_FILES: Final = 256
 
@@ -125,8 +128,8 @@ def pick_device(name: str | None, ranks: Ranks, ipex: bool = False) -> "torch.de
     """The device called `name`, or the accelerator where there is one, else the CPU; made current.
 
     Args:
-        ipex: import Intel Extension for PyTorch first. Only images of before torch 2.8 need it for
-            their XPU; its development has ended with 2.8.
+        ipex: import Intel Extension for PyTorch first, as an old image may want it. Its development
+            has ended with torch 2.8; since then torch does without.
 
     Raises:
         ValueError: a device that this torch does not have, or more ranks on this node than devices.
@@ -143,16 +146,18 @@ def pick_device(name: str | None, ranks: Ranks, ipex: bool = False) -> "torch.de
     if accelerator is None or accelerator.type != kind:
         here = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
         raise ValueError(f"engine.device must be one of {here} here, got {kind!r}")
-    count = torch.accelerator.device_count()
-    if ranks.local_rank >= count:
+    count, index = torch.accelerator.device_count(), ranks.local_rank
+    if count == 1 and any(mask in os.environ for mask in _MASKS):
+        index = 0  # the launcher shows each rank its own alone
+    if index >= count:
         raise ValueError(
             f"local rank {ranks.local_rank} has no {kind} device of its own: this node shows "
-            f"{count} (on Aurora's tiles: ZE_FLAT_DEVICE_HIERARCHY=FLAT, without ZE_AFFINITY_MASK);"
-            f" start at most {count} ranks a node, or use engine.device=cpu"
+            f"{count}; start at most so many ranks a node, or use engine.device=cpu (on Aurora "
+            "each tile is one with ZE_FLAT_DEVICE_HIERARCHY=FLAT and no ZE_AFFINITY_MASK)"
         )
     # Before the process group: xccl and nccl bind to the current device.
-    torch.accelerator.set_device_index(ranks.local_rank)
-    return torch.device(kind, ranks.local_rank)
+    torch.accelerator.set_device_index(index)
+    return torch.device(kind, index)
 
 
 def _load_ipex() -> None:
@@ -161,7 +166,7 @@ def _load_ipex() -> None:
     except ImportError as error:
         raise ConfigError(
             f"engine.ipex=true, but intel_extension_for_pytorch does not load ({error}): leave it "
-            "at false, as torch 2.8 and later need it nowhere; on an older image pip install "
+            "at false, as torch does without it; on an old image (torch 2.8) pip install "
             "'largebatch[ipex]'"
         ) from error
 
@@ -183,13 +188,16 @@ def meet(ranks: Ranks) -> "Store | None":
     if ranks.size == 1:
         return None
     _allow_sockets(ranks.size)
+    from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     # torchrun's agent may keep the store itself; env:// knows.
     address = f"tcp://{ranks.master_addr}:{ranks.master_port}"
     url = "env://" if ranks.launcher == "torchrun" else address
     store: Store = next(iter(rendezvous(url, ranks.rank, ranks.size)))[0]
-    return store
+    # torchrun's agent keeps one store through all its restarts, with the words of those that failed.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"largebatch/attempt-{attempt}", store)
 
 
 def _allow_sockets(size: int) -> None:
@@ -214,9 +222,9 @@ def tell(store: "Store | None", ranks: Ranks, value: Any) -> Any:
     if store is None:
         return value
     if ranks.is_first:
-        store.set("largebatch/told", pickle.dumps(value))  # type: ignore[arg-type] # takes bytes
+        store.set("told", pickle.dumps(value))  # type: ignore[arg-type] # takes bytes
         return value
-    return pickle.loads(store.get("largebatch/told"))
+    return pickle.loads(store.get("told"))
 
 
 @contextmanager
@@ -247,7 +255,7 @@ def process_group(
     backend, bound = backend_of(device.type, own, with_cpu)
     dist.init_process_group(
         backend,
-        store=PrefixStore("largebatch/group", store or HashStore()),
+        store=PrefixStore("group", store or HashStore()),
         rank=ranks.rank,
         world_size=ranks.size,
         timeout=None if timeout_seconds is None else timedelta(seconds=timeout_seconds),
