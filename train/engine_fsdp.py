@@ -81,6 +81,12 @@ class FSDP(OfGradients):
                 "engine.accumulate=unsharded reduces them once a step: use engine.accumulate="
                 "sharded, or noise.small=rank"
             )
+        if self.data_parallel_size == self.gradient_copies:
+            raise ValueError(
+                "engine=fsdp reduces no gradient where each rank holds the whole model "
+                f"(engine.replicas={self.gradient_copies} of {self.data_parallel_size} ranks), and "
+                "so shows none for the noise scale: use fewer replicas, or engine=ddp"
+            )
         return ShardedGradients(self.model, synchronised_once=not self._accumulates_shards)
 
 

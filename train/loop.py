@@ -109,7 +109,8 @@ class Loop:
     enough: Callable[[dict[str, Any]], bool] = lambda line: False
     progress: Progress = field(default_factory=Progress)
     _readings: Readings = field(default_factory=Readings)
-    _rollback: Verdict | None = None
+    _rollback: dict[str, Any] | None = None
+    """The event that the run goes back for."""
     _save_is_due: bool = False
     _clock: StepClock = field(default_factory=StepClock)
     _coscaling: CoScaling = field(init=False)
@@ -268,7 +269,7 @@ class Loop:
         if not math.isfinite(verdict.value):
             event["parameters"] = self.engine.non_finite(self.progress.steps - verdict.step)
         if verdict.kind == "rollback":
-            self._rollback = verdict
+            self._rollback = event
         else:
             self.event(event)
         if verdict.kind == "stop":
@@ -276,7 +277,7 @@ class Loop:
             said = f"; not finite: {', '.join(named[:4])}" if named else ""
             self.progress.status, self.progress.reason = "diverged", verdict.reason + said
 
-    def roll_back(self, verdict: Verdict) -> bool:
+    def roll_back(self, event: dict[str, Any]) -> bool:
         """Go back to the last good checkpoint, the samples since then left out for good; False
         where there is none, and the run ends.
         """
@@ -284,15 +285,15 @@ class Loop:
         state = self.last_state()
         if state is None:
             self.progress.status = "diverged"
-            self.progress.reason = f"{verdict.reason}, and there is no checkpoint to go back to"
-            self.event(asdict(verdict) | {"kind": "stop", "reason": self.progress.reason})
+            self.progress.reason = f"{event['reason']}, and there is no checkpoint to go back to"
+            self.event(event | {"kind": "stop", "reason": self.progress.reason})
             return False
         position = self.progress.samples + self.progress.left_out
         self.load_state_dict(state, rolled_back=True)
         window = [self.progress.samples + self.progress.left_out, position]
         self.progress.left_out = position - self.progress.samples
         self.rewind(self.progress.samples)
-        self.event(asdict(verdict) | {"to_samples": self.progress.samples, "left_out": window})
+        self.event(event | {"to_samples": self.progress.samples, "left_out": window})
         return True
 
     def last_state(self) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Runs of every engine on gloo ranks, cells as data: what each rank does, and the cells there are."""
+"""Runs of every engine on gloo ranks, cells as data: what a rank does, and the cells there are."""
 
 import json
 import os
@@ -43,8 +43,6 @@ class Cell:
     engine: str
     accumulation: int
     optimizer: str
-    folder: str = ""
-    """Of the run; empty: one that is thrown away."""
     words: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -87,20 +85,22 @@ def work(cell: Cell) -> Outcome:
     group_of_one()
     with quiet(), tempfile.TemporaryDirectory() as temporary:
         ranks = Ranks("test", dist.get_rank(), dist.get_world_size())
-        folder = Path(cell.folder or temporary)
+        folder = Path(temporary)
         summary = run(order(cell, ranks.size, folder), ranks, torch.device("cpu"))
-        return {"status": summary["status"], "losses": losses(folder) if ranks.is_first else []}
+        told = lines(folder) if ranks.is_first else []
+        return {"status": summary["status"], "losses": [line["loss"] for line in told],
+                "lines": json.dumps(told)}  # fmt: skip
 
 
-def losses(folder: Path) -> list[float]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def order(cell: Cell, world_size: int, folder: Path) -> Order:
     with initialize_config_module("largebatch.conf", version_base="1.3"):
         config = typed(compose("train", cell.overrides(world_size)))
-    return Order(config, make_plan(config), folder, cell.optimizer, "text", "transformer")
+    names = (cell.optimizer, "text", "transformer")
+    return Order(config, make_plan(config), folder, *names, noise_seam=config.noise.small)
 
 
 def group_of_one() -> None:

@@ -1,5 +1,6 @@
 """One global batch, one trajectory: under every engine, world and accumulation."""
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -47,6 +48,48 @@ def check(world_size: int, these: list[Cell], folder: Path) -> None:
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_engines_follow_the_trajectory_of_one_process(world_size: int, folder: Path) -> None:
     check(world_size, COVERING[world_size], folder)
+
+
+# Ways to spend less memory or time, which change no number.
+WAYS = {
+    "activation_checkpointing": Cell("fsdp", 4, "adamw", ("engine.activation_checkpointing=true",)),
+    "accumulate": Cell("fsdp", 4, "lamb", ("engine.accumulate=sharded",)),
+    "reshard": Cell("fsdp", 4, "lamb", ("engine.reshard_after_forward=false",)),
+    "of replicas": Cell("ddp", 4, "lamb", ("engine.activation_checkpointing=true",)),
+}
+COMPILED = [Cell("ddp", 1, "adamw", ("engine.compile=true",)),
+            Cell("fsdp", 1, "adamw", ("engine.compile=true",))]  # fmt: skip
+
+
+def test_ways_to_spend_less_leave_the_trajectory(folder: Path) -> None:
+    check(2, [*WAYS.values()], folder)
+
+
+@pytest.mark.matrix
+def test_compiled_blocks_leave_the_trajectory(folder: Path) -> None:
+    check(1, COMPILED, folder)
+
+
+NOISE = ("noise.small=rank", "noise.half_life_samples=512")
+
+
+def test_the_noise_scale_is_the_same_under_every_sharding(folder: Path) -> None:
+    """Of small gradients that are the same: a rank's, replicated, sharded, and both."""
+    noisy = [Cell(engine, 2, "adamw", NOISE) for engine in ("ddp", "fsdp", "hsdp")]
+    found = launch(work, noisy, 4, folder)
+    successful([of_rank[str(cell)] for cell in noisy for of_rank in found])
+    of_ddp, *others = [json.loads(found[0][str(cell)]["lines"]) for cell in noisy]
+    for lines in others:
+        for one, other in zip(of_ddp, lines, strict=True):
+            for field in ("grad_sq_norm", "grad_trace", "grad_norm"):
+                assert other[field] == pytest.approx(one[field], rel=2e-4), field
+    assert of_ddp[-1]["grad_trace"] > 0
+
+
+def test_the_noise_scale_is_refused_where_nothing_is_reduced(folder: Path) -> None:
+    alone_each = Cell("hsdp", 4, "adamw", NOISE)
+    found = launch(work, [alone_each], 2, folder)
+    assert "use fewer replicas, or engine=ddp" in found[0][str(alone_each)]["error"]
 
 
 @pytest.mark.matrix

@@ -1,0 +1,51 @@
+"""The largest micro-batch that fits, found from two small ones and tried before it is given."""
+
+import pytest
+from conftest import Train
+
+from largebatch.train.micro_batch import candidates, largest_that_fits
+
+
+def test_candidates_divide_every_share_of_every_batch_size() -> None:
+    assert candidates([512], 2) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert candidates([96, 144], 4) == [1, 2, 3, 4, 6, 12]
+    assert candidates([7], 7) == [1]
+
+
+class Device:
+    """So many bytes for the model, and so many more for each sample; notes what was tried."""
+
+    def __init__(self, model: int, per_sample: int, jump_at: int = 10**9) -> None:
+        self.model, self.per_sample, self.jump_at = model, per_sample, jump_at
+        self.tried: list[int] = []
+
+    def peak_bytes(self, size: int) -> int:
+        self.tried.append(size)
+        return self.model + self.per_sample * size + (1000 if size >= self.jump_at else 0)
+
+
+SIZES = [1, 2, 4, 8, 16, 32, 64]
+
+
+@pytest.mark.parametrize(
+    ("limit", "fits"), [(99, None), (110, 1), (259, 8), (260, 16), (420, 32), (10**6, 64)]
+)
+def test_the_largest_that_fits_is_found_without_running_out(limit: int, fits: int | None) -> None:
+    device = Device(model=100, per_sample=10)
+    assert largest_that_fits(SIZES, device.peak_bytes, limit) == fits
+    # Nothing was tried that is believed not to fit, but for the two that are measured.
+    assert all(size <= max(fits or 0, 2) for size in device.tried)
+    assert len(device.tried) <= 3
+
+
+def test_memory_that_grows_faster_than_it_seemed_is_noticed() -> None:
+    device = Device(model=100, per_sample=10, jump_at=16)
+    assert largest_that_fits(SIZES, device.peak_bytes, 10**3) == 8
+    assert device.tried == [1, 2, 64, 32, 16, 8]
+
+
+def test_on_a_cpu_it_is_refused_with_the_way_out(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("task=digits", "engine.micro_batch_size=auto", "hydra.run.dir=run") == 2
+    assert "on a CPU give a number" in capsys.readouterr().err
