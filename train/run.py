@@ -35,8 +35,7 @@ from largebatch.train.provenance import device_name, provenance
 from largebatch.train.ranks import Ranks
 from largebatch.train.record import RunFolder
 from largebatch.train.reporter import Reporter, Silence
-from largebatch.train.sampler import Sampler
-from largebatch.train.tasks import Task
+from largebatch.train.tasks import Task, sampler_of
 from largebatch.train.throughput import Throughput
 
 
@@ -248,7 +247,7 @@ def _train(
             task=parts.task,
             engine=parts.engine,
             optimizer=parts.optimizer,
-            sampler=Sampler(parts.task.num_train, config.seed, parts.task.replacement),
+            sampler=sampler_of(parts.task, config.seed),
             ranks=ranks,
             evaluate=partial(evaluate, parts.task, parts.engine, ranks, most)
             if finder is None

@@ -1,19 +1,23 @@
 """What is learned: data, loss and evaluation set behind one small protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from largebatch.train.sampler import Indices
+from largebatch.train.sampler import Indices, Sampler
 
 Batch = tuple[Tensor, ...]
 """Tensors whose first dimension is the sample."""
 
 
 class Task(Protocol):
-    """What the loop asks of a task; any class with these members is one."""
+    """What the loop asks of a task; any class with these members is one.
+
+    One with a method `sampler(seed) -> Sampler` besides brings the order of its training samples
+    (weighted sources, say); else `num_train`, `replacement` and the seed decide it.
+    """
 
     num_train: int
     """Number of training samples."""
@@ -33,6 +37,12 @@ class Task(Protocol):
 
     def provenance(self) -> Mapping[str, str]:
         """What the data is: `data` in words, `data_hash` over its content."""
+
+
+def sampler_of(task: Task, seed: int) -> Sampler:
+    """In which order `task` is trained on."""
+    own: Callable[[int], Sampler] | None = getattr(task, "sampler", None)
+    return Sampler(task.num_train, seed, task.replacement) if own is None else own(seed)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -1,0 +1,1 @@
+"""Files of tokens: reading them through a memory map, their order, and making them from text."""

@@ -1,0 +1,165 @@
+"""`largebatch data`: files of tokens, made from text and looked into."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from largebatch.train.data.documents import Piece, pieces
+from largebatch.train.data.holdings import describe
+from largebatch.train.data.tokenizer import Tokenizer, find_tokenizer
+from largebatch.train.data.writer import FORMATS, TokenWriter, dtype_for
+
+REFUSED: Final = 2
+INTERRUPTED: Final = 130
+
+_AT_ONCE: Final = 1024
+_BYTES_AT_ONCE: Final = 1 << 22
+
+
+def main(arguments: list[str]) -> int:
+    """Run `largebatch data ARGUMENTS`; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        if options.action == "tokenize":
+            print(tokenize(options))
+        else:
+            with bar() as progress:
+                told = describe(options.path, options.dtype, options.check, progress)
+            print(told)
+    except (ValueError, OSError) as error:
+        print(f"largebatch: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print("largebatch: interrupted; nothing is written", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    described = argparse.ArgumentParser(prog="largebatch data", description=__doc__)
+    actions = described.add_subparsers(dest="action", required=True)
+    make = actions.add_parser(
+        "tokenize",
+        help="token files from text or JSON lines",
+        description="Write PREFIX.bin, and PREFIX.json with what it holds, for task=tokens. A text "
+        "file is one document; of .jsonl, .ndjson and .json files every line is one; both may be "
+        ".gz. No special tokens are added but what --append-eod adds. A long text is encoded in "
+        "pieces of about 1 MiB cut at line ends: a tokenizer that joins across lines gives other "
+        "tokens there.",
+    )
+    make.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
+    make.add_argument("--output", required=True, type=Path, metavar="PREFIX")
+    make.add_argument(
+        "--tokenizer",
+        default="bytes",
+        metavar="bytes|FILE.json|NAME",
+        help="bytes (the default), a tokenizer.json, its folder, or a name on the Hugging Face hub",
+    )
+    make.add_argument(
+        "--format",
+        default="bin",
+        choices=FORMATS,
+        help="plain tokens (the default), or Megatron's .bin and .idx",
+    )
+    make.add_argument(
+        "--append-eod", action="store_true", help="end each document with a token: 256 of bytes"
+    )
+    make.add_argument("--eod", metavar="TOKEN", help="that token, where it has no usual name")
+    make.add_argument("--key", default="text", help="of the text in a JSON line (text)")
+    look = actions.add_parser("info", help="what a file of tokens holds")
+    look.add_argument("path", type=Path, metavar="PATH", help="FILE.bin, FILE.idx or PREFIX")
+    look.add_argument("--dtype", help="of plain tokens without a .json: uint16 or uint32")
+    look.add_argument(
+        "--check", action="store_true", help="read all of it: every id, the whole index, its hash"
+    )
+    return described
+
+
+def bar() -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+
+def tokenize(options: argparse.Namespace) -> str:
+    """Write the files that `options` describe; returns what to say of them.
+
+    Raises:
+        ValueError: what cannot be read or written, before anything has its final name.
+        OSError: an input that is not there, a disk that is full.
+    """
+    for path in options.inputs:
+        if not path.is_file():
+            raise ValueError(f"{path} is not there, or is no file")
+    if options.eod is not None and not options.append_eod:
+        raise ValueError(f"--eod={options.eod} goes with --append-eod")
+    tokenizer = find_tokenizer(options.tokenizer)
+    separator = tokenizer.separator(options.eod) if options.append_eod else None
+    dtype = dtype_for(tokenizer.vocabulary, options.format)
+    prefix = options.output
+    if prefix.suffix in (".bin", ".idx"):
+        prefix = prefix.with_suffix("")
+    sizes = [path.stat().st_size for path in options.inputs]
+    with bar() as progress, TokenWriter(prefix, options.format, dtype) as writer:
+        shown = progress.add_task("", total=sum(sizes))
+        for path, before in zip(options.inputs, np.cumsum([0, *sizes[:-1]]), strict=True):
+            for group in grouped(pieces(path, options.key)):
+                write(writer, tokenizer, group, separator, path)
+                told = f"{writer.num_tokens:,} tokens, {writer.num_documents:,} documents"
+                done = int(before) + group[-1].bytes_read
+                progress.update(shown, completed=done, description=told)
+        sidecar = writer.finish(
+            vocabulary=tokenizer.vocabulary, separator=separator, tokenizer=tokenizer.name
+        )
+    return (
+        f"{writer.path('.bin')}: {sidecar['tokens']:,} tokens of {sidecar['documents']:,} "
+        f"documents, {dtype}; train with task=tokens task.path={prefix} "
+        f"task.vocabulary={tokenizer.vocabulary}"
+    )
+
+
+def grouped(found: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """As many at a time as keep the cores of a tokenizer busy."""
+    group: list[Piece] = []
+    size = 0
+    for piece in found:
+        group.append(piece)
+        size += len(piece.text)
+        if len(group) == _AT_ONCE or size >= _BYTES_AT_ONCE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def write(
+    writer: TokenWriter,
+    tokenizer: Tokenizer,
+    group: Sequence[Piece],
+    separator: int | None,
+    path: Path,
+) -> None:
+    try:
+        encoded = tokenizer.encode([piece.text for piece in group])
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 ({error}): convert it, or use --tokenizer=bytes"
+        ) from error
+    for piece, ids in zip(group, encoded, strict=True):
+        writer.append(ids)
+        if piece.ends_document:
+            if separator is not None:
+                writer.append(np.array([separator]))
+            writer.end_document()
