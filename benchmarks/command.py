@@ -17,6 +17,13 @@ BENCHMARKS: Final = {
         "largebatch.benchmarks.noise", "what measuring the noise scale adds to a step"
     ),
     "ramp": Benchmark("largebatch.benchmarks.ramp", "a batch that follows the noise scale"),
+    "collectives": Benchmark(
+        "largebatch.benchmarks.collectives", "all-reduce and its like: values, alpha, beta, advice"
+    ),
+    "init": Benchmark("largebatch.benchmarks.init", "what it takes many ranks to meet"),
+    "checkpoint": Benchmark(
+        "largebatch.benchmarks.checkpoint", "saving and loading, beside the disk and torch.save"
+    ),
     "second_order": Benchmark(
         "largebatch.benchmarks.second_order", "cost of Shampoo, SOAP and K-FAC beside AdamW"
     ),

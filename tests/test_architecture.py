@@ -43,6 +43,7 @@ MAY_IMPORT = {
         "largebatch.benchmarks",
         "largebatch.optim",
         "largebatch.schedules",
+        "largebatch.launch",
         "largebatch.train",
     ],
     "src/largebatch": ["largebatch.cli"],
@@ -129,7 +130,7 @@ def test_an_import_that_points_up_is_found(folder: str, source: str, found: list
     assert strays(source, folder, f"largebatch.{folder}") == found
 
 
-HEAVY = ["hydra", "matplotlib", "numpy", "omegaconf", "scipy", "sklearn", "torch", "wandb"]
+HEAVY = ["hydra", "matplotlib", "numpy", "omegaconf", "parsl", "scipy", "sklearn", "torch", "wandb"]
 
 
 REPORT_HELP = """
@@ -148,9 +149,10 @@ with contextlib.suppress(SystemExit):
         ("import largebatch.conf.config", "omegaconf", ["omegaconf"]),
         ("import largebatch.train.order", "hydra", ["hydra", "omegaconf"]),
         ("import hydra_plugins.largebatch.study_sweeper", "hydra", ["hydra", "omegaconf"]),
+        ("import hydra_plugins.largebatch.parsl_launcher", "hydra", ["hydra", "omegaconf"]),
         (REPORT_HELP, "largebatch.study.report", ["matplotlib", "numpy", "scipy"]),
     ],
-    ids=["schedules", "cli", "optim", "conf", "train.order", "study_sweeper", "report --help"],
+    ids=["schedules", "cli", "optim", "conf", "train.order", "study_sweeper", "parsl_launcher", "report --help"],
 )
 def test_a_folder_loads_no_more_than_it_says(code: str, loads: str, allowed: list[str]) -> None:
     done = subprocess.run(
@@ -169,7 +171,7 @@ def test_a_folder_loads_no_more_than_it_says(code: str, loads: str, allowed: lis
 CHOICES = [
     (path.parent.name, path.stem)
     for path in sorted((ROOT / "conf").glob("*/*.yaml"))
-    if path.stem != "custom"
+    if path.stem != "custom" and path.parent.name != "cluster"  # not of a run: tests/launch
 ]
 
 
@@ -189,7 +191,7 @@ def test_every_choice_composes_to_a_run_that_can_be_planned(group: str, choice: 
     for node in (config.task, config.model, config.optim, config.lr, config.batch, config.logger):
         if node["_target_"] is not None:
             taken = inspect.signature(get_object(node["_target_"])).parameters
-            assert node.keys() - {"_target_", "_partial_"} <= taken.keys()
+            assert node.keys() - {"_target_", "_partial_", "_recursive_"} <= taken.keys()
 
 
 @pytest.mark.parametrize(

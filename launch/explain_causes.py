@@ -1,0 +1,48 @@
+"""A cause of a run's trouble: what was seen where, and what to do."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+MOST_EVIDENCE: Final = 8
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One thing that was unusual.
+
+    Attributes:
+        weight: how much it explains: 100 names the rank or node that stopped the run, 10 had no
+            effect that was seen.
+        what: what happened, with names and numbers.
+        do: the way out.
+        evidence: where it is written, FILE:LINE or FILE and time, and what is written there.
+        nodes: where it happened, as far as it is known.
+    """
+
+    weight: int
+    what: str
+    do: str
+    evidence: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shown = [*self.evidence[:MOST_EVIDENCE]]
+        if len(self.evidence) > MOST_EVIDENCE:
+            shown.append(f"… {len(self.evidence) - MOST_EVIDENCE} more")
+        lines = [self.what, *(f"   seen: {line}" for line in shown), f"   do:   {self.do}"]
+        return "\n".join(lines)
+
+
+def in_order(causes: Iterable[Cause]) -> list[Cause]:
+    """The weightiest first. A node that several causes name weighs more in each of them."""
+    causes = list(causes)
+    counts: dict[str, int] = {}
+    for cause in causes:
+        for node in set(cause.nodes):
+            counts[node] = counts.get(node, 0) + 1
+
+    def weight(cause: Cause) -> int:
+        return cause.weight + 2 * max((counts[node] - 1 for node in cause.nodes), default=0)
+
+    return sorted(causes, key=weight, reverse=True)
