@@ -15,6 +15,7 @@ travels with the number:
 - `counted`: what torch counts in one forward and backward pass of the very loss, for any model.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -77,41 +78,55 @@ FORMULAS: Final = ("auto", *CLOSED, "counted")
 _SAMPLES = 2
 """One alone could be a special case of a shape."""
 
+_MOST_ON_CPU = 300_000_000
+"""Parameters; a pass of a larger model would take minutes, and memory that a node's ranks share."""
 
-def flops_of(make_model: Callable[[], nn.Module], task: Task, formula: str = "auto") -> Flops:
+
+def flops_of(
+    make_model: Callable[[], nn.Module], task: Task, formula: str = "auto"
+) -> Flops | None:
     """What one sample of `task` takes, found on a copy of the model without memory.
 
-    Where the loss does not run on the meta device, it is run on the CPU, with memory, once.
+    Where the loss does not run on the meta device it is run on the CPU, with memory, once, unless
+    the model is large. Where neither will do, "auto" is None, and a warning says why.
 
     Args:
         make_model: as the run makes it; its random numbers are given back.
         formula: one of `FORMULAS`; "auto": `palm` for our Transformer, `counted` for others.
 
     Raises:
-        ValueError: an unknown formula, or a closed one for another model.
+        ValueError: an unknown formula, or one that cannot be had for this model.
     """
     if formula not in FORMULAS:
         raise ValueError(
             f"throughput.formula must be one of {', '.join(FORMULAS)}, got {formula!r}"
         )
-    batch = task.train_batch(np.arange(_SAMPLES, dtype=np.int64))
+    batch = task.train_batch(np.arange(_SAMPLES, dtype=np.int64) % task.num_train)
+    reasons = []
     with torch.random.fork_rng(devices=[]):
-        try:
-            return _flops(make_model, task, batch, formula, torch.device("meta"))
-        except (NotImplementedError, RuntimeError):
-            return _flops(make_model, task, batch, formula, torch.device("cpu"))
+        for name in ("meta", "cpu"):
+            size = 0
+            try:
+                with torch.device(name):
+                    model = make_model()
+                size = sum(param.numel() for param in model.parameters())
+                return _flops(model, task, tuple(tensor.to(name) for tensor in batch), formula)
+            except RuntimeError as error:
+                what = (str(error) or type(error).__name__).splitlines()[0]
+                reasons.append(f"on the {name} device: {what}")
+            if size > _MOST_ON_CPU:
+                break
+    reason = "; ".join(reasons)
+    if formula != "auto":
+        raise ValueError(
+            f"throughput.formula={formula} needs a loss that runs without the accelerator ({reason}"
+            "): leave it at null"
+        )
+    warnings.warn(f"the arithmetic of a sample is not counted ({reason})", stacklevel=2)
+    return None
 
 
-def _flops(
-    make_model: Callable[[], nn.Module],
-    task: Task,
-    batch: Batch,
-    formula: str,
-    device: torch.device,
-) -> Flops:
-    with device:
-        model = make_model()
-    batch = tuple(tensor.to(device) for tensor in batch)
+def _flops(model: nn.Module, task: Task, batch: Batch, formula: str) -> Flops:
     if isinstance(model, Transformer) and formula != "counted":
         name = "palm" if formula == "auto" else formula
         passes = _passes(model, task, batch)

@@ -13,7 +13,10 @@ from largebatch.schedules.counts import real_number
 
 @dataclass(frozen=True)
 class Peak:
-    """Dense BF16 matrix arithmetic of one device as torch counts devices."""
+    """Dense BF16 matrix arithmetic of one device, as torch counts devices.
+
+    Whatever precision a run computes in: so that runs compare.
+    """
 
     tflops: float
     source: str

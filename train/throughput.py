@@ -1,6 +1,6 @@
 """How fast a run is, with all that the number depends on beside it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from largebatch.train.flops import Flops
@@ -27,23 +27,21 @@ class Throughput:
     others: tuple[Peak, ...] = ()
     steps_left_out: int = 5
     _steps: int = 0
-    _measured: int = 0
     _samples: int = 0
-    _seconds: float = field(default=0.0)
+    _seconds: float = 0.0
 
-    def line(self, samples: int, seconds: float, steps: int = 1) -> dict[str, float]:
-        """What a record line gets, of the `steps` steps since the last one.
+    def line(self, samples: int, seconds: float) -> dict[str, float]:
+        """What the record line of a step gets.
 
         Args:
-            samples: of the global batches of these steps.
-            seconds: that they took: evaluations and checkpoints are no part of it.
+            samples: of its global batch.
+            seconds: that it took: evaluations and checkpoints are no part of it.
         """
         assert samples > 0
         assert seconds > 0.0
-        self._steps += steps
-        if self._steps - steps < self.steps_left_out:
+        self._steps += 1
+        if self._steps <= self.steps_left_out:
             return {"samples_per_second": samples / seconds}
-        self._measured += steps
         self._samples += samples
         self._seconds += seconds
         return self._of(samples / seconds)
@@ -53,7 +51,7 @@ class Throughput:
         rates = {} if not self._samples else self._of(self._samples / self._seconds)
         made_with: dict[str, Any] = {
             "steps_left_out": self.steps_left_out,
-            "steps_measured": self._measured,
+            "steps_measured": max(0, self._steps - self.steps_left_out),
             "seconds_measured": round(self._seconds, 4),
             "num_devices": self.num_devices,
         }

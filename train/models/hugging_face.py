@@ -44,7 +44,7 @@ class HuggingFace(nn.Module):
             for key, value in found.to_dict().items():
                 if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
                     setattr(found, key, rate)
-        from transformers import AutoModelForCausalLM
+        from transformers import AttentionInterface, AutoModelForCausalLM
 
         found.use_cache = False
         if hasattr(found, "is_decoder"):
@@ -54,7 +54,10 @@ class HuggingFace(nn.Module):
                 found, dtype=torch.float32
             )
         except ValueError as error:
-            raise ValueError(f"model.config={config}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"model.config={config}: {' '.join(str(error).split())}") from error
+        if _is_plainly_causal(self.model):
+            AttentionInterface.register(_CAUSAL, _attend)
+            self.model.set_attn_implementation(_CAUSAL)
         self.max_length: int | None = getattr(found, "max_position_embeddings", None)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -65,6 +68,29 @@ class HuggingFace(nn.Module):
             )
         logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits
+
+
+_CAUSAL = "largebatch_causal"
+
+
+def _is_plainly_causal(model: Any) -> bool:
+    """Whether every layer sees all that went before, by an attention that can be exchanged."""
+    config = model.config
+    windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    exchangeable = bool(getattr(model, "_supports_attention_backend", False))
+    return exchangeable and windows == [None, None] and layers == {"full_attention"}
+
+
+def _attend(module: nn.Module, *args: Any, **more: Any) -> Any:
+    """Torch's attention, causal by its flag and without a mask.
+
+    To make a mask the library looks in every pass for several sequences in one: the host would wait
+    for the device, and without memory (the meta device) there is nothing to look at.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, *args, **more)
 
 
 def _configuration(config: str, overrides: dict[str, Any]) -> Any:
@@ -85,7 +111,7 @@ def _configuration(config: str, overrides: dict[str, Any]) -> Any:
         where = "has none that can be read" if Path(config).exists() else "is no path"
         raise ValueError(
             f"model.config must be a model type (gpt2, llama, …), a config.json or its folder, or "
-            f"a hub model in the local cache; {config!r} {where}: {str(error).splitlines()[0]}"
+            f"a hub model in the local cache; {config!r} {where}: {' '.join(str(error).split())}"
         ) from error
     for key in overrides:
         if not hasattr(known, key):
