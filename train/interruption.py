@@ -7,17 +7,24 @@ SIGXCPU comes with the end of a CPU time limit. SIGUSR1 is none of them: it prin
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Final, Self
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
 
+ECHO_SECONDS: Final = 1.0
+"""One interruption may come twice: from the batch system, and from a launcher that passes it on."""
+
 
 class Interruption:
-    """Within it, the first of `SIGNALS` is noted in `signal`; a second acts as it would have."""
+    """Within it, the first of `SIGNALS` is noted in `signal`; a second one that is no echo of it
+    acts as it would have.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._noted = 0.0
         self._before: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> Self:
@@ -38,8 +45,11 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.signal = number
-        self._restore()
+        if self.signal is None:
+            self.signal, self._noted = number, time.monotonic()
+        elif time.monotonic() - self._noted > ECHO_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

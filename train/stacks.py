@@ -1,8 +1,10 @@
 """Where every rank stands, on demand: its Python stacks and its last collectives.
 
-A rank that waits in a collective cannot be asked by a collective. So a thread of its own looks, now
-and then, for the file `watch/request` in the run's folder. The file holds the name of a folder in
-`watch/`; the rank answers there with `rank-N.json`, once. Nothing is written before.
+A rank that waits in a collective cannot be asked by a collective, nor told to leave by a signal:
+Python's handlers wait for the main thread. So a thread of its own looks, now and then, for the file
+`watch/request` in the run's folder. `answer NAME` asks for a file `rank-N.json` in `watch/NAME`,
+`leave NAME` ends the process. Nothing is written before, and what was asked before the process
+began is not for it.
 
 The collectives are those of torch's Flight Recorder, which keeps the last `TORCH_FR_BUFFER_SIZE`
 (private names of torch's: where they are missing, the answer says so). With gloo each of them is
@@ -32,7 +34,10 @@ from largebatch.train.record import write_whole
 
 REQUEST: Final = "request"
 
-KEPT: Final = 64
+LEFT: Final = 124
+"""Exit code of a rank that was told to leave, as of a command whose time was over."""
+
+KEPT: Final = 32
 """Collectives of an answer, for each process group: answers of 98,304 ranks are read together."""
 
 _LOOKS_PER_SECOND: Final = 10_000
@@ -49,17 +54,22 @@ def answering(folder: Path, rank: int, size: int) -> Iterator[None]:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     done = threading.Event()
     period = seconds_between_looks(size)
+    heeded = request_in(folder)
 
     def look() -> None:
-        answered = None
+        nonlocal heeded
         while not done.wait(period):
+            request = request_in(folder)
+            if request is None or request == heeded:
+                continue
+            verb, _, name = request.partition(" ")
+            if verb == "leave":
+                os._exit(LEFT)  # whatever the main thread is in
             try:
-                name = (folder / WATCH / REQUEST).read_text(encoding="utf-8").strip()
-                answer = folder / WATCH / name / f"rank-{rank}.json"
-                if name != answered and not answer.exists():  # one to a run before this one
-                    write_whole(answer, json.dumps(where_it_stands(rank, size)) + "\n")
-                answered = name
-            except OSError:  # none yet, or a full disk: the run goes on
+                answer = folder / WATCH / Path(name).name / f"rank-{rank}.json"
+                write_whole(answer, json.dumps(where_it_stands(rank, size)) + "\n")
+                heeded = request
+            except OSError:  # a full disk, say: the run goes on
                 continue
 
     threading.Thread(target=look, name="watch", daemon=True).start()
@@ -70,6 +80,14 @@ def answering(folder: Path, rank: int, size: int) -> Iterator[None]:
         done.set()
         if registered:
             faulthandler.unregister(signal.SIGUSR1)
+
+
+def request_in(folder: Path) -> str | None:
+    """What the ranks of a run are asked, in two words; None where they are not."""
+    try:
+        return (folder / WATCH / REQUEST).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
 
 
 def seconds_between_looks(size: int) -> float:
@@ -135,19 +153,19 @@ def flight_record() -> dict[str, Any]:
     except Exception as error:  # private names may do anything in another version
         trouble = f"no Flight Recorder in this torch: {type(error).__name__}: {error}"
         return record | {"trouble": trouble}
-    if not entries:
+    if not entries and torch.distributed.is_initialized():
         record["trouble"] = "the Flight Recorder is empty: is TORCH_FR_BUFFER_SIZE 0?"
     return record
 
 
 _FIELDS: Final = (
-    "process_group", "collective_seq_id", "p2p_seq_id", "is_p2p", "profiling_name", "state",
-    "retired", "input_sizes", "output_sizes", "input_dtypes",
+    "process_group", "collective_seq_id", "is_p2p", "profiling_name", "state", "retired",
+    "input_sizes",
 )  # fmt: skip
 
 
 def last_of_each(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last `KEPT` entries of each process group, in their order, with the fields compared."""
+    """The last `KEPT` entries of each process group, in their order, with what is compared."""
     kept: list[dict[str, Any]] = []
     num_of: dict[tuple[Any, ...], int] = {}
     for entry in reversed(entries):

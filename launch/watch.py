@@ -1,0 +1,248 @@
+"""`largebatch watch`: end a run that stands still, and say which rank is missing from what.
+
+A run stands still when its step counter does, whatever its processes do: a collective that one rank
+has not entered keeps all others busy for ever, and time-outs of collectives cannot be relied on
+(XCCL has no abort). So the judge is a process outside, with the heartbeat in the run's folder.
+"""
+
+import argparse
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from largebatch.conf.config import ConfigError
+from largebatch.launch.watch_processes import Job, Process, descendants, kill, running
+from largebatch.launch.watch_progress import Progress, has_ended, has_runs_below, heartbeat
+from largebatch.launch.watch_ranks import ask, dismiss
+from largebatch.launch.watch_report import report
+
+REFUSED: Final = 2
+INTERRUPTED: Final = 130
+STOOD_STILL: Final = 124
+"""As `timeout` of coreutils has it."""
+
+FINAL_CODES: Final = (0, 2, 3, 4)
+"""Exit codes of `largebatch train` after which a restart has nothing to add."""
+
+EPILOG: Final = f"""\
+With a COMMAND the exit code is the command's own (128 + N where signal N has killed it), or
+{STOOD_STILL} where it was ended because it stood still. Without one it is 0 where the run ends,
+1 where its process is gone without having ended it, and {STOOD_STILL} where it stands still.
+SIGINT, SIGTERM, SIGUSR2 and SIGXCPU are passed on to COMMAND, and end the restarts.
+
+  largebatch watch runs/a --restarts 3 -- mpiexec -n 24 --ppn 12 python -m largebatch train \\
+      hydra.run.dir=runs/a checkpoint.every_samples=1e6 resume=auto"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run `largebatch watch ARGUMENTS`; returns the exit code."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    options, command = _parser().parse_args(arguments[:cut]), arguments[cut + 1 :]
+    run: Path = options.run
+    if cut < len(arguments) and not command:
+        return _refuse("nothing stands after --: give the command, or leave out --")
+    if run.exists() and not run.is_dir():
+        return _refuse(f"{run} is no folder: name the run's, its hydra.run.dir")
+    if command and options.now:
+        return _refuse("--now asks a run that is under way: leave out the command")
+    if command and options.end:
+        return _refuse("--end is for a run that others have started: COMMAND is ended anyway")
+    if options.restarts and not command:
+        return _refuse("--restarts needs the command to start again, after --")
+    if command:
+        return supervise(run, command, options)
+    if heartbeat(run) is None:
+        return _refuse(f"{run} holds no heartbeat: no run has begun there, or it is another folder")
+    try:
+        return inquire(run, options) if options.now else observe(run, options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:
+        return _refuse(f"{run} cannot be asked: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="largebatch watch",
+        usage="largebatch watch RUN [options] [-- COMMAND …]",
+        description=(__doc__ or "").partition("\n\n")[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder (hydra.run.dir)")
+    for name, default, what in (
+        ("timeout", 600.0, "without a step, after the first: longer than any evaluation or save"),
+        ("startup", 1800.0, "until the first step, and for COMMAND to leave after the end"),
+        ("grace", 30.0, "between SIGTERM and SIGKILL"),
+        ("wait", 60.0, "for the ranks to say where they stand"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=_seconds,
+            default=default,
+            metavar="SECONDS",
+            help=f"{what} (default {default:g})",
+        )
+    parser.add_argument(
+        "--restarts",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="start COMMAND again so often, after it stood still or failed",
+    )
+    parser.add_argument(
+        "--now", action="store_true", help="ask at once where the ranks stand, and leave the run be"
+    )
+    parser.add_argument(
+        "--end", action="store_true", help="without COMMAND: end a run that stands still"
+    )
+    return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text}")
+    return seconds
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text}")
+    return count
+
+
+def supervise(run: Path, command: list[str], options: argparse.Namespace) -> int:
+    """Run a command, again where it stood still or failed; returns the exit code."""
+    _say(f"{run}: to be ended after {options.timeout:g} s without a step")
+    if not any(run.name in word for word in command):
+        _say(f"{run} is not named in the command: is it that run's hydra.run.dir?")
+    for left in range(options.restarts, -1, -1):
+        try:
+            with Job(command) as job:
+                code = _attempt(run, job, options)
+                stay = job.kill()
+        except ConfigError as error:
+            return _refuse(str(error))
+        if stay:
+            _say(f"processes {stay} cannot be killed: they wait for a device; restart elsewhere")
+            return code
+        if code in FINAL_CODES or job.signal is not None or has_ended(run) or not left:
+            return code
+        _say(f"starting again after exit code {code}; {left - 1} restarts left")
+    raise AssertionError("the last round returns")
+
+
+def _attempt(run: Path, job: Job, options: argparse.Namespace) -> int:
+    """Wait for the command, or end it where it stands still."""
+    progress = Progress(run, stale=heartbeat(run))
+    while (code := job.exit_code(_pause(options))) is None:
+        progress.look()
+        if not _stands_still(progress, options):
+            continue
+        if progress.beat is None and has_runs_below(run):
+            _say(f"{run} holds many runs, and a watch is for one: nothing of it is watched")
+            progress = Progress(run)
+            continue
+        if progress.has_ended:
+            _say(f"{run}: {progress}")
+        elif not _is_reported(run, progress, options):
+            continue
+        _say(f"ending it: SIGTERM, and SIGKILL after {options.grace:g} s")
+        dismiss(run, lambda: job.end(options.grace))
+        return STOOD_STILL
+    return code
+
+
+def _stands_still(progress: Progress, options: argparse.Namespace) -> bool:
+    limit = options.timeout if progress.is_stepping else max(options.startup, options.timeout)
+    return progress.seconds > float(limit)
+
+
+def _pause(options: argparse.Namespace) -> float:
+    """Seconds between looks."""
+    return min(1.0, float(options.timeout) / 10)
+
+
+def _is_reported(run: Path, progress: Progress, options: argparse.Namespace) -> bool:
+    """Say where the ranks stand, as far as that can be; False where the run goes on meanwhile."""
+    beat, reason = progress.beat, f"{run} stands still: {progress}"
+    _say(f"{reason}; asking its ranks")
+    try:
+        folder = ask(run, None if beat is None else beat["world_size"], options.wait)
+        _say(f"{report(folder, reason, beat)}\n({folder / 'report.txt'})")
+    except (OSError, ValueError, KeyError, TypeError) as error:  # such as a full disk
+        _say(f"its ranks cannot be asked: {error!r}")
+    progress.look()
+    if _stands_still(progress, options):
+        return True
+    _say(f"{run} has gone on: a longer --timeout would have waited for it")
+    return False
+
+
+def observe(run: Path, options: argparse.Namespace) -> int:
+    """Watch a run that others have started; returns the exit code."""
+    progress = Progress(run)
+    progress.look()
+    while True:
+        beat = progress.beat
+        assert beat is not None
+        here = beat["host"] == socket.gethostname()
+        first = Process(beat["pid"], beat["pid_started"])
+        gone = here and beat["pid_started"] is not None and first not in running()
+        progress.look()  # its last word may have come since
+        if progress.has_ended:
+            _say(f"{run} has ended, at step {beat['step']}")
+            return 0
+        if gone and progress.beat == beat:
+            _say(f"{run}: its process {first.pid} is gone, and has not ended the run")
+            return 1
+        if _stands_still(progress, options) and _is_reported(run, progress, options):
+            _end_from_outside(run, first, beat["host"], options)
+            return STOOD_STILL
+        time.sleep(_pause(options))
+
+
+def _end_from_outside(run: Path, first: Process, host: str, options: argparse.Namespace) -> None:
+    """End a run's ranks, where that is asked for: they leave by themselves if they can, and rank 0
+    is killed where it is on this machine. Its launcher ends what is left.
+    """
+    if not options.end:
+        _say(f"to end it: --end, or kill process {first.pid} on {host}, or qdel, scancel")
+        return
+    here = host == socket.gethostname()
+
+    def wait() -> None:
+        until = time.monotonic() + options.grace
+        while time.monotonic() < until and not (here and first not in running()):
+            time.sleep(0.2)
+
+    _say(f"telling its ranks to leave, for {options.grace:g} s")
+    dismiss(run, wait)
+    if here:
+        kill({first} | descendants(first.pid))
+    else:
+        _say(f"should some have stayed: rank 0 was process {first.pid} on {host}; qdel, scancel")
+
+
+def inquire(run: Path, options: argparse.Namespace) -> int:
+    """Say where the ranks stand now."""
+    progress = Progress(run)
+    progress.look()
+    beat = progress.beat
+    assert beat is not None
+    folder = ask(run, beat["world_size"], options.wait)
+    print(report(folder, f"{run}: step {beat['step']} ({beat['samples']} samples)", beat))
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"largebatch watch: {text}", file=sys.stderr, flush=True)
+
+
+def _refuse(text: str) -> int:
+    print(f"largebatch: {text}", file=sys.stderr)
+    return REFUSED
