@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         wanted = bool(arguments) and arguments[0] in ("-h", "--help")
         if arguments and not wanted:
             print(f"largebatch: no command {arguments[0]!r}", file=sys.stderr)
-        rows = "\n".join(f"  {name:8} {command.summary}" for name, command in COMMANDS.items())
+        rows = "\n".join(f"  {name:10} {command.summary}" for name, command in COMMANDS.items())
         print(
             f"usage: largebatch COMMAND …\n\n{rows}\n\n{EXIT_CODES}",
             file=sys.stdout if wanted else sys.stderr,
