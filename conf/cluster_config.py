@@ -14,11 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 from largebatch.conf.config import ConfigError, sentence
 from largebatch.schedules.counts import whole_number
 
-_CHOICES = {
+_CHOICES: dict[str, tuple[str | None, ...]] = {
     "scheduler": ("pbs", "slurm", "none"),
     "launcher": ("pals", "srun", "mpich", "torchrun"),
     "environment": ("venv", "spread", "copper"),
     "collectives": ("oneccl", "nccl", "none"),
+    "preflight": (None, "fast", "full"),
 }
 
 # oneCCL's all-reduce between nodes. `2d` cannot be one, and topo is what it is between (oneCCL's
@@ -192,6 +193,7 @@ class ClusterConfig:
     allreduce: str = "default"
     settings: dict[str, SettingsConfig] = field(default_factory=dict)
     rank_logs_from_nodes: Any = 2
+    preflight: str | None = None
     watch_timeout: Any = None
 
     def __post_init__(self) -> None:
@@ -209,9 +211,9 @@ class ClusterConfig:
                 setattr(self, name, whole_number(getattr(self, name), f"cluster.{name}", 1))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
+                known = ", ".join(choice or "null" for choice in choices)
                 raise ConfigError(
-                    f"cluster.{name} must be one of {', '.join(choices)}, "
-                    f"got {getattr(self, name)!r}"
+                    f"cluster.{name} must be one of {known}, got {getattr(self, name)!r}"
                 )
         if self.walltime is not None:
             self.walltime = seconds(self.walltime, "cluster.walltime")
@@ -259,6 +261,12 @@ class ClusterConfig:
                 "cluster.environment=spread unpacks an archive on every node: name it with "
                 "cluster.archive=…"
             )
+        if self.environment == "spread" and self.launcher == "torchrun":
+            raise ConfigError(
+                "cluster.environment=spread goes over MPI, got cluster.launcher=torchrun: use venv"
+            )
+        if self.daos is not None and not re.fullmatch(r"[\w.-]+:[\w.-]+", self.daos):
+            raise ConfigError(f"cluster.daos must be POOL:CONTAINER, got {self.daos!r}")
         if self.environment == "copper" and self.venv is None:
             raise ConfigError(
                 "cluster.environment=copper reads the environment through Copper: name it with "
@@ -313,9 +321,6 @@ def typed_submit(config: DictConfig) -> SubmitConfig:
     Raises:
         ConfigError: a missing or unknown key, a wrong type or an impossible value.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError(f"{' and '.join(missing)} must be given, as KEY=VALUE")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(SubmitConfig), config)
         result = OmegaConf.to_object(merged)

@@ -70,6 +70,7 @@ class EngineConfig:
     micro_batch_size: Any = None
     nproc: Any = 1
     device: str | None = None
+    ipex: bool = False
     activation_checkpointing: bool = False
     compile: bool = False
     replicas: Any = None
@@ -237,12 +238,17 @@ class GuardConfig:
                 "guard.loss_deviations sees a loss when its step is made, too late to skip it: "
                 "set guard.spike to rollback or stop"
             )
+        without_bound = self.grad_norm_multiple is None and self.loss_deviations is None
+        if self.spike != "skip" and without_bound:
+            raise ConfigError(
+                f"guard.spike={self.spike} needs to know what a spike is: set "
+                "guard.grad_norm_multiple (20, say) or guard.loss_deviations (10, say)"
+            )
 
     @property
     def rolls_back(self) -> bool:
         """Whether it may want a checkpoint to go back to."""
-        watches = self.grad_norm_multiple is not None or self.loss_deviations is not None
-        return self.non_finite == "rollback" or (self.spike == "rollback" and watches)
+        return "rollback" in (self.non_finite, self.spike)
 
 
 @dataclass
@@ -359,8 +365,8 @@ class TrainConfig:
             self.clip_norm = real_number(self.clip_norm, "clip_norm", above=0.0)
         if self.guard.rolls_back and not self.checkpoint.saves:
             raise ConfigError(
-                "guard goes back to the last checkpoint: set checkpoint.every_samples or every_minutes, or "
-                "guard.non_finite and guard.spike to skip or stop"
+                "guard goes back to the last checkpoint: set checkpoint.every_samples or "
+                "every_minutes, or guard.non_finite and guard.spike to skip or stop"
             )
         if self.resume not in (None, "auto"):
             raise ConfigError(f"resume must be null or auto, got {self.resume!r}")
@@ -386,10 +392,10 @@ class TrainConfig:
             raise ConfigError(
                 "a study searches its learning rates itself: leave out study, or mode=lr_find"
             )
-        if self.resume is not None or self.checkpoint.every_samples is not None:
+        if self.resume is not None or self.checkpoint.saves:
             raise ConfigError(
                 "a sweep of mode=lr_find is short and made in one piece: leave resume and "
-                "checkpoint.every_samples at null"
+                "checkpoint.every_samples at null, and checkpoint.every_minutes"
             )
         if self.guard != GuardConfig():
             raise ConfigError("mode=lr_find ends where it blows up: leave guard as it is")

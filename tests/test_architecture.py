@@ -41,6 +41,7 @@ MAY_IMPORT = {
     ],
     "benchmarks": [
         "largebatch.benchmarks",
+        "largebatch.conf",
         "largebatch.optim",
         "largebatch.schedules",
         "largebatch.launch",

@@ -145,7 +145,7 @@ def train(ranks: Ranks, order: Order | None, display: bool = False) -> dict[str,
         return None
     set_threads(ranks)
     try:
-        device = pick_device(order.config.engine.device, ranks)
+        device = pick_device(order.config.engine.device, ranks, order.config.engine.ipex)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     config = order.config

@@ -16,6 +16,7 @@ would train as many runs, over one another. Whoever knows the size beforehand (a
 `largebatch submit` writes) says it in LARGEBATCH_RANKS, and every rank holds the world against it.
 """
 
+import random
 import re
 import socket
 from collections.abc import Mapping
@@ -104,13 +105,13 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
 def _from_mpi(launcher: str, environment: Mapping[str, str]) -> Ranks:
     try:
         from mpi4py import MPI
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no MPI library
         if launcher == "pals" and "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
             return _from_pals_alone(environment)
         if "SLURM_STEP_NUM_TASKS" in environment:
             return _from_slurm(environment)
         raise ConfigError(
-            f"started by an MPI launcher, but mpi4py does not load ({error}): "
+            f"started by an MPI launcher, but mpi4py does not load ({_first_line(error)}): "
             "pip install 'largebatch[mpi]', or start with torchrun or engine.nproc"
         ) from None
     world = MPI.COMM_WORLD
@@ -128,6 +129,10 @@ def _from_mpi(launcher: str, environment: Mapping[str, str]) -> Ranks:
     if isinstance(master, ConfigError):
         raise master
     return Ranks(launcher, rank, size, local_rank, local_size, *master)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _from_pals_alone(environment: Mapping[str, str]) -> Ranks:
@@ -272,9 +277,21 @@ def check_is_here(addr: str) -> None:
     raise ConfigError(f"the master address {addr} is not of {socket.gethostname()}: {way_out}")
 
 
+# Below those that systems hand out for outgoing connections (32768 and up on Linux).
+_PORTS: Final = range(20_000, 32_768)
+
+
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that is free, and that no outgoing connection is given before the store takes it,
+    which may be seconds later: MPI opens some meanwhile.
+    """
+    # Not the generator that a user may have seeded: all runs would try the same ports.
+    for port in (*random.SystemRandom().sample(_PORTS, 100), 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            found: int = probe.getsockname()[1]
+            return found
+    raise OSError("no TCP port is free")

@@ -195,7 +195,7 @@ def meet(ranks: Ranks) -> "Store | None":
     address = f"tcp://{ranks.master_addr}:{ranks.master_port}"
     url = "env://" if ranks.launcher == "torchrun" else address
     store: Store = next(iter(rendezvous(url, ranks.rank, ranks.size)))[0]
-    # torchrun's agent keeps one store through all its restarts, with the words of those that failed.
+    # torchrun's agent keeps one store through all restarts, with the words of those that failed.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"largebatch/attempt-{attempt}", store)
 
@@ -218,13 +218,20 @@ def _allow_sockets(size: int) -> None:
 
 
 def tell(store: "Store | None", ranks: Ranks, value: Any) -> Any:
-    """Rank 0's `value` on every rank, before there is a process group to ask."""
+    """Rank 0's `value` on every rank, before there is a process group to ask.
+
+    Rank 0 returns when all have it: the store ends with rank 0, which may have nothing more to do.
+    """
     if store is None:
         return value
     if ranks.is_first:
         store.set("told", pickle.dumps(value))  # type: ignore[arg-type] # takes bytes
+        store.wait(["heard"])
         return value
-    return pickle.loads(store.get("told"))
+    heard = pickle.loads(store.get("told"))
+    if store.add("listeners", 1) == ranks.size - 1:
+        store.set("heard", "by all")
+    return heard
 
 
 @contextmanager

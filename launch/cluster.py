@@ -1,0 +1,121 @@
+"""A cluster's queues and its scheduler's commands: what may be submitted, and submitting it."""
+
+import getpass
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from largebatch.conf.cluster_config import ClusterConfig, clock
+from largebatch.conf.config import ConfigError
+
+
+def check_queue(cluster: ClusterConfig) -> None:
+    """Refuse what the queue would refuse, or never start.
+
+    Raises:
+        ConfigError: naming the limit and what fits.
+    """
+    if cluster.scheduler == "none":
+        if cluster.chain > 1 or cluster.spares:
+            raise ConfigError(
+                f"cluster.chain and cluster.spares need a scheduler, which {cluster.name} has not: "
+                "leave them at 1 and 0"
+            )
+        return
+    needed = {"pbs": ("queue", "account", "walltime"), "slurm": ("walltime",)}[cluster.scheduler]
+    missing = [f"cluster.{name}" for name in needed if getattr(cluster, name) is None]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} must be given, as KEY=VALUE")
+    if cluster.queues is None:
+        return
+    if cluster.queue not in cluster.queues:
+        raise ConfigError(
+            f"cluster.queue must be one of {', '.join(cluster.queues)}, got {cluster.queue!r}"
+        )
+    queue, nodes = cluster.queues[cluster.queue], cluster.nodes + cluster.spares
+    if not queue.min_nodes <= nodes <= queue.max_nodes:
+        fit = [
+            name
+            for name, other in cluster.queues.items()
+            if other.min_nodes <= nodes <= other.max_nodes
+        ]
+        raise ConfigError(
+            f"queue {cluster.queue} takes {queue.min_nodes} to {queue.max_nodes} nodes, got "
+            f"{nodes}{' with the spares' * (cluster.spares > 0)}; "
+            + (f"{', '.join(fit)} would take them" if fit else "no queue here takes them")
+        )
+    longest = queue.longest(nodes)
+    if not queue.min_walltime <= cluster.walltime <= longest:
+        raise ConfigError(
+            f"queue {cluster.queue} gives a job of {nodes} nodes {clock(queue.min_walltime)} to "
+            f"{clock(longest)}, got cluster.walltime={clock(cluster.walltime)}: ask for less, and "
+            "go on in a further job with cluster.chain"
+        )
+    if queue.jobs_per_user is not None and cluster.chain > queue.jobs_per_user:
+        raise ConfigError(
+            f"queue {cluster.queue} holds {queue.jobs_per_user} of your jobs, and cluster.chain="
+            f"{cluster.chain} would put {cluster.chain} into it: take another queue, or submit one "
+            "job after the other with the same folder of the run and resume=auto"
+        )
+
+
+class Scheduler:
+    """The commands of PBS or Slurm, as they are on a login node.
+
+    Raises:
+        ConfigError: they are not here.
+    """
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self._cluster, self._pbs = cluster, cluster.scheduler == "pbs"
+        self._command = "qsub" if self._pbs else "sbatch"
+        if shutil.which(self._command) is None:
+            raise ConfigError(
+                f"{self._command} is not here: submit from a login node of {cluster.name}, or look "
+                "at the script with --dry-run"
+            )
+
+    def check_room(self) -> None:
+        """Refuse one job more than the queue holds of a user.
+
+        Raises:
+            ConfigError: naming the jobs that are there.
+        """
+        queues, name = self._cluster.queues, self._cluster.queue
+        most = None if queues is None or name is None else queues[name].jobs_per_user
+        if most is None:
+            return
+        user = getpass.getuser()
+        ask = (
+            ["qselect", "-u", user, "-q", str(name)]
+            if self._pbs
+            else ["squeue", "--noheader", "--format=%i", f"--user={user}", f"--partition={name}"]
+        )
+        if shutil.which(ask[0]) is None:
+            return  # then the scheduler refuses it itself
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=60)
+        there = done.stdout.split()
+        if len(there) + self._cluster.chain > most:
+            raise ConfigError(
+                f"queue {name} holds {most} of your jobs, and has {len(there)} of them already "
+                f"({', '.join(there)}): wait, or take another queue"
+            )
+
+    def submit(self, script: Path, after: str | None) -> str:
+        """Submit, to run once the job `after` has ended however it ended; returns the job's id.
+
+        Raises:
+            ConfigError: the scheduler's own words.
+        """
+        options: Sequence[str] = [] if self._pbs else ["--parsable"]
+        if after is not None:
+            depend = f"depend=afterany:{after}"
+            options = [*options, *(["-W", depend] if self._pbs else [f"--dependency={depend[7:]}"])]
+        done = subprocess.run(
+            [self._command, *options, str(script)], capture_output=True, text=True, timeout=120
+        )
+        if done.returncode != 0:
+            said = " ".join((done.stderr or done.stdout).split())
+            raise ConfigError(f"{self._command} refused {script}: {said}")
+        return done.stdout.split()[-1].partition(";")[0]

@@ -1,0 +1,235 @@
+"""`largebatch submit`: write the script of a job on a cluster, and submit it.
+
+What can be known beforehand is checked before: the queue's limits, the cores, and for a run its
+whole configuration and plan on as many ranks as the job will have.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, typed_submit
+from largebatch.conf.config import ConfigError, sentence
+from largebatch.launch.cluster import Scheduler, check_queue
+from largebatch.launch.script import Job, script
+from largebatch.train.record import check_free, check_unfinished
+
+REFUSED: Final = 2
+
+HELP: Final = """Write the script of a job on a cluster, and submit it.
+
+  largebatch submit cluster=aurora cluster.nodes=8 cluster.queue=debug-scaling \\
+      cluster.account=PROJECT cluster.walltime=00:30:00 \\
+      -- train optim=lamb batch.size=12288
+
+The clusters are aurora, sunspot, polaris, slurm (any), local (this machine, at once), and those in
+DIR/cluster/*.yaml with --config-dir DIR. Keys that are often given:
+
+  cluster.nodes, .queue, .account, .walltime
+  cluster.chain=N        N jobs, each going on from the checkpoints of the one before
+  cluster.allreduce=…    oneCCL's algorithm between nodes: default, direct, rabenseifner, ring, …
+  cluster.spares=K       K nodes more; each is asked by itself, and the good ones go on
+  cluster.preflight=…    fast or full: largebatch doctor on all ranks before the run
+  cluster.watch_timeout=S   end the job when there is no step for S seconds
+  cluster.environment=…  venv, spread (cluster.archive=…) or copper
+  name=…, folder=…       of the job
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run `largebatch submit ARGUMENTS`; returns the exit code."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    options = _parser().parse_intermixed_args(arguments[:at])
+    try:
+        job = prepared(options, arguments[at + 1 :], arguments)
+        text = script(job)
+        if options.dry_run:
+            print(text, end="")
+            return 0
+        return send(job, text)
+    except ConfigError as error:
+        print(f"largebatch: {error}", file=sys.stderr)
+        return REFUSED
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        "largebatch submit", usage="largebatch submit [OPTIONS] KEY=VALUE… -- train|sweep WORDS…",
+        allow_abbrev=False, description=HELP, formatter_class=RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the script, and no more")
+    parser.add_argument("--config-dir", metavar="DIR", help="where your own cluster/*.yaml are")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="see above")
+    return parser
+
+
+def prepared(options: Namespace, words: Sequence[str], told: Sequence[str]) -> Job:
+    """The job as asked for, checked.
+
+    Raises:
+        ConfigError: in one sentence.
+    """
+    config = composed(options.overrides, options.config_dir)
+    check_queue(config.cluster)
+    words, record = completed(config, words)
+    if words[0] == "train":
+        # Now rather than after a day in the queue.
+        check = check_unfinished if "resume=auto" in words else check_free
+        check(Path(record))
+        check_plan(words[1:], config.cluster.num_ranks)
+    return Job(config, words, record, [word for word in told if word != "--dry-run"])
+
+
+def composed(overrides: Sequence[str], config_dir: str | None = None) -> SubmitConfig:
+    """What `submit.yaml` and the overrides come to.
+
+    Raises:
+        ConfigError: an unknown cluster or key, a missing or impossible value.
+    """
+    strange = [word for word in overrides if "=" not in word and not word.startswith("~")]
+    if strange:
+        raise ConfigError(
+            f"{strange[0]!r} is no KEY=VALUE; what the job is to run stands after --, as in "
+            "largebatch submit cluster=local -- train"
+        )
+    # A shell leaves this ~ alone, and Hydra cannot read it.
+    overrides = [word.replace("=~/", "=$HOME/", 1) for word in overrides]
+    search = []
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigError(f"--config-dir must be a folder, got {config_dir!r}")
+        search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+    try:
+        with initialize_config_module("largebatch.conf", version_base="1.3"):
+            return typed_submit(compose("submit", [*overrides, *search]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(sentence(error).partition(" Config search path:")[0]) from error
+
+
+def completed(config: SubmitConfig, words: Sequence[str]) -> tuple[list[str], str]:
+    """The command with what a job of its kind needs, and the folder of its record.
+
+    Raises:
+        ConfigError: a command that a job cannot run.
+    """
+    if not words or words[0] not in ("train", "sweep"):
+        raise ConfigError(
+            "say after -- what the job is to run, train or sweep and its words, got "
+            f"{' '.join(words) or 'nothing'}"
+        )
+    keys = {word.partition("=")[0].lstrip("+"): word.partition("=")[2] for word in words[1:]}
+    if keys.get("engine.nproc", "1") != "1":
+        raise ConfigError(
+            f"engine.nproc={keys['engine.nproc']} starts ranks itself, and the job's launcher "
+            f"starts {config.cluster.num_ranks}: leave it out"
+        )
+    if words[0] == "sweep" and config.cluster.nodes > 1 and "hydra/launcher" not in keys:
+        raise ConfigError(
+            f"a sweep stays on the first of {config.cluster.nodes} nodes without a launcher that "
+            "reaches the others: give hydra/launcher=parsl, or cluster.nodes=1"
+        )
+    key, name = ("hydra.run.dir", "run") if words[0] == "train" else ("hydra.sweep.dir", "sweep")
+    record = keys.get(key, f"{config.folder}/{name}")
+    if re.search(r"[\s'\"\\$]", record):
+        raise ConfigError(
+            f"{key} must be a plain path in a job, the same for everybody who reads it, got "
+            f"{record!r}"
+        )
+    more = [] if key in keys else [f"{key}={record}"]
+    resumes = words[0] == "train" or "study" not in keys  # a study goes on by itself
+    if config.cluster.chain > 1 and resumes:
+        if keys.get("checkpoint.every_samples", "null") == "null":
+            raise ConfigError(
+                f"cluster.chain={config.cluster.chain} jobs go on from one another's checkpoints, "
+                "and there are none: give checkpoint.every_samples=…"
+            )
+        more += [] if keys.get("resume") == "auto" else ["resume=auto"]
+    return [*words, *more], record
+
+
+def check_plan(words: Sequence[str], ranks: int) -> None:
+    """Have `largebatch plan` look at the run on so many ranks; in a process of its own, as the
+    loop's configuration is none of this folder's business.
+
+    Raises:
+        ConfigError: what it says.
+    """
+    plan = [sys.executable, "-m", "largebatch", "plan", "--no-picture", "--ranks", str(ranks)]
+    done = subprocess.run([*plan, *words], capture_output=True, text=True)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"largebatch plan ended with {done.returncode}"]
+        raise ConfigError(said[-1].removeprefix("largebatch: "))
+
+
+def check_files(cluster: ClusterConfig) -> None:
+    """What the job will want of the file system is there; it is the same one.
+
+    Raises:
+        ConfigError: naming the key and how to make what is missing.
+    """
+    if cluster.venv is not None:
+        venv = Path(os.path.expandvars(cluster.venv)).expanduser()
+        if not (venv / "bin" / "activate").is_file():
+            raise ConfigError(
+                f"cluster.venv={cluster.venv} is no virtual environment: make it with python3 -m "
+                f"venv --system-site-packages {cluster.venv}, or name yours"
+            )
+    if cluster.environment == "spread":
+        assert cluster.archive is not None
+        if not Path(os.path.expandvars(cluster.archive)).is_file():
+            raise ConfigError(
+                f"cluster.archive={cluster.archive} is not there: make it with largebatch env pack"
+            )
+
+
+def send(job: Job, text: str) -> int:
+    """Write the script and submit it, or run it here; returns the exit code.
+
+    Raises:
+        ConfigError: a folder that is taken, a queue that is full, a scheduler that refuses.
+    """
+    folder = Path(job.config.folder)
+    if folder.exists():
+        raise ConfigError(f"{folder} is there already: choose another with folder=…")
+    scheduler = None if job.cluster.scheduler == "none" else Scheduler(job.cluster)
+    check_files(job.cluster)
+    if scheduler is not None:
+        scheduler.check_room()
+    folder.mkdir(parents=True)
+    path = folder / "job.sh"
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+    if scheduler is None:
+        return _run_here(path)
+    ids: list[str] = []
+    try:
+        for _ in range(job.cluster.chain):
+            ids.append(scheduler.submit(path, after=ids[-1] if ids else None))
+    except ConfigError as error:
+        if not ids:
+            path.unlink()
+            folder.rmdir()
+            raise
+        raise ConfigError(f"{error}; before it {', '.join(ids)} went in, and will run") from error
+    print(f"{', then '.join(ids)}: {path}, with its output beside it; record in {job.record}")
+    return 0
+
+
+def _run_here(path: Path) -> int:
+    """The script's exit code. Ctrl-C is for the ranks, which close their record."""
+    process = subprocess.Popen(["bash", str(path)])
+    while True:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            continue
+        return 128 - code if code < 0 else code

@@ -1,0 +1,233 @@
+"""What `largebatch submit` writes, and what it refuses before anything is written.
+
+The scripts are held against those in snapshots/; after a change that is meant, look at
+`git diff` of:  RENEW_SNAPSHOTS=1 python -m pytest tests/launch/test_submit.py
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from largebatch.launch.cluster import check_queue
+from largebatch.launch.script import Job, script
+from largebatch.launch.script_words import quoted
+from largebatch.launch.submit import completed, composed, main
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+BIN = Path(sys.executable).parent
+AURORA = ["cluster=aurora", "cluster.account=project", "cluster.walltime=00:30:00"]
+POLARIS = ["cluster=polaris", "cluster.account=project", "cluster.walltime=01:00:00"]
+TRAIN = ["train", "optim=lamb", "batch.size=24576"]
+
+JOBS = {
+    "aurora-1": ([*AURORA, "cluster.queue=debug"], TRAIN),
+    "aurora-8": ([*AURORA, "cluster.queue=debug-scaling", "cluster.nodes=8"], TRAIN),
+    "aurora-256": ([*AURORA, "cluster.queue=debug-scaling", "cluster.nodes=256"], TRAIN),
+    "aurora-2048": ([*AURORA, "cluster.queue=prod", "cluster.nodes=2048"], TRAIN),
+    "aurora-all-options": (
+        [
+            *AURORA, "cluster.queue=prod", "cluster.nodes=300", "cluster.spares=4", "name=all",
+            "cluster.chain=3", "cluster.watch_timeout=900", "cluster.preflight=full",
+            "cluster.environment=copper", "cluster.daos=pool:box", "cluster.node.ranks=6",
+            "cluster.allreduce='direct:0-1048576;rabenseifner:1048577-max'",
+            "cluster.launcher_options=[--rlimit,NOFILE]",
+            "cluster.settings.scale.export.PALS_PING_PERIOD=null",
+            "+cluster.settings.mine={export:{MY_PATH:'$HOME/it is \"mine\"'},source:me}",
+        ],
+        [*TRAIN, "checkpoint.every_samples=1e6", "hydra.run.dir=runs/mine", "optim.lr='0.02'"],
+    ),
+    "aurora-spread": (
+        [*AURORA, "cluster.queue=prod", "cluster.nodes=1024", "cluster.environment=spread",
+         "cluster.archive=env.tar.gz"],
+        TRAIN,
+    ),
+    "aurora-sweep": (
+        [*AURORA, "cluster.queue=debug-scaling", "cluster.nodes=8"],
+        ["sweep", "optim=lamb,lars", "batch.size=256,512", "hydra/launcher=parsl"],
+    ),
+    "sunspot-2": (
+        ["cluster=sunspot", "cluster.account=p", "cluster.walltime=3600", "cluster.queue=workq",
+         "cluster.nodes=2"],
+        TRAIN,
+    ),
+    "polaris-10": ([*POLARIS, "cluster.queue=prod", "cluster.nodes=10"], TRAIN),
+    "slurm-4": (
+        ["cluster=slurm", "cluster.walltime=12:00:00", "cluster.nodes=4", "cluster.node.ranks=4",
+         "cluster.directives=['--gpus-per-node=4']", "cluster.spares=1",
+         "cluster.node.domains=[{cores:0-31},{cores:32-63}]"],
+        TRAIN,
+    ),
+    "local-mpich": (["cluster=local"], TRAIN),
+    "local-torchrun": (["cluster=local", "cluster.launcher=torchrun"], TRAIN),
+}  # fmt: skip
+
+
+def written(asked: list[str], words: list[str]) -> str:
+    told = [*asked, "folder=jobs/snapshot", "--", *words]
+    config = composed(told[: told.index("--")])
+    check_queue(config.cluster)
+    return script(Job(config, *completed(config, words), told))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_script_is_bash_and_the_one_that_was_looked_at(name: str, tmp_path: Path) -> None:
+    text = written(*JOBS[name])
+    path = tmp_path / "job.sh"
+    path.write_text(text)
+    for check in (["bash", "-n"], [str(BIN / "shellcheck"), "--shell=bash"]):
+        done = subprocess.run([*check, str(path)], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+    snapshot = SNAPSHOTS / f"{name}.sh"
+    if os.environ.get("RENEW_SNAPSHOTS"):
+        snapshot.write_text(text)
+    assert text == snapshot.read_text()
+
+
+def test_every_snapshot_is_one_of_these() -> None:
+    assert {path.stem for path in SNAPSHOTS.iterdir()} == set(JOBS)
+
+
+def test_words_reach_the_command_as_they_were_given(tmp_path: Path) -> None:
+    strange = ["a b", "it's", '"x"', "$HOME", "`id`", "back\\slash", "*", "two\nlines", "-"]
+    text = written(["cluster=local"], ["train", *strange])
+    command = text[text.index("command=(") : text.index(")\n", text.index("command=(")) + 2]
+    (tmp_path / "look.sh").write_text(command + "printf '%s\\0' \"${command[@]}\"")
+    done = subprocess.run(["bash", str(tmp_path / "look.sh")], capture_output=True, text=True)
+    assert done.stdout.split("\0")[:-2] == ["python", "-m", "largebatch", "train", *strange]
+    # A line's end would end the comment, and the rest would run.
+    assert not [line for line in text.splitlines() if line.startswith("lines")][1:]
+
+
+@pytest.mark.parametrize("value", ["plain", "with 'one' and \"two\"", "a`b`", "back\\slash", ""])
+def test_a_value_is_one_word_of_the_shell(value: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"printf %s {quoted(value)}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == value
+
+
+REFUSED = [
+    # Limits as ALCF's page on running jobs has them.
+    ("debug cluster.nodes=3", "takes 1 to 2 nodes, got 3; debug-scaling, capacity would take"),
+    ("debug cluster.nodes=2 cluster.spares=1", "takes 1 to 2 nodes, got 3 with the spares"),
+    ("capacity cluster.nodes=17", "takes 1 to 16 nodes, got 17; debug-scaling would take them"),
+    ("prod cluster.nodes=255", "prod takes 256 to 10624 nodes, got 255; debug-scaling would"),
+    ("prod cluster.nodes=10625", "got 10625; no queue here takes them"),
+    ("prod cluster.nodes=1024 cluster.walltime=12:00:01", "1024 nodes 00:05:00 to 12:00:00, got"),
+    ("prod cluster.nodes=1025 cluster.walltime=18:00:01", "1025 nodes 00:05:00 to 18:00:00, got"),
+    ("debug cluster.walltime=00:04:59", "00:05:00 to 01:00:00, got cluster.walltime=00:04:59"),
+    ("debug cluster.walltime=30min", "walltime must be HH:MM:SS, such as 00:30:00, got '30min'"),
+    ("big", "queue must be one of debug, debug-scaling, capacity, prod, got 'big'"),
+    ("debug cluster.chain=2", "queue debug holds 1 of your jobs, and cluster.chain=2 would put 2"),
+    ("debug cluster.nodes=0", "cluster.nodes must be a whole number of at least 1"),
+    ("debug cluster.modules=[frameworks]", "must name versions, got 'frameworks'"),
+    ("debug cluster.allreduce=2d", "cluster.allreduce must be default, one of direct, "),
+    (
+        "debug cluster.allreduce=direct cluster.settings.oneccl.export.CCL_ATL_TRANSPORT=ofi",
+        "needs CCL_ATL_TRANSPORT=mpi, got 'ofi'",
+    ),
+    ("debug cluster.environment=conda", "must be one of venv, spread, copper, got 'conda'"),
+    ("debug cluster.environment=spread", "name it with cluster.archive="),
+    ("debug cluster.daos=pool", "cluster.daos must be POOL:CONTAINER, got 'pool'"),
+    ("debug cluster.preflight=quick", "must be one of null, fast, full, got 'quick'"),
+    ("debug cluster.node.bind='0-3:4-7' cluster.node.ranks=2", "rank 0 and the operating system"),
+    ("debug cluster.node.rank=2", "cluster.node.rank"),
+    ("debug +cluster.settings.mine={export:{A-B:1},source:me}", "variables by name, got 'A-B'"),
+    ("debug name=two.words.too.long", "name must be a letter and up to 14 letters"),
+    ("debug folder=' two words'", "folder must have no spaces"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "sentence"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_what_cannot_run_is_refused_in_a_sentence(
+    asked: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue, *words = asked.split(" ", 1)
+    words = re.split(r" (?=cluster|name|folder)", words[0]) if words else []
+    told = [*AURORA, f"cluster.queue={queue}", *words, "--dry-run", "--", *TRAIN]
+    assert main(told) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert sentence in printed.err
+    assert printed.err.startswith("largebatch: ")
+    assert printed.err.count("\n") == 1
+
+
+DEBUG = [*AURORA, "cluster.queue=debug"]
+CHAIN = [*AURORA, "cluster.queue=capacity", "cluster.chain=2"]
+COMMANDS = [
+    (["cluster=local"], [], "what the job is to run, train or sweep and its words, got nothing"),
+    (["cluster=local"], ["report", "x"], "train or sweep and its words, got report x"),
+    (["cluster=local"], ["train", "engine.nproc=2"], "the job's launcher starts 2: leave it out"),
+    (DEBUG, ["train", "batch.size=100"], "100 is not divisible by 12"),  # ranks
+    (DEBUG, ["train", "batch.size=1200", "optim.lrr=1"], "optim.lrr"),
+    (DEBUG, ["train", "batch.size=1200", "lr.warmup_samples=1e9", "lr=cosine"], "warmup"),
+    (DEBUG, ["train", "hydra.run.dir=runs/${now:%Y}"], "hydra.run.dir must be a plain path"),
+    (CHAIN, ["train", "batch.size=1200"], "there are none: give checkpoint.every_samples"),
+    (CHAIN, ["sweep", "batch.size=12,24"], "there are none: give checkpoint.every_samples"),
+    (["cluster=slurm", "cluster.walltime=60", "cluster.nodes=2"], ["sweep"], "launcher=parsl"),
+    (["cluster=local", "cluster.chain=2"], ["train"], "need a scheduler, which local has not"),
+    (["cluster=local", "cluster.nodes=2", "cluster.launcher=torchrun"], ["train"], "on one node"),
+    ([*POLARIS, "cluster.queue=debug", "cluster.allreduce=ring"], ["train"], "collectives=nccl"),
+    (["cluster=aurora"], ["train"], "queue and cluster.account and cluster.walltime must be given"),
+    (["cluster=slurm"], ["train"], "cluster.walltime must be given"),
+    (["cluster=auroara"], ["train"], "'cluster': aurora local polaris slurm sunspot"),
+    ([], ["train"], "You must specify 'cluster'"),
+    (["cluster=local", "train"], [], "'train' is no KEY=VALUE; what the job is to run"),
+    (["cluster=local", "--config-dir", "nowhere"], ["train"], "must be a folder, got 'nowhere'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "words", "sentence"), COMMANDS)
+def test_a_command_that_a_job_cannot_run_is_refused_in_a_sentence(
+    asked: list[str], words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*asked, "--dry-run", "--", *words]) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_dry_run_prints_the_script_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["cluster=local", "folder=jobs/dry", "--", "train", "batch.size=256"]
+    assert main(["--dry-run", *asked]) == 0
+    assert capsys.readouterr().out == written(["cluster=local"], asked[3:]).replace(
+        "jobs/snapshot", "jobs/dry"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_pbs_a_job_is_refused_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*DEBUG, "--", "train", "batch.size=1200"]) == 2
+    assert "qsub is not here: submit from a login node of aurora" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_that_the_user_has_given_is_not_given_again() -> None:
+    config = composed(CHAIN)
+    words = ["train", "hydra.run.dir=mine", "checkpoint.every_samples=1e3", "resume=auto"]
+    assert completed(config, words) == (words, "mine")
+    study = ["sweep", "study=digits"]
+    assert completed(config, study) == (
+        [*study, f"hydra.sweep.dir={config.folder}/sweep"],
+        f"{config.folder}/sweep",
+    )
+
+
+def test_every_job_of_the_docs_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "aurora.md").read_text(encoding="utf-8")
+    lines = text.replace("\\\n", " ").splitlines()
+    jobs = [line.split()[2:] for line in lines if line.startswith("largebatch submit cluster=")]
+    assert len(jobs) == 3
+    for told in jobs:
+        assert main(["--dry-run", *told]) == 0, capsys.readouterr().err
