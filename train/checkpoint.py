@@ -6,6 +6,7 @@ it (`checkpoint_tensors.py`), and is made by all ranks, of which none is left wa
 happens where one cannot be written.
 """
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from largebatch.conf.config import CheckpointConfig, ConfigError
 from largebatch.train.checkpoint_files import (
     CHECKPOINTS,
     FORMAT,
+    Part,
     add_up,
     clear_drafts,
     draft_of,
@@ -29,7 +31,8 @@ from largebatch.train.checkpoint_files import (
     set_aside,
 )
 from largebatch.train.checkpoint_saving import Saving
-from largebatch.train.checkpoint_tensors import Part, Tensors, of_first
+from largebatch.train.checkpoint_tensors import Tensors
+from largebatch.train.checkpoint_torch import of_first
 from largebatch.train.ranks import Ranks
 
 
@@ -107,15 +110,16 @@ class Checkpoints:
             self._note(final, str(error))
             return
         background = self._config.mode == "async"
+        # As it is now: lists in it may grow while the files are written.
         saved_by = self._tensors.describe() | {"time": time.time()}
+        whole = json.loads(json.dumps(state | {"format": FORMAT, "saved_by": saved_by}))
         writing = self._tensors.begin_save(draft_of(final), staged=background)
 
         def publish_all(parts: list[Part]) -> None:
             files = add_up(part.files for part in parts)
             files |= writing.finish([part.results for part in parts])
-            whole = state | {"format": FORMAT, "saved_by": saved_by}
             publish(draft_of(final), final, files, whole)
-            retire(self._run, self._config.keep, self._config.keep_every_samples)
+            self._retire()
 
         def discard() -> None:
             remove(draft_of(final))
@@ -167,9 +171,15 @@ class Checkpoints:
         if self._ranks.is_first:
             for later in listed(self._run):
                 if samples_of(later) > samples_of(checkpoint):
-                    set_aside(later, "broken")
+                    set_aside(later, "passed")
         self.last = checkpoint
         return state
+
+    def _retire(self) -> None:
+        try:
+            retire(self._run, self._config.keep, self._config.keep_every_samples)
+        except OSError as error:  # the new one is there all the same
+            print(f"largebatch: old checkpoints could not be deleted: {error}", file=sys.stderr)
 
     def _make_draft(self, final: Path) -> None:
         self._folder.mkdir(exist_ok=True)

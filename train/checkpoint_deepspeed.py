@@ -13,18 +13,18 @@ import os
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from largebatch.train.checkpoint_files import (
     UNIVERSAL,
     File,
     crc32_of,
-    problem,
     publish,
     read_state,
 )
@@ -94,22 +94,48 @@ def check_loadable(checkpoint: Path, saved: dict[str, Any], engine: dict[str, An
     return universal
 
 
+def load_own(engine: Any, folder: Path) -> None:
+    """Have DeepSpeed load what is in `folder`; every rank calls it."""
+    with chdir(folder.parent):  # it takes a path for a pattern, where brackets mean something else
+        path, _ = engine.load_checkpoint(".", tag=folder.name)
+    if path is None:
+        raise ValueError(f"DeepSpeed found nothing to load in {folder}")
+
+
 def load_universal(engine: Any, universal: Path) -> None:
-    """Load a converted checkpoint into a DeepSpeed engine of any size; every rank calls it."""
+    """Load a converted checkpoint into a DeepSpeed engine of any size; every rank calls it.
+
+    Raises:
+        ValueError: a rank would hold nothing of a group of parameters.
+    """
+    _check_groups(engine.optimizer)
     config = engine._config
     before, config.load_universal_checkpoint = config.load_universal_checkpoint, True
     try:
-        path, _ = engine.load_checkpoint(str(universal.parent), tag=universal.name)
+        load_own(engine, universal)
     finally:
         config.load_universal_checkpoint = before
-    if path is None:
-        raise ValueError(f"DeepSpeed found nothing to load in {universal}")
     notes = torch.load(universal / _NOTES, weights_only=True)
     optimizer = engine.basic_optimizer
     for flat, state in optimizer.state.items():
         optimizer.state[flat] = _own_names(state, notes["names"])
     for group, options in zip(optimizer.param_groups, notes["groups"], strict=True):
         group.update(options)
+
+
+def _check_groups(zero: Any) -> None:
+    """DeepSpeed (0.19.6) fails on a rank whose part of a group is padding, and the others wait."""
+    if not hasattr(zero, "single_partition_of_fp32_groups"):
+        return
+    groups = zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
+    for params, flat in groups:
+        numel, size = sum(param.numel() for param in params), dist.get_world_size()
+        if (size - 1) * flat.numel() >= numel:
+            raise ValueError(
+                f"a group of {numel} parameter element(s) leaves one of {size} ranks without any, "
+                "and DeepSpeed loads no universal checkpoint then: join it with another group, or "
+                "start fewer ranks"
+            )
 
 
 def _own_names(state: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
@@ -154,18 +180,21 @@ def convert(checkpoint: Path, workers: int) -> Path:
     try:
         names, groups = read_optimizer(checkpoint)
         adams = {name: name for name in (*_SLOTS, "step")}
-        source = checkpoint if names == adams else renamed(checkpoint, draft / "source", names)
-        ds_to_universal.main(
-            Namespace(
-                input_folder=str(source),
-                output_folder=str(draft / UNIVERSAL),
-                num_extract_workers=workers,
-                num_merge_workers=max(1, workers // 2),
-                keep_temp_folder=False,
-                strict=True,
-                inject_missing_state=True,
-            )
+        if names == adams:
+            os.symlink(checkpoint.resolve(), draft / "source")
+        else:
+            rename(checkpoint, draft / "source", names)
+        options = Namespace(
+            input_folder="source",
+            output_folder=UNIVERSAL,
+            num_extract_workers=workers,
+            num_merge_workers=max(1, workers // 2),
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
         )
+        with chdir(draft):  # as in `load_own`
+            ds_to_universal.main(options)
         torch.save({"names": names, "groups": groups}, draft / UNIVERSAL / _NOTES)
         files = {
             str(path.relative_to(draft / UNIVERSAL)): File(path.stat().st_size, crc32_of(path))
@@ -220,17 +249,20 @@ def _is_moment(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 1
 
 
-def _flats(shard: dict[str, Any]) -> list[Tensor]:
-    """The FP32 weights of a shard, in which moments are laid out too."""
+def _lengths(shard: dict[str, Any]) -> list[int]:
+    """Elements of each flat tensor's moments: of ZeRO-1 and 2 with the padding at its end, which
+    their FP32 weights are saved without.
+    """
     zero = shard["optimizer_state_dict"]
-    key = "fp32_flat_groups" if "fp32_flat_groups" in zero else "single_partition_of_fp32_groups"
-    flats: list[Tensor] = zero[key]
-    return flats
+    if "fp32_flat_groups" in zero:
+        return [flat.numel() for flat in zero["fp32_flat_groups"]]
+    flats = zip(zero["single_partition_of_fp32_groups"], zero["group_paddings"], strict=True)
+    return [flat.numel() + padding for flat, padding in flats]
 
 
-def renamed(checkpoint: Path, to: Path, names: dict[str, str]) -> Path:
-    """A copy of a checkpoint whose moments bear the names that the converter knows; the files that
-    it only copies are linked. A moment that the optimizer has not is zero.
+def rename(checkpoint: Path, to: Path, names: dict[str, str]) -> None:
+    """Make a copy of a checkpoint whose moments bear the names that the converter knows; the files
+    that it only copies are linked. A moment that the optimizer has not is zero.
     """
     to.mkdir()
     for path in checkpoint.glob("*_model_states.pt"):
@@ -238,19 +270,11 @@ def renamed(checkpoint: Path, to: Path, names: dict[str, str]) -> Path:
     for path in _shards(checkpoint):
         shard = torch.load(path, map_location="cpu", weights_only=False)
         inner, states = _inner(shard), {}
-        for number, flat in enumerate(_flats(shard)):
+        for number, length in enumerate(_lengths(shard)):
             before = inner["state"].get(number, {})
             states[number] = {
-                slot: before.get(names.get(slot), torch.zeros_like(flat)) for slot in _SLOTS
+                slot: before.get(names.get(slot), torch.zeros(length)) for slot in _SLOTS
             }
             states[number]["step"] = before.get("step", torch.zeros(()))
         inner["state"] = states
         torch.save(shard, to / path.name)
-    return to
-
-
-def universal_problem(checkpoint: Path, verify: str = "auto") -> str | None:
-    """What is wrong with the converted one in a checkpoint; None: nothing, or there is none."""
-    found = checkpoint / UNIVERSAL
-    what = problem(found, verify) if found.exists() else None
-    return None if what is None else f"{UNIVERSAL}: {what}"

@@ -48,6 +48,14 @@ Files = dict[str, File]
 """By path within the checkpoint."""
 
 
+class Part(NamedTuple):
+    """What one rank has written."""
+
+    files: Files
+    results: Any = None
+    """For rank 0, which describes the whole; can be pickled."""
+
+
 class CheckedFile(io.FileIO):
     """A file to write, which takes the CRC-32 of what passes, so that nothing is read again."""
 

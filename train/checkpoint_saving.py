@@ -9,18 +9,21 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import count
 from typing import Any, Final
 
 from torch.distributed.distributed_c10d import _get_default_store
 
-from largebatch.train.checkpoint_tensors import Part, Writing
+from largebatch.train.checkpoint_files import Part
+from largebatch.train.checkpoint_tensors import Writing
 from largebatch.train.ranks import Ranks
 
 _numbers = count()
 """Of the saves of this process; ranks save together, so it is the same on all."""
 
 _POLL_SECONDS: Final = 0.02
+_KEYS_AT_ONCE: Final = 1024
 
 
 class Saving:
@@ -109,8 +112,13 @@ class Post:
         self._own: list[Any] = []
         self._outcome = ""
 
-    def _key(self, name: Any) -> str:
-        return f"largebatch/checkpoint/{self._number}/{name}"
+    def _key(self, name: str) -> str:
+        return f"largebatch/checkpoint/{name}/{self._number}"
+
+    @staticmethod
+    def _part_of(rank: int) -> str:
+        """The same in each save: a rank begins one when rank 0 has read its part in the last."""
+        return f"largebatch/checkpoint/part/{rank}"
 
     def send(self, part: Part | str) -> None:
         """This rank's part, or why there is none."""
@@ -118,7 +126,10 @@ class Post:
             self._own.append(part)
         else:
             assert self._store is not None
-            self._store.set(self._key(self.ranks.rank), pickle.dumps(part))  # type: ignore[arg-type] # takes bytes
+            data: Any = pickle.dumps(
+                part
+            )  # bytes, which the store takes without its types saying so
+            self._store.set(self._part_of(self.ranks.rank), data)
             self._store.add(self._key("count"), 1)
 
     def collect(self) -> list[Part | str]:
@@ -130,9 +141,13 @@ class Post:
         # thread out of it.
         while self._store.add(self._key("count"), 0) < self.ranks.size - 1:
             time.sleep(_POLL_SECONDS)
-        for rank in range(1, self.ranks.size):
-            parts.append(pickle.loads(self._store.get(self._key(rank))))
-            self._store.delete_key(self._key(rank))
+        keys = [self._part_of(rank) for rank in range(1, self.ranks.size)]
+        if self._store.has_extended_api():  # type: ignore[attr-defined] # many in one message
+            for start in range(0, len(keys), _KEYS_AT_ONCE):
+                found = self._store.multi_get(keys[start : start + _KEYS_AT_ONCE])
+                parts += [pickle.loads(data) for data in found]
+        else:
+            parts += [pickle.loads(self._store.get(key)) for key in keys]
         return parts
 
     def announce(self, outcome: str) -> None:
@@ -146,6 +161,7 @@ class Post:
         if self.ranks.is_first:
             return self._outcome
         assert self._store is not None
-        while not self._store.check([self._key("outcome")]):
-            time.sleep(_POLL_SECONDS)
+        # No rank asks again and again: the store tells them. Nothing else of this process needs it
+        # now, and rank 0 answers, or is gone, and the store with it.
+        self._store.wait([self._key("outcome")], timedelta(days=1))
         return self._store.get(self._key("outcome")).decode()[1:]

@@ -56,11 +56,12 @@ def find_resumption(folder: Path, config: str, world: int | None = None) -> Resu
         if not (folder / ".hydra" / "config.yaml").exists():  # killed before it had begun
             return Resumption(None, 0, owner)
         _check_same(folder, config)
-        checkpoint = last_good(folder, OmegaConf.create(config).checkpoint.get("verify", "auto"))
+        verify = OmegaConf.create(config).checkpoint.verify
+        checkpoint = last_good(folder, verify)
         if checkpoint is None:
             return Resumption(None, 0, owner)
         state = read_state(checkpoint)
-        _check_world(checkpoint, state.get("saved_by", {}), world)
+        _check_world(checkpoint, state.get("saved_by", {}), world, verify)
         return Resumption(checkpoint, int(state["progress"]["samples"]), owner)
     except BaseException:
         owner.release()
@@ -94,11 +95,18 @@ def last_good(folder: Path, verify: str = "auto") -> Path | None:
     return None
 
 
-def _check_world(checkpoint: Path, saved: dict[str, Any], world: int | None) -> None:
+def _check_world(checkpoint: Path, saved: dict[str, Any], world: int | None, verify: str) -> None:
     """Refuse early what only a world of the same size can read."""
     if not saved.get("zero_stage") or world in (None, saved["world"]):
         return
-    if not (checkpoint / UNIVERSAL).exists():
+    universal = checkpoint / UNIVERSAL
+    what = problem(universal, verify) if universal.exists() else None
+    if what is not None:
+        raise ConfigError(
+            f"{universal} is broken ({what}): delete it, and convert the checkpoint again with "
+            f"`largebatch checkpoint universal {checkpoint}`"
+        )
+    if not universal.exists():
         raise ConfigError(
             f"{checkpoint} was saved by ZeRO-{saved['zero_stage']} on {saved['world']} rank(s), "
             f"and there are {world} now: convert it with `largebatch checkpoint universal "

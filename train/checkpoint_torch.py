@@ -1,0 +1,220 @@
+"""How `torch.distributed.checkpoint` is made to write later, a few large files, and to ask little.
+
+Its own `save` plans with all ranks and writes at once. Here it plans, and what it would have
+written waits in a `PlannedWriting`, staged or not.
+"""
+
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import (
+    FileSystem,
+    FileSystemReader,
+    FileSystemWriter,
+)
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+
+from largebatch.train.checkpoint_files import CheckedFile, Files, Part
+from largebatch.train.ranks import Ranks
+
+T = TypeVar("T")
+
+REPLICA_WRITERS: Final = 32
+"""Ranks that share what all of them hold alike: every rank reads their files when it resumes."""
+
+_BUFFER: Final = 1 << 20
+
+
+def of_first(ranks: Ranks, act: Callable[[], T]) -> T:
+    """What `act` returns on rank 0, which alone calls it, on every rank: so one rank asks the file
+    system what all need to know.
+
+    Raises:
+        OSError, ValueError: it has raised that, on every rank.
+    """
+    told: list[Any] = [None]
+    if ranks.is_first:
+        try:
+            told = [act()]
+        except (OSError, ValueError) as error:
+            told = [error]
+    if ranks.size > 1:
+        dist.broadcast_object_list(told, 0)
+    (result,) = told
+    if isinstance(result, Exception):
+        raise result
+    return cast(T, result)
+
+
+class DeferredWriter(FileSystemWriter):
+    """A writer of one file a rank: it plans with all ranks at once, and writes when it is told."""
+
+    _plan: SavePlan
+    _planner: "SharingPlanner"
+    _metadata: Metadata
+
+    def __init__(self, path: Path, staged: bool) -> None:
+        super().__init__(path)
+        self.fs: CheckedFileSystem = CheckedFileSystem()
+        self._staged = staged
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan  # the folder is there: a thousand ranks need not ask for it
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> "Future[list[WriteResult]]":
+        assert isinstance(planner, SharingPlanner)
+        self._plan, self._planner = plan, planner
+        if self._staged:
+            planner.stage(plan)
+        nothing: Future[list[WriteResult]] = Future()
+        nothing.set_result([])
+        return nothing
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self._metadata = metadata
+
+    def write_planned(self) -> Part:
+        """What `write_data` was told to do."""
+        if not self._plan.items:
+            return Part({}, [])
+        results = super().write_data(self._plan, self._planner).value()
+        self._planner.forget()
+        return Part(dict(self.fs.written), results)
+
+    def describe_whole(self, results: Sequence[list[WriteResult]]) -> Files:
+        """What `finish` was told to do."""
+        self.fs.written.clear()
+        super().finish(self._metadata, list(results))
+        return self.fs.written
+
+
+class PlannedWriting:
+    """A `DeferredWriter` that has planned."""
+
+    def __init__(self, writer: DeferredWriter) -> None:
+        self._writer = writer
+
+    def write(self) -> Part:
+        return self._writer.write_planned()
+
+    def finish(self, results: Sequence[Any]) -> Files:
+        return self._writer.describe_whole(results)
+
+
+class CheckedFileSystem(FileSystem):
+    """Files whose sizes and CRCs are known when they are closed."""
+
+    def __init__(self) -> None:
+        self.written: Files = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        assert mode == "wb"
+        file = CheckedFile(Path(path))
+        try:
+            with io.BufferedWriter(file, _BUFFER) as stream:
+                yield stream
+        except Exception:
+            if file.error is not None:  # it may have come through C++, and lost its number
+                raise file.error from None
+            raise
+        self.written[Path(path).name] = file.written
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.written[Path(new_path).name] = self.written.pop(Path(path).name)
+
+
+class SharingPlanner(DefaultSavePlanner):
+    """Shares what all ranks hold among a few of them, and holds staged copies of what this rank
+    writes: no more than its share of the checkpoint in host memory.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__()
+        stride = -(-ranks.size // REPLICA_WRITERS)
+        self._writes_replicas = ranks.rank % stride == 0
+        self._staged: dict[Any, Tensor | io.BytesIO] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        if not self._writes_replicas:
+            plan.items[:] = [i for i in plan.items if isinstance(self._object(i), DTensor)]
+        return plan
+
+    def _object(self, item: WriteItem) -> Any:
+        return self.state_dict[item.index.fqn]
+
+    def stage(self, plan: SavePlan) -> None:
+        """Copy to host memory what `plan` has this rank write."""
+        for item in plan.items:
+            data = super().resolve_data(item)
+            if isinstance(data, Tensor):
+                data = data.detach().to("cpu", copy=True)
+            self._staged[item.index] = data
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        staged = self._staged.pop(write_item.index, None)
+        return super().resolve_data(write_item) if staged is None else staged
+
+    def forget(self) -> None:
+        """Let go of the tensors: a save that has ended must not keep those of an earlier step."""
+        self._staged.clear()
+        self.state_dict = {}
+
+
+class ToldReader(FileSystemReader):
+    """A reader that has been told what describes the whole: one rank reads it, not each."""
+
+    def __init__(self, path: Path, ranks: Ranks) -> None:
+        super().__init__(path)
+
+        def read() -> Metadata:
+            try:
+                return FileSystemReader(path).read_metadata()
+            except Exception as error:  # unpickling raises whatever the bytes say
+                raise ValueError(f"{path} cannot be read: {error}") from error
+
+        self._told = of_first(ranks, read)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._told
+
+
+class MomentsPlanner(DefaultLoadPlanner):
+    """A flag that a checkpoint does not know keeps its value; a tensor that it has not is fatal."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_partial_load=True)
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        there = self.metadata.state_dict_metadata
+        missing = [
+            name
+            for name, value in self.state_dict.items()
+            if isinstance(value, Tensor) and name not in there
+        ]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing[:3])}{', …' * (len(missing) > 3)}")
+        return super().create_local_plan()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Torch warns that a single process is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
