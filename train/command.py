@@ -148,11 +148,7 @@ def train(ranks: Ranks, order: Order | None, display: bool = False) -> dict[str,
         device = pick_device(order.config.engine.device, ranks, order.config.engine.ipex)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    config = order.config
-    in_background = config.checkpoint.saves and config.checkpoint.mode == "async"
-    group = process_group(
-        store, ranks, device, with_cpu=in_background, always=config.engine.needs_group
-    )
+    group = process_group(store, ranks, device, always=order.config.engine.needs_group)
     with answering(order.folder, ranks.rank, ranks.size), group:
         if not display:
             return run(order, ranks, device)

@@ -248,17 +248,25 @@ class Loop:
         self.progress.samples = point.samples + point.batch_size
 
     def ends_with(self, line: dict[str, Any] | None) -> bool:
-        """Record a complete line; True where it ends the steps."""
+        """Judge and record a complete line; True where it ends the steps."""
         if line is None:
             return False
-        interrupted = line.pop("interrupted") > 0
-        self._save_is_due |= line.pop("save_is_due", 0.0) > 0
+        self.judge(line)
+        return self.recorded_ends_it(line)
+
+    def judge(self, line: dict[str, Any]) -> None:
+        """Ask the guard about a complete line, and do as it says."""
         self.progress.loss = line["loss"]
         known = self.is_broken or line.get("overflow")  # what follows a verdict is one with it
         verdict = None if known else self.guard.take(line)
-        self.record(line)
         if verdict is not None:
             self.act_on(verdict)
+
+    def recorded_ends_it(self, line: dict[str, Any]) -> bool:
+        """Record a line that is judged; True where it ends the steps."""
+        interrupted = line.pop("interrupted") > 0
+        self._save_is_due |= line.pop("save_is_due", 0.0) > 0
+        self.record(line)
         if interrupted and self.progress.status == "exhausted":
             self.progress.status = "interrupted"
         return self.enough(line) or self.is_broken or self.progress.status == "interrupted"
@@ -315,6 +323,9 @@ class Loop:
             return False
         line = self.arrived(self._readings.flush())
         assert line is not None
+        self.judge(line)
+        if self.is_broken:  # weights that are gone back on, or given up, are not evaluated
+            return self.recorded_ends_it(line)
         step_seconds = self._clock.mean_of_steps()
         with self._clock.paused():
             self.phase("evaluate")
@@ -325,9 +336,10 @@ class Loop:
             self.decide(seen, line | known | measured)
         if not math.isfinite(self.progress.eval_loss):
             self.progress.status = "diverged"
+            self.progress.reason = f"eval_loss is {self.progress.eval_loss}"
         elif self.target_loss is not None and self.progress.eval_loss <= self.target_loss:
             self.progress.status = "reached"
-        return self.ends_with(line) or spent or self.progress.status != "exhausted"
+        return self.recorded_ends_it(line) or spent or self.progress.status != "exhausted"
 
     def decide(self, seen: int, line: dict[str, Any]) -> None:
         """Tell the plan what the run has measured, in rank 0's words: all ranks decide alike."""

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Ranks",
-    "backend_of",
     "die_with_parent",
     "find_ranks",
     "free_port",
@@ -240,14 +239,12 @@ def process_group(
     ranks: Ranks,
     device: "torch.device",
     *,
-    with_cpu: bool = False,
     timeout_seconds: float | None = None,
     always: bool = False,
 ) -> Iterator[None]:
     """The default process group over all ranks: gloo, nccl or xccl by the device.
 
     Args:
-        with_cpu: collectives of CPU tensors too (asynchronous checkpoints make them), by gloo.
         timeout_seconds: of a collective; None: torch's own. gloo and nccl keep it. xccl does not
             end a collective that hangs (no abort), so that a watcher has to.
         always: also for one rank, which needs none itself; FSDP2 and DeepSpeed ask for one.
@@ -258,28 +255,16 @@ def process_group(
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore, PrefixStore
 
-    own = dist.get_default_backend_for_device(device)
-    backend, bound = backend_of(device.type, own, with_cpu)
     dist.init_process_group(
-        backend,
+        dist.get_default_backend_for_device(device),
         store=PrefixStore("group", store or HashStore()),
         rank=ranks.rank,
         world_size=ranks.size,
         timeout=None if timeout_seconds is None else timedelta(seconds=timeout_seconds),
-        device_id=device if bound else None,
+        # A group that is bound connects at once, which keeps FSDP2 from a deadlock on xccl.
+        device_id=None if device.type == "cpu" else device,
     )
     try:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def backend_of(device_type: str, own: str, with_cpu: bool) -> tuple[str, bool]:
-    """Name of the backend, and whether the group is bound to the device.
-
-    A bound group connects at once, which keeps FSDP2 from a deadlock on xccl; but one of several
-    backends that is bound loses the CPU's.
-    """
-    if device_type == "cpu":
-        return own, False
-    return (f"{device_type}:{own},cpu:gloo", False) if with_cpu else (own, True)

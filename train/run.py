@@ -276,6 +276,8 @@ def _train(
             checkpoints.settle()
             raise
     summary = _summary(order, parts, ranks, device, tell)
+    if checkpoints.failures:
+        summary["checkpoint_failures"] = checkpoints.failures
     if interruption.signal is not None:
         summary["signal"] = interruption.signal
     if finder is not None:

@@ -30,6 +30,12 @@ PRELOADED = [
 ]
 
 
+DEATHS = (
+    torch.multiprocessing.ProcessExitedException,
+    torch.multiprocessing.ProcessRaisedException,
+)
+
+
 def launch(
     work: Callable[[Any], Outcome], jobs: Sequence[Any], world_size: int, folder: Path
 ) -> list[dict[str, Outcome]]:
@@ -47,7 +53,7 @@ def launch(
             nprocs=world_size,
             start_method="forkserver",
         )
-    except torch.multiprocessing.ProcessException as error:
+    except DEATHS as error:
         return [{str(job): {"error": str(error)} for job in jobs}] * world_size
     return [torch.load(Path(own) / f"rank{rank}.pt") for rank in range(world_size)]
 

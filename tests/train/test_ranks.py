@@ -18,7 +18,6 @@ from largebatch.conf.config import ConfigError
 from largebatch.train.launchers import check_is_here, free_port
 from largebatch.train.ranks import (
     Ranks,
-    backend_of,
     pick_device,
     process_group,
     ranks_from,
@@ -268,22 +267,6 @@ def test_one_rank_has_a_group_where_an_engine_asks_for_one() -> None:
         dist.all_reduce(ones)
         assert (dist.get_world_size(), dist.get_backend(), ones.tolist()) == (1, "gloo", [1, 1, 1])
     assert not dist.is_initialized()
-
-
-@pytest.mark.parametrize(
-    ("device_type", "own", "with_cpu", "expected"),
-    [
-        ("cpu", "gloo", True, ("gloo", False)),
-        ("xpu", "xccl", False, ("xccl", True)),
-        # Bound to the device, such a group would lose its CPU side.
-        ("xpu", "xccl", True, ("xpu:xccl,cpu:gloo", False)),
-        ("cuda", "nccl", True, ("cuda:nccl,cpu:gloo", False)),
-    ],
-)
-def test_a_group_for_background_checkpoints_has_a_cpu_side(
-    device_type: str, own: str, with_cpu: bool, expected: tuple[str, bool]
-) -> None:
-    assert backend_of(device_type, own, with_cpu) == expected
 
 
 HANG = """
