@@ -63,13 +63,12 @@ class DeepSpeed(OfRanks):
         self._wrapped: Any = None
 
     def attach(self, optimizer: Optimizer, clip_norm: float | None) -> Optimizer:
-        elementwise = type(optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
-        if not elementwise and not isinstance(optimizer, LayerwiseOptimizer):
-            if self._zero["stage"]:
-                raise ValueError(
-                    f"{type(optimizer).__name__} needs whole tensors, which ZeRO flattens: use "
-                    "engine=ddp or fsdp, or one of AdamW, SGD, LARS and LAMB"
-                )
+        known = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, LayerwiseOptimizer)
+        if self._zero["stage"] and not isinstance(optimizer, known):
+            raise ValueError(
+                f"{type(optimizer).__name__} needs whole tensors, which ZeRO flattens: use "
+                "engine=ddp or fsdp, or one of AdamW, SGD, LARS and LAMB"
+            )
         config = {
             "train_micro_batch_size_per_gpu": 1,  # the loop cuts the batch itself
             "gradient_accumulation_steps": 1,

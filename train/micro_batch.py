@@ -34,11 +34,10 @@ def candidates(batch_sizes: Sequence[int], data_parallel_size: int) -> list[int]
 def largest_that_fits(
     sizes: Sequence[int], peak_bytes: Callable[[int], int], limit: float
 ) -> int | None:
-    """The largest of `sizes` (ascending) that takes at most `limit` bytes; None: not even the first.
+    """The largest of `sizes`, smallest first, that takes at most `limit` bytes; None: not one.
 
     Args:
-        peak_bytes: what a pass with so many samples takes at most; called on sizes that are believed
-            to fit.
+        peak_bytes: what a pass with so many samples takes at most; asked of sizes that should fit.
     """
     first = peak_bytes(sizes[0])
     if first > limit:
@@ -87,8 +86,8 @@ def find_micro_batch_size(
     found = largest_that_fits(candidates(batch_sizes, ranks.size), peak_bytes, limit)
     if found is None:
         raise ValueError(
-            f"engine.micro_batch_size=auto: not even one sample fits the {total / 2**30:.1f} GiB of "
-            f"{device} with {MARGIN:.0%} to spare: shard the model (engine=fsdp), or set "
+            f"engine.micro_batch_size=auto: not even one sample fits the {total / 2**30:.1f} GiB "
+            f"of {device} with {MARGIN:.0%} to spare: shard the model (engine=fsdp), or set "
             "engine.activation_checkpointing=true"
         )
     return found

@@ -1,5 +1,5 @@
-"""In what precision a step computes. Weights, gradients, and their sums over micro-batches and ranks
-are FP32 in all of them: what is added up rounds once, whatever the accumulation.
+"""In what precision a step computes. Weights, gradients, and their sums over micro-batches and over
+ranks are FP32 in all of them: what is added up rounds once, whatever the accumulation.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -139,6 +139,23 @@ def expected_losses(checkpoints: Path, position: int, num_steps: int) -> list[fl
     return losses
 
 
+@pytest.mark.parametrize(("remedy", "code"), [("rollback", 0), ("stop", 4)])
+def test_a_bad_step_is_judged_before_its_weights_are_evaluated(
+    remedy: str, code: int, train: Train, read_run: ReadRun, tmp_path: Path
+) -> None:
+    """With an evaluation after every step: one of NaN weights would end the run as diverged."""
+    words = (f"guard.non_finite={remedy}", "checkpoint.every_samples=512", "budget.samples=1152")
+    short = [word for word in RUN if not word.startswith(("budget", "evaluation"))]
+    assert train(*short, *words, "evaluation.growth=1", "+task.position=1001") == code
+    lines, summary = read_run(tmp_path / "run")
+    (event,) = events(tmp_path / "run")
+    assert (event["kind"], event["step"], event["number"]) == (remedy, BAD_STEP, "grad_norm")
+    assert event["parameters"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert math.isfinite(summary["eval_loss"])
+    assert len(lines) == (18 if remedy == "rollback" else BAD_STEP)
+    assert all(line["eval_loss"] is not None for line in lines if "eval_loss" in line)
+
+
 def test_a_run_with_nothing_to_go_back_to_ends(
     train: Train, read_run: ReadRun, tmp_path: Path
 ) -> None:
