@@ -7,6 +7,7 @@ so that layer-wise norms are those of whole layers.
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,9 @@ class DeepSpeed(OfRanks):
                 "precision=bf16, or engine=ddp or fsdp"
             )
         super().__init__(model.to(device), ranks, device, micro_batch_size, precision)
+        if self.precision.dtype != torch.float32:
+            # On CUDA DeepSpeed turns off the autocast it is called in: it is turned on within.
+            model.forward = torch.autocast(device.type, self.precision.dtype)(model.forward)
         self._zero = {"stage": stage, **(zero or {})}
         self._wrapped: Any = None
 
@@ -147,6 +151,8 @@ def import_deepspeed(ranks: Ranks, device: torch.device) -> Any:
             f"engine=deepspeed needs DeepSpeed ({error}): pip install 'largebatch[deepspeed]'"
         ) from error
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # It calls collectives by names that torch 2.13 has others for; each call would be told.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if device.type == "cpu":
         # A kernel for inference, which it would spend minutes to compile.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

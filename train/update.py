@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from largebatch.optim.curvature_optimizer import CurvatureOptimizer
 from largebatch.optim.layout import local
 from largebatch.train.precision import LossScale
 from largebatch.train.small_gradients import squares_of
@@ -93,6 +94,8 @@ class Update:
         if limits.skip_above is None and self.loss_scale is None:
             optimizer.step()
             return own
+        if self.loss_scale is not None and isinstance(optimizer, CurvatureOptimizer):
+            optimizer.loss_scale = self.loss_scale.value  # it has seen gradients as they went by
         most = math.inf if limits.skip_above is None else limits.skip_above
         # The comparison is false for NaN; an infinite norm is above every limit.
         skip = torch.logical_not((norm <= most) & torch.isfinite(norm)).float()

@@ -11,8 +11,9 @@ from gloo_ranks import Outcome, launch, successful
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from largebatch.optim import LAMB, LARS, Muon, Shampoo
+from largebatch.optim import KFAC, LAMB, LARS, Muon, Shampoo
 from largebatch.optim.layout import local
+from largebatch.train.engine_deepspeed import DeepSpeed
 from largebatch.train.engine_fsdp import FSDP
 from largebatch.train.engines import DDP
 from largebatch.train.models import MLP
@@ -159,6 +160,52 @@ def test_fp16_gradients_are_those_of_the_loss_whatever_the_scale() -> None:
     plain = make("ddp", Ranks(), "fp32", None)
     plain.forward_backward(Regression(), batch(), ACCUMULATION * MICRO)
     torch.testing.assert_close(norms[0], gradient(plain).norm(), rtol=5e-3, atol=0)
+
+
+def test_the_curvature_of_fp16_is_that_of_fp32_whatever_the_scale() -> None:
+    """K-FAC sees gradients on their way, multiplied by the scale: its factors are of true ones."""
+    factors = []
+    for precision, scale in (("fp32", 1.0), ("fp16", 2.0**4), ("fp16", 2.0**10)):
+        engine = make("ddp", Ranks(), precision, 64)
+        if engine.precision.loss_scale is not None:
+            engine.precision.loss_scale.value = torch.tensor(scale)
+        optimizer = KFAC(engine.model, lr=0.01)
+        engine.forward_backward(Regression(), batch(), ACCUMULATION * MICRO)
+        engine.update(optimizer, Limits())
+        states = [state for state in optimizer.state.values() if "factor_out" in state]
+        factors.append(torch.cat([state["factor_out"].flatten() for state in states]))
+    exact, *others = factors
+    for other in others:
+        assert float((other - exact).norm() / exact.norm()) < 5e-3
+
+
+def products_under_deepspeed(stage: int) -> Outcome:
+    """Of which dtype they are where DeepSpeed finds itself within an autocast, as it does on CUDA
+    alone: torch tells of CUDA's where it is asked of none by name.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    seen = []
+
+    class Watching(Regression):
+        def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+            seen.append(str(model(batch[0]).dtype))
+            return super().loss(model, batch)
+
+    asked = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda *kind: asked(*(kind or ("cpu",)))  # type: ignore[assignment]
+    engine = DeepSpeed(MLP(16, 32, 8), Ranks(), CPU, 64, Precision("bf16", CPU), stage=stage)
+    engine.attach(LAMB(list(engine.model.named_parameters()), lr=0.01), None)
+    engine.forward_backward(Watching(), batch(), ACCUMULATION * MICRO)
+    engine.loss(Watching(), batch())
+    return {"dtypes": seen}
+
+
+def test_deepspeed_computes_in_the_precision_it_is_called_in(tmp_path: Path) -> None:
+    (found,) = launch(products_under_deepspeed, [1, 3], 1, tmp_path)
+    for stage in ("1", "3"):
+        (outcome,) = successful([found[stage]])
+        assert set(outcome["dtypes"]) == {"torch.bfloat16"}
 
 
 def test_the_scale_grows_after_an_interval_without_overflow() -> None:
