@@ -1,0 +1,100 @@
+"""Choosing the nodes of a job from an allocation with spares, and writing their hostfile."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from largebatch.launch.findings import Finding, places
+
+
+class TooFewNodes(ValueError):
+    """Fewer good nodes than asked for; the message is for the user."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`lines` are those of the allocation's hostfile, as they stand there."""
+
+    lines: tuple[str, ...]
+    left_out: Mapping[str, str]
+    """Node -> the codes that spoke against it, or "spare"."""
+
+
+def choose(lines: Sequence[str], findings: Iterable[Finding], num_nodes: int) -> Choice:
+    """`num_nodes` good nodes: those without a finding first, then those with warnings only.
+
+    Raises:
+        TooFewNodes: an error that no choice of nodes takes away, or too few nodes without one.
+    """
+    findings = list(findings)
+    everywhere = [f.code for f in findings if f.severity == "error" and not f.nodes]
+    if everywhere:
+        raise TooFewNodes(f"leaving nodes out does not help against {', '.join(everywhere)}")
+    line_of = {short(line): line for line in lines}
+    against: dict[str, list[str]] = {node: [] for node in line_of}
+    bad = set()
+    for finding in findings:
+        for node in finding.nodes:
+            if finding.severity != "note" and node in against:
+                against[node].append(finding.code)
+                if finding.severity == "error":
+                    bad.add(node)
+    good = [node for node in line_of if node not in bad]
+    if len(good) < num_nodes:
+        why = "; ".join(f"{node}: {', '.join(against[node])}" for node in sorted(bad))
+        raise TooFewNodes(
+            f"{num_nodes} nodes are wanted, and {len(good)} of the allocation's {len(line_of)} are "
+            f"good ({why or 'the allocation is that small'}): ask PBS for more spares, or for "
+            "fewer nodes here"
+        )
+    # Stable: where nothing speaks against them, nodes stay in the allocation's order.
+    best = sorted(good, key=lambda node: len(against[node]))[:num_nodes]
+    chosen = [node for node in line_of if node in best]
+    return Choice(
+        tuple(line_of[node] for node in chosen),
+        {
+            node: ", ".join(dict.fromkeys(against[node])) or "spare"
+            for node in line_of
+            if node not in best
+        },
+    )
+
+
+def short(line: str) -> str:
+    """A hostfile's line as a node is called here."""
+    return line.split()[0].split(".")[0]
+
+
+def host_lines(path: Path) -> list[str]:
+    """The hostfile's lines, each node's first one.
+
+    Raises:
+        ValueError: there is no such file, or nothing in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"the hostfile {path} cannot be read ({error.strerror}): give the allocation's with "
+            "--hostfile, or run in a job, where PBS_NODEFILE names it"
+        ) from error
+    rows = [line.strip() for line in text.splitlines()]
+    first = {short(line): line for line in reversed(rows) if line and not line.startswith("#")}
+    if not first:
+        raise ValueError(f"the hostfile {path} names no node")
+    return list(reversed(first.values()))
+
+
+def write(choice: Choice, path: Path) -> None:
+    """Write the hostfile under a temporary name first: a job never reads half of one."""
+    own = path.with_name(f".{path.name}.{os.getpid()}")
+    own.write_text("".join(f"{line}\n" for line in choice.lines), encoding="utf-8")
+    own.replace(path)
+
+
+def told(choice: Choice, path: Path) -> str:
+    """What was chosen, for people."""
+    rows = [f"{path}: {len(choice.lines)} nodes ({places([short(x) for x in choice.lines])})"]
+    rows += [f"  left out {node}: {why}" for node, why in choice.left_out.items()]
+    return "\n".join(rows)

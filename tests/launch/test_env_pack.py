@@ -1,0 +1,292 @@
+"""A packed environment runs from wherever it is unpacked, and says what it holds."""
+
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import env_small
+import pytest
+
+from largebatch.launch.env import EnvError, main
+from largebatch.launch.env_manifest import NAME, Manifest
+from largebatch.launch.env_pack import pack, site_packages
+from largebatch.launch.env_unpack import Damaged, is_there, manifest_of, unpack
+
+SUFFIXES = [".tar.gz", *([".tar.zst"] if shutil.which("zstd") else [])]
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> Path:
+    env_small.make(tmp_path / "made")
+    return tmp_path / "made"
+
+
+def packed(prefix: Path, suffix: str = ".tar.gz") -> Path:
+    archive = prefix.parent / f"small{suffix}"
+    pack(prefix, archive)
+    return archive
+
+
+def unpacked(archive: Path, target: Path) -> Path:
+    with archive.open("rb") as source:
+        unpack(source, archive.name.endswith(".zst"), target)
+    return target
+
+
+def say(*command: str | Path) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=30, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_was_packed_runs_from_another_place_after_the_first_is_gone(
+    suffix: str, prefix: Path, tmp_path: Path
+) -> None:
+    archive = packed(prefix, suffix)
+    before = (prefix / "lib").resolve()
+    shutil.rmtree(prefix)
+    there = unpacked(archive, tmp_path / "moved here" / "env")
+    inside = there / before.relative_to(prefix.resolve()) / site_packages(there).parent.name
+    expected = f"{inside}/site-packages/pebble/__init__.py {there}"
+    assert say(there / "bin" / "pebble") == expected
+    assert say(there / "bin" / "python", "-c", "import pebble; pebble.main()") == expected
+    code = "import gravel; print(gravel.__file__)"
+    assert say(there / "bin" / "python", "-c", code) == f"{inside}/site-packages/more/gravel.py"
+    activated = f". '{there}/bin/activate'; echo $VIRTUAL_ENV; pebble"
+    assert say("bash", "-c", activated).splitlines() == [str(there), expected]
+    weights = inside / "site-packages" / "pebble" / "same.bin"
+    assert weights.read_bytes() == env_small.noise(env_small.LARGE)
+
+
+def test_nothing_of_the_first_place_is_named_in_what_runs(prefix: Path, tmp_path: Path) -> None:
+    there = unpacked(packed(prefix), tmp_path / "there")
+    named = [
+        path.name
+        for path in there.rglob("*")
+        if path.is_file()
+        and path.name not in (NAME, "pyvenv.cfg")
+        and str(prefix).encode() in path.read_bytes()
+    ]
+    assert named == []
+
+
+def test_the_manifest_has_every_file_with_its_size_and_hash(prefix: Path, tmp_path: Path) -> None:
+    archive = packed(prefix)
+    there = unpacked(archive, tmp_path / "there")
+    found = env_small.listing(there)
+    del found[NAME]
+    manifest = manifest_of(archive, False)
+    assert {
+        e.path: (e.kind, e.mode if e.kind == "file" else 0, e.sha256 or e.target)
+        for e in manifest.entries
+    } == found
+    assert manifest.versions == {"pebble": "1.5"}
+    files = [there / name for name, (kind, _, _) in found.items() if kind == "file"]
+    assert manifest.num_bytes == sum(path.stat().st_size for path in files)
+    assert Manifest.from_bytes((there / NAME).read_bytes(), "").total == manifest.total
+
+
+def test_the_hash_is_of_the_contents_not_of_the_time_of_packing(prefix: Path) -> None:
+    first = manifest_of(packed(prefix), False).total
+    assert manifest_of(packed(prefix), False).total == first
+    weights = site_packages(prefix) / "pebble" / "weights.bin"
+    weights.write_bytes(b"x" + weights.read_bytes()[1:])
+    assert manifest_of(packed(prefix), False).total != first
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_archive_that_is_cut_off_or_changed_leaves_nothing_behind(
+    suffix: str, prefix: Path, tmp_path: Path
+) -> None:
+    archive = packed(prefix, suffix)
+    whole = archive.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0x10
+    for damaged in (bytes(flipped), whole[: len(whole) * 2 // 3], whole[:-9]):
+        archive.write_bytes(damaged)
+        with pytest.raises((Damaged, OSError)):
+            unpacked(archive, tmp_path / "there" / "env")
+        assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_a_file_that_is_not_the_manifests_is_named(prefix: Path, tmp_path: Path) -> None:
+    archive = packed(prefix)
+    plain = tmp_path / "plain.tar"
+    with tarfile.open(archive) as packed_tar, tarfile.open(plain, "w") as tar:
+        for member in packed_tar.getmembers():
+            contents = packed_tar.extractfile(member) if member.isfile() else None
+            if member.name.endswith("gravel.py"):
+                # One letter, and the checksums of tar and gzip are right again.
+                (tmp_path / "gravel").write_text("NAME = 'gravil'\n", encoding="utf-8")
+                tar.add(tmp_path / "gravel", member.name)
+            else:
+                tar.addfile(member, contents)
+    subprocess.run(["gzip", "-f", str(plain)], check=True)
+    with pytest.raises(Damaged, match=r"more/gravel\.py has arrived with another hash"):
+        unpacked(tmp_path / "plain.tar.gz", tmp_path / "there" / "env")
+
+
+def test_the_same_environment_is_known_again_and_another_is_not_overwritten(
+    prefix: Path, tmp_path: Path
+) -> None:
+    archive = packed(prefix)
+    there = unpacked(archive, tmp_path / "there")
+    total = manifest_of(archive, False).total
+    assert is_there(there, total)
+    assert not is_there(tmp_path / "elsewhere", total)
+    with pytest.raises(FileExistsError, match="is not this environment"):
+        is_there(there, "0" * 64)
+    (site_packages(there) / "pebble" / "weights.bin").unlink()
+    with pytest.raises(FileExistsError, match="is not this environment"):
+        is_there(there, total)
+
+
+def refused(prefix: Path, output: Path) -> str:
+    with pytest.raises(EnvError) as refusal:
+        pack(prefix, output)
+    assert not output.exists()
+    return str(refusal.value)
+
+
+def test_what_cannot_be_moved_is_refused_by_its_name(prefix: Path, tmp_path: Path) -> None:
+    site, output = site_packages(prefix), tmp_path / "out.tar.gz"
+    (site / "outside.pth").write_text(f"{tmp_path}/project/src\n", encoding="utf-8")
+    assert f"outside.pth points to {tmp_path}/project/src" in refused(prefix, output)
+    (site / "outside.pth").unlink()
+
+    url = {"url": f"file://{tmp_path}/project", "dir_info": {"editable": True}}
+    record = site / "pebble-1.5.dist-info" / "direct_url.json"
+    record.write_text(json.dumps(url), encoding="utf-8")
+    said = refused(prefix, output)
+    assert "pebble is installed as editable" in said
+    assert f"pip install --no-deps --force-reinstall {tmp_path}/project" in said
+    record.unlink()
+
+    (site / "elsewhere").symlink_to(tmp_path)
+    assert "link to a folder outside" in refused(prefix, output)
+    (site / "elsewhere").unlink()
+    (site / "nowhere").symlink_to(tmp_path / "none")
+    assert "nowhere is no file" in refused(prefix, output)
+    (site / "nowhere").unlink()
+
+    assert "is no virtual environment" in refused(tmp_path, output)
+    assert "must end in .tar.gz" in refused(prefix, tmp_path / "out.zip")
+    assert "inside of the environment" in refused(prefix, prefix / "out.tar.gz")
+    assert "is no folder" in refused(prefix, tmp_path / "none" / "out.tar.gz")
+    pack(prefix, output)
+
+
+def test_a_failed_pack_leaves_the_last_archive_as_it_was(
+    prefix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = packed(prefix)
+    before = archive.read_bytes()
+
+    def full(*given: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    with pytest.raises(OSError, match="No space left"):
+        pack(prefix, archive)
+    assert archive.read_bytes() == before
+    assert sorted(path.name for path in archive.parent.iterdir()) == ["made", archive.name]
+
+
+def test_a_links_contents_go_in_where_it_leads_out(prefix: Path, tmp_path: Path) -> None:
+    (tmp_path / "shared.txt").write_text("shared", encoding="utf-8")
+    (site_packages(prefix) / "note.txt").symlink_to(tmp_path / "shared.txt")
+    there = unpacked(packed(prefix), tmp_path / "there")
+    copy = site_packages(there) / "note.txt"
+    assert not copy.is_symlink()
+    assert copy.read_text(encoding="utf-8") == "shared"
+
+
+def test_the_bases_packages_go_in_where_asked_and_own_ones_win(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    env_small.make(base)
+    for name in ("pebble", "boulder"):
+        record = site_packages(base) / f"{name}-0.9.dist-info"
+        record.mkdir()
+        (site_packages(base) / f"{name}_old.py").write_text("AGE = 'old'\n", encoding="utf-8")
+        (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.9\n",
+                                         encoding="utf-8")  # fmt: skip
+        (record / "RECORD").write_text(
+            f"{name}_old.py,,\n{name}-0.9.dist-info/METADATA,,\n", encoding="utf-8"
+        )
+    upper = tmp_path / "upper"
+    site = env_small.make(upper)
+    # What --system-site-packages does where the base has packages of its own.
+    both = [str(site), str(site_packages(base))]
+    (site / "base.pth").write_text(
+        f"import site; site.getsitepackages = lambda *prefixes: {both}\n", encoding="utf-8"
+    )
+    code = "import site, sys; print(*site.getsitepackages(), sep=chr(10))"
+    assert str(site_packages(base)) in say(upper / "bin" / "python", "-I", "-c", code)
+    pack(upper, tmp_path / "out.tar.gz", with_site=True)
+    there = site_packages(unpacked(tmp_path / "out.tar.gz", tmp_path / "there"))
+    assert (there / "boulder_old.py").is_file()
+    assert not (there / "pebble_old.py").exists()
+
+
+def test_the_command_refuses_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pack", "--python", str(tmp_path), str(tmp_path / "a.tar.gz")]) == 2
+    assert "no virtual environment" in capsys.readouterr().err
+    assert main(["spread"]) == 2
+    assert main(["spread", str(tmp_path / "none.tar.gz"), "--timeout", "0"]) == 2
+    assert main(["count", "no-module"]) == 2
+    assert main(["count", "largebatch.none"]) == 2
+    assert main(["count", "json", "--ranks", "0"]) == 2
+    assert main(["spread", "--copper"]) == 0
+    assert "launch_copper.sh" in capsys.readouterr().out
+
+
+MODULE = """
+import os
+for name in ("one", "two", "three"):
+    open(os.path.join({folder!r}, name)).close()
+    os.stat(os.path.join({folder!r}, name))
+"""
+
+
+@pytest.mark.parametrize("strace", [False, pytest.param(True, marks=pytest.mark.skipif(
+    shutil.which("strace") is None, reason="needs strace"))])  # fmt: skip
+def test_an_imports_files_and_operations_are_counted(
+    strace: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from largebatch.launch.env_count import count, table
+
+    for name in ("one", "two", "three"):
+        (tmp_path / name).touch()
+    (tmp_path / "three_files.py").write_text(MODULE.format(folder=str(tmp_path)), encoding="utf-8")
+    (tmp_path / "no_file.py").write_text("import os\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    more, fewer = count(["three_files"], strace), count(["no_file"], strace)
+    assert more.files - fewer.files == 3
+    assert more.operations - fewer.operations == 6
+    assert f"{more.operations * 38_400:,}" in table(more, [12, 38_400])
+
+
+def test_straces_lines_are_read_as_calls() -> None:
+    from largebatch.launch.env_count import read_strace
+
+    files, calls = read_strace(
+        [
+            '12 openat(AT_FDCWD, "/lib/a.so", O_RDONLY|O_CLOEXEC) = 3',
+            '12 openat(AT_FDCWD, "/lib/b.so", O_RDONLY) = -1 ENOENT (No such file or directory)',
+            '13 newfstatat(AT_FDCWD, "/lib", {st_mode=S_IFDIR|0755, ...}, 0) = 0',
+            '13 newfstatat(3, "", {st_mode=S_IFREG|0644, ...}, AT_EMPTY_PATH) = 0',
+            "13 <... openat resumed>) = 4",
+            "13 +++ exited with 0 +++",
+        ]
+    )
+    assert files == {"/lib/a.so"}
+    assert calls == {"all": 3, "failed": 1}
