@@ -1,6 +1,7 @@
 # make study   install what is missing, run the study, write its report
 # make test    install what is missing, then lint, types and tests
-# make matrix  every layout x optimizer x precision against one process, with the figures
+# make matrix  every layout x optimizer x precision, every engine x world x accumulation, and every way to
+#              resume, against one process, with the figures
 #
 # PYTHON=…       the Python that a new environment is made from (3.11 or later)
 # VENV=…         where the environment is, or is made
@@ -28,7 +29,8 @@ test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 matrix: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m '' --timeout 1800 tests/optim/test_parity.py tests/optim/test_reshard.py
+	$(BIN)/python -m pytest -q -m '' --timeout 1800 tests/optim/test_parity.py tests/optim/test_reshard.py \
+		tests/train/test_engines.py tests/train/test_resume_engines.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -95,8 +95,12 @@ def test_the_noise_scale_is_refused_where_nothing_is_reduced(folder: Path) -> No
 @pytest.mark.matrix
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_the_whole_matrix(world_size: int, folder: Path) -> None:
-    check(world_size, cells(world_size), folder)
+def test_the_whole_matrix(
+    world_size: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with capsys.disabled():
+        print()
+        check(world_size, cells(world_size), folder)
 
 
 def test_the_covering_cells_cover() -> None:

@@ -135,9 +135,15 @@ def test_a_killed_run_goes_on_under_another_engine_in_another_world(
 @pytest.mark.matrix
 @pytest.mark.parametrize(("first", "then"), MATRIX, ids=str)
 def test_the_whole_resume_matrix(
-    first: Way, then: Way, tmp_path: Path, undisturbed: list[dict[str, Any]]
+    first: Way,
+    then: Way,
+    tmp_path: Path,
+    undisturbed: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    killed_twice(first, then, tmp_path / "run", undisturbed)
+    with capsys.disabled():
+        print(f"\n{first}, then {then}")
+        killed_twice(first, then, tmp_path / "run", undisturbed)
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.matrix),
