@@ -153,7 +153,16 @@ with contextlib.suppress(SystemExit):
         ("import hydra_plugins.largebatch.parsl_launcher", "hydra", ["hydra", "omegaconf"]),
         (REPORT_HELP, "largebatch.study.report", ["matplotlib", "numpy", "scipy"]),
     ],
-    ids=["schedules", "cli", "optim", "conf", "train.order", "study_sweeper", "parsl_launcher", "report --help"],
+    ids=[
+        "schedules",
+        "cli",
+        "optim",
+        "conf",
+        "train.order",
+        "study_sweeper",
+        "parsl_launcher",
+        "report --help",
+    ],
 )
 def test_a_folder_loads_no_more_than_it_says(code: str, loads: str, allowed: list[str]) -> None:
     done = subprocess.run(

@@ -1,0 +1,180 @@
+"""A sweep's memory, `trials.jsonl` in its folder: a line when a trial is begun, when it has ended,
+when a node is left out. It survives whatever ends the sweep; the next one reads it and goes on.
+
+Whether a trial has come to its end is said by its own summary.json alone.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Self
+
+from largebatch.conf.config import ConfigError
+from largebatch.train.record import METRICS, SUMMARY, UNFINISHED, lock
+
+TRIALS: Final = "trials.jsonl"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep.
+
+    Attributes:
+        number: in the sweep.
+        words: its overrides.
+        command: the whole command, without what starts it on nodes.
+        name: its folder below the sweep's.
+    """
+
+    number: int
+    words: tuple[str, ...]
+    command: tuple[str, ...]
+    name: str
+    folder: Path
+
+
+def summary_of(folder: Path) -> dict[str, Any] | None:
+    """The summary of a run that has come to its end; None where it has not."""
+    summary = _read_summary(folder)
+    return None if summary.get("status") in (None, *UNFINISHED) else summary
+
+
+def samples_of(folder: Path) -> int | None:
+    """Samples after which a run was interrupted; None where it was not."""
+    summary = _read_summary(folder)
+    return int(summary.get("samples", 0)) if summary.get("status") == "interrupted" else None
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
+    try:
+        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return summary
+
+
+def discard_run(folder: Path) -> None:
+    """Make room for a study's trial to begin again: what it left, but for its attempts' files."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not path.name.startswith("attempt-"):
+            path.unlink()
+
+
+def is_busy(folder: Path) -> bool:
+    """Whether a process is at work on the run: that of a sweep which was killed may still end."""
+    metrics = folder / METRICS
+    if not metrics.exists():
+        return False
+    with metrics.open("a") as handle:
+        try:
+            return not lock(handle.fileno())
+        except OSError:  # no locks on this file system
+            return False
+
+
+@dataclass
+class Record:
+    """`trials.jsonl`, this process's until it is closed.
+
+    Attributes:
+        attempts: how often each trial has been begun.
+        words: each trial's, as it was begun.
+        jobs: of a scheduler, that were submitted and have not been seen to end, by trial.
+        seconds: that trials took which came to their end in one attempt.
+
+    Raises:
+        ConfigError: another sweep is running in the folder.
+    """
+
+    folder: Path
+    attempts: dict[str, int] = field(default_factory=dict)
+    words: dict[str, list[str]] = field(default_factory=dict)
+    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = (self.folder / TRIALS).open("a+", encoding="utf-8")
+        try:
+            owned = lock(self._file.fileno())
+        except OSError:  # no locks on this file system
+            owned = True
+        if not owned:
+            self._file.close()
+            raise ConfigError(
+                f"another sweep is running in {self.folder}; wait for it, or choose another folder "
+                "with hydra.sweep.dir=…"
+            )
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text.rpartition("\n")[0] + "\n" if "\n" in text else ""
+        if whole != text:  # killed within a line
+            self._file.truncate(len(whole.encode()))
+        for line in whole.splitlines():
+            self._take(json.loads(line))
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        event, trial = line["event"], line.get("trial", "")
+        if event == "begun":
+            self.attempts[trial] = line["attempt"]
+            self.words[trial] = line["words"]
+            self.jobs.pop(trial, None)
+        elif event == "submitted":
+            self.jobs[trial] = dict(line)
+        elif event == "ended":
+            self.jobs.pop(trial, None)
+            if line["outcome"] not in (*UNFINISHED, "refused") and not line["resumed"]:
+                self.seconds.append(line["seconds"])
+
+    def write(self, event: str, **what: Any) -> None:
+        """One line, on disk before anything else happens."""
+        line = {"time": round(time.time(), 3), "event": event, **what}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._take(line)
+
+    def check_same(self, trial: Trial) -> None:
+        """Refuse to take the run in a trial's folder for the trial's, where it is another's.
+
+        Raises:
+            ConfigError: naming the folder and what differs.
+        """
+        if not any((trial.folder / name).exists() for name in (METRICS, SUMMARY)):
+            return
+        known = self.words.get(trial.name)
+        overrides = trial.folder / ".hydra" / "overrides.yaml"
+        if known is None and overrides.exists():
+            from omegaconf import OmegaConf
+
+            known = [str(word) for word in OmegaConf.load(overrides)]
+        if known is None:
+            return
+        before, now = _telling(known), _telling(trial.words)
+        if before != now:
+            raise ConfigError(
+                f"{trial.folder} holds a run of {' '.join(sorted(before - now)) or 'fewer words'} "
+                f"(now {' '.join(sorted(now - before)) or 'without'}): the same sweep goes on in "
+                "its folder, another needs its own: hydra.sweep.dir=…"
+            )
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _telling(words: Any) -> set[str]:
+    """The words that say which run it is."""
+    free = ("hydra.", "resume=", "checkpoint.", "logger")
+    return {word for word in words if not word.startswith(free)}

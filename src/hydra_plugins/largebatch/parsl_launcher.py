@@ -1,0 +1,102 @@
+"""Hydra's door to sweeps over an allocation: `hydra/launcher=parsl`, and the sweeper of a trial."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, run_job
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+
+@dataclass
+class ParslLauncherConf:
+    """What the keys mean: largebatch/launch/sweep_settings.py."""
+
+    _target_: str = "hydra_plugins.largebatch.parsl_launcher.ParslLauncher"
+    shape: str = "devices"
+    cluster: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    queue: str | None = None
+    account: str | None = None
+    hostfile: str | None = None
+    nodes_per_trial: Any = 1
+    ranks_per_node: Any = None
+    workers_per_node: Any = None
+    max_jobs: Any = None
+    retries: Any = 2
+    walltime: Any = None
+    stop_before_walltime: Any = 300
+    trial_seconds: Any = None
+    lost_seconds: Any = 60
+    dry_run: bool = False
+    command: list[str] = field(default_factory=lambda: ["python", "-m", "largebatch", "train"])
+    poll_seconds: float = 1.0
+
+
+@dataclass
+class TrialSweeperConf:
+    _target_: str = "hydra_plugins.largebatch.parsl_launcher.TrialSweeper"
+    number: int = 0
+
+
+_store = ConfigStore.instance().store
+_store(group="hydra/launcher", name="parsl", node=ParslLauncherConf, provider="largebatch")
+_store(group="hydra/sweeper", name="largebatch_trial", node=TrialSweeperConf, provider="largebatch")
+
+
+class ParslLauncher(Launcher):
+    """Runs each job as a process of its own, somewhere on an allocation or in a job of its own."""
+
+    def __init__(self, **values: Any) -> None:
+        self._values, self._launcher = values, None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        del task_function  # another process runs it
+        self.config, self.hydra_context = config, hydra_context
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        # Hydra imports its plugins at every start: what they stand on comes only when it is used.
+        from largebatch.launch.sweep_launcher import TrialLauncher
+
+        if self._launcher is None:
+            self._launcher = TrialLauncher(
+                self._values,
+                self.config,
+                lambda words: self.hydra_context.config_loader.load_sweep_config(
+                    self.config, words
+                ),
+            )
+        return self._launcher.launch(job_overrides, initial_job_idx)
+
+
+class TrialSweeper(Sweeper):
+    """One job of a sweep, in this process: what ParslLauncher has another process do."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.config, self.hydra_context = config, hydra_context
+        self._task_function = task_function
+
+    def sweep(self, arguments: list[str]) -> Any:
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, arguments)
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = self._number
+        return run_job(
+            hydra_context=self.hydra_context,
+            task_function=self._task_function,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        ).return_value

@@ -1,0 +1,128 @@
+"""Trials on single devices, by Parsl's worker pools: real ones, on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("parsl", reason="the extra parsl is not installed")
+
+from largebatch.launch.parsl_devices import OnlyOn
+
+HERE = Path(__file__).parent
+
+
+def start(at: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "largebatch", "sweep", "task=digits", "hydra/launcher=parsl",
+            "hydra.launcher.workers_per_node=2", "hydra.launcher.poll_seconds=0.1",
+            "hydra.sweep.dir=sweep", *words,
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, cwd=at, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def record(at: Path) -> list[dict[str, Any]]:
+    lines = (at / "sweep" / "trials.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Sweeps that end with the test."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for sweep in started:
+        sweep.kill()
+        sweep.communicate()
+
+
+def test_a_worker_trains_a_trial(tmp_path: Path) -> None:
+    # What started the pools has left its marks, and a trial is none of its ranks.
+    marks = {"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "3", "PMI_RANK": "3", "LARGEBATCH_RANKS": "4"}
+    words = ("batch.size=64", "budget.samples=640", "engine.device=cpu")
+    sweep = start(tmp_path, *words, **marks)
+    said, _ = sweep.communicate(timeout=100)
+    assert sweep.returncode == 0, said
+    assert "1 of 1 trials done" in said
+    summary = json.loads((tmp_path / "sweep" / "0" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("exhausted", 10)
+    ended = [line for line in record(tmp_path) if line["event"] == "ended"]
+    assert {tuple(line["nodes"]) for line in ended} == {(os.uname().nodename.split(".")[0],)}
+
+
+def test_workers_of_a_killed_sweep_make_room_for_the_next(
+    tmp_path: Path, killed: list[subprocess.Popen[str]]
+) -> None:
+    words = (
+        f"hydra.launcher.command=[{sys.executable},-S,{HERE / 'parsl_trial.py'}]", "seed=0,1",
+        "+lasts=300",
+    )  # fmt: skip
+    first = start(tmp_path, *words)
+    killed.append(first)
+    notes = tmp_path / "sweep" / "notes"
+    deadline = time.monotonic() + 60
+    while not (notes.exists() and notes.read_text().count("begun") == 2):
+        assert time.monotonic() < deadline
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.05)
+    first.kill()
+    second = start(tmp_path, *words)
+    said, _ = second.communicate(timeout=100)
+    assert second.returncode == 0, said
+    lines = [line.split() for line in notes.read_text().splitlines()]
+    for trial in "01":
+        story = [line for line in lines if line[1] == trial]
+        assert [line[0] for line in story] == ["begun", "interrupted", "begun", "reached"]
+        assert story[1][3] == story[2][3]
+
+
+def test_pools_on_nodes_to_avoid_get_nothing(tmp_path: Path) -> None:
+    pools: dict[bytes, Any] = {
+        b"a": {"hostname": "n1.hsn.site"}, b"b": {"hostname": "n2"}, b"c": {"hostname": "n3"},
+    }  # fmt: skip
+    choice = OnlyOn(str(tmp_path / "avoided"))
+    assert set(choice.sort_managers(pools, set(pools))) == {b"a", b"b", b"c"}
+    (tmp_path / "avoided").write_text("n1\nn3")
+    assert choice.sort_managers(pools, {b"a", b"b", b"c"}) == [b"b"]
+    assert choice.sort_managers(pools, {b"a", b"c"}) == []
+
+
+def test_a_node_that_falls_silent_is_left_out_and_its_trial_made_elsewhere(
+    tmp_path: Path, killed: list[subprocess.Popen[str]]
+) -> None:
+    (tmp_path / "hosts").write_text("n1.site\nn2.site\n")
+    (tmp_path / "clusters" / "cluster").mkdir(parents=True)
+    cluster = "{name: here, scheduler: none, launcher: mpich, node: {ranks: 1}}"
+    (tmp_path / "clusters" / "cluster" / "here.yaml").write_text(cluster)
+    path = f"{HERE / 'parsl_fakes' / 'pools'}:{os.environ['PATH']}"
+    sweep = start(
+        tmp_path, "hydra.launcher.cluster=here",
+        "hydra.launcher.hostfile=hosts", "hydra.launcher.workers_per_node=1", "seed=range(4)",
+        f"hydra.launcher.command=[{sys.executable},-S,{HERE / 'parsl_trial.py'}]", "+lasts=120",
+        "hydra.launcher.lost_seconds=4", f"--config-dir={tmp_path / 'clusters'}",
+        PATH=path, FAKE_NODES=str(tmp_path),
+    )  # fmt: skip
+    killed.append(sweep)
+    notes = tmp_path / "sweep" / "notes"
+    deadline = time.monotonic() + 60
+    while not (notes.exists() and "begun" in notes.read_text() and " n2 " in notes.read_text()):
+        assert time.monotonic() < deadline
+        assert sweep.poll() is None, sweep.communicate()[0]
+        time.sleep(0.05)
+    (tmp_path / "n2.site.dead").touch()
+    said, _ = sweep.communicate(timeout=100)
+    assert sweep.returncode == 0, said
+    lines = [line.split() for line in notes.read_text().splitlines()]
+    assert sorted(line[1] for line in lines if line[0] == "reached") == ["0", "1", "2", "3"]
+    assert "node n2 is left out" in said
+    ended = {line["trial"]: line["nodes"] for line in record(tmp_path) if line["event"] == "ended"}
+    assert set(map(tuple, ended.values())) == {("n1",)}
