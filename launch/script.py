@@ -57,8 +57,8 @@ def script(job: Job) -> str:
         ConfigError: cores that two would have.
     """
     sections = (
-        _head, _directives, _begin, _modules, _environment, _variables, _limits, _nodes, _master,
-        _storage, _cores, _diagnostics, _chain, _run,
+        _head, _directives, _begin, _modules, _environment, variables_lines, _limits, _nodes, master_lines,
+        _storage, cores_lines, _diagnostics, _chain, _run,
     )  # fmt: skip
     return "\n".join(line for section in sections for line in section(job)) + "\n"
 
@@ -149,7 +149,7 @@ def _environment(job: Job) -> Lines:
     yield "python -c 'import largebatch' || exit 1"
 
 
-def _variables(job: Job) -> Lines:
+def variables_lines(job: Job) -> Lines:
     cluster = job.cluster
     for name, group in cluster.active_settings.items():
         yield ""
@@ -220,7 +220,7 @@ def _nodes(job: Job) -> Lines:
     yield 'export LARGEBATCH_HOSTFILE="$hostfile"'
 
 
-def _master(job: Job) -> Lines:
+def master_lines(job: Job) -> Lines:
     cluster = job.cluster
     if not job.on_ranks:
         return
@@ -250,7 +250,7 @@ def _storage(job: Job) -> Lines:
         yield "# that import from a shared file system bring it to its knees."
         yield 'spread="/tmp/largebatch-$job_id"'
         yield "one_a_node=("
-        yield from (f"  {line}" for line in _launcher(job, one_a_node=True))
+        yield from (f"  {line}" for line in launcher_lines(job, one_a_node=True))
         yield ")"
         yield '"${one_a_node[@]}" python -m largebatch env spread \\'
         yield f'  {quoted(cluster.archive)} --to "$spread" || exit 1'
@@ -274,7 +274,7 @@ def _storage(job: Job) -> Lines:
         yield f"launch-dfuse.sh {cluster.daos} || exit 1"
 
 
-def _cores(job: Job) -> Lines:
+def cores_lines(job: Job) -> Lines:
     binding = job.binding
     if binding is None:
         return
@@ -323,7 +323,7 @@ def _run(job: Job) -> Lines:
     yield ")"
     if job.on_ranks:
         yield "launch=("
-        yield from (f"  {line}" for line in _launcher(job))
+        yield from (f"  {line}" for line in launcher_lines(job))
         yield ")"
         if logged := cluster.nodes >= cluster.rank_logs_from_nodes:
             yield from _rank_logs()
@@ -353,7 +353,7 @@ def _run(job: Job) -> Lines:
     yield 'exit "$code"'
 
 
-def _launcher(job: Job, one_a_node: bool = False) -> Lines:
+def launcher_lines(job: Job, one_a_node: bool = False) -> Lines:
     """The words that start the ranks, or one process on each node, some a line."""
     cluster, binding = job.cluster, None if one_a_node else job.binding
     each = 1 if one_a_node else cluster.node.ranks

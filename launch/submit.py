@@ -145,9 +145,12 @@ def completed(config: SubmitConfig, words: Sequence[str]) -> tuple[list[str], st
             f"{record!r}"
         )
     more = [] if key in keys else [f"{key}={record}"]
+    if keys.get("hydra/launcher") == "parsl" and "hydra.launcher.cluster" not in keys:
+        more.append(f"hydra.launcher.cluster={config.cluster.name}")
     resumes = words[0] == "train" or "study" not in keys  # a study goes on by itself
     if config.cluster.chain > 1 and resumes:
-        if keys.get("checkpoint.every_samples", "null") == "null":
+        saves = ("checkpoint.every_samples", "checkpoint.every_minutes")
+        if all(keys.get(key, "null") == "null" for key in saves):
             raise ConfigError(
                 f"cluster.chain={config.cluster.chain} jobs go on from one another's checkpoints, "
                 "and there are none: give checkpoint.every_samples=…"

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig
 from largebatch.conf.config import ConfigError
-from largebatch.launch.script import Job, _cores, _launcher, _master, _variables
+from largebatch.launch.script import Job, cores_lines, launcher_lines, master_lines, variables_lines
 from largebatch.launch.sweep_ground import Attempt, Ended
 from largebatch.launch.sweep_record import Trial
 from largebatch.launch.sweep_tied import tied
@@ -155,14 +155,14 @@ def start_script(cluster: ClusterConfig, hostfile: Path, command: str) -> str:
     lines = [
         "#!/bin/bash",
         f"hostfile={shlex.quote(str(hostfile))}",
-        *_variables(job),
+        *variables_lines(job),
         "",
         "unset MASTER_ADDR MASTER_PORT  # of the whole job, if any",
-        *_master(job),
-        *_cores(job),
+        *master_lines(job),
+        *cores_lines(job),
         "",
         "launch=(",
-        *(f"  {line}" for line in _launcher(job)),
+        *(f"  {line}" for line in launcher_lines(job)),
         # Of a single node MPICH's has not been told.
         *['  -f "$hostfile"'] * (cluster.launcher == "mpich" and cluster.nodes == 1 and elsewhere),
         ")",

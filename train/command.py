@@ -123,13 +123,17 @@ def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
 
 
 def follow(ranks: Ranks) -> int:
-    """A rank other than the first: do as it says, and leave it the word."""
+    """A rank other than the first: do as it says, and leave it the word.
+
+    How the run has ended is rank 0's to say, with its exit code, when its record is written:
+    launchers end all ranks, rank 0 too, as soon as one leaves with another code than 0.
+    """
     die_with_parent()
     try:
         summary = train(ranks, None)
     except ConfigError:
         return REFUSED
-    return REFUSED if summary is None else exit_code(summary)
+    return REFUSED if summary is None else 0
 
 
 def train(ranks: Ranks, order: Order | None, display: bool = False) -> dict[str, Any] | None:

@@ -32,7 +32,8 @@ COMMANDS: Final = {
 EXIT_CODES: Final = """exit codes: 0 reached the target, or spent the budget of a run that has none;
 1 failed, or a check found something wrong; 2 refused before it started; 3 spent its budget without
 reaching the target; 4 diverged; 124 stood still, and watch ended it; 128 + N interrupted by signal
-N (130 SIGINT, 143 SIGTERM, 140 SIGUSR2, 152 SIGXCPU), to be gone on with"""
+N (130 SIGINT, 143 SIGTERM, 140 SIGUSR2, 152 SIGXCPU), or, of a sweep, stopped before its walltime
+(130): the same command goes on"""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -101,6 +101,7 @@ command=(
   'batch.size=256,512'
   hydra/launcher=parsl
   hydra.sweep.dir=jobs/snapshot/sweep
+  hydra.launcher.cluster=aurora
 )
 
 "${command[@]}"
