@@ -42,7 +42,9 @@ def main(arguments: list[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    described = argparse.ArgumentParser(prog="largebatch data", description=__doc__)
+    described = argparse.ArgumentParser(
+        prog="largebatch data", description=__doc__, epilog="exit codes: 0 done; 2 refused"
+    )
     actions = described.add_subparsers(dest="action", required=True)
     make = actions.add_parser(
         "tokenize",
@@ -72,7 +74,11 @@ def parser() -> argparse.ArgumentParser:
     )
     make.add_argument("--eod", metavar="TOKEN", help="that token, where it has no usual name")
     make.add_argument("--key", default="text", help="of the text in a JSON line (text)")
-    look = actions.add_parser("info", help="what a file of tokens holds")
+    look = actions.add_parser(
+        "info",
+        help="what a file of tokens holds",
+        description="What a file of tokens holds: how many, of which type, and how it begins.",
+    )
     look.add_argument("path", type=Path, metavar="PATH", help="FILE.bin, FILE.idx or PREFIX")
     look.add_argument("--dtype", help="of plain tokens without a .json: uint16 or uint32")
     look.add_argument(

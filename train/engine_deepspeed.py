@@ -54,6 +54,11 @@ class DeepSpeed(OfRanks):
     ) -> None:
         if stage not in range(4):
             raise ValueError(f"engine.stage must be 0, 1, 2 or 3, got {stage!r}")
+        if zero is not None and "stage" in zero:
+            raise ValueError(
+                f"engine.stage is the stage, {stage}, and engine.zero.stage={zero['stage']} would "
+                "be another: set engine.stage alone"
+            )
         if precision is not None and precision.loss_scale is not None:
             raise ValueError(
                 "precision=fp16 sums gradients in FP32, which DeepSpeed's FP16 mode does not: use "
@@ -83,9 +88,13 @@ class DeepSpeed(OfRanks):
             "steps_per_print": 1 << 62,
         }
         deepspeed = import_deepspeed(self._ranks, self.device)
-        self._wrapped, *_ = deepspeed.initialize(
-            model=self.model, optimizer=optimizer, config=config
-        )
+        try:
+            self._wrapped, *_ = deepspeed.initialize(
+                model=self.model, optimizer=optimizer, config=config
+            )
+        except ValueError as error:  # of pydantic's, over many lines
+            told = " ".join(str(error).split())
+            raise ValueError(f"DeepSpeed refuses engine.zero={dict(self._zero)}: {told}") from error
         self._replica = self._wrapped
         if isinstance(optimizer, LayerwiseOptimizer):
             return bind(self._wrapped)
@@ -107,6 +116,10 @@ class DeepSpeed(OfRanks):
         if norm is None:
             norm = torch.as_tensor(self._wrapped.get_global_grad_norm(), dtype=torch.float32)
         return Numbers({}, {"grad_norm": norm.to(self.device)})
+
+    def discard(self, optimizer: Optimizer) -> None:
+        del optimizer
+        self._wrapped.optimizer.zero_grad(set_to_none=True)
 
     def _norm_of_replicas(self) -> Tensor:
         """Without ZeRO gradients are where they always are, and DeepSpeed measures none."""

@@ -68,6 +68,9 @@ class Engine(Protocol):
     def update(self, optimizer: Optimizer, limits: Limits) -> Numbers:
         """One optimizer step within `limits`; the gradients are gone afterwards."""
 
+    def discard(self, optimizer: Optimizer) -> None:
+        """Throw away the gradient that was made: there is no update."""
+
     def non_finite(self, steps_ago: int) -> list[str]:
         """Parameters whose gradient was not finite in the last step (0) or the one before, on any
         rank; empty where it is not known. Every rank calls it; waits for the device.
@@ -186,6 +189,9 @@ class OfGradients(OfRanks):
 
     def update(self, optimizer: Optimizer, limits: Limits) -> Numbers:
         return self._update(optimizer, limits)
+
+    def discard(self, optimizer: Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=True)  # K-FAC's curvature too
 
     def non_finite(self, steps_ago: int) -> list[str]:
         params, squares = self._update.squares(steps_ago)

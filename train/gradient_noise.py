@@ -129,6 +129,8 @@ class GradientNoise:
             line["data_parallel_size"],
             line["gradient_accumulation_steps"],
         )
+        if line.get("skipped"):  # a step that was none says nothing of the next
+            return
         taken = False
         for key, small in numbers.items():
             if not key.startswith(_SMALL):

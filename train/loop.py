@@ -119,7 +119,7 @@ class Loop:
         self._coscaling = CoScaling(self.plan, self.optimizer)
 
     def run(self) -> Progress:
-        """Step until the target, the budget, an interruption, or numbers that the guard stops at."""
+        """Step until the target, the budget, an interruption, or numbers the guard stops at."""
         if self.progress.status == "reached" or self.is_spent:  # before it was resumed
             return self.progress
         self.make_steps()

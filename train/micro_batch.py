@@ -7,11 +7,12 @@ other ranks waiting for the one that ran out first.)
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.optim import Optimizer
 
 from largebatch.optim.layout import local
 from largebatch.train.engines import Engine
@@ -53,20 +54,25 @@ def largest_that_fits(
 
 
 def find_micro_batch_size(
-    engine: Engine, task: Task, ranks: Ranks, batch_sizes: Sequence[int]
+    engine: Engine,
+    optimizer: Optimizer,
+    task: Task,
+    ranks: Ranks,
+    batch_sizes: Sequence[int],
+    memory: Any = None,
 ) -> int:
-    """The same on every rank: what fits the fullest of their devices.
+    """The same on every rank: what fits the fullest of their devices. Nothing of the passes that
+    are made for it is left.
+
+    Args:
+        memory: the module of the device that tells of its memory; None: torch's.
 
     Raises:
         ValueError: no accelerator, or not even one sample fits.
     """
     device = engine.device
-    if device.type == "cpu":
-        raise ValueError(
-            "engine.micro_batch_size=auto measures the memory of an accelerator: on a CPU give a "
-            "number, or null for the whole local batch"
-        )
-    memory = torch.get_device_module(device)
+    if memory is None:
+        memory = memory_of(device)
     _, total = memory.mem_get_info(device)
     held = sum(local(p.detach()).numel() for p in engine.model.parameters() if p.requires_grad)
 
@@ -74,15 +80,14 @@ def find_micro_batch_size(
         memory.reset_peak_memory_stats(device)
         indices = np.zeros(size, np.int64)
         engine.forward_backward(task, task.train_batch(indices), size * ranks.size)
-        for param in engine.model.parameters():
-            param.grad = None
-        peak = torch.tensor([memory.max_memory_allocated(device)], dtype=torch.int64, device=device)
-        if ranks.size > 1:
-            dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        engine.discard(optimizer)
+        peak: int = memory.max_memory_allocated(device)
         memory.empty_cache()
-        return int(peak)
+        return over_ranks(peak, dist.ReduceOp.MAX, ranks, device)
 
-    limit = (1 - MARGIN) * total - _STATE_BYTES * held
+    limit = int((1 - MARGIN) * total) - _STATE_BYTES * held
+    # A shard is not as large on every rank, and all are to try the same.
+    limit = over_ranks(limit, dist.ReduceOp.MIN, ranks, device)
     found = largest_that_fits(candidates(batch_sizes, ranks.size), peak_bytes, limit)
     if found is None:
         raise ValueError(
@@ -91,3 +96,26 @@ def find_micro_batch_size(
             "engine.activation_checkpointing=true"
         )
     return found
+
+
+def memory_of(device: torch.device) -> Any:
+    """Torch's module that tells of the memory of `device`.
+
+    Raises:
+        ValueError: it is a CPU.
+    """
+    if device.type == "cpu":
+        raise ValueError(
+            "engine.micro_batch_size=auto measures the memory of an accelerator: on a CPU give a "
+            "number, or null for the whole local batch"
+        )
+    return torch.get_device_module(device)
+
+
+def over_ranks(num_bytes: int, op: Any, ranks: Ranks, device: torch.device) -> int:
+    """The same on every rank."""
+    if ranks.size == 1:
+        return num_bytes
+    told = torch.tensor([num_bytes], dtype=torch.int64, device=device)
+    dist.all_reduce(told, op=op)
+    return int(told)

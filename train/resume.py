@@ -16,7 +16,7 @@ from largebatch.train.owner import Owner
 from largebatch.train.record import METRICS, check_unfinished, claim
 
 # What may differ between a run and its resumption: none of it decides the trajectory.
-_FREE: Final = ("engine", "logger", "record", "checkpoint", "resume")
+_FREE: Final = ("engine", "logger", "record", "checkpoint", "resume", "throughput")
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,9 @@ def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
         optimizer = engine.attach(optimizer, config.clip_norm)
         if size == "auto":
             sizes = [split.batch_size for split in order.plan.splits(ranks.size, None)]
-            engine.set_micro_batch_size(find_micro_batch_size(engine, task, ranks, sizes))
+            engine.set_micro_batch_size(
+                find_micro_batch_size(engine, optimizer, task, ranks, sizes)
+            )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     noise = build_noise(order, engine, optimizer)

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import Command
 from engine_ranks import ENGINES, OPTIMIZERS, Cell, cells, figures, work
 from gloo_ranks import launch, successful
 
@@ -110,6 +111,19 @@ def test_the_covering_cells_cover() -> None:
     assert {cell.accumulation for cell in of_all} == {1, 4}
     for world_size, these in COVERING.items():
         assert set(these) <= set(cells(world_size))
+
+
+@pytest.mark.parametrize(
+    ("word", "told"), [("stage=3", "set engine.stage alone"), ("colour=3", "colour Extra inputs")]
+)
+def test_what_deepspeed_does_not_take_is_refused_in_one_sentence(
+    word: str, told: str, command: Command
+) -> None:
+    done = command("train", "task=digits", "engine=deepspeed", f"+engine.zero.{word}")
+    assert done.returncode == 2
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("largebatch: ")]
+    assert told in sentence
+    assert done.stderr.splitlines()[-1] == sentence
 
 
 def test_a_trajectory_that_parts_is_found(folder: Path) -> None:

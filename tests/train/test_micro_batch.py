@@ -1,7 +1,11 @@
 """The largest micro-batch that fits, found from two small ones and tried before it is given."""
 
+from pathlib import Path
+
 import pytest
 from conftest import Train
+from gloo_ranks import launch, successful
+from micro_batch_ranks import first_step, of_unequal_devices
 
 from largebatch.train.micro_batch import candidates, largest_that_fits
 
@@ -49,3 +53,19 @@ def test_on_a_cpu_it_is_refused_with_the_way_out(
 ) -> None:
     assert train("task=digits", "engine.micro_batch_size=auto", "hydra.run.dir=run") == 2
     assert "on a CPU give a number" in capsys.readouterr().err
+
+
+def test_ranks_try_alike_and_agree_where_one_device_has_less_room(tmp_path: Path) -> None:
+    """Else one would begin a pass, and its all-reduce, that the other does not make."""
+    found = launch(of_unequal_devices, ["unequal"], 2, tmp_path)
+    one, other = successful([of_rank["unequal"] for of_rank in found])
+    assert one == other == {"found": 16, "tried": [1, 2, 16]}
+
+
+def test_nothing_of_the_search_is_left_in_the_first_step(tmp_path: Path) -> None:
+    """Neither in K-FAC's factors nor in what DeepSpeed adds up, of which ZeRO 3 adds up most."""
+    ways = ["kfac", "0", "1", "3"]
+    (found,) = launch(first_step, ways, 1, tmp_path)
+    for way in ways:
+        (outcome,) = successful([found[way]])
+        assert outcome["after"] == pytest.approx(outcome["without"], rel=1e-6), way
