@@ -248,3 +248,17 @@ def test_what_cannot_be_measured_is_refused(
     assert train(*RUN, *words) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_step_that_was_skipped_says_nothing_of_the_noise() -> None:
+    noise = GradientNoise(MicroBatchGradients(nn.Linear(2, 1)), 100)
+    line = {
+        "global_batch_size": 8, "data_parallel_size": 1, "gradient_accumulation_steps": 2,
+        "samples": 8, "noise/small": 5.0, "noise/big": 3.0,
+    }  # fmt: skip
+    noise.take(dict(line))
+    known = noise.state_dict()
+    spike = line | {"samples": 16, "noise/small": 5e9, "noise/big": 3e9, "skipped": True}
+    noise.take(spike)
+    assert noise.state_dict() == known
+    assert not any(key.startswith("noise") for key in spike)
