@@ -57,7 +57,7 @@ def test_every_row_takes_the_same_steps_and_reads_what_it_says(workload: Any) ->
         layers = {f"/{name}" for name in measured.seam.layers} if row.by_layer else set()
         weighted = {"_preconditioned"} if row.preconditioned else set()
         assert measured.state_dict()["scales"].keys() == {""} | layers | weighted
-        assert steppers[row.name].num_summed == 2 + 1 + len(layers | weighted)
+        assert steppers[row.name].num_summed == 3 + 2 * (1 + len(layers | weighted))
         readings[row.name] = measured.state_dict()["scales"][""]["trace"]
     assert readings["example"] == readings["example by layer"]
     assert readings["micro_batch"] == readings["micro_batch by layer"]
@@ -100,7 +100,7 @@ def test_own_work_is_that_of_the_calls_that_measure(monkeypatch: pytest.MonkeyPa
         isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm)
         for module in TINY.model().modules()
     )
-    assert example.own_work(2) == 4 + 2 * seen  # two micro-batches
+    assert example.own_work(2) == 3 + 2 * seen  # two micro-batches
     assert "see" not in vars(example.noise.seam)  # nothing is left behind
 
 

@@ -98,7 +98,12 @@ def read(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("nodes", "queue", "stand_in"),
-    [(1, "debug", 1), (8, "debug-scaling", 2), (256, "debug-scaling", 1), (2048, "prod", 2)],
+    [
+        pytest.param(1, "debug", 1, marks=pytest.mark.matrix),
+        (8, "debug-scaling", 2),
+        pytest.param(256, "debug-scaling", 1, marks=pytest.mark.matrix),
+        (2048, "prod", 2),
+    ],
 )
 def test_a_job_of_any_size_is_submitted_and_trains_to_its_end(
     cluster: Cluster, nodes: int, queue: str, stand_in: int
