@@ -322,10 +322,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="largebatch bench init",
         description="What it takes many ranks to meet, as far as one machine can tell.",
     )
-    parser.add_argument("--clients", type=int, nargs="+", default=[16, 64, 256], metavar="N")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16], metavar="N")
-    parser.add_argument(
-        "--fake", type=int, nargs="+", default=[768, 3072, 12_288, 98_304], metavar="N"
-    )
+    for name, default, what in (
+        ("--clients", [16, 64, 256], "connections to the store in which ranks meet"),
+        ("--ranks", [2, 4, 8, 16], "processes that make a gloo group"),
+        ("--fake", [768, 3072, 12_288, 98_304], "ranks of groups and meshes without processes"),
+    ):
+        told = f"{what} (default: {' '.join(map(str, default))})"
+        parser.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=told)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
     return parser

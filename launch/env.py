@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     pack = commands.add_parser("pack", help="a relocatable archive of a virtual environment")
-    pack.add_argument("output", type=Path, metavar="OUTPUT.tar.gz|.tar.zst")
+    pack.add_argument(
+        "output", type=Path, metavar="OUTPUT.tar.gz|.tar.zst", help="the archive, not there yet"
+    )
     pack.add_argument(
         "--python",
         type=Path,
@@ -93,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     spread = commands.add_parser("spread", help="under mpiexec: the archive onto every node")
-    spread.add_argument("archive", type=Path, nargs="?", metavar="ARCHIVE")
+    spread.add_argument(
+        "archive", type=Path, nargs="?", metavar="ARCHIVE", help="of largebatch env pack"
+    )
     spread.add_argument(
         "--to",
         type=Path,
@@ -113,11 +117,13 @@ def _parser() -> argparse.ArgumentParser:
 
     count = commands.add_parser("count", help="files and file-system operations of an import")
     count.add_argument(
-        "modules", nargs="*", default=["torch", "largebatch.train.command"], metavar="MODULE"
-    )
+        "modules", nargs="*", default=["torch", "largebatch.train.command"], metavar="MODULE",
+        help="to import (default: torch largebatch.train.command)",
+    )  # fmt: skip
     count.add_argument(
-        "--ranks", type=int, nargs="+", default=[12, 3072, 38_400, 98_304], metavar="N"
-    )
+        "--ranks", type=int, nargs="+", default=[12, 3072, 38_400, 98_304], metavar="N",
+        help="to multiply with (default: 12 3072 38400 98304)",
+    )  # fmt: skip
     count.add_argument(
         "--no-strace",
         dest="strace",

@@ -38,6 +38,8 @@ def manifest_of(archive: Path, zstd: bool) -> Manifest:
             return Manifest.from_bytes(_contents(tar, first), archive)
     except EnvError:
         raise
+    except FileNotFoundError as error:
+        raise EnvError(f"{archive} is not there: largebatch env pack makes one") from error
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise EnvError(f"{archive} cannot be read as an archive ({error})") from error
 

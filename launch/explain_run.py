@@ -57,7 +57,7 @@ def _of_summary(run: Path, summary: dict[str, Any]) -> list[Cause]:
             )
         ]
     if status == "diverged":
-        return [_divergence(run, step)]
+        return [_divergence(run, step, summary.get("reason"))]
     if status == "interrupted":
         number = summary.get("signal")
         name = "a signal" if number is None else signal.Signals(number).name
@@ -73,7 +73,7 @@ def _of_summary(run: Path, summary: dict[str, Any]) -> list[Cause]:
     return []
 
 
-def _divergence(run: Path, step: Any) -> Cause:
+def _divergence(run: Path, step: Any, reason: str | None) -> Cause:
     lines = read_json_lines(run / METRICS)
     evidence = [
         f"{METRICS}:{number}: step {line.get('step')}, loss {line.get('loss')}, grad_norm "
@@ -90,7 +90,8 @@ def _divergence(run: Path, step: Any) -> Cause:
             )
     return Cause(
         90,
-        f"The run diverged at step {step}: a loss or gradient that is not finite{grew}.",
+        f"The run diverged at step {step}: "
+        f"{reason or 'a loss or gradient that is not finite'}{grew}.",
         "a lower learning rate or a longer warm-up (largebatch train mode=lr_find); guard.spike "
         "and guard.non_finite can skip such steps or go back; look for a broken batch in the data",
         tuple(evidence),

@@ -32,7 +32,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("largebatch nic", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "largebatch nic", description=__doc__, epilog="exit codes: 0 done; 2 refused"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser(
         "record",

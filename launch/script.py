@@ -57,8 +57,8 @@ def script(job: Job) -> str:
         ConfigError: cores that two would have.
     """
     sections = (
-        _head, _directives, _begin, _modules, _environment, variables_lines, _limits, _nodes, master_lines,
-        _storage, cores_lines, _diagnostics, _chain, _run,
+        _head, _directives, _begin, _modules, _environment, variables_lines, _limits, _nodes,
+        master_lines, _storage, cores_lines, _diagnostics, _chain, _run,
     )  # fmt: skip
     return "\n".join(line for section in sections for line in section(job)) + "\n"
 

@@ -42,6 +42,8 @@ DIR/cluster/*.yaml with --config-dir DIR. Keys that are often given:
   cluster.watch_timeout=S   end the job when there is no step for S seconds
   cluster.environment=…  venv, spread (cluster.archive=…) or copper
   name=…, folder=…       of the job
+
+exit codes: 0 submitted, or printed; 2 refused; with cluster=local, which runs it at once, the run's
 """
 
 

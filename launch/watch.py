@@ -29,7 +29,8 @@ FINAL_CODES: Final = (0, 2, 3, 4)
 EPILOG: Final = f"""\
 With a COMMAND the exit code is the command's own (128 + N where signal N has killed it), or
 {STOOD_STILL} where it was ended because it stood still. Without one it is 0 where the run ends,
-1 where its process is gone without having ended it, and {STOOD_STILL} where it stands still.
+1 where its process is gone without having ended it, {STOOD_STILL} where it stands still,
+and 130 on Ctrl-C. 2 is a refusal.
 SIGINT, SIGTERM, SIGUSR2 and SIGXCPU are passed on to COMMAND, and end the restarts.
 
   largebatch watch runs/a --restarts 3 -- mpiexec -n 24 --ppn 12 python -m largebatch train \\
@@ -102,14 +103,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text}")
     return seconds
 
 
 def _count(text: str) -> int:
-    count = int(text)
+    try:
+        count = int(text)
+    except ValueError:
+        count = -1
     if count < 0:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text}")
     return count

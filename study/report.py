@@ -197,7 +197,11 @@ def print_report(report: Report, console: "Console | None" = None) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """`largebatch report DIR [--out DIR]`; 0, or 2 where there is nothing to report."""
-    parser = argparse.ArgumentParser(prog="largebatch report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="largebatch report",
+        description=__doc__.split("\n")[0],
+        epilog="exit codes: 0 done; 2 refused, or nothing to report",
+    )
     parser.add_argument("folder", type=Path, help="a folder with runs at any depth, or of one run")
     parser.add_argument("--out", type=Path, help="where to write (default: the folder itself)")
     arguments = parser.parse_args(argv)

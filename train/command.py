@@ -8,6 +8,7 @@ configuration and the folder. (Left alone, every rank's `hydra.main` would make 
 import os
 import sys
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
@@ -71,6 +72,25 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: list[s
         entry(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(sentence(error)) from error
+    except ValueError as error:
+        # Hydra's own, before the task: batch=512, where batch.size=512 was meant.
+        if not str(error).startswith("Config group override must be"):
+            raise
+        raise ConfigError(
+            f"{_numbered_group(arguments)}: a group takes the name of a choice; a number goes to "
+            "one of its keys, as in batch.size=512 or optim.lr=0.01"
+        ) from error
+
+
+def _numbered_group(arguments: list[str]) -> str:
+    groups = files("largebatch.conf")
+    pairs = [word.partition("=") for word in arguments]
+    found = [
+        f"{name}={value}"
+        for name, _, value in pairs
+        if groups.joinpath(name.lstrip("+")).is_dir() and not value[:1].isalpha()
+    ]
+    return " ".join(found) or "GROUP=NUMBER"
 
 
 def single_run(composed: DictConfig) -> None:
@@ -116,6 +136,10 @@ def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
         if order.resumption is not None:
             order.resumption.release()
     assert summary is not None
+    if not display and order.config.study is None:  # a study has a display of its own
+        from largebatch.train.display import outcome
+
+        print(outcome(summary, Path(os.path.relpath(order.folder))), flush=True)
     if "error" in summary:  # a sweep that found nothing; other errors are raised
         of_many = "" if display else f"{os.path.relpath(order.folder)}: "
         print(f"largebatch: {of_many}{summary['error']}", file=sys.stderr)

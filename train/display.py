@@ -57,4 +57,5 @@ def outcome(summary: dict[str, Any], folder: Path) -> str:
         ended = f"{verb} {target:g}"
     took = f"{summary['steps']:,} steps, {summary['samples']:,} samples, {summary['seconds']:.1f} s"
     loss = "" if evaluation is None else f"; evaluation loss {evaluation:.4f}"
-    return f"{ended} after {took}{loss}: {folder}"
+    why = f" ({summary['reason']})" if summary.get("reason") else ""
+    return f"{ended} after {took}{loss}{why}: {folder}"

@@ -1,6 +1,7 @@
 """`largebatch COMMAND …`: a table from command to the module that runs it."""
 
 import importlib
+import os
 import sys
 from typing import Final, NamedTuple
 
@@ -59,5 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    code: int = command.main(arguments[1:])
+    try:
+        code: int = command.main(arguments[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `largebatch … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return code

@@ -226,6 +226,9 @@ def test_what_a_run_says_of_its_end_is_told(tmp_path: Path) -> None:
     assert "diverged at step" in cause.what
     assert "grown to 50 times its median" in cause.what
     assert cause.evidence[-1].startswith(f"metrics.jsonl:{len(lines)}: ")
+    stopped = {"status": "diverged", "steps": 60, "reason": "grad_norm 50 is above its bound 20"}
+    write_run(tmp_path / "c", steps_of(0, 60), stopped)
+    assert "step 60: grad_norm 50 is above its bound 20." in causes_of(tmp_path / "c")[0].what
     failed = {"status": "failed", "steps": 9, "error": "RuntimeError: Timed out waiting 8000ms"}
     write_run(tmp_path / "b", steps_of(0, 60), failed)
     (cause,) = causes_of(tmp_path / "b")

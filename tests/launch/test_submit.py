@@ -175,7 +175,7 @@ COMMANDS = [
     ([*POLARIS, "cluster.queue=debug", "cluster.allreduce=ring"], ["train"], "collectives=nccl"),
     (["cluster=aurora"], ["train"], "queue and cluster.account and cluster.walltime must be given"),
     (["cluster=slurm"], ["train"], "cluster.walltime must be given"),
-    (["cluster=auroara"], ["train"], "'cluster': aurora local polaris slurm sunspot"),
+    (["cluster=auroara"], ["train"], "cluster must be one of aurora, local, polaris, slurm"),
     ([], ["train"], "You must specify 'cluster'"),
     (["cluster=local", "train"], [], "'train' is no KEY=VALUE; what the job is to run"),
     (["cluster=local", "--config-dir", "nowhere"], ["train"], "must be a folder, got 'nowhere'"),

@@ -8,9 +8,12 @@ import pytest
 
 # The overrides, and what the sentence must name: the key or value, and the way out.
 WRONG = {
-    "an unknown key": (["optim.lrr=0.1"], ["lrr"]),
+    "an unknown key": (["optim.lrr=0.1"], ["optim.lrr", "did you mean optim.lr?"]),
+    "an unknown group": (["optm=lamb"], ["optm", "did you mean optim?"]),
     "an added unknown key": (["+colour=blue"], ["colour"]),
-    "an unknown choice": (["optim=lion"], ["optim/lion", "lamb"]),
+    "an unknown choice": (["optim=lion"], ["optim", "'lion'", "lamb"]),
+    "a number for a group": (["batch=512"], ["batch=512", "batch.size=512"]),
+    "a number for a section": (["budget=1e5"], ["budget", "100000", "budget.samples"]),
     "a word for a count": (["budget.samples=many"], ["budget.samples", "many"]),
     "half a sample": (["batch.size=0.5"], ["batch.size", "0.5"]),
     "a negative learning rate": (["optim.lr=-0.1"], ["optim.lr", "-0.1", "> 0"]),
