@@ -82,6 +82,7 @@ def test_two_ranks_end_where_the_plain_loop_does(name: str) -> None:
     assert spread.trust_ratios == pytest.approx(plain.trust_ratios, abs=2e-4)
 
 
+@pytest.mark.matrix
 def test_the_trainer_comes_to_the_same_on_two_ranks() -> None:
     alone, spread = printed("hf_trainer.py", 0), printed("hf_trainer.py", 1)
     assert spread.loss == pytest.approx(alone.loss, rel=1e-3)

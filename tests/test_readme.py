@@ -41,7 +41,7 @@ def test_its_commands_run(line: str, tmp_path: Path) -> None:
     words = shlex.split(line)
     if "--help" not in words:
         # A multirun takes the last word for all of its runs.
-        words += ["budget.samples=5e4"]
+        words += ["budget.samples=5e4" if "sweep" in words else "budget.samples=2e5"]
     done = subprocess.run(
         words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
     )

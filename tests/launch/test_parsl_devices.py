@@ -59,6 +59,7 @@ def test_a_worker_trains_a_trial(tmp_path: Path) -> None:
     assert {tuple(line["nodes"]) for line in ended} == {(os.uname().nodename.split(".")[0],)}
 
 
+@pytest.mark.matrix
 def test_workers_of_a_killed_sweep_make_room_for_the_next(
     tmp_path: Path, killed: list[subprocess.Popen[str]]
 ) -> None:

@@ -167,6 +167,7 @@ def test_a_job_with_fewer_nodes_than_it_asked_for_starts_nothing(cluster: Cluste
     assert not (cluster.jobs / "asked").exists()
 
 
+@pytest.mark.matrix
 def test_of_an_allocation_with_a_spare_the_nodes_that_answer_train(cluster: Cluster) -> None:
     sent = cluster.submit(
         *AURORA, "cluster.queue=debug-scaling", "cluster.nodes=2", "cluster.spares=1",
@@ -188,6 +189,7 @@ def test_of_an_allocation_with_a_spare_the_nodes_that_answer_train(cluster: Clus
     assert read(cluster.work / "jobs" / "spare" / "run")["status"] == "exhausted"
 
 
+@pytest.mark.matrix
 def test_an_environment_is_spread_before_it_is_used(cluster: Cluster) -> None:
     prefix = cluster.home / "packed"
     venv.create(prefix, system_site_packages=True)

@@ -59,9 +59,8 @@ def test_a_study_ends_with_table_seconds_and_report(whole: tuple[Path, str]) -> 
     assert all(int(row["trials"]) >= 3 for row in rows)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.matrix)]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.matrix
 def test_a_study_cut_off_in_the_middle_goes_on_with_what_is_missing(
     number: signal.Signals, whole: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -62,6 +62,7 @@ COMPILED = [Cell("ddp", 1, "adamw", ("engine.compile=true",)),
             Cell("fsdp", 1, "adamw", ("engine.compile=true",))]  # fmt: skip
 
 
+@pytest.mark.matrix
 def test_ways_to_spend_less_leave_the_trajectory(folder: Path) -> None:
     check(2, [*WAYS.values()], folder)
 
