@@ -13,8 +13,8 @@ from largebatch.conf.config import ConfigError
 
 
 def own_python_first() -> None:
-    """Let `python`, in scripts that take over this environment, be the one that runs this: that of a
-    virtual environment need not be active.
+    """Let `python`, in scripts that take over this environment, be the one that runs this: a virtual
+    environment need not be active.
     """
     folder = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", os.defpath)
