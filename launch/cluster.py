@@ -13,8 +13,9 @@ from largebatch.conf.config import ConfigError
 
 
 def own_python_first() -> None:
-    """Let `python`, in scripts that take over this environment, be the one that runs this: a virtual
-    environment need not be active.
+    """Let `python`, in scripts that take over this environment, be the one that runs this.
+
+    A virtual environment need not be active for its `largebatch` to be called.
     """
     folder = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", os.defpath)
