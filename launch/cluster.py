@@ -1,26 +1,13 @@
 """A cluster's queues and its scheduler's commands: what may be submitted, and submitting it."""
 
 import getpass
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from largebatch.conf.cluster_config import ClusterConfig, clock
 from largebatch.conf.config import ConfigError
-
-
-def own_python_first() -> None:
-    """Let `python`, in scripts that take over this environment, be the one that runs this.
-
-    A virtual environment need not be active for its `largebatch` to be called.
-    """
-    folder = str(Path(sys.executable).parent)
-    path = os.environ.get("PATH", os.defpath)
-    if path.split(os.pathsep)[0] != folder:
-        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
 
 
 def check_queue(cluster: ClusterConfig) -> None:

@@ -12,6 +12,7 @@ import platform
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
@@ -23,6 +24,7 @@ import parsl
 from parsl.config import Config
 from parsl.executors import HighThroughputExecutor
 from parsl.executors.high_throughput.errors import ManagerLost, WorkerLost
+from parsl.executors.high_throughput.executor import DEFAULT_LAUNCH_CMD
 from parsl.executors.high_throughput.manager_record import ManagerRecord
 from parsl.executors.high_throughput.manager_selector import ManagerSelector
 from parsl.launchers import SimpleLauncher, WrappedLauncher
@@ -41,6 +43,8 @@ from largebatch.launch.sweep_tied import tied
 START_SECONDS: Final = 300.0
 """For the first worker pool to come up."""
 END_SECONDS: Final = 20.0
+PROGRAMS: Final = Path(sys.executable).parent
+"""Parsl's: of this environment, which need not be active."""
 
 
 OF_A_LAUNCHER: Final = (
@@ -145,7 +149,8 @@ class Devices:
             prefetch_capacity=0,
             heartbeat_period=max(1, settings.lost_seconds // 4),
             heartbeat_threshold=settings.lost_seconds,
-            interchange_launch_cmd=tied(["interchange.py"]),
+            launch_cmd=f"{shlex.quote(str(PROGRAMS))}/{DEFAULT_LAUNCH_CMD}",
+            interchange_launch_cmd=tied([str(PROGRAMS / "interchange.py")]),
             manager_selector=OnlyOn(str(self._avoid_file)),
             provider=LocalProvider(  # type: ignore[no-untyped-call]
                 nodes_per_block=len(nodes), init_blocks=1, max_blocks=1, min_blocks=1,

@@ -167,8 +167,12 @@ def trial_script(attempt: Attempt, cluster: ClusterConfig) -> str:
     trial, folder = attempt.trial, os.path.relpath(attempt.trial.folder)
     config = SubmitConfig(cluster, name=_name(attempt), folder=folder)
     told = [f"{KEY}.shape=jobs", *trial.words]
-    text = script(Job(config, ["train", *trial.command], folder, told))
-    return text.replace("  python -m largebatch\n  train\n", "")
+    job = Job(config, ["train", *trial.command], folder, told)
+    text = script(job)
+    own = f"  {job.python} -m largebatch\n  train\n"
+    if trial.command[0] == "python":
+        return text.replace(f"{own}  python\n", f"  {job.python}\n")
+    return text.replace(own, "")
 
 
 def starts(attempt: Attempt) -> str:

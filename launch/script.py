@@ -5,8 +5,11 @@ script say why a line is there and who has confirmed it; the settings bring thei
 """
 
 import shlex
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, clock
 from largebatch.launch.binding import Binding, bind, pals_list, slurm_mask, spell_cores
@@ -38,6 +41,14 @@ class Job:
     def on_ranks(self) -> bool:
         """One process a rank; a sweep is one process, whose launcher starts the trials."""
         return self.words[0] == "train"
+
+    @property
+    def python(self) -> str:
+        """The job's own, or the one that runs this, whose environment need not be active."""
+        cluster = self.cluster
+        if cluster.venv or cluster.modules or cluster.setup or cluster.environment == "spread":
+            return "python"
+        return word(sys.executable)
 
     @property
     def binding(self) -> Binding | None:
@@ -146,7 +157,7 @@ def _environment(job: Job) -> Lines:
         yield f"venv={quoted(cluster.venv)}"
         yield "# shellcheck disable=SC1091  # is not here where the script is checked"
         yield 'source "$venv/bin/activate" || exit 1'
-    yield "python -c 'import largebatch' || exit 1"
+    yield f"{job.python} -c 'import largebatch' || exit 1"
 
 
 def variables_lines(job: Job) -> Lines:
@@ -214,7 +225,7 @@ def _nodes(job: Job) -> Lines:
         alone = "mpiexec -n 1 --ppn 1 --hostfile {hostfile}"
         if cluster.scheduler == "slurm":
             alone = "srun --nodes=1 --ntasks=1 --nodelist={node}"
-        yield f"python -m largebatch doctor --probe '{alone}' --hostfile \"$hostfile\" \\"
+        yield f"{job.python} -m largebatch doctor --probe '{alone}' --hostfile \"$hostfile\" \\"
         yield f'  --nodes {cluster.nodes} --hostfile-out "$hostfile.good" || exit 1'
         yield 'hostfile="$hostfile.good"'
     yield 'export LARGEBATCH_HOSTFILE="$hostfile"'
@@ -263,7 +274,8 @@ def _storage(job: Job) -> Lines:
         yield "# module's own need none (ALCF, Copper page)."
         yield "module load copper || exit 1"
         yield "launch_copper.sh || exit 1"
-        yield "site=$(python -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))')"
+        code = 'import sysconfig; print(sysconfig.get_path("purelib"))'
+        yield f"site=$({job.python} -c '{code}')"
         yield 'export PYTHONPATH="/tmp/$USER/copper$site${PYTHONPATH:+:$PYTHONPATH}"'
     if cluster.daos is not None:
         pool, _, container = cluster.daos.partition(":")
@@ -303,7 +315,7 @@ def _chain(job: Job) -> Lines:
     yield ""
     yield "# One job of a chain: nothing is left to do once the run has come to its end."
     yield 'if [ -e "$record/summary.json" ]; then'
-    yield "  status=$(python -c \\"
+    yield f"  status=$({job.python} -c \\"
     yield "    'import json, sys; print(json.load(open(sys.argv[1]))[\"status\"])' \\"
     yield '    "$record/summary.json")'
     yield '  case "$status" in'
@@ -318,7 +330,7 @@ def _run(job: Job) -> Lines:
     cluster, steps, logged = job.cluster, ["command"], False
     yield ""
     yield "command=("
-    yield "  python -m largebatch"
+    yield f"  {job.python} -m largebatch"
     yield from (f"  {word(text)}" for text in job.words)
     yield ")"
     if job.on_ranks:
@@ -332,11 +344,11 @@ def _run(job: Job) -> Lines:
         if cluster.preflight is not None:
             yield "# Every collective by value, on all ranks, before any compute is spent."
             yield f'LARGEBATCH_RANKS={cluster.num_ranks} "${{launch[@]}}" \\'
-            yield f"  python -m largebatch doctor --preflight {cluster.preflight} || exit"
+            yield f"  {job.python} -m largebatch doctor --preflight {cluster.preflight} || exit"
     if cluster.watch_timeout is not None:
         yield "# Ends the job after so many seconds without a step: a hang ends nothing by itself."
         timeout = cluster.watch_timeout
-        yield f'watch=(python -m largebatch watch "$record" --timeout {timeout} --)'
+        yield f'watch=({job.python} -m largebatch watch "$record" --timeout {timeout} --)'
         steps.insert(0, "watch")
     yield ""
     words = " ".join(f'"${{{step}[@]}}"' for step in steps)
@@ -372,10 +384,19 @@ def launcher_lines(job: Job, one_a_node: bool = False) -> Lines:
         if binding is not None:
             yield word(f"--cpu-bind={slurm_mask(binding)}")
     elif cluster.launcher == "mpich":
-        yield f"mpiexec -n {ranks} -ppn {each}" + ' -f "$hostfile"' * (cluster.nodes > 1)
+        yield f"{_mpiexec(job)} -n {ranks} -ppn {each}" + ' -f "$hostfile"' * (cluster.nodes > 1)
     else:
-        yield f"torchrun --standalone --nproc-per-node {each} --no-python"
+        yield f"{job.python} -m torch.distributed.run --standalone --nproc-per-node {each}"
+        yield "--no-python"
     yield from (word(option) for option in cluster.launcher_options)
+
+
+def _mpiexec(job: Job) -> str:
+    """The one on PATH, or that of this environment, which need not be active."""
+    own = Path(sys.executable).with_name("mpiexec")
+    if job.python == "python" or shutil.which("mpiexec") is not None or not own.exists():
+        return "mpiexec"
+    return word(str(own))
 
 
 def _rank_logs() -> Lines:

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, typed_submit
 from largebatch.conf.config import ConfigError, sentence
-from largebatch.launch.cluster import Scheduler, check_queue, own_python_first
+from largebatch.launch.cluster import Scheduler, check_queue
 from largebatch.launch.script import Job, script
 from largebatch.train.record import check_free, check_unfinished
 
@@ -57,7 +57,6 @@ def main(arguments: list[str]) -> int:
         if options.dry_run:
             print(text, end="")
             return 0
-        own_python_first()
         return send(job, text)
     except ConfigError as error:
         print(f"largebatch: {error}", file=sys.stderr)

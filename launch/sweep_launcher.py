@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from largebatch.conf.cluster_config import ClusterConfig, NodeConfig
 from largebatch.conf.config import ConfigError
-from largebatch.launch.cluster import own_python_first
 from largebatch.launch.sweep_conduct import Conductor, Outcome
 from largebatch.launch.sweep_ground import Ground
 from largebatch.launch.sweep_nodes import Blame
@@ -67,7 +66,6 @@ class TrialLauncher:
             KeyboardInterrupt: it was stopped; the same command goes on.
         """
         setup_globals()
-        own_python_first()
         trials = [self.trial(number, words) for number, words in enumerate(jobs, first)]
         with Record(self._folder) as record:
             if self._ground is None:

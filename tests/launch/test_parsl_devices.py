@@ -15,9 +15,6 @@ pytest.importorskip("parsl", reason="the extra parsl is not installed")
 
 from largebatch.launch.parsl_devices import OnlyOn
 
-# Worker pools take their time to meet: too long for busy cores.
-pytestmark = pytest.mark.matrix
-
 HERE = Path(__file__).parent
 
 

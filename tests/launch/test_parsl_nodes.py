@@ -95,9 +95,8 @@ def sweep(tmp_path: Path) -> Iterator[Sweep]:
     sweep = Sweep(tmp_path)
     yield sweep
     for started in sweep.started:
-        if started.poll() is None:
-            started.kill()
-        started.communicate()
+        started.kill()
+        started.wait()
 
 
 TRIALS = [str(number) for number in range(24)]

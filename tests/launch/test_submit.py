@@ -70,7 +70,13 @@ def written(asked: list[str], words: list[str]) -> str:
     told = [*asked, "folder=jobs/snapshot", "--", *words]
     config = composed(told[: told.index("--")])
     check_queue(config.cluster)
-    return script(Job(config, *completed(config, words), told))
+    text = script(Job(config, *completed(config, words), told))
+    return plain(text)
+
+
+def plain(text: str) -> str:
+    """Of a script: this environment's programs by their names."""
+    return text.replace(f"{Path(sys.executable).parent}/", "")
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -108,6 +114,25 @@ def test_a_value_is_one_word_of_the_shell(value: str) -> None:
         ["bash", "-c", f"printf %s {quoted(value)}"], capture_output=True, text=True, check=True
     )
     assert done.stdout == value
+
+
+def test_without_an_environment_of_its_own_a_job_has_that_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def commands(*asked: str) -> list[str]:
+        config = composed([*asked, "folder=jobs/own"])
+        text = script(Job(config, *completed(config, TRAIN), asked))
+        return re.findall(r"^ *(\S*(?:python\S*|mpiexec)) ", text, re.MULTILINE)
+
+    own = Path(sys.executable)
+    (tmp_path / "mpiexec").write_text("#!/bin/sh\n")
+    (tmp_path / "mpiexec").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert set(commands("cluster=local")) == {str(own), "mpiexec"}
+    assert set(commands("cluster=local", "cluster.launcher=torchrun")) == {str(own)}
+    assert set(commands("cluster=local", "cluster.venv=theirs")) == {"python", "mpiexec"}
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert set(commands("cluster=local")) == {str(own), str(own.with_name("mpiexec"))}
 
 
 REFUSED = [
@@ -198,7 +223,7 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     asked = ["cluster=local", "folder=jobs/dry", "--", "train", "batch.size=256"]
     assert main(["--dry-run", *asked]) == 0
-    assert capsys.readouterr().out == written(["cluster=local"], asked[3:]).replace(
+    assert plain(capsys.readouterr().out) == written(["cluster=local"], asked[3:]).replace(
         "jobs/snapshot", "jobs/dry"
     )
     assert list(tmp_path.iterdir()) == []

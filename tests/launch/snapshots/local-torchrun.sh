@@ -42,7 +42,8 @@ command=(
   hydra.run.dir=jobs/snapshot/run
 )
 launch=(
-  torchrun --standalone --nproc-per-node 2 --no-python
+  python -m torch.distributed.run --standalone --nproc-per-node 2
+  --no-python
 )
 # Rank 0 speaks for all; each other rank writes into a file of its own, in a folder of
 # its node: launchers choke on the output of thousands. `exec`, so that a rank's parent
