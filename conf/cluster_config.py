@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.conf.config import ConfigError, sentence
+from largebatch.conf.errors import ConfigError, sentence
 from largebatch.schedules.counts import whole_number
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {

@@ -5,22 +5,18 @@ Groups whose choices differ in their keys (task, model, optim, lr, batch, logger
 a `_target_`; what they build checks its own arguments. Imports no torch.
 """
 
-import re
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
+from largebatch.conf.errors import ConfigError, sentence
+from largebatch.conf.sweep_config import LRFindConfig, StudyConfig
 from largebatch.schedules.counts import real_number, whole_number
-from largebatch.schedules.scaling import RULES, check_hold, check_options, options_of
+from largebatch.schedules.scaling import RULES, check_hold, check_options
 
 Node = dict[str, Any]
-
-
-class ConfigError(ValueError):
-    """The user's configuration cannot be run; the message is one sentence for them."""
 
 
 @dataclass
@@ -267,66 +263,6 @@ class ThroughputConfig:
         self.steps_left_out = whole_number(self.steps_left_out, "throughput.steps_left_out")
 
 
-FEWEST_POINTS = 5
-"""Learning rates before the blow-up; with fewer a sweep says nothing."""
-
-
-@dataclass
-class LRFindConfig:
-    """A sweep of the learning rate in the place of the run's curve and ramp."""
-
-    low: Any = 1e-5
-    high: Any = 10.0
-    points: Any = 100
-    blow_up: Any = 3.0
-
-    def __post_init__(self) -> None:
-        self.low = real_number(self.low, "mode.low", above=0.0)
-        self.high = real_number(self.high, "mode.high", above=0.0)
-        if self.low >= self.high:
-            raise ConfigError(f"mode.low must be < mode.high = {self.high:g}, got {self.low:g}")
-        self.points = whole_number(self.points, "mode.points", FEWEST_POINTS + 1)
-        self.blow_up = real_number(self.blow_up, "mode.blow_up", above=1.0)
-
-
-@dataclass
-class StudyConfig:
-    optimizers: list[str] = field(default_factory=list)
-    batch_sizes: list[Any] = field(default_factory=list)
-    start_batch: Any = 256
-    seeds: list[Any] = field(default_factory=lambda: [0])
-    rules: list[str] = field(default_factory=list)
-    rule_batches: list[Any] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        for name in ("optimizers", "batch_sizes", "seeds"):
-            if not getattr(self, name):
-                raise ConfigError(f"study.{name} must name at least one, got an empty list")
-        sizes = [whole_number(size, "study.batch_sizes", 1) for size in self.batch_sizes]
-        self.batch_sizes = sorted(set(sizes))
-        self.seeds = [whole_number(seed, "study.seeds") for seed in self.seeds]
-        self.start_batch = whole_number(self.start_batch, "study.start_batch", 1)
-        if self.start_batch not in self.batch_sizes:
-            raise ConfigError(
-                f"study.start_batch must be one of study.batch_sizes {self.batch_sizes}, "
-                f"got {self.start_batch}"
-            )
-        self.rule_batches = [
-            whole_number(size, "study.rule_batches", 1) for size in self.rule_batches
-        ]
-        strange = [size for size in self.rule_batches if size not in self.batch_sizes]
-        if strange:
-            raise ConfigError(
-                f"study.rule_batches must be among study.batch_sizes {self.batch_sizes}, "
-                f"got {strange}"
-            )
-        # A noise scale is measured at one place, and a study scales from many.
-        known = [name for name, rule in RULES.items() if "noise_scale" not in options_of(rule)]
-        unknown = [rule for rule in self.rules if rule not in known]
-        if unknown:
-            raise ConfigError(f"study.rules must be among {', '.join(known)}, got {unknown}")
-
-
 @dataclass
 class TrainConfig:
     """Everything that decides a run, typed. `optim.lr` is the learning rate at
@@ -441,55 +377,3 @@ def typed(config: DictConfig) -> TrainConfig:
 
 def _has_no_target(node: Any) -> bool:
     return isinstance(node, DictConfig) and OmegaConf.is_missing(node, "_target_")
-
-
-def sentence(error: BaseException) -> str:
-    """An error of Hydra's or OmegaConf's in one line, with the key it is about."""
-    # Hydra wraps what a target raised; the innermost says what is wrong.
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, ConfigError):
-        return str(error)
-    if (known := _no_such_choice(error) or _no_such_key(error)) is not None:
-        return known
-    key = getattr(error, "full_key", None)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # OmegaConf appends where it was, a line each: the key is enough.
-    kept = [
-        line for line in lines if not re.match(r"(full_key|object_type|reference_type):?", line)
-    ]
-    text = " ".join(kept) or type(error).__name__
-    whole = re.fullmatch(r"Merge error: \w+ is not a subclass of (\w+)Config\. value: (.*)", text)
-    if whole is not None:
-        name, above = whole[1].lower(), getattr(error, "parent_node", None) or {}
-        keys = ", ".join(f"{name}.{below}" for below in above.get(name) or ())
-        return f"{name} takes no value itself, got {whole[2]}: give {keys or 'one of its keys'}"
-    return f"{key}: {text}" if key and key not in text else text
-
-
-def _no_such_choice(error: BaseException) -> str | None:
-    """Of Hydra's `MissingConfigException`, which would list where it looked."""
-    group, _, choice = (getattr(error, "missing_cfg_file", None) or "").rpartition("/")
-    options = getattr(error, "options", None)
-    if not group or not options:
-        return None
-    return (
-        f"{group} must be one of {', '.join(options)}, or a file of yours with --config-dir, "
-        f"got {choice!r}"
-    )
-
-
-def _no_such_key(error: BaseException) -> str | None:
-    """Of a key that the configuration, or a group of it, does not have: with the nearest it has."""
-    if not isinstance(error, (ConfigAttributeError, ConfigKeyError)) or error.full_key is None:
-        return None
-    above, _, key = error.full_key.rpartition(".")
-    siblings = [str(name) for name in error.parent_node or ()]
-    near = get_close_matches(key, siblings, n=1)
-    if near:
-        hint = f"did you mean {f'{above}.{near[0]}' if above else near[0]}?"
-    elif above:
-        hint = f"{above} has {', '.join(siblings) or 'none'}"
-    else:
-        hint = "--help lists keys, and groups, whose keys are there once GROUP=CHOICE is given"
-    return f"there is no key {error.full_key}: {hint}"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from largebatch.conf.cluster_config import DomainConfig, NodeConfig
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 
 
 @dataclass(frozen=True)

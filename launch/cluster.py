@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from largebatch.conf.cluster_config import ClusterConfig, clock
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 
 
 def check_queue(cluster: ClusterConfig) -> None:

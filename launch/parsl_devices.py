@@ -32,7 +32,7 @@ from parsl.launchers.base import Launcher
 from parsl.providers import LocalProvider
 
 from largebatch.conf.cluster_config import ClusterConfig
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.launch.binding import Binding, bind, pals_list
 from largebatch.launch.sweep_ground import Attempt, Ended
 from largebatch.launch.sweep_record import Trial
@@ -152,7 +152,7 @@ class Devices:
             launch_cmd=f"{shlex.quote(str(PROGRAMS))}/{DEFAULT_LAUNCH_CMD}",
             interchange_launch_cmd=tied([str(PROGRAMS / "interchange.py")]),
             manager_selector=OnlyOn(str(self._avoid_file)),
-            provider=LocalProvider(  # type: ignore[no-untyped-call]
+            provider=LocalProvider(  # type: ignore[no-untyped-call] # Parsl has no types
                 nodes_per_block=len(nodes), init_blocks=1, max_blocks=1, min_blocks=1,
                 launcher=self._launcher(cluster, nodes, self._folder),
             ),

@@ -19,7 +19,7 @@ from parsl.providers import LocalProvider, PBSProProvider, SlurmProvider
 from parsl.providers.errors import SubmitException
 
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, clock
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.launch.binding import parse_cores
 from largebatch.launch.cluster import check_queue
 from largebatch.launch.script import Job, script
@@ -236,7 +236,7 @@ def provider(cluster: ClusterConfig, scripts: Path, dry_run: bool = False) -> An
             raise ConfigError(
                 f"{KEY}.dry_run shows jobs of PBS or Slurm, and {cluster.name} has neither"
             )
-        made: Any = LocalProvider(**keys)  # type: ignore[no-untyped-call]
+        made: Any = LocalProvider(**keys)  # type: ignore[no-untyped-call] # Parsl has no types
     else:
         keys |= {
             "account": cluster.account,

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, typed_submit
-from largebatch.conf.config import ConfigError, sentence
+from largebatch.conf.errors import ConfigError, sentence
 from largebatch.launch.cluster import Scheduler, check_queue
 from largebatch.launch.script import Job, script
 from largebatch.train.record import check_free, check_unfinished

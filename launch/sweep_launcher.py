@@ -16,13 +16,14 @@ from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from largebatch.conf.cluster_config import ClusterConfig, NodeConfig
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
+from largebatch.launch.sweep_checks import checked, cluster_of
 from largebatch.launch.sweep_conduct import Conductor, Outcome
 from largebatch.launch.sweep_ground import Ground
 from largebatch.launch.sweep_nodes import Blame
 from largebatch.launch.sweep_progress import SweepProgress
 from largebatch.launch.sweep_record import Record, Trial
-from largebatch.launch.sweep_settings import SweepSettings, checked, cluster_of
+from largebatch.launch.sweep_settings import SweepSettings
 from largebatch.launch.sweep_slices import Slices, nodes_here
 from largebatch.launch.sweep_walltime import end_of_job
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.train.record import METRICS, SUMMARY, UNFINISHED, lock
 
 TRIALS: Final = "trials.jsonl"

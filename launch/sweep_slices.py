@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.launch.script import Job, cores_lines, launcher_lines, master_lines, variables_lines
 from largebatch.launch.sweep_ground import Attempt, Ended
 from largebatch.launch.sweep_record import Trial

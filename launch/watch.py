@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.launch.watch_processes import Job, Process, descendants, kill, running
 from largebatch.launch.watch_progress import Progress, has_ended, has_runs_below, heartbeat
 from largebatch.launch.watch_ranks import ask, dismiss

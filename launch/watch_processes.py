@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Final, NamedTuple, Self
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 
 PASSED_ON: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
 """Those by which a batch system, or a user, ends a run between two steps."""

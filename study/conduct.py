@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.study.progress import StudyProgress
 from largebatch.study.protocol import Job, Protocol
 from largebatch.study.search import Result

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from largebatch.conf.config import StudyConfig
+from largebatch.conf.sweep_config import StudyConfig
 from largebatch.study.search import GRID_FACTOR, Result, Search, Trial
 
 

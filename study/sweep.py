@@ -12,7 +12,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
-from largebatch.conf.config import ConfigError, typed
+from largebatch.conf.config import typed
+from largebatch.conf.errors import ConfigError
 from largebatch.study.conduct import (
     check_identity,
     conduct,

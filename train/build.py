@@ -8,7 +8,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from largebatch.conf.config import ConfigError, sentence
+from largebatch.conf.errors import ConfigError, sentence
 
 
 def build(node: Mapping[str, Any], name: str, **more: Any) -> Any:

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from largebatch.conf.config import CheckpointConfig, ConfigError
+from largebatch.conf.config import CheckpointConfig
+from largebatch.conf.errors import ConfigError
 from largebatch.train.checkpoint_files import (
     CHECKPOINTS,
     FORMAT,

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.conf.config import ConfigError, sentence
+from largebatch.conf.errors import ConfigError, sentence
 from largebatch.train.order import Order, prepare
 from largebatch.train.ranks import Ranks, die_with_parent, find_ranks, started_ranks
 from largebatch.train.record import RunEnded

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 
 _MPI_MARKERS: Final = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 

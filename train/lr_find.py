@@ -14,7 +14,8 @@ from functools import partial
 from statistics import median
 from typing import Any, Final
 
-from largebatch.conf.config import FEWEST_POINTS, LRFindConfig, TargetConfig, TrainConfig
+from largebatch.conf.config import TargetConfig, TrainConfig
+from largebatch.conf.sweep_config import FEWEST_POINTS, LRFindConfig
 from largebatch.schedules import ConstantBatch, DecidedRamp, GeometricSweep, Hyper, Plan
 
 AROUND: Final = 2

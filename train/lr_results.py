@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.train.lr_find import FRACTION, LRFinder
 
 TABLE: Final = "lr_find.csv"

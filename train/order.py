@@ -10,7 +10,8 @@ from hydra.types import RunMode
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
-from largebatch.conf.config import ConfigError, ScalingConfig, TrainConfig, sentence, typed
+from largebatch.conf.config import ScalingConfig, TrainConfig, typed
+from largebatch.conf.errors import ConfigError, sentence
 from largebatch.schedules import RULES, Hyper, NoiseRamp, Plan, Rule, Split
 from largebatch.schedules.scaling import check_options
 from largebatch.train.build import build

@@ -19,7 +19,7 @@ import uuid
 from pathlib import Path
 from typing import Any, Final, TextIO
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 
 OWNER: Final = "owner.json"
 

@@ -14,7 +14,8 @@ from typing import Any, Final
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from largebatch.conf.config import ConfigError, TrainConfig, typed
+from largebatch.conf.config import TrainConfig, typed
+from largebatch.conf.errors import ConfigError
 from largebatch.schedules import Plan, PlannedStage, whole_number
 from largebatch.train.command import REFUSED, run_hydra
 from largebatch.train.order import make_plan

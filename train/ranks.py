@@ -20,7 +20,7 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.train.launchers import Ranks, free_port, launcher_of, ranks_from
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TextIO
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.train.owner import Owner
 
 METRICS: Final = "metrics.jsonl"

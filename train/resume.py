@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from omegaconf import OmegaConf
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.train.checkpoint_files import CHECKPOINTS, UNIVERSAL, listed, problem, read_state
 from largebatch.train.owner import Owner
 from largebatch.train.record import METRICS, check_unfinished, claim

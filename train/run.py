@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from largebatch.conf.config import ConfigError, EngineConfig
+from largebatch.conf.config import EngineConfig
+from largebatch.conf.errors import ConfigError
 from largebatch.train.build import build, check_arguments
 from largebatch.train.checkpoint import Checkpoints
 from largebatch.train.engines import Engine

@@ -2,7 +2,7 @@
 
 import sys
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.train.command import INTERRUPTED, REFUSED, job, run_hydra
 
 

@@ -119,8 +119,8 @@ def masked_step(optimizer: Optimizer, skip: Tensor) -> None:
         if not bool(skip):  # waits for the device
             optimizer.step()
         return
-    optimizer.grad_scale, optimizer.found_inf = None, skip  # type: ignore[attr-defined]
+    optimizer.grad_scale, optimizer.found_inf = None, skip  # type: ignore[attr-defined] # torch's protocol of scalers
     try:
         optimizer.step()
     finally:
-        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined] # torch's protocol of scalers

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from largebatch.conf.cluster_config import DomainConfig, NodeConfig
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.launch.binding import (
     Binding,
     bind,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from largebatch.conf.cluster_config import clock, seconds
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.launch.cluster import check_queue
 from largebatch.launch.script import Job, script
 from largebatch.launch.submit import completed, composed

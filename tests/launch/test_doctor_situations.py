@@ -10,7 +10,7 @@ from pathlib import Path
 import doctor_situations as situations
 import pytest
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.launch import checks
 from largebatch.launch.findings import Finding, as_json, as_text, exit_code, merged
 from largebatch.launch.system import System, expects_tiles, look

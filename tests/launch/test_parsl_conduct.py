@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from largebatch.conf.cluster_config import ClusterConfig, NodeConfig
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
+from largebatch.launch.sweep_checks import checked
 from largebatch.launch.sweep_conduct import Conductor
 from largebatch.launch.sweep_nodes import Blame
 from largebatch.launch.sweep_progress import SweepProgress
 from largebatch.launch.sweep_record import Record, Trial, is_busy
-from largebatch.launch.sweep_settings import checked
 from largebatch.launch.sweep_slices import Slices, nodes_here
 from largebatch.launch.sweep_walltime import end_of_job
 

@@ -96,7 +96,8 @@ def sweep(tmp_path: Path) -> Iterator[Sweep]:
     yield sweep
     for started in sweep.started:
         started.kill()
-        started.wait()
+        with started:
+            pass  # waits, and closes its pipe
 
 
 TRIALS = [str(number) for number in range(24)]

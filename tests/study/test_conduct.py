@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from largebatch.conf.config import ConfigError, StudyConfig
+from largebatch.conf.errors import ConfigError
+from largebatch.conf.sweep_config import StudyConfig
 from largebatch.study.conduct import check_identity, conduct, owned, result_of
 from largebatch.study.progress import StudyProgress, clock
 from largebatch.study.protocol import Protocol

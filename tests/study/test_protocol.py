@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_module
 
-from largebatch.conf.config import StudyConfig, typed
+from largebatch.conf.config import typed
+from largebatch.conf.sweep_config import StudyConfig
 from largebatch.study.protocol import Job, Protocol
 from largebatch.study.search import Result, Trial
 

@@ -13,7 +13,8 @@ import torch
 from checkpoint_ranks import SmallDisk, Trainee, state_after, work
 from gloo_ranks import launch, successful
 
-from largebatch.conf.config import CheckpointConfig, ConfigError
+from largebatch.conf.config import CheckpointConfig
+from largebatch.conf.errors import ConfigError
 from largebatch.train.checkpoint import CheckpointFailed, Checkpoints
 from largebatch.train.checkpoint_command import main
 from largebatch.train.checkpoint_files import listed, problem, retire, samples_of

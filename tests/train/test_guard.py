@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from largebatch.conf.config import ConfigError, GuardConfig
+from largebatch.conf.config import GuardConfig
+from largebatch.conf.errors import ConfigError
 from largebatch.train.events import EVENTS, Events
 from largebatch.train.guard import Guard, Verdict, in_words, not_finite
 

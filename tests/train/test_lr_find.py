@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_module
 
-from largebatch.conf.config import ConfigError, LRFindConfig, typed
+from largebatch.conf.config import typed
+from largebatch.conf.errors import ConfigError
+from largebatch.conf.sweep_config import LRFindConfig
 from largebatch.schedules import ConstantBatch, GeometricSweep, Plan
 from largebatch.train.lr_find import Found, LRFinder, NothingFound, find
 from largebatch.train.lr_results import COLUMNS, append, check_table

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.train.model_options import blocks
 from largebatch.train.models import HuggingFace
 

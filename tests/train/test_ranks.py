@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.train.launchers import check_is_here, free_port
 from largebatch.train.ranks import (
     Ranks,

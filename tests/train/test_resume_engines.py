@@ -63,6 +63,10 @@ def drafts(folder: Path) -> list[Path]:
     return list((folder / "checkpoints").glob(".samples-*"))
 
 
+def whole(folder: Path) -> set[Path]:
+    return set((folder / "checkpoints").glob("samples-*"))
+
+
 def kill_after(lines: int, folder: Path, way: Way) -> None:
     process = start(folder, way)
     try:
@@ -75,10 +79,11 @@ def kill_after(lines: int, folder: Path, way: Way) -> None:
 
 
 def kill_while_saving(folder: Path, way: Way) -> None:
-    """Kill a run in the middle of writing a checkpoint that is not its first."""
+    """Kill a run in the middle of writing a checkpoint, when it has written one."""
+    before = whole(folder)
     process = start(folder, way)
     try:
-        while num_lines(folder) < 25 or not drafts(folder):
+        while whole(folder) <= before or not drafts(folder):
             assert process.poll() is None, "the run ended before it could be killed"
     finally:
         process.send_signal(signal.SIGKILL)

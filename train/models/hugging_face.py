@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from largebatch.conf.config import ConfigError
+from largebatch.conf.errors import ConfigError
 from largebatch.schedules.counts import real_number
 
 
@@ -50,7 +50,7 @@ class HuggingFace(nn.Module):
         if hasattr(found, "is_decoder"):
             found.is_decoder = True  # BERT and its like would see the tokens to come
         try:
-            self.model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            self.model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call] # published without types
                 found, dtype=torch.float32
             )
         except ValueError as error:

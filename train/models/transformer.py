@@ -175,7 +175,7 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch's is not annotated
         self._tie()  # to_empty gives each module a tensor of its own
         return self
 

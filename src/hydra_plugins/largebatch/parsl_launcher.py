@@ -1,7 +1,7 @@
 """Hydra's door to sweeps over an allocation: `hydra/launcher=parsl`, and the sweeper of a trial."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -11,30 +11,12 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from largebatch.launch.sweep_settings import SweepSettings
+
 
 @dataclass
-class ParslLauncherConf:
-    """What the keys mean: largebatch/launch/sweep_settings.py."""
-
+class ParslLauncherConf(SweepSettings):
     _target_: str = "hydra_plugins.largebatch.parsl_launcher.ParslLauncher"
-    shape: str = "devices"
-    cluster: str | None = None
-    overrides: list[str] = field(default_factory=list)
-    queue: str | None = None
-    account: str | None = None
-    hostfile: str | None = None
-    nodes_per_trial: Any = 1
-    ranks_per_node: Any = None
-    workers_per_node: Any = None
-    max_jobs: Any = None
-    retries: Any = 2
-    walltime: Any = None
-    stop_before_walltime: Any = 300
-    trial_seconds: Any = None
-    lost_seconds: Any = 60
-    dry_run: bool = False
-    command: list[str] = field(default_factory=lambda: ["python", "-m", "largebatch", "train"])
-    poll_seconds: float = 1.0
 
 
 @dataclass
