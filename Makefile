@@ -24,9 +24,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 study: $(VENV)/.train
 	$(BIN)/largebatch sweep study=$(STUDY) $(ARGS)
 
-# Two files at a time; a thread a process, which would otherwise wait for one another.
+# Files side by side, one more than two cores hold as many tests wait; a thread a process.
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 matrix: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m '' --timeout 1800 tests/optim/test_parity.py tests/optim/test_reshard.py \

@@ -10,12 +10,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, clock
 from largebatch.launch.binding import Binding, bind, pals_list, slurm_mask, spell_cores
 from largebatch.launch.script_words import comment, quoted, word
 
 Lines = Iterator[str]
+
+WARNING_SECONDS: Final = 120
+"""Slurm, by itself, gives 30 (its KillWait), of which a checkpoint may take more."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,9 @@ def _directives(job: Job) -> Lines:
         yield f"#SBATCH --time={clock(cluster.walltime)}"
         yield "#SBATCH --exclusive"
         yield f"#SBATCH --output={folder}/%j.log"
+        if job.on_ranks:
+            yield "# To the ranks, so many seconds before the end: they save, and leave."
+            yield f"#SBATCH --signal=USR2@{WARNING_SECONDS}"
         yield from (f"#SBATCH {directive}" for directive in cluster.directives)
 
 

@@ -241,6 +241,9 @@ def inquire(run: Path, options: argparse.Namespace) -> int:
     progress.look()
     beat = progress.beat
     assert beat is not None
+    if progress.has_ended:
+        _say(f"{run} has ended, at step {beat['step']}")
+        return 0
     folder = ask(run, beat["world_size"], options.wait)
     print(report(folder, f"{run}: step {beat['step']} ({beat['samples']} samples)", beat))
     return 0

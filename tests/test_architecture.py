@@ -117,7 +117,7 @@ def test_every_folder_that_is_shipped_has_its_rule() -> None:
         ("optim", "from ..train import loop", ["largebatch.train.loop"]),
         ("optim", "import train.loop", ["train.loop"]),
         ("optim", "import torch\nfrom largebatch.optim.lars import x\nfrom .lamb import LAMB", []),
-        ("schedules", "from largebatch.conf.config import x", ["largebatch.conf.config.x"])
+        ("schedules", "from largebatch.conf.config import x", ["largebatch.conf.config.x"]),
         ("conf", "from largebatch.optim import LAMB", ["largebatch.optim.LAMB"]),
         ("train", "if TYPE_CHECKING:\n    import largebatch.study", ["largebatch.study"]),
         ("train", "from largebatch.cli import main", ["largebatch.cli.main"]),

@@ -4,6 +4,7 @@ runs.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -79,6 +80,36 @@ def test_ranks_of_srun_in_a_job_of_a_sweep_train_as_those_of_torchrun(
     )  # fmt: skip
     assert f"JobId={submitted['job']} JobName=trial-0." in known.stdout
     assert "NumNodes=1 NumCPUs=2 NumTasks=2" in known.stdout
+
+
+def test_ranks_save_and_leave_on_the_warning_before_a_jobs_end(
+    slurm: dict[str, str], tmp_path: Path
+) -> None:
+    long = [word for word in TRAINING if not word.startswith("budget")]
+    sent = subprocess.run(
+        [
+            sys.executable, "-m", "largebatch", "submit", "cluster=slurm",
+            "cluster.walltime=00:10:00", "cluster.node.ranks=2",
+            f"cluster.master_port={free_port()}", "folder=job", "--", "train", *long,
+            "budget.samples=64e6", "checkpoint.every_samples=32e6",
+        ],
+        env=slurm, cwd=tmp_path, timeout=60, capture_output=True, text=True,
+    )  # fmt: skip
+    assert sent.returncode == 0, sent.stderr
+    (number,) = re.findall(r"^(\d+):", sent.stdout)
+    record = tmp_path / "job" / "run"
+    deadline = time.monotonic() + 60
+    while not (record / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    subprocess.run(["scancel", "--signal=USR2", number], env=slurm, check=True)  # as Slurm sends it
+    while not (record / "summary.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    summary = json.loads((record / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    (saved,) = (record / "checkpoints").glob("samples-*")
+    assert int(saved.name.removeprefix("samples-")) == summary["samples"]
 
 
 def test_srun_hands_on_the_word_to_stop(slurm: dict[str, str], tmp_path: Path) -> None:

@@ -380,6 +380,8 @@ def test_a_training_run_says_where_it_stands_and_leaves_at_a_batch_systems_warni
         process.wait()
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
     assert json.loads((run / HEARTBEAT).read_text())["state"] == "ended"
+    assert watch.main([str(run), "--now"]) == 0  # nobody is there to be asked
+    assert f"{run} has ended, at step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
