@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from largebatch.conf.config import EngineConfig
 from largebatch.conf.errors import ConfigError
 from largebatch.train.build import build, check_arguments
-from largebatch.train.checkpoint import Checkpoints
 from largebatch.train.engines import Engine
 from largebatch.train.evaluation import EvaluationGrid, evaluate
 from largebatch.train.example_gradients import ExampleGradients
@@ -38,6 +37,9 @@ from largebatch.train.record import RunFolder
 from largebatch.train.reporter import Reporter, Silence
 from largebatch.train.tasks import Task, sampler_of
 from largebatch.train.throughput import Throughput
+
+if TYPE_CHECKING:
+    from largebatch.train.checkpoint import Checkpoints
 
 
 @dataclass
@@ -235,13 +237,10 @@ def _train(
     order: Order, parts: Parts, ranks: Ranks, device: torch.device, tell: Silence
 ) -> dict[str, Any]:
     config = order.config
-    checkpoints = Checkpoints(
-        order.folder,
-        ranks,
-        parts.engine.tensors(parts.optimizer),
-        config.checkpoint,
-        tell.checkpoint_failed,
-    )
+    before = None if order.resumption is None else order.resumption.checkpoint
+    checkpoints = None
+    if config.checkpoint.saves or before is not None:
+        checkpoints = _checkpoints(order, parts, ranks, tell)
     finder = None if config.mode is None else LRFinder(config.mode)
     most = parts.engine.micro_batch_size(order.plan.final_batch_size)
     with Interruption() as interruption:
@@ -271,15 +270,16 @@ def _train(
             enough=finder or (lambda line: False),
             progress=parts.progress,
         )
-        if order.resumption is not None and order.resumption.checkpoint is not None:
-            loop.load_state_dict(checkpoints.load(order.resumption.checkpoint))
+        if checkpoints is not None and before is not None:
+            loop.load_state_dict(checkpoints.load(before))
         try:
             loop.run()
         except BaseException:
-            checkpoints.settle()
+            if checkpoints is not None:
+                checkpoints.settle()
             raise
     summary = _summary(order, parts, ranks, device, tell)
-    if checkpoints.failures:
+    if checkpoints is not None and checkpoints.failures:
         summary["checkpoint_failures"] = checkpoints.failures
     if interruption.signal is not None:
         summary["signal"] = interruption.signal
@@ -288,6 +288,14 @@ def _train(
         if ranks.is_first:
             publish(order.folder, summary, finder)
     return summary
+
+
+def _checkpoints(order: Order, parts: Parts, ranks: Ranks, tell: Silence) -> "Checkpoints":
+    # What it stands on is a quarter of a run's imports: a run without checkpoints does without.
+    from largebatch.train.checkpoint import Checkpoints
+
+    tensors, config = parts.engine.tensors(parts.optimizer), order.config.checkpoint
+    return Checkpoints(order.folder, ranks, tensors, config, tell.checkpoint_failed)
 
 
 def _summary(

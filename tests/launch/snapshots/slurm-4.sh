@@ -7,6 +7,8 @@
 #SBATCH --time=12:00:00
 #SBATCH --exclusive
 #SBATCH --output=jobs/snapshot/%j.log
+# To the ranks, so many seconds before the end: they save, and leave.
+#SBATCH --signal=USR2@120
 #SBATCH --gpus-per-node=4
 
 # No `set -u`: modules and activate scripts use variables that are not set. With
