@@ -30,6 +30,7 @@ test: lint types
 
 matrix: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m '' --timeout 1800 tests/optim/test_parity.py tests/optim/test_reshard.py \
+		tests/optim/test_kfac_ranks.py tests/optim/test_second_order_parity.py \
 		tests/train/test_engines.py tests/train/test_resume_engines.py tests/train/test_trajectory.py \
 		tests/launch/test_submit_jobs.py tests/launch/test_parsl_devices.py tests/study/test_study.py \
 		tests/test_examples.py

@@ -100,7 +100,7 @@ def read(folder: Path) -> dict[str, Any]:
     ("nodes", "queue", "stand_in"),
     [
         pytest.param(1, "debug", 1, marks=pytest.mark.matrix),
-        (8, "debug-scaling", 2),
+        pytest.param(8, "debug-scaling", 2, marks=pytest.mark.matrix),
         pytest.param(256, "debug-scaling", 1, marks=pytest.mark.matrix),
         (2048, "prod", 2),
     ],

@@ -132,6 +132,7 @@ def test_a_study_that_cannot_be_is_refused_in_one_sentence(
     assert not list(tmp_path.rglob("summary.json"))
 
 
+@pytest.mark.matrix
 def test_an_ordinary_multirun_is_reported_too(tmp_path: Path) -> None:
     def largebatch(*words: str) -> str:
         done = subprocess.run(
