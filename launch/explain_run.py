@@ -7,6 +7,7 @@ from typing import Any, Final
 from largebatch.launch.explain_causes import Cause
 from largebatch.launch.nic_report import clock
 from largebatch.launch.run_times import HEARTBEAT, read_json, read_json_lines
+from largebatch.launch.watch_progress import is_gone
 from largebatch.train.record import METRICS, SUMMARY
 
 EVENTS: Final = "events.jsonl"
@@ -31,7 +32,9 @@ def ending(run: Path, now: float) -> str:
 
 
 def is_alive(run: Path, beat: dict[str, Any], now: float) -> bool:
-    """Whether its last heartbeat is too young to say that the run has stopped."""
+    """Whether it may run still: its last heartbeat is too young to say that it does not."""
+    if is_gone(beat):
+        return False
     lines = [line for _, line in read_json_lines(run / METRICS)]
     each = lines[-1]["seconds"] / lines[-1]["step"] if lines and lines[-1].get("step") else 0.0
     return bool(now - beat.get("time", 0.0) < max(QUIET_SECONDS, QUIET_STEPS * each))

@@ -14,7 +14,7 @@ from typing import Final
 
 from largebatch.conf.errors import ConfigError
 from largebatch.launch.watch_processes import Job, Process, descendants, kill, running
-from largebatch.launch.watch_progress import Progress, has_ended, has_runs_below, heartbeat
+from largebatch.launch.watch_progress import Progress, has_ended, has_runs_below, heartbeat, is_gone
 from largebatch.launch.watch_ranks import ask, dismiss
 from largebatch.launch.watch_report import report
 
@@ -197,9 +197,7 @@ def observe(run: Path, options: argparse.Namespace) -> int:
     while True:
         beat = progress.beat
         assert beat is not None
-        here = beat["host"] == socket.gethostname()
-        first = Process(beat["pid"], beat["pid_started"])
-        gone = here and beat["pid_started"] is not None and first not in running()
+        first, gone = Process(beat["pid"], beat["pid_started"]), is_gone(beat)
         progress.look()  # its last word may have come since
         if progress.has_ended:
             _say(f"{run} has ended, at step {beat['step']}")

@@ -1,11 +1,13 @@
 """Whether a run makes progress, by the heartbeat in its folder and this machine's clock alone."""
 
 import json
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from largebatch.launch.watch_processes import Process, running
 from largebatch.train.record import SUMMARY, UNFINISHED
 
 HEARTBEAT: Final = "heartbeat.json"
@@ -21,6 +23,13 @@ def heartbeat(run: Path) -> Beat | None:
     except (OSError, json.JSONDecodeError):
         return None
     return beat
+
+
+def is_gone(beat: Beat) -> bool:
+    """Whether the process of a heartbeat was one of this machine, and runs no more."""
+    if beat.get("host") != socket.gethostname() or beat.get("pid_started") is None:
+        return False
+    return Process(beat["pid"], beat["pid_started"]) not in running()
 
 
 def has_ended(run: Path) -> bool:

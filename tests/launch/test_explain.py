@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from nic_recording import Trees, recording
 from largebatch.launch import explain, watch
 from largebatch.launch.explain_causes import Cause
 from largebatch.launch.run_times import read_steps
+from largebatch.launch.watch_processes import running
 from largebatch.train import command as train_command
 from largebatch.train.ranks import free_port
 
@@ -34,7 +36,7 @@ def write_run(folder: Path, lines: Lines, summary: dict[str, Any] | None, **beat
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     last = lines[-1]
     beat = {"step": last["step"], "time": BEGIN + last["seconds"], "state": "ended"} | beat
-    (folder / "heartbeat.json").write_text(json.dumps(beat | {"host": "x0000"}))
+    (folder / "heartbeat.json").write_text(json.dumps({"host": "x0000"} | beat))
     if summary is not None:
         (folder / "summary.json").write_text(json.dumps(summary))
 
@@ -247,6 +249,18 @@ def test_what_a_run_says_of_its_end_is_told(tmp_path: Path) -> None:
 def test_a_run_that_is_alive_has_not_stopped(tmp_path: Path) -> None:
     write_run(tmp_path, steps_of(0, 60), None, state="stepping", time=BEGIN + 1e6 - 100)
     assert causes_of(tmp_path) == []
+
+
+def test_a_run_whose_process_is_gone_from_this_machine_has_stopped(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        (first,) = [found for found in running() if found.pid == process.pid]
+        words = {"host": socket.gethostname(), "pid": first.pid, "pid_started": first.started}
+        beat = {"state": "stepping", "time": BEGIN + 1e6 - 1} | words
+        write_run(tmp_path, steps_of(0, 60), None, **beat)
+        assert causes_of(tmp_path) == []
+        process.kill()
+    (cause,) = causes_of(tmp_path)
+    assert "stopped without a word" in cause.what
 
 
 def test_steps_before_a_resumption_have_no_time_of_day(tmp_path: Path) -> None:
