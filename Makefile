@@ -28,12 +28,12 @@ study: $(VENV)/.train
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
+WHOLE := tests/optim/test_parity.py tests/optim/test_reshard.py tests/train/test_engines.py \
+	tests/train/test_resume_engines.py
+
 matrix: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m '' --timeout 1800 tests/optim/test_parity.py tests/optim/test_reshard.py \
-		tests/optim/test_kfac_ranks.py tests/optim/test_second_order_parity.py \
-		tests/train/test_engines.py tests/train/test_resume_engines.py tests/train/test_trajectory.py \
-		tests/launch/test_submit_jobs.py tests/launch/test_parsl_devices.py tests/study/test_study.py \
-		tests/test_examples.py
+	$(BIN)/python -m pytest -q -m '' --timeout 1800 $(WHOLE)
+	$(BIN)/python -m pytest -q -m matrix --timeout 1800 $(addprefix --ignore=,$(WHOLE))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -107,6 +107,7 @@ def test_hydra_finds_the_plugin_of_the_wheel(installed: Path, python: Python) ->
     assert Path(found["StudySweeper"]).is_relative_to(installed)
 
 
+@pytest.mark.matrix
 def test_the_wheel_trains(python: Python, tmp_path: Path) -> None:
     python("-m", "largebatch", "train", *RUN, "optim=sgd", "hydra.run.dir=one")
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())

@@ -139,6 +139,7 @@ def test_collectives_are_counted() -> None:
     assert [collectives_of(lambda num=num: step(num)) for num in (0, 1, 3)] == [0, 1, 3]
 
 
+@pytest.mark.matrix
 def test_the_record_and_the_table_hold_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 from largebatch.benchmarks import ramp
 
 
+@pytest.mark.matrix
 def test_the_comparison_runs_and_tells_what_its_runs_took(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

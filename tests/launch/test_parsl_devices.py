@@ -97,6 +97,7 @@ def test_pools_on_nodes_to_avoid_get_nothing(tmp_path: Path) -> None:
     assert choice.sort_managers(pools, {b"a", b"c"}) == []
 
 
+@pytest.mark.matrix
 def test_a_node_that_falls_silent_is_left_out_and_its_trial_made_elsewhere(
     tmp_path: Path, killed: list[subprocess.Popen[str]]
 ) -> None:

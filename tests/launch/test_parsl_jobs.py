@@ -71,6 +71,7 @@ def pbs(tmp_path: Path) -> Iterator[PBS]:
             continue
 
 
+@pytest.mark.matrix
 def test_a_job_trains_its_trial(pbs: PBS) -> None:
     code, said = pbs.run(
         "budget.samples=640", "engine.device=cpu", "hydra.launcher.ranks_per_node=1"

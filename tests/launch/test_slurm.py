@@ -99,7 +99,7 @@ def test_ranks_save_and_leave_on_the_warning_before_a_jobs_end(
     (number,) = re.findall(r"^(\d+):", sent.stdout)
     record = tmp_path / "job" / "run"
     deadline = time.monotonic() + 60
-    while not (record / "metrics.jsonl").exists():
+    while not ((record / "metrics.jsonl").exists() and losses(record)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     subprocess.run(["scancel", "--signal=USR2", number], env=slurm, check=True)  # as Slurm sends it

@@ -132,7 +132,7 @@ def by_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 REPEATED = [("defaults", FP32), ("exact", FP64)]
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.matrix)])
 @pytest.mark.parametrize(("row", "dtype"), REPEATED, ids=str)
 def test_a_repeated_batch_is_preconditioned_alike_whatever_its_split(
     row: str,

@@ -132,7 +132,6 @@ def test_a_study_that_cannot_be_is_refused_in_one_sentence(
     assert not list(tmp_path.rglob("summary.json"))
 
 
-@pytest.mark.matrix
 def test_an_ordinary_multirun_is_reported_too(tmp_path: Path) -> None:
     def largebatch(*words: str) -> str:
         done = subprocess.run(
@@ -142,11 +141,11 @@ def test_an_ordinary_multirun_is_reported_too(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    largebatch("sweep", "task=digits", "optim=adamw,lamb", "batch.size=64,128",
+    largebatch("sweep", "task=digits", "optim=adamw,lamb", "batch.size=64",
                "optim.lr=0.02,0.04", "target.loss=0.5", "hydra.sweep.dir=multi")  # fmt: skip
-    assert len(list(tmp_path.glob("multi/*/summary.json"))) == 8
+    assert len(list(tmp_path.glob("multi/*/summary.json"))) == 4
     output = largebatch("report", "multi")
     assert "adamw" in output
     assert "lamb" in output
     rows = list(csv.DictReader((tmp_path / "multi" / "curve.csv").read_text().splitlines()))
-    assert [row["trials"] for row in rows] == ["2"] * 4
+    assert [row["trials"] for row in rows] == ["2"] * 2

@@ -155,6 +155,7 @@ def test_a_sweep_leaves_what_can_be_read_off_its_lines(
     assert "sgd on digits_mlp, batch 64, 1 rank(s)" in out
 
 
+@pytest.mark.matrix
 def test_two_ranks_find_what_one_finds(
     bowl: Callable[..., list[str]],
     train: Train, command: Command, read_run: ReadRun, tmp_path: Path,
