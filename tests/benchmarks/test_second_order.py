@@ -167,6 +167,7 @@ def test_traffic_is_what_goes_into_collectives() -> None:
     assert collectives_of(talk) == 6  # as the profiler counts
 
 
+@pytest.mark.matrix
 def test_the_record_and_the_tables_hold_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -189,7 +189,7 @@ def test_a_checkpoint_goes_on_in_another_layout_and_world_size(
         assert worst(outcome["tensors"], whole["tensors"]) <= limit
 
 
-@pytest.mark.parametrize("work", [skipped, fisher_pass])
+@pytest.mark.parametrize("work", [skipped, pytest.param(fisher_pass, marks=pytest.mark.matrix)])
 def test_what_ranks_do_alone_they_do_together(
     work: Callable[[Cell], Outcome], launched: Callable[..., list[dict[str, Outcome]]]
 ) -> None:

@@ -71,7 +71,11 @@ def covering(cell: Cell) -> bool:
         return True
     largest = cell.world_size == max(LAYOUTS[cell.layout].world_sizes)
     chosen = {("LARS-clip-fused", "fp32"), ("LAMB-clip", "fp64"), ("LAMB-fused", "bf16+master")}
-    return largest and cell.layout != "FSDP2+HSDP" and (cell.row, cell.precision) in chosen
+    return (
+        largest
+        and cell.layout not in ("FSDP2+HSDP", "DDP")
+        and (cell.row, cell.precision) in chosen
+    )
 
 
 def each(cells: list[Cell], always: Callable[[Cell], bool]) -> pytest.MarkDecorator:

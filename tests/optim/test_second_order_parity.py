@@ -42,11 +42,6 @@ ROWS_OF = {
     ("HSDP", 4): [("Shampoo-far", FP64), ("Shampoo", FP32), ("Shampoo-1e-4", FP32)],
 }
 CELLS = [Cell(*spread, *row) for spread, rows in ROWS_OF.items() for row in rows]
-IN_MATRIX = [
-    *(Cell("FSDP2", 4, *row) for row in LIMITS if row != ("Shampoo", FP32)),
-    *(Cell("HSDP", 4, *row) for row in ROWS_OF["HSDP", 4] if row != ("Shampoo-far", FP64)),
-]
-EACH = [pytest.param(cell, marks=pytest.mark.matrix if cell in IN_MATRIX else ()) for cell in CELLS]
 # Other ways to be cut; with tensor parallelism in meshes that have copies of the work.
 OTHERS = [
     Cell("FSDP2-columns", 2, "Shampoo-far", FP64, 6),
@@ -75,8 +70,32 @@ TROUBLES = [
 ]
 FORMS = [Cell("FSDP2", 2, "Shampoo-far", FP64, 6), Cell("DDP+group", 2, "SOAP", FP64, 3)]
 WORLD_SIZES = (4, 2, 1)  # in which every route passes them
+# Of the jobs of four ranks, those of every test run: one of each kind.
+HERE = {
+    str(job)
+    for job in (
+        Cell("FSDP2", 4, "Shampoo", FP32),
+        Cell("HSDP", 4, "Shampoo-far", FP64),
+        Cell("FSDP2", 4, "SOAP-often", FP32, 6),
+        Trouble(Cell("FSDP2", 4, "SOAP-often", FP64, 3), "missing"),
+        Trouble(Cell("HSDP", 4, "Shampoo", FP64, 3), "inf"),
+        ROUTES[1],
+    )
+}
 
 Find = Callable[[Any], Sequence[Outcome]]
+
+
+def each(name: str, jobs: Sequence[Any]) -> pytest.MarkDecorator:
+    """Those of four ranks that are not `HERE` in the matrix only."""
+    params = []
+    for job in jobs:
+        sizes = [size for _, size in job.legs] if isinstance(job, Route) else []
+        cell = job.cell if isinstance(job, Trouble) else job
+        large = 4 in sizes if sizes else cell.world_size == 4
+        marks = pytest.mark.matrix if large and str(job) not in HERE else ()
+        params.append(pytest.param(job, marks=marks))
+    return pytest.mark.parametrize(name, params, ids=str)
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +130,10 @@ def found(folder: Path, references: dict[str, Outcome], wanted: set[str]) -> Fin
     jobs: list[tuple[int, Any]] = [
         (cell.world_size, cell) for cell in (*CELLS, *OTHERS) if str(cell) in wanted
     ]
-    jobs += [(cell.world_size, common_job(cell, folder)) for cell in COMMON]
-    jobs += [(trouble.cell.world_size, trouble) for trouble in TROUBLES]
+    jobs += [(cell.world_size, common_job(cell, folder)) for cell in COMMON if str(cell) in wanted]
+    jobs += [(t.cell.world_size, t) for t in TROUBLES if str(t) in wanted]
     jobs += [(cell.world_size, forms_of(cell, folder)) for cell in FORMS]
-    for route in ROUTES:
+    for route in [route for route in ROUTES if str(route) in wanted]:
         for number, (_, size) in enumerate(route.legs):
             jobs.append((size, leg_of(route, number, folder)))
 
@@ -144,7 +163,7 @@ def worst(ours: Outcome, reference: Outcome, *, of_state: bool = False) -> float
     return max(relative(ours["tensors"][name], reference["tensors"][name]) for name in names)
 
 
-@pytest.mark.parametrize("cell", [*EACH, *OTHERS], ids=str)
+@each("cell", [*CELLS, *OTHERS])
 def test_ranks_take_the_steps_of_one_process(cell: Cell, found: Find) -> None:
     reference = trained_alone(cell.alone)
     for outcome in found(cell):
@@ -156,7 +175,7 @@ def test_ranks_take_the_steps_of_one_process(cell: Cell, found: Find) -> None:
     assert_copies_are_bit_identical(found(cell))
 
 
-@pytest.mark.parametrize("cell", EACH, ids=str)
+@each("cell", CELLS)
 def test_one_collective_each_way_a_step(cell: Cell, found: Find) -> None:
     """Under DDP none at all, or results alone where the ranks share the work."""
     each_way = {"DDP": 0, "DDP+group": 1}.get(cell.layout, 2)
@@ -164,7 +183,7 @@ def test_one_collective_each_way_a_step(cell: Cell, found: Find) -> None:
         assert outcome["collectives"] == each_way * cell.steps
 
 
-@pytest.mark.parametrize("cell", EACH, ids=str)
+@each("cell", CELLS)
 def test_factors_are_shared_out_over_the_ranks(cell: Cell, found: Find) -> None:
     """No rank has more than its share and one block's, the largest of which is 6 by 6 by 3."""
     whole = trained_alone(cell.alone)["memory"]
@@ -176,7 +195,7 @@ def test_factors_are_shared_out_over_the_ranks(cell: Cell, found: Find) -> None:
     assert max(memory) < whole / cell.world_size + 2 * (36 + 36 + 9) + 2 * 108
 
 
-@pytest.mark.parametrize("cell", COMMON, ids=str)
+@each("cell", COMMON)
 def test_one_step_from_a_common_state(
     cell: Cell, found: Find, references: dict[str, Outcome], folder: Path
 ) -> None:
@@ -186,7 +205,7 @@ def test_one_step_from_a_common_state(
         assert worst(outcome, references[str(job)]) < 1e-5
 
 
-@pytest.mark.parametrize("route", ROUTES, ids=str)
+@each("route", ROUTES)
 def test_training_goes_on_at_another_world_size(route: Route, found: Find, folder: Path) -> None:
     reference = alone(uninterrupted, route)
     last = len(route.legs) - 1
@@ -194,7 +213,7 @@ def test_training_goes_on_at_another_world_size(route: Route, found: Find, folde
         assert worst(outcome, reference, of_state=True) < 1e-9
 
 
-@pytest.mark.parametrize("cell", FORMS, ids=str)
+@each("cell", FORMS)
 def test_state_comes_back_from_every_form_of_state_dict(
     cell: Cell, found: Find, folder: Path
 ) -> None:
@@ -202,7 +221,7 @@ def test_state_comes_back_from_every_form_of_state_dict(
         assert outcome == {"flattened": True, "full": True, "broadcast": True}
 
 
-@pytest.mark.parametrize("job", [t for t in TROUBLES if t.what == "missing"], ids=str)
+@each("job", [t for t in TROUBLES if t.what == "missing"])
 def test_a_gradient_that_a_rank_lacks_counts_as_zeros(job: Trouble, found: Find) -> None:
     """And a parameter that no rank has a gradient for is not stepped."""
     reference = alone(stumble, replace(job, cell=job.cell.alone))
@@ -212,7 +231,7 @@ def test_a_gradient_that_a_rank_lacks_counts_as_zeros(job: Trouble, found: Find)
         assert float(outcome["tensors"]["kv/step"]) == 3
 
 
-@pytest.mark.parametrize("job", [t for t in TROUBLES if t.what == "inf"], ids=str)
+@each("job", [t for t in TROUBLES if t.what == "inf"])
 def test_a_step_that_one_rank_wants_skipped_changes_nothing(job: Trouble, found: Find) -> None:
     """Found by one rank, followed by all; the next step is as if it had not been."""
     reference = alone(stumble, replace(job, cell=job.cell.alone, what="skipped"))
