@@ -19,7 +19,8 @@ from largebatch.launch.script_words import comment, quoted, word
 Lines = Iterator[str]
 
 WARNING_SECONDS: Final = 120
-"""Slurm, by itself, gives 30 (its KillWait), of which a checkpoint may take more."""
+"""Slurm, by itself, gives 30 (its KillWait), of which a checkpoint may take more. A job that
+is not much longer would be told to leave when it begins: a quarter of its time is the most."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def _directives(job: Job) -> Lines:
         yield f"#SBATCH --output={folder}/%j.log"
         if job.on_ranks:
             yield "# To the ranks, so many seconds before the end: they save, and leave."
-            yield f"#SBATCH --signal=USR2@{WARNING_SECONDS}"
+            warning = min(WARNING_SECONDS, (cluster.walltime or 0) // 4)
+            yield f"#SBATCH --signal=USR2@{warning}"
         yield from (f"#SBATCH {directive}" for directive in cluster.directives)
 
 

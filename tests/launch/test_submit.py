@@ -135,6 +135,12 @@ def test_without_an_environment_of_its_own_a_job_has_that_of_the_user(
     assert set(commands("cluster=local")) == {str(own), str(own.with_name("mpiexec"))}
 
 
+@pytest.mark.parametrize(("walltime", "seconds"), [("02:00:00", 120), ("00:02:00", 30)])
+def test_a_short_job_is_not_warned_as_it_begins(walltime: str, seconds: int) -> None:
+    text = written(["cluster=slurm", f"cluster.walltime={walltime}"], TRAIN)
+    assert f"#SBATCH --signal=USR2@{seconds}\n" in text
+
+
 REFUSED = [
     # Limits as ALCF's page on running jobs has them.
     ("debug cluster.nodes=3", "takes 1 to 2 nodes, got 3; debug-scaling, capacity would take"),
