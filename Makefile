@@ -55,14 +55,18 @@ $(BIN)/python:
 		$(PYTHON) -m venv $(VENV); \
 	fi
 
-# held.txt: what no resolver may move. A site's own environment keeps its torch and numpy; one made
-# here takes the tested versions of everything.
+# held.txt: what no resolver may move. A site's own environment keeps its torch and, where it has one,
+# its numpy; one made here takes the tested versions of everything. By the distributions' own names:
+# torch.__version__ may have a suffix (+cu128) that the package index does not know.
+INSTALLED := from importlib.metadata import distributions; \
+	[print(d.name + "==" + d.version) for n in ("torch", "numpy") for d in [*distributions(name=n)][:1]]
+
 $(VENV)/held.txt: $(BIN)/python constraints.txt
 	@if $(BIN)/python -c 'import torch' 2>/dev/null; then \
-		$(BIN)/python -c 'import numpy, torch; print(f"torch=={torch.__version__}\nnumpy=={numpy.__version__}")' > $@.new; \
+		$(BIN)/python -c '$(INSTALLED)' > $@.new; \
 	else \
 		$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) && \
-		$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $@.new && \
+		$(BIN)/python -c '$(INSTALLED)' > $@.new && \
 		cat constraints.txt >> $@.new; \
 	fi
 	@mv $@.new $@

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -123,3 +125,24 @@ def test_the_wheel_sweeps(python: Python, tmp_path: Path) -> None:
     assert sorted(summary["optimizer"] for summary in summaries) == ["lamb", "sgd"]
     assert {summary["status"] for summary in summaries} == {"exhausted"}
     assert {summary["provenance"]["git_commit"] for summary in summaries} == {None}
+
+
+@pytest.mark.parametrize("has_numpy", [True, False])
+def test_a_sites_torch_is_held_by_the_name_that_a_package_index_knows(
+    has_numpy: bool, tmp_path: Path
+) -> None:
+    """`torch.__version__` may say more than the distribution does; numpy need not be there."""
+    venv.create(tmp_path / "site", symlinks=True)
+    (packages,) = (tmp_path / "site" / "lib").glob("python*/site-packages")
+    held = {"torch": "2.10.0", **({"numpy": "2.4.0"} if has_numpy else {})}
+    for name, version in held.items():
+        (packages / name).mkdir()
+        (packages / name / "__init__.py").write_text(f"__version__ = '{version}+cu128'\n")
+        (packages / f"{name}-{version}.dist-info").mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (packages / f"{name}-{version}.dist-info" / "METADATA").write_text(metadata)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
+    subprocess.run(["make", "VENV=site", "site/held.txt"], cwd=tmp_path, timeout=60, check=True)
+    lines = (tmp_path / "site" / "held.txt").read_text().splitlines()
+    assert lines == [f"{name}=={version}" for name, version in held.items()]
