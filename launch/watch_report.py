@@ -2,6 +2,7 @@
 
 import json
 import linecache
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -119,7 +120,8 @@ def _own_lines(calls: list[list[Any]]) -> tuple[str, ...]:
 
 
 def _is_own(file: str) -> bool:
-    if "/largebatch/" in file:
-        return True
-    others = ("<", "/site-packages/", "/dist-packages/", "/lib/python3.", "/lib64/python3.")
-    return not any(other in file for other in others)
+    """Whether a source file is the user's or of this project, and not of Python or of a package."""
+    *_, below = re.split(r"/(?:site|dist)-packages/", file)
+    if below != file:  # an environment may lie in a checkout that is itself called largebatch
+        return below.startswith("largebatch/")
+    return not re.search(r"^<|/lib(64)?/python3\.", file)

@@ -1,8 +1,9 @@
 """A trial that takes no time to start: leaves what `largebatch train` leaves, and notes each of its
 beginnings and ends in the sweep's `notes`.
 
-Its words: `+lasts=N` is how long it works, in hundredths of a second; `+does=…` how it ends. It
-goes on where SIGTERM, or worse, stopped it.
+Its words: `+lasts=N` is how long it works, in hundredths of a second; `+does=…` how it ends;
+`+waits=true` keeps it from ending before the sweep has a file `go-TRIAL`. It resumes where SIGTERM,
+or worse, stopped it.
 """
 
 import json
@@ -50,5 +51,9 @@ if behaviour == "crashes":
     end("failed", 1)
 for hundredths in range(int(done.read_text() or 0), int(words.get("lasts", 10))):
     time.sleep(0.01)
-    done.write_text(str(hundredths + 1))
+    draft = done.with_suffix(".draft")
+    draft.write_text(str(hundredths + 1))
+    draft.replace(done)  # at once: a signal may come between any two lines
+while "waits" in words and not (sweep / f"go-{folder.name}").exists():
+    time.sleep(0.01)
 end(*{"diverges": ("diverged", 4), "misses": ("exhausted", 3)}.get(behaviour, ("reached", 0)))

@@ -14,6 +14,7 @@ import pytest
 
 from largebatch.launch import watch
 from largebatch.launch.watch_processes import running
+from largebatch.launch.watch_report import report
 from largebatch.train.heartbeat import HEARTBEAT, Heartbeat
 
 RANKS = Path(__file__).with_name("watched_ranks.py")
@@ -91,7 +92,31 @@ def test_a_rank_that_calls_another_collective_is_named(tmp_path: Path) -> None:
         ("all_reduce", [0, 1]),
         ("broadcast", [2]),
     ]
-    assert "dist.broadcast(torch.ones(3), STRAY)" in found["places"][0]["lines"][0]
+    assert "dist.broadcast(torch.ones(3), 0)" in found["places"][0]["lines"][0]
+
+
+@pytest.mark.parametrize("above", ["/home/me/largebatch/.venv", "/opt/python", "/usr"])
+def test_a_place_is_the_innermost_line_of_the_user_or_the_project(
+    above: str, tmp_path: Path
+) -> None:
+    """Also where the environment, and with it torch, lies in a checkout called largebatch."""
+    packages = f"{above}/lib/python3.12/site-packages"
+    calls = [
+        ["/home/me/largebatch/mine.py", 7, "main"],
+        [f"{packages}/largebatch/train/loop.py", 3, "run"],
+        [f"{packages}/torch/distributed/c10d_logger.py", 5, "wrapper"],
+        [f"{above}/lib/python3.12/threading.py", 9, "wait"],
+        ["<frozen importlib._bootstrap>", 1, "_find"],
+    ]
+    said = {"rank": 0, "size": 1, "threads": [{"name": "MainThread", "calls": calls}]}
+    said |= {"collectives": [], "groups": {}, "is_whole": True, "trouble": None}
+    (tmp_path / "rank-0.json").write_text(json.dumps(said))
+    report(tmp_path, "", None)
+    (place,) = json.loads((tmp_path / "report.json").read_text())["places"]
+    assert place["lines"] == [
+        f"{packages}/largebatch/train/loop.py:3 in run",
+        "/home/me/largebatch/mine.py:7 in main",
+    ]
 
 
 def test_ranks_under_mpiexec_and_torchrun_are_gone_afterwards(tmp_path: Path) -> None:
