@@ -23,12 +23,20 @@ OURS = ("largebatch", "hydra_plugins")
 
 # What of the project the modules of a folder may import. Nothing below src imports src.
 MAY_IMPORT = {
+    "records": ["largebatch.records"],
     "optim": ["largebatch.optim"],
     "schedules": ["largebatch.schedules"],
     "conf": ["largebatch.conf", "largebatch.schedules"],
-    "train": ["largebatch.train", "largebatch.optim", "largebatch.schedules", "largebatch.conf"],
+    "train": [
+        "largebatch.train",
+        "largebatch.optim",
+        "largebatch.schedules",
+        "largebatch.conf",
+        "largebatch.records",
+    ],
     "study": [
         "largebatch.study",
+        "largebatch.records",
         "largebatch.schedules",
         "largebatch.conf",
         "largebatch.train.record",
@@ -36,12 +44,14 @@ MAY_IMPORT = {
     ],
     "launch": [
         "largebatch.launch",
+        "largebatch.records",
         "largebatch.conf",
         "largebatch.train.record",
         "largebatch.train.ranks",
     ],
     "benchmarks": [
         "largebatch.benchmarks",
+        "largebatch.records",
         "largebatch.conf",
         "largebatch.optim",
         "largebatch.schedules",
@@ -146,6 +156,7 @@ with contextlib.suppress(SystemExit):
     ("code", "loads", "allowed"),
     [
         ("import largebatch.schedules", "largebatch.schedules.plan", []),
+        ("import largebatch.records", "largebatch.records.reading", []),
         ("import largebatch.cli", "largebatch.cli", []),
         ("import largebatch.optim", "torch", ["numpy", "torch"]),
         ("import largebatch.conf.config", "omegaconf", ["omegaconf"]),
@@ -156,6 +167,7 @@ with contextlib.suppress(SystemExit):
     ],
     ids=[
         "schedules",
+        "records",
         "cli",
         "optim",
         "conf",

@@ -1,0 +1,21 @@
+"""Names of the files in a run's folder, and how a run may have ended."""
+
+from typing import Final
+
+METRICS: Final = "metrics.jsonl"
+SUMMARY: Final = "summary.json"
+EVENTS: Final = "events.jsonl"
+ROLLED_BACK: Final = "rolled_back.jsonl"
+HEARTBEAT: Final = "heartbeat.json"
+OWNER: Final = "owner.json"
+CONFIG: Final = ".hydra/config.yaml"
+CHECKPOINTS: Final = "checkpoints"
+
+WATCH: Final = "watch"
+"""The folder of questions to the ranks and of their answers."""
+REQUEST: Final = "request"
+"""In it, what the ranks are asked."""
+
+STATUSES: Final = ("reached", "exhausted", "diverged", "interrupted", "failed")
+UNFINISHED: Final = ("interrupted", "failed")
+"""After these a run may go on."""

@@ -1,0 +1,130 @@
+"""`summary.json`: what a run says of itself, written once when it ends."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from largebatch.records import fields
+from largebatch.records.fields import RecordError, must_be, optional, text, whole
+from largebatch.records.names import STATUSES, SUMMARY, UNFINISHED
+from largebatch.records.reading import read_fields
+
+_RATES: Final = (1e-30, 1e30)
+"""What a learning rate may be: a picture has to hold all of them."""
+_LOSSES: Final = 1e30
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One run. `batch_size` is the global batch in samples, `lr` the peak actually used."""
+
+    folder: Path
+    status: str
+    task: str
+    optimizer: str
+    batch_size: int
+    seed: int
+    lr: float
+    rule: str
+    base_batch: int | None
+    target_loss: float | None
+    steps: int
+    samples: int
+    steps_to_target: int | None
+    samples_to_target: int | None
+    eval_loss: float | None
+    seconds: float | None
+    give_up_samples: int | None
+    provenance: Mapping[str, Any]
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether the run says if its learning rate reaches the target.
+
+        A crash or an interruption says nothing: counting it as a miss would blame the optimizer.
+        """
+        return self.steps_to_target is not None or self.status in ("exhausted", "diverged")
+
+
+def read_summary(path: Path) -> Summary:
+    """Read a `summary.json`; keys that are not known are ignored.
+
+    Raises:
+        FileNotFoundError: there is none.
+        RecordError: naming the file and the field.
+    """
+    record = read_fields(path)
+    scaling = record.inside("scaling")
+    run = Summary(
+        folder=path.parent,
+        status=record.take("status", status),
+        task=record.take("task", text),
+        optimizer=record.take("optimizer", text),
+        batch_size=record.take("batch_size", whole(1)),
+        seed=record.take("seed", whole()),
+        lr=record.take("lr", learning_rate),
+        rule=scaling.take("rule", text),
+        base_batch=scaling.take("base_batch", optional(whole())),
+        target_loss=record.take("target_loss", loss),
+        steps=record.take("steps", whole()),
+        samples=record.take("samples", whole()),
+        steps_to_target=record.take("steps_to_target", optional(whole(1))),
+        samples_to_target=record.take("samples_to_target", optional(whole(1))),
+        eval_loss=record.take("eval_loss", loss),
+        seconds=record.find("seconds", fields.number_or_none),
+        give_up_samples=record.find("give_up_samples", whole()),
+        provenance=record.inside("provenance").values,
+    )
+    if record.problems:
+        raise RecordError(record.problems[0])
+    if (run.steps_to_target is None) != (run.samples_to_target is None):
+        raise RecordError(
+            f"{record.where}: steps_to_target and samples_to_target must both be given or both be "
+            "null"
+        )
+    if run.status == "reached" and run.steps_to_target is None:
+        raise RecordError(f"{record.where}: its status is reached but steps_to_target is null")
+    return run
+
+
+def read_status(run: Path) -> str | None:
+    """Return how the run in a folder has ended; None where it has written no summary.
+
+    Raises:
+        RecordError: the summary does not say it.
+    """
+    try:
+        return read_fields(run / SUMMARY).take("status", status)
+    except FileNotFoundError:
+        return None
+
+
+def has_ended(run: Path) -> bool:
+    """Say whether the run has come to an end that nothing is to be added to.
+
+    Raises:
+        RecordError: the summary does not say it.
+    """
+    return read_status(run) not in (None, *UNFINISHED)
+
+
+status: Final = fields.one_of(*STATUSES)
+
+
+def learning_rate(value: Any) -> float:
+    """Take a learning rate."""
+    low, high = _RATES
+    rate = fields.positive(value)
+    if not low <= rate <= high:
+        raise must_be(f"a learning rate from {low:g} to {high:g}", value)
+    return rate
+
+
+def loss(value: Any) -> float | None:
+    """Take a loss; null and what is not finite are None."""
+    result = fields.number_or_none(value)
+    if result is not None and not math.fabs(result) <= _LOSSES:
+        raise must_be(f"a loss of at most {_LOSSES:g}", value)
+    return result
