@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from largebatch.optim import kfac_saving as saving
+from largebatch.optim.base import MaskedOptimizer
 from largebatch.optim.chunks import compute_dtype
 from largebatch.optim.curvature import Curvature
 from largebatch.optim.curvature_layers import Layer, find_layers, without_bias
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 Group = dict[str, Any]
 
 
-class CurvatureOptimizer(Optimizer):
+class CurvatureOptimizer(MaskedOptimizer):
     """Base of optimizers that watch a model's layers.
 
     Args:
@@ -44,7 +45,6 @@ class CurvatureOptimizer(Optimizer):
     """
 
     takes_model: ClassVar[bool] = True
-    _step_supports_amp_scaling = True  # read by torch.amp.GradScaler
     _curvature: Curvature
 
     def __init__(
@@ -218,6 +218,13 @@ class CurvatureOptimizer(Optimizer):
         for group in self._ranks:
             dist.all_reduce(flag, group=group)
         return flag != 0
+
+    def _take_loss_scale(self) -> float | Tensor:
+        """What the losses of this step were multiplied by, unscaled since or not."""
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        scale = self._take_scale_of_scaler()
+        scale = scale if grad_scale is None else grad_scale
+        return self.loss_scale if scale is None else scale
 
     def _count_step(self, skip: Tensor | None) -> None:
         """Make what state is missing, and advance the step of every parameter with a gradient."""

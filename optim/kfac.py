@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from largebatch.optim.base import uncompiled
 from largebatch.optim.chunks import compute_dtype
 from largebatch.optim.curvature_layers import Layer
 from largebatch.optim.curvature_optimizer import CurvatureOptimizer, Group
@@ -187,6 +188,7 @@ class KFAC(CurvatureOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""
@@ -218,10 +220,9 @@ class KFAC(CurvatureOptimizer):
     def _update_factors(self, now: bool, skip: Tensor | None) -> None:
         """Take in what the passes since the last step have left, or throw it away."""
         sums, items = self._curvature.take()
+        loss_scale = self._take_loss_scale()
         if not now:
             return
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        loss_scale = self.loss_scale if grad_scale is None else grad_scale
         for team in self._teams:
             totals = team.add_up(sums, items)
             divisor = team.size * scalar(loss_scale, totals.items)

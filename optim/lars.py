@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from largebatch.optim.base import uncompiled
 from largebatch.optim.chunks import Batch, Group
 from largebatch.optim.layerwise import Agreed, LayerwiseOptimizer, evaluate
 from largebatch.optim.options import require, require_one_of, resolved
@@ -137,6 +138,7 @@ class LARS(LayerwiseOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""

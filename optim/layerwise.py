@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
+from largebatch.optim.base import MaskedOptimizer
 from largebatch.optim.chunks import Batch, Group, Work, compute_dtype, plan_work
 from largebatch.optim.foreign_state import to_native
 from largebatch.optim.layout import Layout, Name, is_dtensor, layout_of, local
@@ -67,11 +68,8 @@ class Stats:
         )
 
 
-class LayerwiseOptimizer(Optimizer):
+class LayerwiseOptimizer(MaskedOptimizer):
     """Base of the layer-wise optimizers: their groups, their state, and the phases they share."""
-
-    # Read by torch.amp.GradScaler: `step` unscales and skips by itself, without asking the host.
-    _step_supports_amp_scaling = True
 
     # On the class too, because deepcopy and pickle keep an optimizer's groups and state only.
     _stats: Mapping[Any, Stats] = MappingProxyType({})
@@ -89,16 +87,8 @@ class LayerwiseOptimizer(Optimizer):
         self._rooms: dict[torch.dtype, Tensor] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore groups and state; an option that was not yet known then takes its default."""
         super().__setstate__(state)
         self._forget_work()
-        self.defaults.pop(
-            "differentiable", None
-        )  # torch puts it there, for optimizers that know it
-        for group in self.param_groups:
-            group.pop("differentiable", None)
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         """Refuse options (the defaults, or one group's) out of range; subclasses add their own."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
+from largebatch.optim.base import MaskedOptimizer
 from largebatch.optim.blocks import Block
 from largebatch.optim.chunks import Group
 from largebatch.optim.layerwise import as_state
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 BlockState = dict[str, Tensor]
 
 
-class OwnedState(Optimizer):
+class OwnedState(MaskedOptimizer):
     """An optimizer whose parameters have blocks, with owners among the ranks that share them."""
 
     # On the class too, because pickle keeps an optimizer's groups and state only.
@@ -62,15 +63,9 @@ class OwnedState(Optimizer):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore groups and state; an option that was not yet known then takes its default."""
         super().__setstate__(state)
         failures: Failures | None = self.__dict__.get("failures")
         self._begin(TOLERATED_FAILURES if failures is None else failures.tolerated)
-        self.defaults.pop("differentiable", None)  # torch puts it there for those that know it
-        for group in self.param_groups:
-            group.pop("differentiable", None)
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
 
     # What a subclass says ------------------------------------------------------------------------
 

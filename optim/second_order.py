@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from largebatch.optim.base import uncompiled
 from largebatch.optim.chunks import Group
 from largebatch.optim.layerwise import evaluate
 from largebatch.optim.layout import Name, local
@@ -120,9 +121,6 @@ class Directions:
 class SecondOrderOptimizer(OwnedState):
     """Base of optimizers that precondition blocks of matrices."""
 
-    # Read by torch.amp.GradScaler: `step` unscales and skips by itself, without asking the host.
-    _step_supports_amp_scaling = True
-
     _stats: tuple[Stats, ...] = ()
 
     def __init__(
@@ -203,6 +201,7 @@ class SecondOrderOptimizer(OwnedState):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from largebatch.optim.base import MaskedOptimizer
 from largebatch.optim.curvature_optimizer import CurvatureOptimizer
 from largebatch.optim.layout import local
 from largebatch.train.precision import LossScale
@@ -115,7 +116,8 @@ class Update:
 
 def masked_step(optimizer: Optimizer, skip: Tensor) -> None:
     """Step where `skip` is 0; where it is 1 nothing changes, moments and step counts included."""
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+    ours = isinstance(optimizer, MaskedOptimizer)
+    if not ours and not getattr(optimizer, "_step_supports_amp_scaling", False):
         if not bool(skip):  # waits for the device
             optimizer.step()
         return
