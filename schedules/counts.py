@@ -1,7 +1,9 @@
 """Counts are whole numbers, written as people write them."""
 
 import math
+import operator
 import re
+from decimal import Decimal
 from fractions import Fraction
 from typing import Final
 
@@ -9,33 +11,42 @@ SUFFIXES: Final = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 """Decimal, as token counts are written."""
 
 
+MOST: Final = 2**64 - 1
+"""The largest whole number: torch takes no larger seed, and no count comes near it."""
+
+
 def whole_number(value: object, name: str, minimum: int = 0) -> int:
-    """`value` as an int: `512`, `4e6`, `"4e6"`, `"1_000"`, `"250B"`.
+    """`value` as an int, to the last digit: `512`, `4e6`, `"4e6"`, `"1_000"`, `"250B"`.
 
     Raises:
-        ValueError: not a whole number, or below `minimum`; the sentence carries `name` and the
-        value.
+        ValueError: not a whole number, below `minimum` or above `MOST`; the sentence carries `name`
+        and the value.
     """
     try:
         if isinstance(value, bool):
             raise ValueError("a truth value is no count")
-        number = value if isinstance(value, int) else _number(value)
+        number = _exact(value)
         # An exact comparison: 4e6 is a count, 4.5 and inf are not.
-        if not math.isfinite(number) or number != int(number) or number < minimum:
+        if not minimum <= number < math.inf or (number <= MOST and number != int(number)):
             raise ValueError("out of range")
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, ArithmeticError):
         raise ValueError(
             f"{name} must be a whole number of at least {minimum} (4e6 is fine), got {value!r}"
         ) from None
+    if number > MOST:
+        raise ValueError(f"{name} must be a whole number below 2^64 = 1.8e19, got {value!s:.30}")
     return int(number)
 
 
-def _number(value: object) -> float | Fraction:
-    # 2.87T is a count, though the float 2.87 times 1e12 is none.
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT])", value) if isinstance(value, str) else None
-    if match:
-        return Fraction(match[1]) * SUFFIXES[match[2]]
-    return float(value)  # type: ignore[arg-type]
+def _exact(value: object) -> int | float | Decimal | Fraction:
+    """`value` without a digit lost: a float holds 2^53 = 9.0e15 of them at most."""
+    if isinstance(value, str):
+        # 2.87T is a count, though the float 2.87 times 1e12 is none.
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT])", value)
+        return Fraction(match[1]) * SUFFIXES[match[2]] if match else Decimal(value)
+    if isinstance(value, float):
+        return value
+    return operator.index(value)  # type: ignore[arg-type]
 
 
 def real_number(

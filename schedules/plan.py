@@ -13,7 +13,7 @@ from largebatch.schedules.curves import Curve
 from largebatch.schedules.decided import DecidedRamp
 from largebatch.schedules.hyper import Hyper
 from largebatch.schedules.ramps import Ramp
-from largebatch.schedules.scaling import Rule, find_rule, own_hold, scale
+from largebatch.schedules.scaling import OWN, Rule, find_rule, resolve_hold, scale
 from largebatch.schedules.trades import Trade
 
 
@@ -91,7 +91,7 @@ class Plan:
     base_lr: float
     base_batch: int
     rule: str | Rule = "none"
-    hold: str | None = None
+    hold: str | None = OWN
     base_samples: int | None = None
     hyper: Hyper | None = None
     tokens_per_sample: int = 1
@@ -139,7 +139,7 @@ class Plan:
 
     def rescale(self, hyper: Hyper, batch_size: int) -> Hyper:
         """What `hyper`, tuned at `base_batch`, becomes at another batch size of this plan."""
-        hold = self.hold or own_hold(find_rule(self.rule))
+        hold = resolve_hold(self.hold, find_rule(self.rule))
         duration = self.budget_samples / (self.base_samples or self.budget_samples)
         return scale(hyper, self.base_batch, batch_size, self._rule, hold=hold, duration=duration)
 

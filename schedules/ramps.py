@@ -11,8 +11,11 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
+from typing import Final
 
-from largebatch.schedules.counts import check_fits, whole_number
+from largebatch.schedules.counts import whole_number
+
+_MOST_SIZES: Final = 100_000
 
 Stage = tuple[int, int]
 """Samples from which it holds, and the global batch size."""
@@ -41,13 +44,27 @@ class Ramp(ABC):
         del samples
         return None
 
+    @property
+    def end(self) -> str:
+        """What sets `ends_at`: the key, and its value."""
+        return f"the ramp ends at {self.ends_at} samples"
+
     def check(self, budget_samples: int) -> None:
-        """Refuse a run too short for the ramp.
+        """Refuse a run in which no step takes the last batch size.
 
         Raises:
             ValueError: naming the key and the way out.
         """
-        del budget_samples
+        samples = 0
+        while (change := self.next_change(samples)) is not None:
+            batch_size = self.at(samples)
+            samples -= (change - samples) // -batch_size * batch_size
+        if samples >= budget_samples:
+            raise ValueError(
+                f"{self.end}: the first step of {self.at(samples)} would begin after {samples}, "
+                f"where the run of {budget_samples} is over; lower it, or raise budget.samples to "
+                f"{samples + 1} or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +110,7 @@ class _EvenRamp(Ramp):
         return self.size_after(self._rises(samples))
 
     def _rises(self, samples: int) -> int:
+        """How many rises come at or before `samples`."""
         return min(self.num_rises, samples * self.num_rises // self.ramp_samples)
 
     def sizes(self) -> Iterator[int]:
@@ -102,20 +120,24 @@ class _EvenRamp(Ramp):
         rises = self._rises(samples)
         if rises == self.num_rises:
             return None
-        return -((rises + 1) * self.ramp_samples // -self.num_rises)  # rounded up
+        change = -((rises + 1) * self.ramp_samples // -self.num_rises)  # rounded up
+        while self._rises(change) == rises:  # a subclass may round otherwise
+            change += 1
+        return change
 
-    def check(self, budget_samples: int) -> None:
-        check_fits(self.ramp_samples, "batch.ramp_samples", budget_samples)
+    @property
+    def end(self) -> str:
+        return f"batch.ramp_samples is {self.ramp_samples}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RampupBatch(_EvenRamp):
     """Megatron-LM's three numbers: from `start` by `increment` to `size` over `ramp_samples`.
 
-    With n = (size - start) / increment, the batch after c samples is start + floor(c n /
-    ramp_samples) increments, and `size` from c = ramp_samples on. Megatron-LM (`--rampup-batch-
-    size`, until its removal in 2026) computes the floor from the float ramp_samples / n, which lags
-    one increment at c = ramp_samples for some numbers; integers do not.
+    With n = (size - start) / increment, the batch after c samples is start + int(c / (ramp_samples
+    / n)) increments, and `size` where c > ramp_samples. In floats, as Megatron-LM
+    (`--rampup-batch-size`, until its removal in 2026) computes it, so that a run takes the steps
+    that it took there: for some numbers a rise that is due at a whole c comes one sample later.
 
     Raises:
         ValueError: a value out of range, or increments that do not add up to size.
@@ -130,6 +152,11 @@ class RampupBatch(_EvenRamp):
         for name in ("start", "increment", "ramp_samples", "size"):
             object.__setattr__(self, name, whole_number(getattr(self, name), f"batch.{name}", 1))
         check_rises(self.start, self.size)
+        if self.num_increments > _MOST_SIZES:
+            raise ValueError(
+                f"batch.increment must make at most {_MOST_SIZES} sizes, got {self.increment} from "
+                f"batch.start = {self.start} to batch.size = {self.size}"
+            )
         rest = (self.size - self.start) % self.increment
         if rest:
             below = self.size - rest
@@ -148,6 +175,16 @@ class RampupBatch(_EvenRamp):
     @property
     def num_rises(self) -> int:
         return self.num_increments
+
+    @property
+    def ends_at(self) -> int:
+        late = self._rises(self.ramp_samples) < self.num_rises
+        return self.ramp_samples + late
+
+    def _rises(self, samples: int) -> int:
+        if samples > self.ramp_samples:
+            return self.num_rises
+        return min(self.num_rises, int(samples / (self.ramp_samples / self.num_rises)))
 
     def size_after(self, rises: int) -> int:
         return self.start + rises * self.increment
@@ -257,13 +294,9 @@ class StagedBatch(StagesRamp):
         _check_thresholds(stages, self.spec, per)
         object.__setattr__(self, "stages", stages)
 
-    def check(self, budget_samples: int) -> None:
-        if len(self.stages) > 1 and self.ends_at >= budget_samples:
-            raise ValueError(
-                f"the last stage of batch.spec begins at {self.ends_at} samples, where the run of "
-                f"{budget_samples} is over: lower it, or raise budget.samples to "
-                f"{self.ends_at + 1} or more"
-            )
+    @property
+    def end(self) -> str:
+        return f"the last stage of batch.spec begins at {self.ends_at} samples"
 
 
 def pairs(spec: str, name: str, example: str) -> list[tuple[str, int]]:

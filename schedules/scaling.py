@@ -166,6 +166,9 @@ RULES: Final[dict[str, Rule]] = {
 
 HOLDS: Final = ("per_step", "per_sample", "timescale")
 
+OWN: Final = "rule"
+"""The `hold` that the rule implies: "per_sample" under `adam_sde`, else None."""
+
 
 def scale(
     hyper: Hyper,
@@ -173,7 +176,7 @@ def scale(
     batch: int,
     rule: str | Rule = "sqrt",
     *,
-    hold: str | None = None,
+    hold: str | None = OWN,
     duration: float = 1.0,
     **options: Any,
 ) -> Hyper:
@@ -188,8 +191,8 @@ def scale(
             "per_step" that product; "per_sample" that product over the batch size; "timescale" the
             share of the run over which weights are averaged, batch / (lr * weight_decay * samples
             of the run) (Wang & Aitchison 2024, arXiv:2405.13698; Bergsma et al. 2025,
-            arXiv:2505.13738). None is "per_sample" under `adam_sde`, which implies it, and else
-            leaves weight_decay as it is.
+            arXiv:2505.13738). None leaves weight_decay as it is. "rule", the default, is
+            "per_sample" under `adam_sde`, which implies it, and None under every other rule.
         duration: samples of this run over samples of the one that was tuned; for "timescale".
         options: the rule's own: `noise_scale` (surge, adascale), `exponent` (power, half_life).
 
@@ -202,7 +205,7 @@ def scale(
     function = find_rule(rule)
     check_options(function, options)
     scaled = function(hyper, base_batch, batch, **options)
-    held = hold or own_hold(function)
+    held = resolve_hold(hold, function)
     return replace(scaled, weight_decay=_held(hyper, scaled, batch / base_batch, held, duration))
 
 
@@ -247,9 +250,16 @@ def find_rule(rule: str | Rule) -> Rule:
     return RULES[rule]
 
 
-def own_hold(rule: Rule) -> str | None:
-    """What a rule holds of the weight decay where nothing else is asked for."""
-    return "per_sample" if rule is adam_sde else None
+def resolve_hold(hold: str | None, rule: Rule) -> str | None:
+    """One of `HOLDS`, or None where weight decay stays; "rule" is what `rule` implies.
+
+    Raises:
+        ValueError: an unknown hold.
+    """
+    check_hold(hold)
+    if hold == OWN:
+        return "per_sample" if rule is adam_sde else None
+    return hold
 
 
 def options_of(rule: Rule) -> dict[str, bool]:
@@ -277,19 +287,19 @@ def check_options(rule: Rule, options: dict[str, Any]) -> None:
 
 
 def check_hold(hold: str | None) -> None:
-    """Refuse a `hold` that is none of `HOLDS`.
+    """Refuse a `hold` that there is not.
 
     Raises:
         ValueError: with those there are.
     """
-    if hold is not None and hold not in HOLDS:
-        raise ValueError(f"scaling.hold must be null or one of {', '.join(HOLDS)}, got {hold!r}")
+    if hold is not None and hold not in (*HOLDS, OWN):
+        known = ", ".join((*HOLDS, OWN))
+        raise ValueError(f"scaling.hold must be null or one of {known}, got {hold!r}")
 
 
 def _held(
     hyper: Hyper, scaled: Hyper, kappa: float, hold: str | None, duration: float
 ) -> float | None:
-    check_hold(hold)
     if scaled.weight_decay is None or hold is None:
         return scaled.weight_decay
     slower = hyper.lr / scaled.lr

@@ -31,6 +31,10 @@ class Settled(NamedTuple):
 class _Steps(StagesRamp):
     stages: Sequence[Stage]
 
+    def check(self, budget_samples: int) -> None:
+        """Accept any: `size` is a cap, which a curve may be over before it is met."""
+        del budget_samples
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trade(ABC):
@@ -84,10 +88,11 @@ class LateSwitch(Trade):
 
     def settle(self, curve: Curve, budget_samples: int) -> Settled:
         switch = math.ceil(self.switch_fraction * budget_samples)
-        if switch >= budget_samples:
+        first = switch // -self.start * -self.start  # the first step that begins there or later
+        if first >= budget_samples:
             raise ValueError(
-                f"batch.switch_fraction must leave samples to switch for, got "
-                f"{self.switch_fraction:g} of {budget_samples}"
+                f"batch.switch_fraction must leave a step to switch for, got "
+                f"{self.switch_fraction:g} of {budget_samples} samples in steps of {self.start}"
             )
         return Settled(_Steps(((0, self.start), (switch, self.size))), curve, None)
 

@@ -1,6 +1,7 @@
 """Counts are whole numbers, written as people write them, and anything else is refused by name."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,8 +30,16 @@ def test_a_count_is_read_as_people_write_it(written: Any, count: int) -> None:
     assert type(number) is int
 
 
-def test_a_large_count_keeps_every_digit() -> None:
-    assert whole_number(2**63 + 1, "seed") == 2**63 + 1
+@pytest.mark.parametrize("count", [2**53 + 1, 2**63 + 1])
+@pytest.mark.parametrize("written", [int, str, "{:_}".format, "{}.0".format, "{}e0".format])
+def test_a_large_count_keeps_every_digit(count: int, written: Callable[[int], Any]) -> None:
+    assert whole_number(written(count), "seed") == count
+
+
+@pytest.mark.parametrize("written", [10**400, 1e30, "1e30", "1e999999999", "99999999T", 2**64])
+def test_a_number_that_nothing_counts_is_refused_at_once(written: Any) -> None:
+    with pytest.raises(ValueError, match=r"^seed must be a whole number below 2\^64.*, got ."):
+        whole_number(written, "seed")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +63,7 @@ def test_a_large_count_keeps_every_digit() -> None:
         [512],
         {},
         1j,
-        10**400,
+        "1e-999999999",
     ],
     ids=lambda written: repr(written)[:9],
 )

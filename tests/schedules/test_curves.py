@@ -26,9 +26,9 @@ RAMPS: list[Ramp] = [
     ConstantBatch(size=7),
     ConstantBatch(size=250),
     RampupBatch(start=8, increment=8, ramp_samples=2_000, size=64),
-    RampupBatch(start=50, increment=25, ramp_samples=BUDGET, size=500),
+    RampupBatch(start=50, increment=25, ramp_samples=9_000, size=500),
     GeometricBatch(start=4, ramp_samples=9_000, size=256),
-    StagedBatch(spec="0:10 1K:100 9990:1K"),
+    StagedBatch(spec="0:10 1K:100 9890:1K"),
 ]
 CURVES: list[type[Curve]] = [Constant, Linear, Cosine, Polynomial, StepDecay, InverseSqrt, WSD]
 # Those that end at a fraction of the peak.

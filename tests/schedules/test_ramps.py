@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 
-from largebatch.schedules import ConstantBatch, GeometricBatch, Ramp, RampupBatch, StagedBatch
+from largebatch.schedules import (
+    Constant,
+    ConstantBatch,
+    GeometricBatch,
+    Plan,
+    Ramp,
+    RampupBatch,
+    StagedBatch,
+)
 
 
 def switches(ramp: Ramp, until: int) -> tuple[list[tuple[int, int, int]], int, int]:
@@ -44,10 +52,55 @@ def test_an_increment_comes_at_the_sample_that_completes_its_share() -> None:
     assert [ramp.at(samples) for samples in marks] == [10, 10, 20, 20, 30, 30, 40, 40, 50, 50, 50]
 
 
-def test_the_last_increment_comes_at_the_end_where_floats_lag_behind() -> None:
-    ramp = RampupBatch(start=16, increment=16, ramp_samples=1000, size=256)
-    assert int(1000 / (1000 / ramp.num_increments)) == ramp.num_increments - 1
-    assert [ramp.at(999), ramp.at(1000)] == [240, 256]
+def megatron(start: int, increment: int, ramp_samples: int, size: int, seen: int) -> int:
+    """Megatron-LM's arithmetic of `--rampup-batch-size`, floats included."""
+    samples_each = ramp_samples / ((size - start) // increment)
+    return size if seen > ramp_samples else start + int(seen / samples_each) * increment
+
+
+def test_a_rise_comes_where_megatron_has_it_also_where_floats_lag_behind() -> None:
+    late = 0
+    for increments in range(1, 40):
+        for ramp_samples in (1000, 4096, 9_765, 12_345):
+            numbers = (16, 16, ramp_samples, 16 + 16 * increments)
+            ramp = RampupBatch(start=16, increment=16, ramp_samples=ramp_samples, size=numbers[3])
+            shares = [rise * ramp_samples // increments for rise in range(1, increments + 1)]
+            for seen in {share + off for share in shares for off in (-1, 0, 1, 2)}:
+                assert ramp.at(seen) == megatron(*numbers, seen)
+            late += ramp.at(ramp_samples) < ramp.size
+            assert ramp.at(ramp.ends_at) == ramp.size
+            # `next_change` says the first sample count of each rise, late or not.
+            seen, rises = 0, []
+            while (change := ramp.next_change(seen)) is not None:
+                assert ramp.at(change) > ramp.at(change - 1)
+                rises.append(seen := change)
+            assert len(rises) == increments
+    assert late  # else nothing was seen of it
+
+
+@pytest.mark.parametrize(
+    "ramp",
+    [
+        RampupBatch(start=64, increment=64, ramp_samples=10_000, size=1024),
+        GeometricBatch(start=64, ramp_samples=9_990, size=1024),
+        StagedBatch(spec="0:64 9990:1024"),
+        StagedBatch(spec="0:64 10000:1024"),
+    ],
+    ids=str,
+)
+def test_a_ramp_whose_last_size_no_step_takes_is_refused(ramp: Ramp) -> None:
+    with pytest.raises(ValueError, match="the first step of 1024 would begin after") as refusal:
+        ramp.check(10_000)
+    budget = int(str(refusal.value).split("budget.samples to ")[1].split()[0])
+    plan = Plan(ramp=ramp, curve=Constant(), budget_samples=budget, base_lr=0.1, base_batch=64)
+    assert [*plan][-1].batch_size == 1024
+    with pytest.raises(ValueError, match="the first step of 1024"):
+        ramp.check(budget - 1)
+
+
+def test_a_ramp_of_more_sizes_than_a_run_has_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"batch\.increment .* at most 100000 sizes, got 1"):
+        RampupBatch(start=1, increment=1, ramp_samples=10**12, size=10**12)
 
 
 def test_a_ramp_never_falls_and_keeps_to_its_sizes() -> None:

@@ -2,11 +2,21 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 
-from largebatch.schedules import HOLDS, RULES, Hyper, scale, scale_lr
+from largebatch.schedules import (
+    HOLDS,
+    RULES,
+    Constant,
+    ConstantBatch,
+    Hyper,
+    Plan,
+    scale,
+    scale_lr,
+)
 
 # What a rule cannot do without.
 OPTIONS = {
@@ -219,6 +229,22 @@ def test_what_is_held_of_the_weight_decay_is_held(rule: str, lr_factor: float) -
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_weight_decay_stays_where_nothing_is_held(rule: str) -> None:
+    options = OPTIONS.get(rule, {})
+    held = scale(TUNED, 64, 256, rule=rule, hold=None, **options)
+    assert held.weight_decay == TUNED.weight_decay
+    implied = "per_sample" if rule == "adam_sde" else None
+    assert scale(TUNED, 64, 256, rule=rule, **options) == scale(
+        TUNED, 64, 256, rule=rule, hold=implied, **options
+    )
+    plan = Plan(
+        ramp=ConstantBatch(size=256), curve=Constant(), budget_samples=1000, base_lr=TUNED.lr,
+        base_batch=64, rule=partial(RULES[rule], **options), hold=None, hyper=TUNED,
+    )  # fmt: skip
+    assert plan.at(0).hyper.weight_decay == TUNED.weight_decay
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_nothing_moves_at_the_base_batch(rule: str) -> None:
     options = OPTIONS.get(rule, {})
     assert scale(TUNED, 192, 192, rule=rule, **options) == TUNED
@@ -249,7 +275,7 @@ def test_a_rule_of_ones_own_is_a_function_like_those_there() -> None:
         ({"rule": "power"}, r"^the rule power needs scaling\.exponent"),
         ({"rule": "sqrt", "exponent": 1}, r"scaling\.exponent .* rule sqrt, which takes no option"),
         ({"rule": "surge", "noise_scale": 0}, r"scaling\.noise_scale must be a number > 0, got 0"),
-        ({"hold": "per_epoch"}, r"one of per_step, per_sample, timescale, got 'per_epoch'"),
+        ({"hold": "per_epoch"}, r"one of per_step, per_sample, timescale, rule, got 'per_epoch'"),
         ({"hold": "timescale", "duration": 0}, r"duration must be a number > 0, got 0"),
     ],
 )

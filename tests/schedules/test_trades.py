@@ -121,7 +121,9 @@ def test_a_late_switch_comes_at_its_share_of_the_run() -> None:
     assert (after.samples, after.step, after.batch_size) == (9000, 900, 1000)
     assert plan.at(9000).lr == pytest.approx(0.1 * (1000 / 16) ** 0.5 * 0.1)
     assert before.lr == pytest.approx(0.1 * (10 / 16) ** 0.5)
-    with pytest.raises(ValueError, match="must leave samples to switch for, got 1 of 10000"):
+    with pytest.raises(
+        ValueError, match="must leave a step to switch for, got 1 of 10000 samples in steps of 10"
+    ):
         planned(LateSwitch(start=10, size=100, switch_fraction=1), Linear(), 10_000)
 
 

