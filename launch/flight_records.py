@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from largebatch.train.unpickling import AllowListUnpickler
+
 
 class Group(NamedTuple):
     """A process group as far as its ranks count together: backends of one group count apart."""
@@ -90,13 +92,6 @@ def _members(dump: Mapping[str, Any]) -> Iterable[tuple[str, Sequence[int]]]:
         yield name, json.loads(said.get("ranks") or "[]")
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Numbers, texts and their lists: a file can name no code to run."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"a dump holds no {module}.{name}")
-
-
 def read(path: Path) -> Record:
     """A rank's answer (`rank-N.json`), or a file of torch's, whose name ends in the rank.
 
@@ -111,7 +106,7 @@ def read(path: Path) -> Record:
             dump = json.loads(path.read_text(encoding="utf-8"))
         else:
             with path.open("rb") as file:
-                dump = _PlainUnpickler(file).load()
+                dump = AllowListUnpickler(file).load()
         return record_of(dump, int(digits[1]))
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no flight record: {error!r}") from error

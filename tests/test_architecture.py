@@ -48,6 +48,7 @@ MAY_IMPORT = {
         "largebatch.conf",
         "largebatch.train.record",
         "largebatch.train.ranks",
+        "largebatch.train.unpickling",
     ],
     "benchmarks": [
         "largebatch.benchmarks",

@@ -28,6 +28,7 @@ from largebatch.train.checkpoint_files import (
     publish,
     read_state,
 )
+from largebatch.train.checkpoint_reading import deepspeed_classes, weights_only
 
 _NOTES: Final = "optimizer.pt"
 _SLOTS: Final = ("exp_avg", "exp_avg_sq")
@@ -96,7 +97,9 @@ def check_loadable(checkpoint: Path, saved: dict[str, Any], engine: dict[str, An
 
 def load_own(engine: Any, folder: Path) -> None:
     """Have DeepSpeed load what is in `folder`; every rank calls it."""
-    with chdir(folder.parent):  # it takes a path for a pattern, where brackets mean something else
+    reading = weights_only(folder, *deepspeed_classes())
+    # It takes a path for a pattern, where brackets mean something else.
+    with reading, chdir(folder.parent):
         path, _ = engine.load_checkpoint(".", tag=folder.name)
     if path is None:
         raise ValueError(f"DeepSpeed found nothing to load in {folder}")
@@ -115,7 +118,8 @@ def load_universal(engine: Any, universal: Path) -> None:
         load_own(engine, universal)
     finally:
         config.load_universal_checkpoint = before
-    notes = torch.load(universal / _NOTES, weights_only=True)
+    with weights_only(universal):
+        notes = torch.load(universal / _NOTES)
     optimizer = engine.basic_optimizer
     for flat, state in optimizer.state.items():
         optimizer.state[flat] = _own_names(state, notes["names"])
@@ -193,7 +197,7 @@ def convert(checkpoint: Path, workers: int) -> Path:
             strict=True,
             inject_missing_state=True,
         )
-        with chdir(draft):  # as in `load_own`
+        with weights_only(checkpoint, *deepspeed_classes()), chdir(draft):  # as in `load_own`
             ds_to_universal.main(options)
         torch.save({"names": names, "groups": groups}, draft / UNIVERSAL / _NOTES)
         files = {
@@ -225,7 +229,8 @@ def read_optimizer(checkpoint: Path) -> tuple[dict[str, str], list[dict[str, Any
     Raises:
         ValueError: more moments than the converter knows, or state that is no moment.
     """
-    shard = torch.load(_shards(checkpoint)[0], map_location="cpu", weights_only=False)
+    with weights_only(checkpoint, *deepspeed_classes()):
+        shard = torch.load(_shards(checkpoint)[0], map_location="cpu")
     inner = _inner(shard)
     items = [item for state in inner["state"].values() for item in state.items()]
     moments = {name for name, value in items if _is_moment(value)}
@@ -268,7 +273,8 @@ def rename(checkpoint: Path, to: Path, names: dict[str, str]) -> None:
     for path in checkpoint.glob("*_model_states.pt"):
         os.symlink(path.resolve(), to / path.name)
     for path in _shards(checkpoint):
-        shard = torch.load(path, map_location="cpu", weights_only=False)
+        with weights_only(checkpoint, *deepspeed_classes()):
+            shard = torch.load(path, map_location="cpu")
         inner, states = _inner(shard), {}
         for number, length in enumerate(_lengths(shard)):
             before = inner["state"].get(number, {})

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from largebatch.train.checkpoint_files import flush_to_disk, read_state
+from largebatch.train.checkpoint_reading import PlainReader, deepspeed_classes, weights_only
 from largebatch.train.checkpoint_torch import quiet
 
 _MODEL = "model."
@@ -69,14 +69,14 @@ def weights(checkpoint: Path, saved: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _of_torch(checkpoint: Path) -> dict[str, Tensor]:
-    reader = FileSystemReader(checkpoint)
+    reader = PlainReader(checkpoint)
     known = reader.read_metadata().state_dict_metadata
     tensors: dict[str, Any] = {
         name: torch.empty(meta.size, dtype=meta.properties.dtype)
         for name, meta in known.items()
         if name.startswith(_MODEL) and isinstance(meta, TensorStorageMetadata)
     }
-    with quiet():
+    with quiet(), weights_only(checkpoint):
         state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
     return {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()}
 
@@ -84,10 +84,12 @@ def _of_torch(checkpoint: Path) -> dict[str, Tensor]:
 def _of_deepspeed(checkpoint: Path, zero_stage: int) -> dict[str, Tensor]:
     if zero_stage == 0:
         path = checkpoint / "mp_rank_00_model_states.pt"
-        module: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)["module"]
+        with weights_only(checkpoint, *deepspeed_classes()):
+            module: dict[str, Any] = torch.load(path, map_location="cpu")["module"]
         return {name: value for name, value in module.items() if isinstance(value, Tensor)}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with chdir(checkpoint.parent), redirect_stdout(sys.stderr):
+    reading = weights_only(checkpoint, *deepspeed_classes())
+    with reading, chdir(checkpoint.parent), redirect_stdout(sys.stderr):
         found: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(".", checkpoint.name)
     return dict(found)

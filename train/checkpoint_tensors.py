@@ -9,6 +9,7 @@ background, of gloo, would connect every rank with every other.
 
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim import Optimizer
 
 from largebatch.train.checkpoint_files import File, Files, Part, write_file
+from largebatch.train.checkpoint_reading import refusal, weights_only
 from largebatch.train.checkpoint_torch import (
     DeferredWriter,
     MomentsPlanner,
@@ -118,13 +120,15 @@ class DistributedTensors:
         tensors = self._tensors()
         alone = self._ranks.size == 1
         try:
-            with quiet():
+            with quiet(), weights_only(checkpoint):
                 reader = ToldReader(checkpoint, self._ranks)
                 state_dict_loader.load(
                     tensors, storage_reader=reader, planner=MomentsPlanner(), no_dist=alone
                 )
         except CheckpointException as error:  # the same on all ranks
             cause, _ = next(iter(error.failures.values()))
+            if isinstance(cause, UnpicklingError):
+                raise ValueError(f"{checkpoint} is not read: {refusal(cause)}") from error
             raise ValueError(f"{checkpoint} does not fit this run: {cause}") from error
         with quiet():
             set_state_dict(

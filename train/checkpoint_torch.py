@@ -15,11 +15,7 @@ from typing import Any, Final, TypeVar, cast
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import (
-    FileSystem,
-    FileSystemReader,
-    FileSystemWriter,
-)
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
@@ -27,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from largebatch.train.checkpoint_files import CheckedFile, Files, Part
+from largebatch.train.checkpoint_reading import PlainReader
 from largebatch.train.ranks import Ranks
 
 T = TypeVar("T")
@@ -175,19 +172,12 @@ class SharingPlanner(DefaultSavePlanner):
         self.state_dict = {}
 
 
-class ToldReader(FileSystemReader):
+class ToldReader(PlainReader):
     """A reader that has been told what describes the whole: one rank reads it, not each."""
 
     def __init__(self, path: Path, ranks: Ranks) -> None:
         super().__init__(path)
-
-        def read() -> Metadata:
-            try:
-                return FileSystemReader(path).read_metadata()
-            except Exception as error:  # unpickling raises whatever the bytes say
-                raise ValueError(f"{path} cannot be read: {error}") from error
-
-        self._told = of_first(ranks, read)
+        self._told = of_first(ranks, super().read_metadata)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._told

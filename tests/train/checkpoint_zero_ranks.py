@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 import threading
 import traceback
@@ -138,9 +139,12 @@ class ZeroJob:
     mode: str = "sync"
     tiny: bool = False
     """With a group of one element, of which a second rank has nothing."""
+    forged: bool = False
+    """What is loaded names code first: see `forge`."""
 
     def __str__(self) -> str:
-        return f"ZeRO-{self.stage} {self.optimizer} {self.load} {self.save} {self.mode}"
+        forged = " forged" * self.forged
+        return f"ZeRO-{self.stage} {self.optimizer} {self.load} {self.save} {self.mode}{forged}"
 
     def do(self) -> Outcome:
         seed = 0 if self.load is None else 1
@@ -149,6 +153,10 @@ class ZeroJob:
         config = CheckpointConfig(every_samples=64, mode=self.mode, keep=9)
         checkpoints = Checkpoints(Path(self.folder), trainee.ranks, tensors, config)
         found: Outcome = {}
+        if self.forged and trainee.ranks.is_first:
+            forge(self.path(64))
+        if self.forged:
+            dist.barrier()
         if self.load is not None:
             try:
                 checkpoints.load(self.path(self.load))
@@ -176,6 +184,23 @@ class ZeroJob:
 
     def path(self, samples: int) -> Path:
         return Path(self.folder) / "checkpoints" / f"samples-{samples:015d}"
+
+
+class Program:
+    """Pickled, a program that makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch '{self.mark}'",)
+
+
+def forge(checkpoint: Path) -> None:
+    """Put a program into the file that every rank reads."""
+    path = checkpoint / "mp_rank_00_model_states.pt"
+    states = torch.load(path, weights_only=True)
+    torch.save(states | {"more": Program(checkpoint.parents[1] / "mark")}, path)
 
 
 class HeldZero(DeepSpeedTensors):

@@ -34,14 +34,16 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     whole = ZeroJob(plain, 2, "LAMB", None, 64, converts=False)
     again = ZeroJob(plain, 2, "LAMB", 64, None)
     other = ZeroJob(plain, 3, "LAMB", 64, None)
-    run(2, None, 64, whole, again, other)
+    forged = ZeroJob(plain, 2, "LAMB", 64, None, forged=True)
+    run(2, None, 64, whole, again, other, forged)
     elsewhere = ZeroJob(plain, 2, "LAMB", 64, None, mode="async")
     small = folder(base, 1, "tiny")
     run(1, 64, 128, elsewhere, ZeroJob(small, 1, "LAMB", None, 128, tiny=True))
     tiny = ZeroJob(small, 1, "LAMB", 128, None, tiny=True)
     run(2, 128, None, tiny)
     outcomes |= {"whole": outcomes[str(whole)], "again": outcomes[str(again)]}
-    outcomes["tiny"] = outcomes[str(tiny)]
+    outcomes |= {"tiny": outcomes[str(tiny)], "forged": outcomes[str(forged)]}
+    outcomes["made by it"] = list(base.rglob("mark"))
     return outcomes | {"other": outcomes[str(other)], "elsewhere": outcomes[str(elsewhere)]}
 
 
@@ -84,6 +86,12 @@ def test_without_conversion_another_world_is_told_the_command(found: Found) -> N
 def test_another_stage_is_refused(found: Found) -> None:
     for rank in successful(found["other"]):
         assert "was saved with engine.stage=2, which engine.stage=3 does" in rank["refusal"]
+
+
+def test_a_file_that_names_code_is_refused_on_all_ranks(found: Found) -> None:
+    for rank in successful(found["forged"]):
+        assert "is not read: it names posix.system" in rank["refusal"]
+    assert found["made by it"] == []
 
 
 def test_a_rank_without_anything_of_a_group_is_refused_on_all_ranks(found: Found) -> None:

@@ -1,0 +1,167 @@
+"""A run's folder that came from elsewhere is data: whoever reads it runs nothing of it."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_ranks import Trainee, state_after
+
+from largebatch import cli
+from largebatch.conf.config import CheckpointConfig
+from largebatch.conf.errors import ConfigError
+from largebatch.train.checkpoint import Checkpoints
+from largebatch.train.checkpoint_command import main
+from largebatch.train.checkpoint_files import File, crc32_of, listed, problem
+from largebatch.train.checkpoint_reading import weights_only
+from largebatch.train.ranks import Ranks
+
+Train = Callable[..., int]
+
+
+class Program:
+    """Pickled, a program that makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch '{self.mark}'",)
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Path:
+    """What a `Program` would make."""
+    return tmp_path / "mark"
+
+
+def test_the_program_works(mark: Path) -> None:
+    """So the tests below can fail."""
+    pickle.loads(pickle.dumps(Program(mark)))
+    assert mark.exists()
+
+
+def sign(checkpoint: Path) -> None:
+    """Give a checkpoint the manifest of what is in it."""
+    rows = {
+        path.name: list(File(path.stat().st_size, crc32_of(path)))
+        for path in checkpoint.iterdir()
+        if path.name != "manifest.json"
+    }
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": rows}))
+    assert problem(checkpoint, "full") is None
+
+
+def saved(run: Path, **options: Any) -> tuple[Checkpoints, Path]:
+    """A checkpoint of a small network, with `options` in the optimizer's group."""
+    trainee = Trainee("AdamW", sharded=False, seed=0)
+    trainee.step(64)
+    trainee.optimizer.param_groups[0].update(options)
+    checkpoints = Checkpoints(run, Ranks(), trainee.tensors(), CheckpointConfig(every_samples=64))
+    checkpoints.save(state_after(64))
+    checkpoints.wait()
+    return checkpoints, listed(run)[0]
+
+
+def test_what_describes_a_checkpoint_names_no_code(
+    mark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints, checkpoint = saved(tmp_path)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Program(mark)))
+    sign(checkpoint)
+    with pytest.raises(ConfigError, match=r"\.metadata cannot be read: it names posix.system"):
+        checkpoints.load(checkpoint)
+    assert main(["export", str(tmp_path), str(tmp_path / "file.safetensors")]) == 2
+    assert "it names posix.system" in capsys.readouterr().err
+    assert not mark.exists()
+
+
+def test_no_item_names_code(mark: Path, tmp_path: Path) -> None:
+    checkpoints, checkpoint = saved(tmp_path, note=[Program(mark)])
+    with pytest.raises(ConfigError, match=r"is not read: it names posix\.system, .*"):
+        checkpoints.load(checkpoint)
+    assert not mark.exists()
+
+
+def test_a_description_stays_in_its_folder(tmp_path: Path) -> None:
+    checkpoints, checkpoint = saved(tmp_path)
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../elsewhere"
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ConfigError, match=r"points out of its folder, to \.\./elsewhere"):
+        checkpoints.load(checkpoint)
+
+
+def test_numbers_texts_and_their_collections_are_read(tmp_path: Path) -> None:
+    options = {"betas": (0.8, 0.7), "note": "text", "many": (1, {"two": 2.0}), "none": None}
+    _, checkpoint = saved(tmp_path, **options)
+    trainee = Trainee("AdamW", sharded=False, seed=1)
+    trainee.optimizer.param_groups[0].update(dict.fromkeys(options, (0.1, 0.1)))
+    config = CheckpointConfig(every_samples=64)
+    Checkpoints(tmp_path, Ranks(), trainee.tensors(), config).load(checkpoint)
+    assert {name: trainee.optimizer.param_groups[0][name] for name in options} == options
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_a_value_class_that_its_author_has_declared_is_read(tmp_path: Path) -> None:
+    torch.save(Declared(3), tmp_path / "file.pt")
+    with (
+        pytest.raises(ValueError, match=r"add_safe_globals\(\[Declared\]\) where you define it"),
+        weights_only(tmp_path),
+    ):
+        torch.load(tmp_path / "file.pt", weights_only=False)
+    with torch.serialization.safe_globals([Declared]), weights_only(tmp_path):
+        assert torch.load(tmp_path / "file.pt", weights_only=False).value == 3
+
+
+class Declared:
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_files_of_deepspeed_name_no_code(
+    stage: int, mark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("deepspeed")
+    checkpoint = tmp_path / "checkpoints" / "samples-000000000000064"
+    checkpoint.mkdir(parents=True)
+    about = {"kind": "deepspeed", "world": 1, "zero_stage": stage}
+    state = state_after(64) | {"format": 1, "saved_by": about}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        torch.save({"module": Program(mark)}, checkpoint / name)
+    sign(checkpoint)
+    assert main(["export", str(tmp_path), str(tmp_path / "file.safetensors")]) == 2
+    assert "it names posix.system" in capsys.readouterr().err
+    if stage > 0:
+        assert main(["universal", str(tmp_path), "--workers", "1"]) == 2
+        assert "it names posix.system" in capsys.readouterr().err
+    assert not mark.exists()
+
+
+TARGETS = "task: {_target_: os.system, _args_: [touch MARK]}\nseed: 0\n"
+
+
+def test_commands_that_read_a_run_run_nothing_of_its_configuration(
+    train: Train, mark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (
+        "task=digits", "optim=sgd", "target.loss=null", "budget.samples=256", "batch.size=64",
+        "checkpoint.every_samples=128", "hydra.run.dir=run",
+    )  # fmt: skip
+    assert train(*words) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    for text in (TARGETS,):
+        for path in (tmp_path / "run" / ".hydra").iterdir():
+            path.write_text(text.replace("MARK", str(mark)))
+        for command in ("report", "explain", "checkpoint ls", "checkpoint verify"):
+            cli.main([*command.split(), "run"])
+        assert train(*words, "resume=auto") == 2
+        assert not mark.exists()
+        assert "Traceback" not in capsys.readouterr().err
