@@ -10,20 +10,36 @@ import torch
 from torch import Tensor
 
 
+class Arriving:
+    """A small tensor on its way to the host; the device is not waited for before `wait`."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._event = value, None
+        if value.device.type != "cpu":
+            self._value = torch.empty_like(value, device="cpu", pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._event = torch.Event(value.device)
+            self._event.record()
+
+    def wait(self) -> Tensor:
+        """The tensor, on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._value
+
+
 class StepCounts:
     def __init__(self) -> None:
         self._counts: dict[Tensor, int] = {}
-        self._travelling: tuple[list[Tensor], Tensor, torch.Event | None] | None = None
+        self._travelling: tuple[list[Tensor], Arriving] | None = None
 
     def settle(self) -> None:
         """Read whether the step before was skipped."""
         if self._travelling is None:
             return
-        params, skipped, arrived = self._travelling
+        params, skipped = self._travelling
         self._travelling = None
-        if arrived is not None:
-            arrived.synchronize()
-        if not skipped.tolist():
+        if not skipped.wait().tolist():
             self._advance(params)
 
     def of(self, param: Tensor, state: dict[str, Tensor]) -> int:
@@ -37,13 +53,7 @@ class StepCounts:
         if skip is None:
             self._advance(params)
             return
-        skipped, arrived = skip, None
-        if skip.device.type != "cpu":
-            skipped = torch.empty_like(skip, device="cpu", pin_memory=True)
-            skipped.copy_(skip, non_blocking=True)
-            arrived = torch.Event(skip.device)
-            arrived.record()
-        self._travelling = ([*params], skipped, arrived)
+        self._travelling = ([*params], Arriving(skip))
 
     def _advance(self, params: Iterable[Tensor]) -> None:
         for param in params:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from largebatch.optim.failure_notice import FailureNotice, counts_of
 from largebatch.optim.roots import (
     Failures,
     RootError,
@@ -256,3 +257,43 @@ def test_a_qr_step_on_a_rank_deficient_matrix_stays_orthonormal() -> None:
 def test_a_qr_step_that_is_not_finite_says_so() -> None:
     with pytest.raises(RootError, match="QR of a"):
         refined_basis(torch.full((2, 2), math.nan), torch.eye(2))
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("exponent", [-44, -42, -40, -37, -35, -25, -10, 20, 36])
+def test_a_root_is_finite_at_every_scale(p: float, exponent: int) -> None:
+    """It is that of the plain matrix, scaled; below 1e-36 a matrix is zero."""
+    matrix = spd(torch.tensor([1.0, 0.5, 0.1]))
+    root = inverse_root((matrix * 10.0**exponent).float(), p).matrix.double()
+    plain = inverse_root(matrix, p).matrix * 10.0 ** (-exponent / p)
+    expected = plain if exponent > -36 else torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(root, expected, rtol=1e-5, atol=1e-5 * float(expected.max()))
+
+
+def test_a_root_that_fp32_does_not_hold_is_a_failed_one() -> None:
+    with pytest.raises(RootError, match="left non-finite numbers"):
+        inverse_root(torch.eye(2) * 1e-30, 2 / 3)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-37, 1e-30, 1e30])
+def test_a_basis_is_orthonormal_at_every_scale(scale: float) -> None:
+    """And that of a matrix that counts as zero is the one before."""
+    matrix, before = spd(torch.tensor([4.0, 2.0, 1.0, 0.0])).float(), torch.eye(4).roll(1, 0)
+    refined = refined_basis(matrix * scale, before)
+    plain = refined_basis(matrix, before) if scale > 1e-36 else (before, torch.arange(4))
+    torch.testing.assert_close(tuple(refined), tuple(plain))
+    basis = eigenbasis(matrix * scale)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(4), atol=1e-6, rtol=0)
+
+
+def test_failures_that_others_wait_for_are_noted() -> None:
+    failures, bad = Failures(tolerated=1), torch.full((2, 2), math.nan)
+    for matrix in (bad, bad, bad):
+        assert failures.attempt(lambda m=matrix: inverse_root(m, 2), "up", 0, raises=False) is None
+    counts = torch.tensor(counts_of(failures, ["down", "up"]))
+    expected = r"layer 'up': .* asked of non-finite numbers, 2 times in a row"
+    with pytest.raises(RootError, match=expected):
+        FailureNotice(failures, ["down", "up"], counts).check()
+    failures.attempt(lambda: inverse_root(torch.eye(2), 2), "up", 0, raises=False)
+    assert not any(counts_of(failures, ["down", "up"]))
+    FailureNotice(failures, ["down", "up"], torch.zeros(6)).check()

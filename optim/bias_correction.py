@@ -1,0 +1,31 @@
+"""Adam's bias correction where β has changed on the way, as a batch ramp changes it.
+
+After t steps a running average x ← β x + (1 - β) g holds a total weight of 1 - βᵗ, and m̂ is m by
+that. Where β has changed the weight is another: 1 - Π βₛ over all steps s. It is that of as many
+steps as the new β would have needed, t' = t · log β_old / log β_new, no whole number; and so the
+formulas stay as they are, with t' in the place of t. What is kept of it is t' - t: zero as long as
+β is what it was, and for state that was saved without it.
+"""
+
+import math
+from typing import TypeVar
+
+from torch import Tensor
+
+Steps = TypeVar("Steps", float, Tensor)
+
+# For β = 0: its average has all the weight after one step, 1 - 1e-30.
+SMALLEST = math.log(1e-30)
+
+
+def log_beta(beta: float) -> float:
+    return max(math.log(beta), SMALLEST) if beta > 0 else SMALLEST
+
+
+def rebased(steps: Steps, old: float, new: float) -> Steps:
+    """As many steps of β `new` as give an average the weight that `steps` of β `old` have.
+
+    Args:
+        old, new: in [0, 1).
+    """
+    return steps if old == new else steps * (log_beta(old) / log_beta(new))
