@@ -97,7 +97,7 @@ def full_precision() -> Iterator[None]:
 def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending and not below 0, and eigenvectors, the columns; in the matrix's dtype.
 
-    Of `matrix`, shape (n, n), the lower triangle counts. All are 0 where the largest is below 1e-36.
+    Of `matrix`, shape (n, n), the lower triangle counts. All are 0 if the largest is below 1e-36.
 
     Raises:
         RootError: there is no finite decomposition.
