@@ -1,13 +1,13 @@
-"""What every optimizer here needs of torch's protocols: loss scalers, compilers, loaded options."""
+"""What every optimizer here needs of torch's protocols: scalers, compilers, groups, state."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import GradScaler
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import Optimizer, ParamsT
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,6 +30,12 @@ class MaskedOptimizer(Optimizer):
 
     # On the class, because deepcopy and pickle keep an optimizer's groups and state only.
     _scale_of_scaler: Tensor | None = None
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        refuse_what_only_has_parameters(type(self).__name__, params)
+        super().__init__(params, defaults)
+
+    # Loss scalers -------------------------------------------------------------------------------
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -56,6 +62,28 @@ class MaskedOptimizer(Optimizer):
         scale, self._scale_of_scaler = self._scale_of_scaler, None
         return scale
 
+    # Groups and state ---------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch; one without names takes some where the others have names."""
+        if any("param_names" in group for group in self.param_groups):
+            self._give_names(param_group)
+        super().add_param_group(param_group)
+
+    def _give_names(self, group: dict[str, Any]) -> None:
+        params = group.get("params", ())
+        if "param_names" in group or not isinstance(params, Tensor | list | tuple | Iterator):
+            return
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if not any(isinstance(param, tuple) for param in params):
+            first = sum(len(group["params"]) for group in self.param_groups)
+            params = [(self._name_of_new(p, i), p) for i, p in enumerate(params, first)]
+        group["params"] = params
+
+    def _name_of_new(self, param: Tensor, index: int) -> str:
+        """The name of a parameter that came without one, by its index over all groups."""
+        return f"param_{index}"
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore groups and state; an option that was not yet known then takes its default."""
         super().__setstate__(state)
@@ -65,3 +93,19 @@ class MaskedOptimizer(Optimizer):
             group.pop("differentiable", None)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+
+def refuse_what_only_has_parameters(name: str, params: object) -> None:
+    """Refuse a model, or a method that was not called, in the place of its parameters."""
+    if isinstance(params, nn.Module):
+        raise TypeError(
+            f"{name} takes a model's parameters, got the {type(params).__name__} itself: write "
+            f"{name}(model.parameters(), …), or {name}(param_groups(model), …) to leave biases and "
+            "norms out of decay and adaptation."
+        )
+    if callable(params):
+        called = getattr(params, "__name__", "parameters")
+        raise TypeError(
+            f"{name} takes parameters, got the method {called!r}: call it, {name}("
+            f"model.{called}(), …)."
+        )

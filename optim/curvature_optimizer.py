@@ -23,6 +23,7 @@ from largebatch.optim.kfac_options import check_group, check_whole
 from largebatch.optim.kfac_teams import Team, make_teams
 from largebatch.optim.kfac_turns import Turns
 from largebatch.optim.layout import Name, is_dtensor, local
+from largebatch.optim.loading import in_own_order, of_no_parameter
 from largebatch.optim.options import require
 from largebatch.optim.roots import Failures
 from largebatch.optim.spread import Spread, spread_of
@@ -246,7 +247,7 @@ class CurvatureOptimizer(MaskedOptimizer):
             if key not in state:
                 state[key] = torch.zeros_like(param, dtype=compute_dtype(param))
         if "step" not in state:
-            state["step"] = torch.zeros((), device=local(param).device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=local(param).device)
         return state
 
     def _new_factor_state(self, team: Team, layer: Layer) -> dict[str, Tensor]:
@@ -305,9 +306,11 @@ class CurvatureOptimizer(MaskedOptimizer):
         ids: list[int] = []
 
         def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
+            final = in_own_order(final, self.param_groups)
             loaded.update(final["state"])
             ids.extend(index for group in final["param_groups"] for index in group["params"])
-            return {**final, "state": {}}  # torch would cast it to the parameters' dtype
+            # Torch would cast it to the parameters' dtype.
+            return {**final, "state": of_no_parameter(final)}
 
         def put_state(_: Optimizer) -> None:  # before the user's post-hooks
             self._group_of = {p: group for group in self.param_groups for p in group["params"]}

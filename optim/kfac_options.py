@@ -4,21 +4,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from largebatch.optim.grafting import GRAFTINGS
 from largebatch.optim.kfac_damping import FORMS
 from largebatch.optim.kfac_rules import RULES, Rule
-from largebatch.optim.options import require, require_one_of
+from largebatch.optim.options import require, require_lr, require_one_of
 
 
 def check_group(options: dict[str, Any]) -> None:
     """Refuse options of a group, or the defaults, that are out of range."""
     lr, betas, momentum = options["lr"], options["betas"], options["momentum"]
-    if isinstance(lr, Tensor):  # its value may lie on a device and is not looked at
-        require(lr.dim() == 0, "lr", "a float or a 0-d tensor", f"shape {tuple(lr.shape)}")
-    else:
-        require(0 <= lr < math.inf, "lr", "in [0, inf)", lr)
+    require_lr(lr)
     in_range = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
     require(in_range, "betas", "two numbers in [0, 1)", betas)
     for name in ("eps", "weight_decay", "damping", "ridge"):

@@ -11,8 +11,8 @@ from torch import Tensor
 from largebatch.optim.curvature_layers import Layer
 from largebatch.optim.kfac_factors import state_shapes
 from largebatch.optim.kfac_teams import Team
-from largebatch.optim.layerwise import as_state
 from largebatch.optim.layout import Name, local
+from largebatch.optim.loading import as_state
 from largebatch.optim.portable import Key, Portable
 from largebatch.optim.spread import Spread
 from largebatch.optim.teams import Layer as Spreading

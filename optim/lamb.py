@@ -61,7 +61,7 @@ FUSED_DEVICES = ("cpu", "cuda", "xpu")
 class LAMB(LayerwiseOptimizer):
     """Layer-wise adaptive moments (You et al. 2020, Algorithm 2); the module says the formula.
 
-    `lr` is a float or a 0-d tensor, read from the group at each step; `betas` are β₁ and β₂;
+    `lr` is a float or a tensor of one element, read at each step; `betas` are β₁ and β₂;
     `weight_decay` is λ. The keywords, where None stands for what the variant says:
 
     - `bias_correction`: "moments", m̂ and v̂; "lr", raw m and v in u, and lr·√(1 - β₂ᵗ)/(1 - β₁ᵗ)
@@ -84,6 +84,8 @@ class LAMB(LayerwiseOptimizer):
     Raises ValueError for an option out of range or a parameter it cannot treat, and RuntimeError at
     `step` for a sparse gradient.
     """
+
+    _known_state = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -196,7 +198,7 @@ class LAMB(LayerwiseOptimizer):
         for _, param in work.params:
             state, device = self.state[param], local(param).device
             if "step" not in state:
-                state["step"] = torch.zeros((), device=device)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             elif state["step"].device != device:  # as ZeroRedundancyOptimizer loads it
                 state["step"] = state["step"].to(device)
             steps.append(state["step"])
@@ -208,7 +210,7 @@ class LAMB(LayerwiseOptimizer):
             write(steps, torch._foreach_add(steps, 1), skip)
 
     def _state_keys(self, group: Group) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
+        return self._known_state
 
     def _fused_direction(
         self,

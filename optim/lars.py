@@ -54,7 +54,7 @@ VARIANTS = MappingProxyType(
 class LARS(LayerwiseOptimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017, Algorithm 1); the module says the formula.
 
-    `lr` is a float or a 0-d tensor, read from the group at each step; `momentum` is μ;
+    `lr` is a float or a one-element tensor, read from the group at each step; `momentum` is μ;
     `weight_decay` is β; `trust_coefficient` is η; `eps` is added to the ratio's denominator.
     The keywords, where None stands for what the variant says:
 
@@ -77,6 +77,8 @@ class LARS(LayerwiseOptimizer):
     Raises ValueError for an option out of range or a parameter it cannot treat, and RuntimeError at
     `step` for a sparse gradient.
     """
+
+    _known_state = ("momentum_buffer",)
 
     def __init__(
         self,
@@ -161,7 +163,7 @@ class LARS(LayerwiseOptimizer):
         return loss
 
     def _state_keys(self, group: Group) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] else ()
+        return self._known_state if group["momentum"] else ()
 
     def _ratio(self, group: Group, weight_norm: Tensor, update_norm: Tensor) -> Tensor:
         """r = η‖w‖ / (‖g‖ + β‖w‖ + ε), or η‖w‖ / (‖g + βw‖ + ε); for LARC min(r / lr, 1)."""
@@ -186,7 +188,8 @@ class LARS(LayerwiseOptimizer):
         """Advance b and move the weights."""
         group, weights = batch.group, self._weights(batch)
         ratio = batch.of_layers(ratios)
-        inside, outside = (group["lr"], 1.0) if group["lr_in_buffer"] else (1.0, group["lr"])
+        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        inside, outside = (lr, 1.0) if group["lr_in_buffer"] else (1.0, lr)
         grads, scale = self._gradients(batch, agreed), ratio * scalar(inside, ratio)
         if group["momentum"] and not group["nesterov"]:
             steps = self._plain_momentum(batch, grads, weights, scale, agreed.skip)

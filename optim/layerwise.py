@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,8 +32,9 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from largebatch.optim.base import MaskedOptimizer
 from largebatch.optim.chunks import Batch, Group, Work, compute_dtype, plan_work
 from largebatch.optim.foreign_state import to_native
-from largebatch.optim.layout import Layout, Name, is_dtensor, layout_of, local
-from largebatch.optim.options import require, require_one_of
+from largebatch.optim.layout import Layout, Name, layout_of, local
+from largebatch.optim.loading import as_kept, as_state, in_own_order, laid_out_as, of_no_parameter
+from largebatch.optim.options import require, require_lr, require_one_of
 from largebatch.optim.tensors import Tensors, gradient_of, in_dtype, norms_of, on_device, root
 from largebatch.optim.trust_ratio import ADAPT_UNDECAYED
 
@@ -75,6 +76,9 @@ class LayerwiseOptimizer(MaskedOptimizer):
     _stats: Mapping[Any, Stats] = MappingProxyType({})
     _clip_norm: Callable[[], Tensor] | None = None
 
+    _known_state: ClassVar[tuple[str, ...]] = ()
+    """All state that is shaped like its parameter, whatever the options."""
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         defaults = {"adapt": True, "norm_groups": None, "norm_dim": 0, **defaults}
         self._forget_work()
@@ -93,10 +97,7 @@ class LayerwiseOptimizer(MaskedOptimizer):
     def _check_options(self, options: dict[str, Any]) -> None:
         """Refuse options (the defaults, or one group's) out of range; subclasses add their own."""
         lr, weight_decay = options["lr"], options["weight_decay"]
-        if isinstance(lr, Tensor):  # its value may lie on a device and is not looked at
-            require(lr.dim() == 0, "lr", "a float or a 0-d tensor", f"shape {tuple(lr.shape)}")
-        else:
-            require(0 <= lr < math.inf, "lr", "in [0, inf)", lr)
+        require_lr(lr)
         require(0 <= weight_decay < math.inf, "weight_decay", "in [0, inf)", weight_decay)
         for switch in ("adapt", "maximize", "master_weights"):
             require(isinstance(options[switch], bool), switch, "True or False", options[switch])
@@ -188,6 +189,7 @@ class LayerwiseOptimizer(MaskedOptimizer):
             key.append((id(group), group["norm_groups"], group["norm_dim"]))
             for param in group["params"]:
                 key.append((id(param), param.grad is None, param.dtype, param.device, param.shape))
+                key.append(param.stride())  # of all: what lies in order decides how it is cut
                 if param.grad is not None and param.grad.layout != torch.strided:
                     raise RuntimeError(
                         f"{type(self).__name__} needs dense gradients, got a "
@@ -195,11 +197,27 @@ class LayerwiseOptimizer(MaskedOptimizer):
                     )
         known = self._work.get(tuple(key))
         if known is None:
-            if len(self._work) >= 64:  # gradients that come and go in ever new patterns
+            # Plans made for other strides go with the state's; and those of gradients that come
+            # and go in ever new patterns.
+            if self._follow_strides() or len(self._work) >= 64:
                 self._work.clear()
             known = plan_work(self.param_groups, self._layouts())
             self._work[tuple(key)] = known
         return known
+
+    def _follow_strides(self) -> bool:
+        """Lay state out as its parameter is now, which may have become channels-last or have got
+        another tensor for its data; whether there was any to lay out.
+        """
+        moved = False
+        for group in self.param_groups:
+            for param in group["params"]:
+                for key, value in self.state.get(param, {}).items():
+                    if isinstance(value, Tensor) and value.shape == param.shape:
+                        followed = laid_out_as(param, value)
+                        moved |= followed is not value
+                        self.state[param][key] = followed
+        return moved
 
     def _name_of(self, wanted: Tensor) -> Name:
         return next(
@@ -347,9 +365,9 @@ class LayerwiseOptimizer(MaskedOptimizer):
         loaded: dict[Tensor, dict[str, Any]] = {}
 
         def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
-            native = to_native(final, self)
+            native = to_native(in_own_order(final, self.param_groups), self)
             loaded.update(self._state_by_param(native))
-            return {**native, "state": {}}
+            return {**native, "state": of_no_parameter(native)}
 
         def put_state(_: Optimizer) -> None:  # before the user's post-hooks
             self.state.update(loaded)
@@ -381,9 +399,10 @@ class LayerwiseOptimizer(MaskedOptimizer):
         ]
         if len(ids) != len(named):
             return {}  # torch refuses it
+        known = ("step", "master_weight", *self._known_state)
         return {
             param: {
-                key: as_state(key, value, name, param)
+                key: as_state(key, value, name, param) if key in known else as_kept(value, param)
                 for key, value in native["state"][index].items()
             }
             for index, (name, param) in zip(ids, named, strict=True)
@@ -397,20 +416,3 @@ def evaluate(closure: Callable[[], float] | None) -> float | None:
         return None
     with torch.enable_grad():
         return closure()
-
-
-def as_state(key: str, value: Any, name: Name, param: Tensor) -> Any:
-    """A loaded state entry in the dtype, on the device and in the layout that `step` expects."""
-    if key == "step":
-        return torch.as_tensor(value, dtype=torch.float32, device=local(param).device)
-    if isinstance(value, Tensor) and value.is_floating_point():
-        if value.shape != param.shape or is_dtensor(value) != is_dtensor(param):
-            raise ValueError(
-                f"state {key!r} of parameter {name!r} must be a {type(param.data).__name__} of "
-                f"shape {tuple(param.shape)}, got a {type(value).__name__} of shape "
-                f"{tuple(value.shape)}: load sharded checkpoints by torch.distributed.checkpoint"
-            )
-        value = value.to(param.device, compute_dtype(param))
-        if not is_dtensor(value) and value.stride() != param.stride():
-            return torch.empty_like(param, dtype=value.dtype).copy_(value)
-    return value

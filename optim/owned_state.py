@@ -16,8 +16,8 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from largebatch.optim.base import MaskedOptimizer
 from largebatch.optim.blocks import Block
 from largebatch.optim.chunks import Group
-from largebatch.optim.layerwise import as_state
 from largebatch.optim.layout import Name, is_dtensor
+from largebatch.optim.loading import as_state, in_own_order, of_no_parameter
 from largebatch.optim.portable import Key, Portable
 from largebatch.optim.roots import TOLERATED_FAILURES, Failures
 from largebatch.optim.step_counts import StepCounts
@@ -147,7 +147,7 @@ class OwnedState(MaskedOptimizer):
         """Make what state is missing, as at a parameter's first gradient; on every rank alike."""
         state = self.state[layer.param]
         if "step" not in state:
-            state["step"] = torch.zeros((), device=layer.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=layer.device)
             layer.state_names = ()
         for key in self._elementwise_keys(layer, group):
             if key not in state:
@@ -212,10 +212,11 @@ class OwnedState(MaskedOptimizer):
         ids: list[int] = []
 
         def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
+            final = in_own_order(final, self.param_groups)
             loaded.update(final["state"])
             ids.extend(index for group in final["param_groups"] for index in group["params"])
             # Torch would cast it to the parameters' dtype.
-            return {**final, "state": {}}
+            return {**final, "state": of_no_parameter(final)}
 
         def put_state(_: Optimizer) -> None:  # before the user's post-hooks
             params = [*self._params()]

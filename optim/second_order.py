@@ -38,7 +38,7 @@ from largebatch.optim.base import uncompiled
 from largebatch.optim.chunks import Group
 from largebatch.optim.layerwise import evaluate
 from largebatch.optim.layout import Name, local
-from largebatch.optim.options import require, require_one_of
+from largebatch.optim.options import require, require_lr, require_one_of
 from largebatch.optim.owned_state import BlockState, OwnedState
 from largebatch.optim.roots import TOLERATED_FAILURES, full_precision
 from largebatch.optim.step_stats import Stats, Tally, Worked
@@ -137,10 +137,7 @@ class SecondOrderOptimizer(OwnedState):
     def _check_options(self, options: dict[str, Any]) -> None:
         """Refuse options (the defaults, or one group's) out of range; subclasses add their own."""
         lr, betas = options["lr"], options["betas"]
-        if isinstance(lr, Tensor):  # its value may lie on a device and is not looked at
-            require(lr.dim() == 0, "lr", "a float or a 0-d tensor", f"shape {tuple(lr.shape)}")
-        else:
-            require(0 <= lr < math.inf, "lr", "in [0, inf)", lr)
+        require_lr(lr)
         in_range = len(betas) == 2 and 0 <= betas[0] < 1 and 0 <= betas[1] < 1
         require(in_range, "betas", "two numbers in [0, 1)", betas)
         for name in ("eps", "weight_decay"):

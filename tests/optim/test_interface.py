@@ -25,7 +25,11 @@ nan = float("nan")
         (LAMB, {"lr": -1.0}, r"lr must be in \[0, inf\), got -1.0"),
         (LAMB, {"lr": nan}, r"lr must be in \[0, inf\), got nan"),
         (LAMB, {"lr": math.inf}, r"lr must be in \[0, inf\), got inf"),
-        (LAMB, {"lr": torch.ones(1)}, r"lr must be a float or a 0-d tensor, got shape \(1,\)"),
+        (
+            LAMB,
+            {"lr": torch.ones(2)},
+            r"a float or a tensor of one element, got shape \(2,\)",
+        ),
         (LAMB, {"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
         (LAMB, {"betas": (nan, 0.9)}, r"betas must be two numbers in \[0, 1\)"),
         (LAMB, {"betas": (0.9,)}, r"betas must be two numbers in \[0, 1\)"),

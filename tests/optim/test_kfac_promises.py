@@ -425,7 +425,7 @@ nan = float("nan")
     ("options", "message"),
     [
         ({"lr": -1.0}, r"lr must be in \[0, inf\), got -1.0"),
-        ({"lr": torch.ones(1)}, r"lr must be a float or a 0-d tensor, got shape \(1,\)"),
+        ({"lr": torch.ones(2)}, r"a float or a tensor of one element, got shape \(2,\)"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\)"),
         ({"damping": nan}, r"damping must be in \[0, inf\), got nan"),
         ({"ridge": -1.0}, r"ridge must be in \[0, inf\), got -1.0"),
