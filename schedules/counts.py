@@ -57,7 +57,7 @@ def real_number(
     least: float | None = None,
     most: float | None = None,
 ) -> float:
-    """`value` as a finite float within its bounds.
+    """`value` as a finite float within its bounds, and of a size that FP32 holds.
 
     Raises:
         ValueError: not a number or outside the bounds; the sentence carries `name`, value and
@@ -66,7 +66,7 @@ def real_number(
     try:
         if isinstance(value, bool):
             raise ValueError("a truth value is no number")
-        number = float(value)  # type: ignore[arg-type]
+        number = check_fp32(float(value))  # type: ignore[arg-type]
         if (
             not math.isfinite(number)
             or (above is not None and number <= above)
@@ -74,14 +74,36 @@ def real_number(
             or (most is not None and number > most)
         ):
             raise ValueError("out of range")
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError) as error:
         bounds = [
             f"{sign} {bound:g}"
             for sign, bound in ((">", above), (">=", least), ("<=", most))
             if bound is not None
         ]
         wanted = "a number" + (" " + " and ".join(bounds) if bounds else "")
+        wanted += " that FP32 holds (1.2e-38 to 3.4e38)" if isinstance(error, _NoFP32) else ""
         raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
+    return number
+
+
+class _NoFP32(ValueError):
+    """A number that FP32 does not hold."""
+
+
+FP32_LEAST: Final = 2.0**-126
+"""The smallest positive number that FP32 holds with all its digits."""
+FP32_MOST: Final = (2 - 2.0**-23) * 2.0**127
+
+
+def check_fp32(number: float) -> float:
+    """`number`, which devices compute with in FP32: smaller ones count as 0 there, larger ones as
+    infinite.
+
+    Raises:
+        ValueError: it is finite and one of these.
+    """
+    if number and math.isfinite(number) and not FP32_LEAST <= abs(number) <= FP32_MOST:
+        raise _NoFP32
     return number
 
 

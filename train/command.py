@@ -22,6 +22,7 @@ from largebatch.conf.errors import ConfigError, sentence
 from largebatch.train.order import Order, prepare
 from largebatch.train.ranks import Ranks, die_with_parent, find_ranks, started_ranks
 from largebatch.train.record import RunEnded
+from largebatch.train.user_code import keep_request, of_user
 
 REFUSED: Final = 2
 MISSED: Final = 3
@@ -53,7 +54,22 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"largebatch: {error}", file=sys.stderr)
         return REFUSED
+    except Exception as error:
+        return failed(error)
     return 0  # --help, --cfg and their like
+
+
+def failed(error: Exception) -> int:
+    """Show an error within the user's own code by their frames alone; returns the exit code.
+
+    Raises:
+        Exception: `error`, where it is another one, or the whole trace is asked for.
+    """
+    told = of_user(error)
+    if told is None:
+        raise error
+    print(told, file=sys.stderr)
+    return EXIT_CODES["failed"]
 
 
 def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: list[str]) -> None:
@@ -65,6 +81,7 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: list[s
     # A user's own task and model are imported from where the command is given.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    keep_request()
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [f"largebatch {command}", *arguments]
     entry = hydra.main(version_base="1.3", config_path="pkg://largebatch.conf", config_name="train")
@@ -157,6 +174,8 @@ def follow(ranks: Ranks) -> int:
         summary = train(ranks, None)
     except ConfigError:
         return REFUSED
+    except Exception as error:
+        return failed(error)
     return REFUSED if summary is None else 0
 
 

@@ -19,7 +19,7 @@ from largebatch.train.example_gradients import ExampleGradients
 from largebatch.train.precision import Precision
 from largebatch.train.ranks import Ranks
 from largebatch.train.small_gradients import MicroBatchGradients, RankGradients, SmallGradients
-from largebatch.train.tasks import Batch, Task, to_device
+from largebatch.train.tasks import Batch, Task, loss_of, to_device
 from largebatch.train.update import Limits, Numbers, Update
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class OfRanks:
 
     def loss(self, task: Task, batch: Batch) -> Tensor:
         with self.precision.autocast():
-            return task.loss(self.model, to_device(batch, self.device))
+            return loss_of(task, self.model, to_device(batch, self.device))
 
     def forward_backward(self, task: Task, batch: Batch, global_batch_size: int) -> Tensor:
         part = torch.zeros((), device=self.device)
@@ -135,7 +135,7 @@ class OfRanks:
             share = micro_batch[0].shape[0] / global_batch_size
             with self._synchronised(is_last):
                 with self.precision.autocast():
-                    loss = task.loss(self._replica, to_device(micro_batch, self.device))
+                    loss = loss_of(task, self._replica, to_device(micro_batch, self.device))
                 # Engines average over ranks: times their number, the shares add up to the global
                 # mean.
                 self._backward(loss * (share * self.data_parallel_size))

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from largebatch.conf.config import EngineConfig
 from largebatch.conf.errors import ConfigError
-from largebatch.train.build import build, check_arguments
+from largebatch.train.build import build, call, check_arguments, check_kind
 from largebatch.train.engines import Engine
 from largebatch.train.evaluation import EvaluationGrid, evaluate
 from largebatch.train.example_gradients import ExampleGradients
@@ -35,7 +35,7 @@ from largebatch.train.provenance import device_name, provenance
 from largebatch.train.ranks import Ranks
 from largebatch.train.record import RunFolder
 from largebatch.train.reporter import Reporter, Silence
-from largebatch.train.tasks import Task, sampler_of
+from largebatch.train.tasks import Task, check_task, sampler_of
 from largebatch.train.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class Parts:
     optimizer: Optimizer
     noise: GradientNoise | None
     num_parameters: int
+    data: Mapping[str, str]
+    """The task's provenance."""
     progress: Progress = field(default_factory=Progress)
 
 
@@ -61,8 +63,9 @@ def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
     """
     config = order.config
     task: Task = build(config.task, "task")
+    data = check_task(task)
     torch.manual_seed(config.seed)
-    model: nn.Module = build(config.model, "model")
+    model: nn.Module = build(config.model, "model", nn.Module)
     num_parameters = sum(p.numel() for p in model.parameters())
     size = config.engine.micro_batch_size
     prepare_model(config.engine, model)
@@ -91,7 +94,7 @@ def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     noise = build_noise(order, engine, optimizer)
-    return Parts(task, engine, optimizer, noise, num_parameters)
+    return Parts(task, engine, optimizer, noise, num_parameters, data)
 
 
 def prepare_model(config: EngineConfig, model: nn.Module) -> None:
@@ -165,16 +168,14 @@ def build_optimizer(node: Mapping[str, Any], model: nn.Module, ranks: Ranks) -> 
 
     One with a keyword `process_group` is given that of all ranks, to share its work over them.
     """
-    make = build(node, "optim")
+    make = build({**node, "_partial_": True}, "optim")
     if ranks.size > 1 and "process_group" in inspect.signature(make.func).parameters:
         make = partial(make.func, **{"process_group": dist.group.WORLD} | make.keywords)
     takes_model = getattr(make.func, "takes_model", False)
     argument = model if takes_model else list(model.named_parameters())
     check_arguments(make.func, (argument,), make.keywords, "optim")
-    try:
-        optimizer: Optimizer = make(argument)
-    except ValueError as error:
-        raise ConfigError(f"optim: {error}") from error
+    optimizer: Optimizer = call(partial(make, argument), make.keywords, "optim")
+    check_kind(optimizer, Optimizer, "optim._target_", str(node["_target_"]))
     return optimizer
 
 
@@ -210,10 +211,11 @@ def run(
             parts.progress.status = "failed"
             failed = _summary(order, parts, ranks, device, reporter)
             summary = failed | {"error": f"{type(error).__name__}: {error}"}
-            raise
-        finally:
             folder.close(summary)
             logger.finish(summary)
+            raise
+        folder.close(summary)
+        logger.finish(summary)
         return summary
 
 
@@ -337,7 +339,7 @@ def _summary(
         "precision": config.precision,
         "num_parameters": parts.num_parameters,
         "throughput": tell.rates(),
-        "provenance": provenance(ranks, device) | dict(parts.task.provenance()),
+        "provenance": provenance(ranks, device) | dict(parts.data),
     }
 
 

@@ -3,16 +3,36 @@ else.
 
 World size, accumulation, micro-batch size and batch ramps cut the same sequence differently; none
 of them changes, skips or repeats a sample.
+
+A set of up to 2^24 samples is shuffled as a list. The order of a larger one, and of the sources of
+a mixture, is computed place by place, so that no list of it is ever held, by the generalized
+Feistel cipher of J. Black and P. Rogaway, "Ciphers with arbitrary finite domains" (CT-RSA 2002,
+section 5): the numbers below n stand on a grid of a x b >= n cells; a round adds a keyed function
+of one coordinate to the other, which can be undone and so is a permutation of the grid; where the
+result is n or above, it is taken as the next argument ("cycle walking"), which leaves a permutation
+of the numbers below n. Deviation: the round function is SplitMix64's, not a cipher's. It shuffles;
+it keeps no secret.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
+
+MOST_LISTED: Final = 1 << 24
+"""Samples whose order is kept as a list, of 128 MiB."""
+
+MOST_SAMPLES: Final = 1 << 62
+"""Whose places, and the sums with them, are numbers of 64 bits."""
+
+# Beside the streams of epochs, steps (train/randomness.py) and mixtures (train/data/mixture.py).
+_PERMUTED_STREAM: Final = 1 << 42
 
 
 def mix(words: _Words) -> _Words:
@@ -36,6 +56,42 @@ def shuffled(num_samples: int, seed: int, epoch: int) -> Indices:
     return np.argsort(words, kind="stable").astype(np.int64)
 
 
+ROUNDS: Final = 20
+"""Even. A chi-squared test over all orders of six samples tells 12 from chance, and 20 no more."""
+
+_GAMMA: Final = np.uint64(0x9E3779B97F4A7C15)
+
+
+def permuted(places: Indices, num_samples: int, seed: int, stream: int, epochs: Indices) -> Indices:
+    """What stands at `places` of the shuffled range(num_samples), each in its own epoch.
+
+    Args:
+        places: each below `num_samples`; shape (count,).
+        stream: tells apart what one seed shuffles.
+        epochs: shape (count,); each epoch has a shuffle of its own.
+    """
+    width = math.isqrt(num_samples - 1) + 1
+    height = -(-num_samples // width)  # width x height >= num_samples, by less than width
+    keys = [
+        random_words(seed, stream, epochs * ROUNDS + turn) for turn in range(ROUNDS)
+    ]  # ROUNDS of (count,)
+    found = places.astype(np.int64)
+    outside = np.arange(len(found))
+    while len(outside):
+        x, y = np.divmod(found[outside], height)
+        for turn in range(0, ROUNDS, 2):
+            x = (x + _draw(keys[turn][outside], y, width)) % width
+            y = (y + _draw(keys[turn + 1][outside], x, height)) % height
+        found[outside] = x * height + y
+        outside = outside[found[outside] >= num_samples]
+    return found
+
+
+def _draw(keys: _Words, coordinate: Indices, below: int) -> Indices:
+    words = mix(keys + (coordinate.astype(np.uint64) + np.uint64(1)) * _GAMMA)
+    return (words % np.uint64(below)).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """The order of the training samples.
@@ -56,6 +112,8 @@ class Sampler:
             words = random_words(self.seed, 0, positions)
             return (words % np.uint64(self.num_samples)).astype(np.int64)
         epochs, places = np.divmod(positions, self.num_samples)
+        if self.num_samples > MOST_LISTED:
+            return permuted(places, self.num_samples, self.seed, _PERMUTED_STREAM, epochs)
         indices = np.empty_like(positions)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             here = epochs == epoch

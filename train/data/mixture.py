@@ -20,8 +20,7 @@ from typing import Final
 
 import numpy as np
 
-from largebatch.train.data.permutation import permuted
-from largebatch.train.sampler import Indices, Sampler
+from largebatch.train.sampler import Indices, Sampler, permuted
 
 # Beside the streams of other orders (train/sampler.py) and of the steps (train/randomness.py).
 _FIRST_STREAM: Final = 1 << 41
