@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from largebatch.conf.config import ScalingConfig, TrainConfig, typed
 from largebatch.conf.errors import ConfigError, sentence
-from largebatch.schedules import RULES, Hyper, NoiseRamp, Plan, Rule, Split
+from largebatch.schedules import RULES, Curve, Hyper, NoiseRamp, Plan, Ramp, Rule, Split, Trade
 from largebatch.schedules.scaling import check_options
 from largebatch.train.build import build
 from largebatch.train.lr_find import as_sweep, sweep_plan
@@ -62,21 +62,7 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
             f"engine.nproc={config.engine.nproc} starts its own ranks, but {ranks.launcher} has "
             f"started {ranks.size} already: leave it at 1"
         )
-    plan = make_plan(config)
-    try:
-        data_parallel_size = max(ranks.size, config.engine.nproc)
-        given = config.engine.micro_batch_size
-        micro_batch_size = None if given == "auto" else given  # found on the device
-        plan.check_divisible(data_parallel_size, micro_batch_size)
-        splits = plan.splits(data_parallel_size, micro_batch_size)
-        seam = noise_seam(config.noise.small, data_parallel_size, splits, micro_batch_size)
-        if seam is None and isinstance(plan.ramp, NoiseRamp):
-            raise ConfigError(
-                "the ramp follows the noise scale, which noise.small=null does not measure: use "
-                "noise.small=auto, or a ramp that is planned"
-            )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    plan, seam = checked_plan(config, max(ranks.size, config.engine.nproc))
     folder = Path(settings.runtime.output_dir)
     if config.mode is not None:
         config = as_sweep(config, plan)
@@ -88,7 +74,8 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
     }
     resumption = None
     if config.resume == "auto":
-        resumption = find_resumption(folder, hydra_files["config.yaml"], data_parallel_size)
+        world = max(ranks.size, config.engine.nproc)
+        resumption = find_resumption(folder, hydra_files["config.yaml"], world)
     if resumption is None:
         check_free(folder)
     return Order(
@@ -103,6 +90,29 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
         noise_seam=seam,
         resumption=resumption,
     )
+
+
+def checked_plan(config: TrainConfig, data_parallel_size: int) -> tuple[Plan, str | None]:
+    """The run's plan, and which small gradients its noise scale is measured with.
+
+    Raises:
+        ConfigError: they do not fit each other, or so many ranks.
+    """
+    plan = make_plan(config)
+    try:
+        given = config.engine.micro_batch_size
+        micro_batch_size = None if given == "auto" else given  # found on the device
+        plan.check_divisible(data_parallel_size, micro_batch_size)
+        splits = plan.splits(data_parallel_size, micro_batch_size)
+        seam = noise_seam(config.noise.small, data_parallel_size, splits, micro_batch_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if seam is None and isinstance(plan.ramp, NoiseRamp):
+        raise ConfigError(
+            "the ramp follows the noise scale, which noise.small=null does not measure: use "
+            "noise.small=auto, or a ramp that is planned"
+        )
+    return plan, seam
 
 
 def noise_seam(
@@ -151,8 +161,8 @@ def make_plan(config: TrainConfig) -> Plan:
     optim, scaling = config.optim, config.scaling
     try:
         plan = Plan(
-            ramp=build(config.batch, "batch"),
-            curve=build(config.lr, "lr"),
+            ramp=build(config.batch, "batch", (Ramp, Trade)),
+            curve=build(config.lr, "lr", Curve),
             budget_samples=config.budget.samples,
             base_lr=optim["lr"],
             base_batch=scaling.base_batch,

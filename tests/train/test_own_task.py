@@ -42,9 +42,6 @@ def test_a_task_that_is_none_is_refused_in_a_sentence(
     ("words", "line"),
     [
         (["task._target_=own_tasks.ErrorInLoss"], "cross_entropy(model(batch[0]), batch[7])"),
-            ["task._target_=own_tasks.ErrorInLoss"],
-            "return cross_entropy(model(batch[0]), batch[7])",
-        ),
         (["task._target_=own_tasks.ErrorAtOnce"], "self.files = {}[folder]"),
     ],
 )
