@@ -20,10 +20,11 @@ from largebatch.launch.explain_network import read_network
 from largebatch.launch.explain_ranks import read_reports
 from largebatch.launch.explain_run import ending, read_run
 from largebatch.launch.nic_survey import read_survey
-from largebatch.launch.run_times import HEARTBEAT, read_steps
-from largebatch.train.record import METRICS, SUMMARY
+from largebatch.launch.run_times import read_steps
+from largebatch.records import printable
+from largebatch.records.names import EVENTS, HEARTBEAT, METRICS, SUMMARY, WATCH
 
-SOURCES: Final = (SUMMARY, METRICS, HEARTBEAT, "events.jsonl", "watch", "nic")
+SOURCES: Final = (SUMMARY, METRICS, HEARTBEAT, EVENTS, WATCH, "nic")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,27 +42,34 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(arguments)
     try:
-        causes, looked_at = explain(options.run, options.log, time.time())
+        causes, looked_at, problems = explain(options.run, options.log, time.time())
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     if options.json:
-        print(json.dumps({"looked_at": looked_at, "causes": [asdict(c) for c in causes]}, indent=1))
+        found = {"looked_at": looked_at, "causes": [asdict(cause) for cause in causes]}
+        print(json.dumps(found | {"problems": problems}, indent=1))
         return 0
-    print(ending(options.run, time.time()))
+    print(printable(ending(options.run, time.time())))
     for number, cause in enumerate(causes, 1):
         print(f"\n{number}. {cause}")
     if not causes:
         print("\nNothing unusual found.")
-    print(f"\nLooked at: {', '.join(looked_at)}.")
+    if problems:
+        print("\nDamaged, and left out:")
+        for problem in problems:
+            print(f"   {printable(problem)}")
+    print(f"\nLooked at: {printable(', '.join(looked_at))}.")
     missing = [name for name in SOURCES if name not in looked_at]
     if missing:
         print(f"Not there: {', '.join(missing)}.")
     return 0
 
 
-def explain(run: Path, logs: Sequence[Path], now: float) -> tuple[list[Cause], list[str]]:
-    """The causes, the likeliest first, and the names of what was looked at.
+def explain(
+    run: Path, logs: Sequence[Path], now: float
+) -> tuple[list[Cause], list[str], list[str]]:
+    """The causes, the likeliest first, the names of what was looked at, and what of it is damaged.
 
     Raises:
         ValueError: `run` holds no run, or a log is not there.
@@ -73,9 +81,11 @@ def explain(run: Path, logs: Sequence[Path], now: float) -> tuple[list[Cause], l
             f"{run} holds no run: name the folder that has {METRICS} and {HEARTBEAT}, its "
             "hydra.run.dir"
         )
-    steps = read_steps(run)
-    causes = read_run(run, now)
-    causes += read_reports(run)
-    causes += read_network(run, read_survey(run), steps)
-    causes += read_logs(files)
-    return in_order(causes), looked_at + [str(path) for path in files]
+    problems: list[str] = []
+    steps = read_steps(run, problems)
+    causes = read_run(run, now, problems)
+    causes += read_reports(run, problems)
+    causes += read_network(run, read_survey(run, problems), steps)
+    causes += read_logs(files, problems)
+    looked_at += [str(path) for path in files]
+    return in_order(causes), looked_at, list(dict.fromkeys(problems))

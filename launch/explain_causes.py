@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from largebatch.records import printable
+
 MOST_EVIDENCE: Final = 8
 
 
@@ -31,7 +33,7 @@ class Cause:
         if len(self.evidence) > MOST_EVIDENCE:
             shown.append(f"… {len(self.evidence) - MOST_EVIDENCE} more")
         lines = [self.what, *(f"   seen: {line}" for line in shown), f"   do:   {self.do}"]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def in_order(causes: Iterable[Cause]) -> list[Cause]:

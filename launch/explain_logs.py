@@ -103,16 +103,20 @@ def find_logs(run: Path, given: Sequence[Path]) -> list[Path]:
     return list(found)
 
 
-def read_logs(files: Sequence[Path]) -> list[Cause]:
+def read_logs(files: Sequence[Path], problems: list[str]) -> list[Cause]:
     """A cause for each sentence that is known, from all files together."""
     matches = [Match() for _ in PATTERNS]
     for path in files:
         try:
-            with path.open(encoding="utf-8", errors="replace") as lines:
-                for number, line in enumerate(lines, 1):
-                    _take(matches, line[:LONGEST], f"{path.name}:{number}")
-        except OSError:
-            continue
+            with path.open(encoding="utf-8", errors="replace") as file:
+                number, begins = 1, True
+                while line := file.readline(LONGEST):  # of a longer one the rest is passed by
+                    if begins:
+                        _take(matches, line, f"{path.name}:{number}")
+                    begins = line.endswith("\n")
+                    number += begins
+        except OSError as error:
+            problems.append(f"{path} cannot be read: {error.strerror}")
     return [
         _cause(pattern, match)
         for pattern, match in zip(PATTERNS, matches, strict=True)

@@ -8,14 +8,11 @@ from typing import Final
 from largebatch.launch.explain_causes import Cause
 from largebatch.launch.nic_report import Episode, clock, overlap, unusual
 from largebatch.launch.nic_survey import Survey
-from largebatch.launch.run_times import (
-    HEARTBEAT,
-    SlowSpell,
-    Steps,
-    read_json,
-    slow_spells,
-)
-from largebatch.train.record import METRICS, SUMMARY
+from largebatch.launch.run_times import SlowSpell, Steps, slow_spells
+from largebatch.records import find_fields
+from largebatch.records.heartbeat import find_beat
+from largebatch.records.names import METRICS, SUMMARY
+from largebatch.records.summary import status
 
 BEFORE_THE_END: Final = 120.0  # seconds: what was unusual then may have ended the run
 QUIET_SAMPLES: Final = 5.0
@@ -44,11 +41,10 @@ def read_network(run: Path, survey: Survey | None, steps: Steps | None) -> list[
 
 def _stopped_at(run: Path) -> float | None:
     """When a run that has not come to its end was last heard of; None where it has."""
-    summary, beat = read_json(run / SUMMARY), read_json(run / HEARTBEAT)
-    if summary and summary.get("status") != "failed":
+    summary, beat = find_fields(run / SUMMARY, []), find_beat(run, [])
+    if summary is not None and summary.find("status", status) != "failed":
         return None
-    at = beat.get("time")
-    return float(at) if isinstance(at, (int, float)) else None
+    return None if beat is None else beat.time
 
 
 def _slow(spell: SlowSpell, together: list[Episode], recorded: bool) -> Cause:

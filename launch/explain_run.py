@@ -1,69 +1,109 @@
 """How a run ended, and what it says of that itself: summary, heartbeat, events of the guard."""
 
 import signal
+import socket
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from largebatch.launch.explain_causes import Cause
 from largebatch.launch.nic_report import clock
-from largebatch.launch.run_times import HEARTBEAT, read_json, read_json_lines
-from largebatch.launch.watch_progress import is_gone
-from largebatch.train.record import METRICS, SUMMARY
+from largebatch.launch.watch_processes import is_stopped
+from largebatch.launch.watch_progress import is_gone, process_of
+from largebatch.records import Fields, find_fields, last_fields
+from largebatch.records.fields import moment, number_or_none, positive, text, whole
+from largebatch.records.heartbeat import Beat, find_beat
+from largebatch.records.names import EVENTS, HEARTBEAT, METRICS, SUMMARY
+from largebatch.records.reading import read_lines
+from largebatch.records.summary import status
+from largebatch.records.text import shown
 
-EVENTS: Final = "events.jsonl"
 QUIET_SECONDS: Final = 120.0
 QUIET_STEPS: Final = 20.0
 """A run without a summary is taken for alive for so long after its last heartbeat: seconds, or
 times its seconds a step."""
+LATE_SECONDS: Final = 10.0
+"""A step that takes so long, and `QUIET_STEPS` times the usual, is late."""
+MOST_KEPT: Final = 1000  # events of a kind that are kept as evidence
 
 
 def ending(run: Path, now: float) -> str:
     """One sentence on where the run stands."""
-    summary, beat = read_json(run / SUMMARY), read_json(run / HEARTBEAT)
-    if summary:
-        return (
-            f"{run}: {summary.get('status')} after {summary.get('steps')} steps, "
-            f"{summary.get('samples')} samples, {summary.get('seconds')} s"
-        )
-    if not beat:
+    summary, beat = find_fields(run / SUMMARY, []), find_beat(run, [])
+    if summary is not None:
+        told = [_or_unknown(summary.find(name, whole())) for name in ("steps", "samples")]
+        seconds = _or_unknown(summary.find("seconds", number_or_none))
+        state = summary.find("status", status) or "ended in a way that it does not say"
+        return f"{run}: {state} after {told[0]} steps, {told[1]} samples, {seconds} s"
+    if beat is None:
         return f"{run}: neither a summary nor a heartbeat"
     state = "running" if is_alive(run, beat, now) else "no summary, and no sign of life"
-    return f"{run}: {state}; at step {beat.get('step')} {clock(beat.get('time', 0.0))}"
+    phase = f", in {beat.phase}" if beat.phase else ""
+    return f"{run}: {state}; at step {_or_unknown(beat.step)}{phase}, {_heard(beat, now)}"
 
 
-def is_alive(run: Path, beat: dict[str, Any], now: float) -> bool:
+def _or_unknown(value: float | None) -> str:
+    return "unknown" if value is None else str(value)
+
+
+def _heard(beat: Beat, now: float) -> str:
+    """When a run was last heard of, and how long ago."""
+    if beat.time is None:
+        return "heard of at no known time"
+    return f"heard of {clock(beat.time)}, {_duration(now - beat.time)} ago"
+
+
+def is_alive(run: Path, beat: Beat, now: float) -> bool:
     """Whether it may run still: its last heartbeat is too young to say that it does not."""
     if is_gone(beat):
         return False
-    lines = [line for _, line in read_json_lines(run / METRICS)]
-    each = lines[-1]["seconds"] / lines[-1]["step"] if lines and lines[-1].get("step") else 0.0
-    return bool(now - beat.get("time", 0.0) < max(QUIET_SECONDS, QUIET_STEPS * each))
+    if beat.time is None:
+        return process_of(beat) is not None and beat.host == socket.gethostname()
+    return now - beat.time < max(QUIET_SECONDS, QUIET_STEPS * (_seconds_a_step(run) or 0.0))
 
 
-def read_run(run: Path, now: float) -> list[Cause]:
+def _seconds_a_step(run: Path) -> float | None:
+    """So far, all that is between steps included; None where no step is on record."""
+    last = last_fields(run / METRICS, [])
+    if last is None:
+        return None
+    seconds, step = last.find("seconds", positive), last.find("step", whole(1))
+    return None if seconds is None or step is None else seconds / step
+
+
+def read_run(run: Path, now: float, problems: list[str]) -> list[Cause]:
     """What summary, heartbeat and events tell."""
-    summary, beat = read_json(run / SUMMARY), read_json(run / HEARTBEAT)
-    found = _of_summary(run, summary) if summary else _of_heartbeat(run, beat, now)
-    return found + _of_events(run)
+    summary, beat = find_fields(run / SUMMARY, problems), find_beat(run, problems)
+    found = []
+    if summary is not None:
+        found = _of_summary(run, summary)
+    elif beat is not None:
+        found = _of_life(run, beat, now) if is_alive(run, beat, now) else _of_silence(beat, now)
+    return found + _of_events(run, problems)
 
 
-def _of_summary(run: Path, summary: dict[str, Any]) -> list[Cause]:
-    status, step = summary.get("status"), summary.get("steps")
-    if status == "failed":
+def _of_summary(run: Path, summary: Fields) -> list[Cause]:
+    for name in ("samples", "seconds"):  # are told by `ending`; what is wrong with them is noted
+        summary.find(name, number_or_none)
+    ended, step = summary.find("status", status), _or_unknown(summary.find("steps", whole()))
+    if ended == "failed":
+        error = summary.find("error", text)
         return [
             Cause(
                 90,
-                f"The run failed after step {step}: {summary.get('error')}",
+                f"The run failed after step {step}: {error}",
                 "see the traceback in the job's output; if it names a collective or a peer, "
                 "another rank died first: look for the first of all messages",
-                (f"{SUMMARY}: {summary.get('error')}",),
+                (f"{SUMMARY}: {error}",),
             )
         ]
-    if status == "diverged":
-        return [_divergence(run, step, summary.get("reason"))]
-    if status == "interrupted":
-        number = summary.get("signal")
-        name = "a signal" if number is None else signal.Signals(number).name
+    if ended == "diverged":
+        return [_divergence(run, step, summary.find("reason", text))]
+    if ended == "interrupted":
+        number = summary.find("signal", whole(1))
+        name = "a signal" if number is None else _signal_name(number)
         return [
             Cause(
                 30,
@@ -76,14 +116,28 @@ def _of_summary(run: Path, summary: dict[str, Any]) -> list[Cause]:
     return []
 
 
-def _divergence(run: Path, step: Any, reason: str | None) -> Cause:
-    lines = read_json_lines(run / METRICS)
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # of another system, or none
+        return f"signal {number}"
+
+
+def _divergence(run: Path, step: str, reason: str | None) -> Cause:
+    last: deque[tuple[int, Fields]] = deque(maxlen=4)
+    norms = array("d")
+    for number, line in read_lines(run / METRICS, []):
+        last.append((number, line))
+        norm = line.find("grad_norm", number_or_none)
+        if norm is not None:
+            norms.append(norm)
     evidence = [
-        f"{METRICS}:{number}: step {line.get('step')}, loss {line.get('loss')}, grad_norm "
-        f"{line.get('grad_norm')}, lr {line.get('lr')}"
-        for number, line in lines[-4:]
+        f"{METRICS}:{number}: "
+        + ", ".join(
+            f"{name} {shown(line.values.get(name))}" for name in ("step", "loss", "grad_norm", "lr")
+        )
+        for number, line in last
     ]
-    norms = [line["grad_norm"] for _, line in lines if line.get("grad_norm") is not None]
     grew = ""
     if len(norms) > 8:
         usual = sorted(norms[: -len(norms) // 8 or None])[len(norms) // 2]
@@ -101,25 +155,50 @@ def _divergence(run: Path, step: Any, reason: str | None) -> Cause:
     )
 
 
-def _of_heartbeat(run: Path, beat: dict[str, Any], now: float) -> list[Cause]:
-    if not beat or is_alive(run, beat, now):
-        return []
-    at, host = beat.get("time", 0.0), beat.get("host")
-    evidence = (f"{HEARTBEAT}: {clock(at)}, {_duration(now - at)} before now",)
-    if beat.get("state") == "failed":
+def _of_life(run: Path, beat: Beat, now: float) -> list[Cause]:
+    """Of a run that may go on: a rank that is stopped, a step that does not come."""
+    process, usual = process_of(beat), _seconds_a_step(run)
+    if process is not None and beat.host == socket.gethostname() and is_stopped(process):
         return [
             Cause(
-                70, f"Rank 0, on {host}, ended by an exception at step {beat.get('step')}.",
+                80,
+                f"Rank 0 is stopped (SIGSTOP, or Ctrl-Z), {_heard(beat, now)}: all wait for it.",
+                f"kill -CONT {process.pid}", (f"process {process.pid} on {beat.host}",),
+            )
+        ]  # fmt: skip
+    late = 0.0 if beat.time is None else now - beat.time
+    if beat.state != "stepping" or beat.phase or usual is None:
+        return []
+    if late < max(LATE_SECONDS, QUIET_STEPS * usual):
+        return []
+    return [
+        Cause(
+            45,
+            f"No step for {_duration(late)} after step {_or_unknown(beat.step)}, where one takes "
+            f"{usual:.3g} s: a rank is stopped, hangs, or waits for data.",
+            "largebatch watch RUN --now asks every rank where it is",
+            (f"{HEARTBEAT}: {_heard(beat, now)}",),
+        )
+    ]  # fmt: skip
+
+
+def _of_silence(beat: Beat, now: float) -> list[Cause]:
+    heard, step = _heard(beat, now), _or_unknown(beat.step)
+    evidence = (f"{HEARTBEAT}: {heard}",)
+    if beat.state == "failed":
+        return [
+            Cause(
+                70, f"Rank 0, on {beat.host}, ended by an exception at step {step}.",
                 "see the traceback in the job's output", evidence,
             )
         ]  # fmt: skip
-    if beat.get("state") == "starting":
-        what = f"The run never made a step: started by {host}, it stood still or was killed."
+    if beat.state == "starting":
+        what = f"The run never made a step: started by {beat.host}, it stood still or was killed."
         do = "largebatch doctor --preflight on the same nodes checks every collective by value"
     else:
-        phase = f", in {beat['phase']}" if beat.get("phase") else ""
+        phase = f", in {beat.phase}" if beat.phase else ""
         what = (
-            f"The run stopped without a word at step {beat.get('step')}{phase}, {clock(at)}: it "
+            f"The run stopped without a word at step {step}{phase}, {heard}: it "
             "was killed, its node died, or it stands still in a collective."
         )
         do = (
@@ -129,11 +208,31 @@ def _of_heartbeat(run: Path, beat: dict[str, Any], now: float) -> list[Cause]:
     return [Cause(70, what, do, evidence)]
 
 
-def _of_events(run: Path) -> list[Cause]:
-    by_kind: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for number, event in read_json_lines(run / EVENTS):
-        by_kind.setdefault(str(event.get("kind")), []).append((number, event))
-    return [_of_kind(kind, events) for kind, events in by_kind.items()]
+@dataclass
+class Kind:
+    """The events of one kind: how many, the steps of the first and the last, the last reason."""
+
+    count: int = 0
+    first: int | None = None
+    last: int | None = None
+    reason: str | None = None
+    evidence: list[str] = field(default_factory=list)
+
+
+def _of_events(run: Path, problems: list[str]) -> list[Cause]:
+    by_kind: dict[str, Kind] = {}
+    for number, event in read_lines(run / EVENTS, problems):
+        kind = by_kind.setdefault(event.find("kind", text) or "unknown", Kind())
+        step, kind.reason = event.find("step", whole()), event.find("reason", text)
+        kind.first, kind.last = kind.first if kind.count else step, step
+        kind.count += 1
+        if kind.count <= MOST_KEPT:
+            at = event.find("time", moment)
+            when = "no time" if at is None else clock(at)
+            kind.evidence.append(
+                f"{EVENTS}:{number}: {when}, step {_or_unknown(step)}: {kind.reason}"
+            )
+    return [_of_kind(name, kind) for name, kind in by_kind.items()]
 
 
 MEANINGS: Final = {
@@ -157,26 +256,19 @@ MEANINGS: Final = {
 }  # fmt: skip
 
 
-def _of_kind(kind: str, events: list[tuple[int, dict[str, Any]]]) -> Cause:
-    weight, what, do = MEANINGS.get(kind, (20, f"An event of kind {kind}", "see its reason"))
-    first, last = events[0][1], events[-1][1]
-    times = f"{len(events)} times, " if len(events) > 1 else ""
-    steps = f"at step {first.get('step')}"
-    if len(events) > 1:
-        steps = f"from step {first.get('step')} to {last.get('step')}"
-    evidence = tuple(
-        f"{EVENTS}:{number}: {_when(event)}, step {event.get('step')}: {event.get('reason')}"
-        for number, event in events
-    )
-    return Cause(weight, f"{what}, {times}{steps}: {last.get('reason')}.", do, evidence)
-
-
-def _when(event: dict[str, Any]) -> str:
-    return clock(event["time"]) if isinstance(event.get("time"), (int, float)) else "no time"
+def _of_kind(name: str, kind: Kind) -> Cause:
+    weight, what, do = MEANINGS.get(name, (20, f"An event of kind {name}", "see its reason"))
+    times = f"{kind.count} times, " if kind.count > 1 else ""
+    steps = f"at step {_or_unknown(kind.first)}"
+    if kind.count > 1:
+        steps = f"from step {_or_unknown(kind.first)} to {_or_unknown(kind.last)}"
+    more = [f"{EVENTS}: {kind.count - MOST_KEPT} more"] * (kind.count > MOST_KEPT)
+    evidence = (*kind.evidence, *more)
+    return Cause(weight, f"{what}, {times}{steps}: {kind.reason}.", do, evidence)
 
 
 def _duration(seconds: float) -> str:
     for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 3 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{max(seconds, 0.0):.0f} s"  # clocks of two machines differ

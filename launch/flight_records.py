@@ -4,8 +4,7 @@ From the answers of `train/stacks.py`, or the pickles that torch writes by itsel
 (TORCH_FR_DUMP_TEMP_FILE). Imports no torch.
 """
 
-import json
-import pickle
+import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from largebatch.records import Fields, RecordError, printable, read_fields
+from largebatch.records.fields import list_of, mapping, must_be, text, whole
+from largebatch.records.names import MOST_RANKS
+from largebatch.records.reading import parsed, read_bytes
 from largebatch.train.unpickling import AllowListUnpickler
 
 
@@ -66,30 +69,65 @@ class Record:
     waits_p2p: list[str] = field(default_factory=list)
 
 
-def record_of(dump: Mapping[str, Any], rank: int) -> Record:
-    """A rank's answer, or torch's own dump, as a `Record`."""
-    entries = dump["collectives"] if "collectives" in dump else dump.get("entries", [])
+def record_of(held: Mapping[str, Any], rank: int, where: str | None = None) -> Record:
+    """A rank's answer, or torch's own dump, as a `Record`.
+
+    Args:
+        where: the file that it is from.
+
+    Raises:
+        RecordError: it is neither.
+    """
+    dump = Fields(held, where or f"rank {rank}")
     calls: dict[Group, Calls] = {}
     waits_p2p = []
+    entries = [*dump.each("collectives" if "collectives" in dump else "entries")]
     for entry in entries:
-        backend, _, op = entry["profiling_name"].partition(":")
-        name, about = entry["process_group"]
-        group = Group(str(name), str(about), backend)
-        done = bool(entry["retired"]) or entry["state"] == "completed"
-        if entry["is_p2p"]:
+        backend, _, op = entry.take("profiling_name", text).partition(":")
+        name, about = entry.take("process_group", _pair)
+        group = Group(name, about, backend)
+        done = bool(entry.values.get("retired")) or entry.values.get("state") == "completed"
+        if entry.values.get("is_p2p"):
             waits_p2p += [] if done else [f"{op} of {group}"]
             continue
-        sizes = tuple(tuple(size) for size in entry["input_sizes"])
-        calls.setdefault(group, {})[entry["collective_seq_id"]] = _call(op, sizes, done)
-    is_whole = dump.get("is_whole", any(entry.get("record_id") == 0 for entry in entries))
+        sizes = entry.take("input_sizes", _sizes)
+        number = entry.take("collective_seq_id", whole())
+        calls.setdefault(group, {})[number] = _call(op, sizes, done)
+    whole_record = any(entry.values.get("record_id") == 0 for entry in entries)
+    if dump.problems:
+        raise RecordError(dump.problems[0])
+    is_whole = bool(dump.values.get("is_whole", whole_record))
     return Record(rank, calls, dict(_members(dump)), is_whole, waits_p2p)
 
 
-def _members(dump: Mapping[str, Any]) -> Iterable[tuple[str, Sequence[int]]]:
-    for name, said in dump.get("groups", {}).items():
-        yield name, range(*said["range"]) if "range" in said else said["ranks"]
-    for name, said in dump.get("pg_config", {}).items():  # torch's; "[]" with gloo
-        yield name, json.loads(said.get("ranks") or "[]")
+def _pair(value: Any) -> tuple[str, str]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise must_be("a name and what it is for", value)
+    return printable(value[0]), printable(value[1])
+
+
+def _sizes(value: Any) -> tuple[tuple[int, ...], ...]:
+    rows: list[tuple[int, ...]] = []
+    for row in value if isinstance(value, list | tuple) else [None]:
+        if not isinstance(row, list | tuple) or any(type(size) is not int for size in row):
+            raise must_be("lists of whole numbers", value)
+        rows.append(tuple(row))
+    return tuple(rows)
+
+
+def _members(dump: Fields) -> Iterable[tuple[str, Sequence[int]]]:
+    for name in dump.find_inside("groups"):
+        said = dump.find_inside("groups").inside(name)
+        key = "range" if "range" in said else "ranks"
+        ranks = said.take(key, list_of(whole(0, MOST_RANKS)))
+        if key == "range" and (len(ranks) != 3 or ranks[2] == 0):
+            raise RecordError(f"{said.where}: range must be a start, a stop and a step")
+        yield printable(name), range(*ranks) if key == "range" else ranks
+    for name in dump.find_inside("pg_config"):  # torch's; "[]" with gloo
+        told = dump.find_inside("pg_config").inside(name)
+        listed = told.find("ranks", text) or "[]"
+        held = Fields({"ranks": parsed(listed, told.where)}, told.where)
+        yield printable(name), held.take("ranks", list_of(whole(0, MOST_RANKS)))
 
 
 def read(path: Path) -> Record:
@@ -103,10 +141,11 @@ def read(path: Path) -> Record:
         raise ValueError(f"{path}: its name must end in the number of a rank")
     try:
         if path.suffix == ".json":
-            dump = json.loads(path.read_text(encoding="utf-8"))
+            held: Any = read_fields(path).values
         else:
-            with path.open("rb") as file:
-                dump = AllowListUnpickler(file).load()
-        return record_of(dump, int(digits[1]))
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
+            held = AllowListUnpickler(io.BytesIO(read_bytes(path))).load()
+        return record_of(mapping(held), int(digits[1]), printable(path))
+    except RecordError:
+        raise
+    except Exception as error:  # a pickle may end in any, and so may what it holds
         raise ValueError(f"{path} holds no flight record: {error!r}") from error

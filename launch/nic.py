@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from largebatch.launch.nic_counters import IMPORTANT, list_counters
+from largebatch.records import printable
 
 FOLDER = "nic"
 """Of a run's folder, where its records are."""
@@ -125,15 +126,17 @@ def report(options: argparse.Namespace) -> int:
     folder: Path = options.folder
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: name a run's, or one of nic-NODE.jsonl files")
-    survey = read_survey(folder)
+    problems: list[str] = []
+    survey, steps = read_survey(folder, problems), read_steps(folder, problems)
+    for problem in problems:
+        print(f"largebatch nic: {printable(problem)}", file=sys.stderr)
     if survey is None:
         raise ValueError(
             f"{folder} holds no nic-NODE.jsonl, nor does {folder / FOLDER}: record them during the "
             f"run, with largebatch nic record --out {folder / FOLDER}"
         )
-    steps = read_steps(folder)
     for line in told(survey, steps):
-        print(line)
+        print(printable(line))
     out = options.out or folder / "nic.png"
     nic_figure(survey, steps).savefig(out, dpi=150)
     print(f"picture: {out}")

@@ -25,6 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from largebatch.launch.nic_counters import parse
+from largebatch.records import RecordError, printable
+from largebatch.records.fields import list_of, moment, text
+from largebatch.records.reading import MOST_LINE_BYTES, open_file
+from largebatch.records.text import shown
 
 FORMAT: Final = 1
 MOST_BYTES: Final = 64  # of a counter's text
@@ -135,6 +139,9 @@ def _ends_in_half_a_line(file: int) -> bool:
 
 # ---- reading
 
+MOST_CELLS: Final = 500_000_000
+"""Samples times counters of a node that can have been recorded: 4 GB."""
+
 
 @dataclass(frozen=True)
 class NodeRecord:
@@ -159,18 +166,23 @@ class NodeRecord:
 
 
 def read_record(path: Path) -> NodeRecord:
-    """Raises ValueError where the file holds no record."""
-    reader = _Reader()
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for text in lines:
-            reader.take(text)
+    """Read the record of a node; a line that is none of one counts as lost.
+
+    Raises:
+        RecordError: the file holds no record.
+    """
+    reader = _Reader(printable(path))
+    with open_file(path) as file:
+        while line := file.readline(MOST_LINE_BYTES):
+            reader.take(line)
     if reader.node is None:
-        raise ValueError(f"{path} holds no record of `largebatch nic record`")
+        raise RecordError(f"{reader.where} holds no record of `largebatch nic record`")
     return reader.record()
 
 
 class _Reader:
-    def __init__(self) -> None:
+    def __init__(self, where: str) -> None:
+        self.where = where
         self.node: str | None = None
         self._columns: dict[str, int] = {}
         """Of the table, by the counters' names: recorders of one file may know different ones."""
@@ -183,33 +195,34 @@ class _Reader:
         self._moved: list[tuple[NDArray[np.intp], NDArray[np.float64]]] = []
         self._resets = self._lost = 0
 
-    def take(self, text: str) -> None:
+    def take(self, text: bytes) -> None:
         try:
             line = json.loads(text)
-            if not isinstance(line, dict):
-                raise ValueError("no line of a record")
-        except ValueError:
+            if "nic" in line:
+                self._begin(line)
+            elif self.node is not None:
+                self._sample(line)
+        except RecordError:
+            raise
+        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
             self._lost += 1
             self._time = None  # what came since cannot be laid on an interval
-            return
-        if "nic" in line:
-            self._begin(line)
-        elif self.node is not None:
-            self._sample(line)
 
     def _begin(self, line: Mapping[str, Any]) -> None:
         if line["nic"] != FORMAT:
-            raise ValueError(
-                f"a record in format {line['nic']}, this version reads {FORMAT}: report it with "
-                "the version of largebatch that has recorded it"
+            raise RecordError(
+                f"{self.where} is a record in format {shown(line['nic'])}, this version reads "
+                f"{FORMAT}: report it with the version of largebatch that has recorded it"
             )
-        self.node, self._time = line["node"], None
+        node, names = text(line["node"]), list_of(text)(line["names"])
+        self.node, self._time = node, None
         columns = self._columns
-        self._own = np.array([columns.setdefault(n, len(columns)) for n in line["names"]], np.intp)
+        self._own = np.array([columns.setdefault(n, len(columns)) for n in names], np.intp)
         self._values = np.zeros(len(self._own), dtype=np.uint64)
         self._known = np.zeros(len(self._own), dtype=bool)
 
     def _sample(self, line: Mapping[str, Any]) -> None:
+        now = moment(line["t"])
         if "v" in line:
             self._known = np.array([value is not None for value in line["v"]])
             self._values = np.array([value or 0 for value in line["v"]], dtype=np.uint64)
@@ -225,11 +238,12 @@ class _Reader:
         self._values[back], self._known[back] = _modulo(values), True
         self._known[np.array(line.get("x", []), dtype=np.intp)] = False
         # A clock that was set back says nothing of how long it took.
-        if self._time is not None and line["t"] > self._time:
-            self._times.append(line["t"])
-            self._lengths.append(line["t"] - self._time)
-            self._moved.append((self._own[places], distance))
-        self._time = line["t"]
+        if self._time is not None and now > self._time:
+            moved_columns = self._own[places]
+            self._times.append(now)
+            self._lengths.append(now - self._time)
+            self._moved.append((moved_columns, distance))
+        self._time = now
 
     def _over(self, value: int, difference: int) -> int:
         """How far a counter went that fell from `value`: over its end, or from 0 again."""
@@ -248,6 +262,8 @@ class _Reader:
             seen[columns] = True
         shown = np.flatnonzero(seen)
         place = np.cumsum(seen) - 1
+        if len(self._times) * len(shown) > MOST_CELLS:
+            raise RecordError(f"{self.where} has over {MOST_CELLS:,} samples of counters")
         table = np.zeros((len(self._times), len(shown)))
         for row, (columns, distance) in enumerate(self._moved):
             table[row, place[columns]] = distance
@@ -258,6 +274,8 @@ class _Reader:
 
 def _halves(flat: Sequence[int]) -> tuple[NDArray[np.intp], Sequence[int]]:
     """Places, and the numbers beside them."""
+    if any(type(value) is not int for value in flat) or any(place < 0 for place in flat[::2]):
+        raise ValueError("no places and numbers")
     return np.array(flat[::2], dtype=np.intp), flat[1::2]
 
 

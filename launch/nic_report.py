@@ -27,6 +27,7 @@ from largebatch.launch.robust import (
     spread,
 )
 from largebatch.launch.run_times import SlowSpell, Steps, slow_spells
+from largebatch.records.fields import LAST_MOMENT
 
 FEWEST_NODES: Final = 4  # to compare one with the others
 MOST_NAMED: Final = 6
@@ -216,4 +217,6 @@ def overlap(episode: Episode, spell: SlowSpell) -> bool:
 
 def clock(seconds: float) -> str:
     """Local time of day, with its date."""
+    if not 0 <= seconds < LAST_MOMENT:
+        return "at no date"
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -23,6 +23,9 @@ import numpy as np
 from largebatch.launch.nic_kinds import KINDS, Kind
 from largebatch.launch.nic_record import NodeRecord, read_record
 from largebatch.launch.robust import Series
+from largebatch.records import RecordError
+from largebatch.records.fields import moment
+from largebatch.records.reading import MOST_LINE_BYTES, open_file
 
 MOST_BINS: Final = 240
 TAIL_BYTES: Final = 2**20  # longer than a line with every counter of eight interfaces
@@ -85,21 +88,34 @@ class Survey:
     lost_lines: int
 
 
-def read_survey(folder: Path) -> Survey | None:
-    """Of a run's folder, or of a folder of records; None where no node has two samples.
-
-    Raises:
-        ValueError: a file is no record.
+def read_survey(folder: Path, problems: list[str]) -> Survey | None:
+    """Of a run's folder, or of a folder of records; None where no node has two samples. A file
+    that is no record is noted, and lines that are lost.
     """
     own = folder / "nic"
     paths = sorted((own if own.is_dir() else folder).glob("nic-*.jsonl"))
-    spans = [span for path in paths if (span := read_span(path)) is not None]
+    spans = []
+    for path in paths:
+        try:
+            span = read_span(path)
+        except (OSError, RecordError) as error:
+            problems.append(str(error))
+            continue
+        spans += [] if span is None else [span]
     if not spans:
         return None
-    return survey(_all_rows(paths, borders_of(spans)), borders_of(spans))
+    borders, held = borders_of(spans), []
+    for path, rows in zip(paths, _all_rows(paths, borders), strict=True):
+        if isinstance(rows, str):
+            problems.append(rows)
+        elif rows is not None:
+            held.append(rows)
+            if rows.lost_lines:
+                problems.append(f"{path}: {rows.lost_lines} line(s) hold no sample")
+    return survey(held, borders) if held else None
 
 
-def _all_rows(paths: Sequence[Path], borders: Series) -> Iterator[NodeRows | None]:
+def _all_rows(paths: Sequence[Path], borders: Series) -> Iterator[NodeRows | str | None]:
     """Of every file, in their order; of many, by all cores."""
     read = partial(_rows_in, borders=borders)
     if len(paths) < MANY:
@@ -114,8 +130,12 @@ def _all_rows(paths: Sequence[Path], borders: Series) -> Iterator[NodeRows | Non
             yield rows
 
 
-def _rows_in(path: Path, borders: Series) -> NodeRows | None:
-    return rows_of(read_record(path), borders)
+def _rows_in(path: Path, borders: Series) -> NodeRows | str | None:
+    """What is wrong with it, where it is no record."""
+    try:
+        return rows_of(read_record(path), borders)
+    except (OSError, RecordError) as error:
+        return str(error)
 
 
 def read_span(path: Path) -> tuple[float, float, float] | None:
@@ -123,8 +143,8 @@ def read_span(path: Path) -> tuple[float, float, float] | None:
     None where it has no two samples.
     """
     first: list[float] = []
-    with path.open("rb") as file:
-        for text in file:
+    with open_file(path) as file:
+        while text := file.readline(MOST_LINE_BYTES):
             first += _time_of(text)
             if len(first) == FIRST_SAMPLES:
                 break
@@ -141,9 +161,9 @@ def _time_of(text: bytes) -> list[float]:
     """The time of a sample; nothing for other lines, and for half of one."""
     try:
         line = json.loads(text)
-    except ValueError:
+        return [moment(line["t"])] if isinstance(line, dict) and "t" in line else []
+    except (RecursionError, ValueError):
         return []
-    return [float(line["t"])] if isinstance(line, dict) and "t" in line else []
 
 
 def span_of(record: NodeRecord) -> tuple[float, float, float]:

@@ -1,18 +1,19 @@
 """How long the steps of a run took, and when they were made, from its folder."""
 
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from largebatch.launch.robust import Series, raised, spells
-from largebatch.train.record import METRICS
+from largebatch.records.columns import read_columns
+from largebatch.records.fields import within
+from largebatch.records.heartbeat import find_beat
+from largebatch.records.names import METRICS
 
-HEARTBEAT: Final = "heartbeat.json"
 WARM_UP: Final = 5  # steps at the beginning of a run, where things are compiled and filled
 LEAST_SLOWER: Final = 0.3  # of the usual time of a step
 LEAST_LOST_SECONDS: Final = 1.0
@@ -52,72 +53,52 @@ class SlowSpell:
     end: float
 
 
-def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(number of the line, what it holds), without lines that are not whole."""
-    found = []
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for number, text in enumerate(file, 1):
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    continue
-                if isinstance(line, dict):
-                    found.append((number, line))
-    except OSError:
-        return []
-    return found
+_COUNT: Final = within(0, 2**53)
+_FIELDS: Final = {
+    "step": _COUNT,
+    "seconds": within(0, 1e11),
+    "samples": _COUNT,
+    "global_batch_size": within(1, 2**53),
+    "samples_per_second": within(0, 1e18),
+}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What a file holds; nothing where there is none, or half of one."""
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return held if isinstance(held, dict) else {}
-
-
-def read_steps(folder: Path) -> Steps | None:
+def read_steps(folder: Path, problems: list[str]) -> Steps | None:
     """None where the folder holds no record of two steps or more."""
-    lines = [line for _, line in read_json_lines(folder / METRICS)]
-    lines = [
-        line
-        for line in lines
-        if all(isinstance(line.get(name), (int, float)) for name in ("step", "seconds"))
-    ]
-    if len(lines) < 2:
+    columns = read_columns(folder / METRICS, _FIELDS.get, problems)
+    if not {"step", "seconds"} <= columns.keys():
         return None
-    numbers = np.array([float(line["step"]) for line in lines])
-    since = np.array([float(line["seconds"]) for line in lines])
-    work = np.array([float(line.get("global_batch_size", 1)) for line in lines])
-    rates = np.array([float(line.get("samples_per_second") or np.nan) for line in lines])
+    rows = len(columns["step"])
+    read = {key: np.array(columns.get(key, [np.nan] * rows)) for key in _FIELDS}
+    known = np.isfinite(read["step"]) & np.isfinite(read["seconds"])
+    if np.count_nonzero(known) < 2:
+        return None
+    numbers, since, samples, work, rates = (read[key][known] for key in _FIELDS)
+    work = np.where(np.isnan(work), 1.0, work)
+    rates = np.where(rates > 0, rates, np.nan)
     made = np.diff(numbers, prepend=0.0)
     between = np.diff(since, prepend=0.0) / np.maximum(made, 1.0)
     seconds = np.where(np.isnan(rates), between, work / rates)
-    times, anchor = _times(folder, lines, numbers, since)
+    times, anchor = _times(folder, samples, numbers, since)
     return Steps(numbers, seconds, work, times, anchor)
 
 
-def _times(
-    folder: Path, lines: list[dict[str, Any]], numbers: Series, since: Series
-) -> tuple[Series, str]:
-    beat = read_json(folder / HEARTBEAT)
-    if "time" in beat and "step" in beat:
-        at = int(np.searchsorted(numbers, beat["step"], side="right")) - 1
-        begun, anchor = beat["time"] - since[max(at, 0)], "the heartbeat, to a few seconds"
+def _times(folder: Path, samples: Series, numbers: Series, since: Series) -> tuple[Series, str]:
+    beat = find_beat(folder, [])
+    if beat is not None and beat.time is not None and beat.step is not None:
+        at = int(np.searchsorted(numbers, beat.step, side="right")) - 1
+        begun, anchor = beat.time - since[max(at, 0)], "the heartbeat, to a few seconds"
     else:
         written = os.stat(folder / METRICS).st_mtime
         begun, anchor = written - since[-1], f"when {METRICS} was last written, roughly"
     times = begun + since
     # A resumed run's seconds go on, the clock did not stop in between.
     resumed = max(
-        (int(found[1]) for path in (folder / ".hydra").glob("resumed-*")
-         if (found := re.match(r"resumed-(\d+)", path.name))),
-        default=0,
+        (float(found[1]) for path in (folder / ".hydra").glob("resumed-*")
+         if (found := re.match(r"resumed-([0-9]{1,18})-", path.name))),
+        default=0.0,
     )  # fmt: skip
-    samples = np.array([float(line.get("samples", np.inf)) for line in lines])
-    times[samples <= resumed] = np.nan
+    times[np.where(np.isnan(samples), np.inf, samples) <= resumed] = np.nan
     return times, anchor
 
 

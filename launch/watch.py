@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Final
 
 from largebatch.conf.errors import ConfigError
-from largebatch.launch.watch_processes import Job, Process, descendants, kill, running
-from largebatch.launch.watch_progress import Progress, has_ended, has_runs_below, heartbeat, is_gone
+from largebatch.launch.watch_processes import Job, descendants, kill, running
+from largebatch.launch.watch_progress import Progress, has_runs_below, is_gone, process_of
 from largebatch.launch.watch_ranks import ask, dismiss
 from largebatch.launch.watch_report import report
+from largebatch.records import RecordError, printable
+from largebatch.records.heartbeat import Beat, find_beat
+from largebatch.records.summary import has_ended
 
 REFUSED: Final = 2
 INTERRUPTED: Final = 130
@@ -54,8 +57,12 @@ def main(arguments: list[str]) -> int:
         return _refuse("--restarts needs the command to start again, after --")
     if command:
         return supervise(run, command, options)
-    if heartbeat(run) is None:
-        return _refuse(f"{run} holds no heartbeat: no run has begun there, or it is another folder")
+    problems: list[str] = []
+    if find_beat(run, problems) is None:
+        return _refuse(
+            "; ".join(problems)
+            or f"{run} holds no heartbeat: no run has begun there, or it is another folder"
+        )
     try:
         return inquire(run, options) if options.now else observe(run, options)
     except KeyboardInterrupt:
@@ -137,15 +144,23 @@ def supervise(run: Path, command: list[str], options: argparse.Namespace) -> int
         if stay:
             _say(f"processes {stay} cannot be killed: they wait for a device; restart elsewhere")
             return code
-        if code in FINAL_CODES or job.signal is not None or has_ended(run) or not left:
+        if code in FINAL_CODES or job.signal is not None or _has_ended(run) or not left:
             return code
         _say(f"starting again after exit code {code}; {left - 1} restarts left")
     raise AssertionError("the last round returns")
 
 
+def _has_ended(run: Path) -> bool:
+    try:
+        return has_ended(run)
+    except RecordError as error:
+        _say(f"{error}: taken for a run that has not ended")
+        return False
+
+
 def _attempt(run: Path, job: Job, options: argparse.Namespace) -> int:
     """Wait for the command, or end it where it stands still."""
-    progress = Progress(run, stale=heartbeat(run))
+    progress = Progress(run, stale=find_beat(run, []))
     while (code := job.exit_code(_pause(options))) is None:
         progress.look()
         if not _stands_still(progress, options):
@@ -179,10 +194,12 @@ def _is_reported(run: Path, progress: Progress, options: argparse.Namespace) -> 
     beat, reason = progress.beat, f"{run} stands still: {progress}"
     _say(f"{reason}; asking its ranks")
     try:
-        folder = ask(run, None if beat is None else beat["world_size"], options.wait)
+        folder = ask(run, None if beat is None else beat.world_size, options.wait)
         _say(f"{report(folder, reason, beat)}\n({folder / 'report.txt'})")
-    except (OSError, ValueError, KeyError, TypeError) as error:  # such as a full disk
+    except OSError as error:  # such as a full disk
         _say(f"its ranks cannot be asked: {error!r}")
+    for problem in progress.problems:
+        _say(problem)
     progress.look()
     if _stands_still(progress, options):
         return True
@@ -194,31 +211,35 @@ def observe(run: Path, options: argparse.Namespace) -> int:
     """Watch a run that others have started; returns the exit code."""
     progress = Progress(run)
     progress.look()
+    for problem in progress.problems:
+        _say(problem)
     while True:
         beat = progress.beat
-        assert beat is not None
-        first, gone = Process(beat["pid"], beat["pid_started"]), is_gone(beat)
+        if beat is None:  # it was there a moment ago
+            return _refuse(f"{run} holds no heartbeat that can be read")
+        gone = is_gone(beat)
         progress.look()  # its last word may have come since
         if progress.has_ended:
-            _say(f"{run} has ended, at step {beat['step']}")
+            _say(f"{run} has ended, at step {beat.step}")
             return 0
         if gone and progress.beat == beat:
-            _say(f"{run}: its process {first.pid} is gone, and has not ended the run")
+            _say(f"{run}: its process {beat.pid} is gone, and has not ended the run")
             return 1
         if _stands_still(progress, options) and _is_reported(run, progress, options):
-            _end_from_outside(run, first, beat["host"], options)
+            _end_from_outside(run, beat, options)
             return STOOD_STILL
         time.sleep(_pause(options))
 
 
-def _end_from_outside(run: Path, first: Process, host: str, options: argparse.Namespace) -> None:
+def _end_from_outside(run: Path, beat: Beat, options: argparse.Namespace) -> None:
     """End a run's ranks, where that is asked for: they leave by themselves if they can, and rank 0
     is killed where it is on this machine. Its launcher ends what is left.
     """
+    first = process_of(beat)
     if not options.end:
-        _say(f"to end it: --end, or kill process {first.pid} on {host}, or qdel, scancel")
+        _say(f"to end it: --end, or kill process {beat.pid} on {beat.host}, or qdel, scancel")
         return
-    here = host == socket.gethostname()
+    here = first is not None and beat.host == socket.gethostname()
 
     def wait() -> None:
         until = time.monotonic() + options.grace
@@ -227,10 +248,12 @@ def _end_from_outside(run: Path, first: Process, host: str, options: argparse.Na
 
     _say(f"telling its ranks to leave, for {options.grace:g} s")
     dismiss(run, wait)
-    if here:
+    if here and first is not None:
         kill({first} | descendants(first.pid))
     else:
-        _say(f"should some have stayed: rank 0 was process {first.pid} on {host}; qdel, scancel")
+        _say(
+            f"should some have stayed: rank 0 was process {beat.pid} on {beat.host}; qdel, scancel"
+        )
 
 
 def inquire(run: Path, options: argparse.Namespace) -> int:
@@ -238,17 +261,21 @@ def inquire(run: Path, options: argparse.Namespace) -> int:
     progress = Progress(run)
     progress.look()
     beat = progress.beat
-    assert beat is not None
+    for problem in progress.problems:
+        _say(problem)
+    if beat is None:  # it was there a moment ago
+        return _refuse(f"{run} holds no heartbeat that can be read")
     if progress.has_ended:
-        _say(f"{run} has ended, at step {beat['step']}")
+        _say(f"{run} has ended, at step {beat.step}")
         return 0
-    folder = ask(run, beat["world_size"], options.wait)
-    print(report(folder, f"{run}: step {beat['step']} ({beat['samples']} samples)", beat))
+    folder = ask(run, beat.world_size, options.wait)
+    print(report(folder, f"{run}: step {beat.step} ({beat.samples} samples)", beat))
     return 0
 
 
 def _say(text: str) -> None:
-    print(f"largebatch watch: {text}", file=sys.stderr, flush=True)
+    lines = "\n".join(map(printable, text.split("\n")))
+    print(f"largebatch watch: {lines}", file=sys.stderr, flush=True)
 
 
 def _refuse(text: str) -> int:

@@ -126,6 +126,12 @@ class Job:
         return True
 
 
+def is_stopped(process: Process) -> bool:
+    """Whether a process of this machine is stopped, by SIGSTOP or a debugger."""
+    fields = _stat(process.pid)
+    return fields is not None and int(fields[19]) == process.started and fields[0] in "Tt"
+
+
 def kill(processes: Iterable[Process]) -> None:
     """SIGKILL to those that still are who they were."""
     still = running()
@@ -154,15 +160,20 @@ def running() -> dict[Process, int]:
     """The processes of this machine that are no zombies, with their parents."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = (folder / "stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:  # gone meanwhile
-            continue
-        # The second field, a name in parentheses, may hold anything.
-        state, parent, *fields = stat.rpartition(")")[2].split()
-        if state not in "ZX":
-            found[Process(int(folder.name), int(fields[17]))] = int(parent)
+        fields = _stat(int(folder.name))
+        if fields is not None and fields[0] not in "ZX":
+            found[Process(int(folder.name), int(fields[19]))] = int(fields[1])
     return found
+
+
+def _stat(pid: int) -> list[str] | None:
+    """A process's state, parent, …: the fields after its name; None where it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # The second field, a name in parentheses, may hold anything.
+    return stat.rpartition(")")[2].split()
 
 
 def _adopt_orphans() -> None:

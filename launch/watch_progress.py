@@ -1,44 +1,27 @@
 """Whether a run makes progress, by the heartbeat in its folder and this machine's clock alone."""
 
-import json
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from largebatch.launch.watch_processes import Process, running
-from largebatch.train.record import SUMMARY, UNFINISHED
-
-HEARTBEAT: Final = "heartbeat.json"
-"""Written by `train/heartbeat.py`, which says what is in it."""
-
-Beat = dict[str, Any]
+from largebatch.records.heartbeat import Beat, find_beat
+from largebatch.records.names import HEARTBEAT
 
 
-def heartbeat(run: Path) -> Beat | None:
-    """The last heartbeat of a run; None where there is none."""
-    try:
-        beat: Beat = json.loads((run / HEARTBEAT).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+def process_of(beat: Beat) -> Process | None:
+    """The process of a heartbeat, where it says which."""
+    if beat.pid is None or beat.pid_started is None:
         return None
-    return beat
+    return Process(beat.pid, beat.pid_started)
 
 
 def is_gone(beat: Beat) -> bool:
     """Whether the process of a heartbeat was one of this machine, and runs no more."""
-    if beat.get("host") != socket.gethostname() or beat.get("pid_started") is None:
-        return False
-    return Process(beat["pid"], beat["pid_started"]) not in running()
-
-
-def has_ended(run: Path) -> bool:
-    """Whether the run has come to an end that nothing is to be added to."""
-    try:
-        summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return False
-    return summary["status"] not in UNFINISHED
+    process = process_of(beat)
+    return process is not None and beat.host == socket.gethostname() and process not in running()
 
 
 def has_runs_below(run: Path) -> bool:
@@ -54,23 +37,27 @@ class Progress:
 
     Attributes:
         beat: the last heartbeat of this run; None before the first.
+        problems: what heartbeats held that could not be taken, each once.
     """
 
     def __init__(
         self, run: Path, stale: Beat | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.beat: Beat | None = None
+        self.problems: list[str] = []
         self._run, self._stale, self._clock = run, stale, clock
         self._mark: Any = None
         self._since = clock()
 
     def look(self) -> None:
         """Take in the heartbeat as it is now."""
-        beat = heartbeat(self._run)
+        found: list[str] = []
+        beat = find_beat(self._run, found)
+        self.problems += [problem for problem in found if problem not in self.problems]
         if beat is None or beat == self._stale:
             return
         # Not its time: a process may go on telling that it lives.
-        mark = [beat[name] for name in ("pid", "pid_started", "state", "phase", "step", "samples")]
+        mark = (beat.pid, beat.pid_started, beat.state, beat.phase, beat.step, beat.samples)
         if mark != self._mark:
             self._mark, self._since = mark, self._clock()
         self.beat = beat
@@ -83,20 +70,20 @@ class Progress:
     @property
     def is_stepping(self) -> bool:
         """Whether this process has made a step and not ended: then a pause is short."""
-        return self.beat is not None and self.beat["state"] in ("stepping", "failed")
+        return self.beat is not None and self.beat.state in ("stepping", "failed")
 
     @property
     def has_ended(self) -> bool:
-        return self.beat is not None and self.beat["state"] == "ended"
+        return self.beat is not None and self.beat.state == "ended"
 
     def __str__(self) -> str:
         if self.beat is None:
             return f"no heartbeat for {self.seconds:.0f} s (is it the folder of that run?)"
         if self.has_ended:
             return f"the run has ended, and its command has not left for {self.seconds:.0f} s"
-        phase = f" in phase {self.beat['phase']!r}" if self.beat["phase"] else ""
-        where = f"step {self.beat['step']} ({self.beat['samples']} samples)"
-        if self.beat["state"] == "starting":
+        phase = f" in phase {self.beat.phase!r}" if self.beat.phase else ""
+        where = f"step {self.beat.step} ({self.beat.samples} samples)"
+        if self.beat.state == "starting":
             return f"no step for {self.seconds:.0f} s after its start{phase}"
-        failed = ", having failed on rank 0" if self.beat["state"] == "failed" else ""
+        failed = ", having failed on rank 0" if self.beat.state == "failed" else ""
         return f"no step for {self.seconds:.0f} s after {where}{phase}{failed}"

@@ -1,15 +1,13 @@
 """What the ranks of a run are asked, through files in its folder; `train/stacks.py` answers."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
 
+from largebatch.records import find_fields
+from largebatch.records.fields import whole
+from largebatch.records.names import MOST_RANKS, REQUEST, WATCH
 from largebatch.train.record import write_whole
-
-WATCH: Final = "watch"
-REQUEST: Final = "request"
 
 
 def ask(run: Path, world_size: int | None, wait_seconds: float) -> Path:
@@ -26,7 +24,9 @@ def ask(run: Path, world_size: int | None, wait_seconds: float) -> Path:
         while time.monotonic() < until:
             names = [path.name for path in folder.iterdir() if path.name.startswith("rank-")]
             if names and world_size is None:
-                world_size = json.loads((folder / names[0]).read_text(encoding="utf-8"))["size"]
+                answer = find_fields(folder / names[0], [])
+                if answer is not None:
+                    world_size = answer.find("size", whole(1, MOST_RANKS))
             if len(names) == world_size:
                 break
             time.sleep(0.2 if len(names) < 1000 else 2.0)

@@ -3,7 +3,6 @@
 import json
 import linecache
 import re
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,10 @@ from typing import Any, Final
 
 from largebatch.launch.flight_recorder import Comparison, compare, named
 from largebatch.launch.flight_records import Record, record_of
+from largebatch.records import RecordError, printable, read_fields
+from largebatch.records.fields import listing, must_be, optional, text, whole
+from largebatch.records.heartbeat import Beat
+from largebatch.records.names import MOST_RANKS
 from largebatch.train.record import write_whole
 
 _MOST_PLACES: Final = 6
@@ -33,53 +36,77 @@ class Answer:
     trouble: str | None
 
 
-Answers = Mapping[int, Answer]
+Answers = dict[int, Answer]
+Place = tuple[str, int, str]
+"""File, line and function."""
 
 
-def answers_in(folder: Path) -> Answers:
-    """The ranks' answers by rank. Many are read at a time: a shared file system is slow at one."""
+def answers_in(folder: Path, problems: list[str]) -> Answers:
+    """The ranks' answers by rank; what is none is noted. Many are read at a time: a shared file
+    system is slow at one.
+    """
     with ThreadPoolExecutor(16) as pool:
-        found = [*pool.map(_read, folder.glob("rank-*.json"))]
+        read = [*pool.map(_read, sorted(folder.glob("rank-*.json")))]
+    found = [answer for answer in read if isinstance(answer, Answer)]
+    problems += [problem for problem in read if isinstance(problem, str)]
     return {answer.rank: answer for answer in sorted(found, key=lambda answer: answer.rank)}
 
 
-def _read(path: Path) -> Answer:
-    said = json.loads(path.read_text(encoding="utf-8"))
-    main = said["threads"][0]["calls"] if said["threads"] else []
-    record = record_of(said, said["rank"])
-    return Answer(said["rank"], said["size"], record, _own_lines(main), said["trouble"])
+def _read(path: Path) -> Answer | str:
+    try:
+        said = read_fields(path)
+        rank = said.take("rank", whole(0, MOST_RANKS - 1))
+        threads = [*said.each("threads")]
+        main = [_place(call) for call in threads[0].take("calls", listing)] if threads else []
+        return Answer(
+            rank,
+            said.take("size", whole(1, MOST_RANKS)),
+            record_of(said.values, rank, said.where),
+            _own_lines(main),
+            said.take("trouble", optional(text)),
+        )
+    except (OSError, RecordError) as error:
+        return str(error)
+    except ValueError as error:
+        return f"{path}: a call {error}"
 
 
-def report(folder: Path, reason: str, beat: Mapping[str, Any] | None) -> str:
+def _place(call: Any) -> Place:
+    kinds = [type(part) for part in call] if isinstance(call, list) else []
+    if kinds not in ([str, int, str], [str, type(None), str]):
+        raise must_be("a file, a line and a function", call)
+    file, line, function = call
+    return file, line or 0, function
+
+
+def report(folder: Path, reason: str, beat: Beat | None) -> str:
     """What the answers in a folder come to, in words; writes `report.txt` and `report.json` there.
 
     Args:
         reason: why they were asked for, the first line.
         beat: the run's heartbeat then.
     """
-    answers = answers_in(folder)
-    sizes = [answer.size for answer in answers.values()]
-    silent = [
-        rank
-        for rank in range(max([*sizes, beat["world_size"] if beat else 0]))
-        if rank not in answers
-    ]
+    problems: list[str] = []
+    answers = answers_in(folder, problems)
+    size = max([(beat and beat.world_size) or 0, *(answer.size for answer in answers.values())])
+    silent = [rank for rank in range(size) if rank not in answers]
     comparison = compare({rank: answer.record for rank, answer in answers.items()})
     places = _places(answers, comparison.culprits)
-    words = [reason, *_words(answers, silent, comparison)]
+    words = [reason, *problems, *_words(answers, silent, comparison)]
     for ranks, lines in places[:_MOST_PLACES]:
         words += [f"{named(ranks)} at"] + [f"    {line}" for line in lines]
-    write_whole(folder / "report.txt", "\n".join(words) + "\n")
+    told = "\n".join(map(printable, words))
+    write_whole(folder / "report.txt", told + "\n")
     found = {
         "reason": reason,
-        "heartbeat": beat,
+        "heartbeat": beat and asdict(beat),
         "culprits": comparison.culprits,
         "silent": silent,
         "findings": [asdict(finding) for finding in comparison.findings],
         "places": [{"ranks": ranks, "lines": lines} for ranks, lines in places],
     }
     write_whole(folder / "report.json", json.dumps(found, indent=1) + "\n")
-    return "\n".join(words)
+    return told
 
 
 def _words(answers: Answers, silent: list[int], comparison: Comparison) -> list[str]:
@@ -108,15 +135,25 @@ def _places(answers: Answers, first: list[int]) -> list[tuple[list[int], tuple[s
     return sorted(places, key=lambda place: (not {*place[0]} & {*first}, len(place[0])))
 
 
-def _own_lines(calls: list[list[Any]]) -> tuple[str, ...]:
+def _own_lines(calls: list[Place]) -> tuple[str, ...]:
     """The innermost lines of the user's or of this project, the innermost first; where there are
     none, the innermost of all.
     """
     own = [call for call in calls if _is_own(call[0])] or calls[-1:]
     return tuple(
-        f"{file}:{line} in {function}: {linecache.getline(file, line).strip()}".removesuffix(": ")
+        f"{file}:{line} in {function}: {_source(file, line)}".removesuffix(": ")
         for file, line, function in own[: -_LINES - 1 : -1]
     )
+
+
+def _source(file: str, line: int) -> str:
+    """A line of Python; nothing of what is no such file, as an answer may name any."""
+    try:
+        if Path(file).suffix == ".py" and Path(file).is_file():
+            return linecache.getline(file, line).strip()
+    except ValueError:  # a name that no file can have
+        pass
+    return ""
 
 
 def _is_own(file: str) -> bool:

@@ -135,6 +135,17 @@ def positive(value: Any) -> float:
     raise must_be("> 0 and finite", value)
 
 
+def within(least: float, most: float) -> Check[float]:
+    """Take a number within these."""
+
+    def check(value: Any) -> float:
+        if type(value) in (int, float) and least <= value <= most:
+            return float(value)
+        raise must_be(f"a number from {least:g} to {most:g}", value)
+
+    return check
+
+
 def moment(value: Any) -> float:
     """Take a time in seconds since 1970, of a year that has a date."""
     if type(value) in (int, float) and 0 <= value < LAST_MOMENT:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from largebatch.records.fields import moment, one_of, text, whole
-from largebatch.records.names import HEARTBEAT
+from largebatch.records.names import HEARTBEAT, MOST_RANKS
 from largebatch.records.reading import find_fields
 
 STATES: Final = ("starting", "stepping", "ended", "failed")
@@ -47,5 +47,5 @@ def find_beat(run: Path, problems: list[str]) -> Beat | None:
         pid=read.find("pid", whole(1)),
         pid_started=read.find("pid_started", whole()),
         host=read.find("host", text),
-        world_size=read.find("world_size", whole(1)),
+        world_size=read.find("world_size", whole(1, MOST_RANKS)),
     )

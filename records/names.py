@@ -16,6 +16,9 @@ WATCH: Final = "watch"
 REQUEST: Final = "request"
 """In it, what the ranks are asked."""
 
+MOST_RANKS: Final = 1 << 20
+"""Of a run that anybody could have made: what lists ranks is bounded by it."""
+
 STATUSES: Final = ("reached", "exhausted", "diverged", "interrupted", "failed")
 UNFINISHED: Final = ("interrupted", "failed")
 """After these a run may go on."""

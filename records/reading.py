@@ -103,10 +103,12 @@ def find_fields(path: Path, problems: list[str]) -> Fields | None:
 def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Fields]]:
     """Yield (number, object) of the lines of a .jsonl, one after the other.
 
-    Lines that hold no object are passed by, and noted together in one sentence. So is half a line
-    at the end, without a word: a run that was killed may leave one.
+    Lines that hold no object are passed by, and noted together in one sentence, with what `find`
+    has not taken of the others. Half a line at the end is passed by without a word: a run that
+    was killed may leave one.
     """
     name, bad, first = printable(path), 0, ""
+    noted: list[str] = []
     try:
         with open_file(path) as file:
             number = 0
@@ -114,7 +116,7 @@ def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Fields]]:
                 number += 1
                 whole = line.endswith(b"\n")
                 try:
-                    fields = _fields(line, f"{name}:{number}", problems)
+                    fields = _fields(line, f"{name}:{number}", noted)
                 except RecordError as error:
                     if not whole and len(line) < MOST_LINE_BYTES:
                         break
@@ -124,6 +126,9 @@ def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Fields]]:
                         whole = line.endswith(b"\n")
                 else:
                     yield number, fields
+                    if noted:
+                        bad, first = bad + len(noted), first or noted[0]
+                        noted.clear()
     except FileNotFoundError:
         return
     except RecordError as error:
@@ -131,9 +136,9 @@ def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Fields]]:
     except OSError as error:
         problems.append(f"{name} cannot be read further: {error.strerror}")
     finally:
+        bad, first = bad + len(noted), first or "".join(noted[:1])
         if bad:
-            more = f", and {bad - 1} more such line(s)" if bad > 1 else ""
-            problems.append(f"{first}{more}")
+            problems.append(first + f", and {bad - 1} more such" * (bad > 1))
 
 
 def last_fields(path: Path, problems: list[str]) -> Fields | None:

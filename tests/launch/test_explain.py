@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -247,8 +249,32 @@ def test_what_a_run_says_of_its_end_is_told(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_alive_has_not_stopped(tmp_path: Path) -> None:
-    write_run(tmp_path, steps_of(0, 60), None, state="stepping", time=BEGIN + 1e6 - 100)
+    write_run(tmp_path, steps_of(0, 60), None, state="stepping", time=BEGIN + 1e6 - 60)
     assert causes_of(tmp_path) == []
+    assert "running; at step 14, heard of" in explain.ending(tmp_path, BEGIN + 1e6)
+    assert explain.ending(tmp_path, BEGIN + 1e6).endswith(", 60 s ago")
+    write_run(tmp_path, steps_of(0, 60), None, state="stepping", phase="save", time=BEGIN)
+    assert causes_of(tmp_path, now=BEGIN + 110) == []
+
+
+def test_a_step_that_does_not_come_is_said_with_the_usual_time_of_one(tmp_path: Path) -> None:
+    write_run(tmp_path, steps_of(0, 60), None, state="stepping", time=BEGIN + 1e6 - 100)
+    (cause,) = causes_of(tmp_path)
+    assert cause.what.startswith("No step for 100 s after step 14, where one takes 4.39 s")
+
+
+def test_a_rank_that_is_stopped_is_named(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        (first,) = [found for found in running() if found.pid == process.pid]
+        beat = {"host": socket.gethostname(), "pid": first.pid, "pid_started": first.started}
+        write_run(tmp_path, steps_of(0, 60), None, state="stepping", time=BEGIN + 1e6, **beat)
+        assert causes_of(tmp_path) == []
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        (cause,) = causes_of(tmp_path)
+        process.kill()
+    assert cause.what.startswith("Rank 0 is stopped (SIGSTOP, or Ctrl-Z)")
+    assert cause.do == f"kill -CONT {first.pid}"
 
 
 def test_a_run_whose_process_is_gone_from_this_machine_has_stopped(tmp_path: Path) -> None:
@@ -265,14 +291,14 @@ def test_a_run_whose_process_is_gone_from_this_machine_has_stopped(tmp_path: Pat
 
 def test_steps_before_a_resumption_have_no_time_of_day(tmp_path: Path) -> None:
     write_run(tmp_path, steps_of(0, 60), FINE)
-    steps = read_steps(tmp_path)
+    steps = read_steps(tmp_path, [])
     assert steps is not None
     assert steps.times[-1] == pytest.approx(BEGIN + steps_of(0, 60)[-1]["seconds"])
     assert np.isfinite(steps.times).all()
     (tmp_path / ".hydra").mkdir()
     for samples in (512, 5120):
         (tmp_path / ".hydra" / f"resumed-{samples}-config.yaml").touch()
-    steps = read_steps(tmp_path)
+    steps = read_steps(tmp_path, [])
     assert steps is not None
     made_before = [line["samples"] <= 5120 for line in steps_of(0, 60)]
     assert 0 < sum(made_before) < len(made_before)

@@ -136,7 +136,7 @@ def test_files_are_surveyed_as_what_was_written_into_them(
         assert span is not None
         assert span[:2] == pytest.approx(span_of(record)[:2])
         assert span[2] == pytest.approx(EVERY, rel=0.02)
-    of_files = read_survey(tmp_path)
+    of_files = read_survey(tmp_path, [])
     assert of_files is not None
     of_records = survey_of(records, of_files.borders)
     assert of_files.nodes == of_records.nodes

@@ -107,7 +107,7 @@ def test_lines_that_hold_no_object_are_noted_once_and_the_rest_is_read(tmp_path:
     path.write_text("\n".join([lines[0], "5", "null", "[1]", lines[1], "{", lines[2]]) + '\n{"s')
     problems: list[str] = []
     assert [line.values for _, line in read_lines(path, problems)] == good
-    assert problems == [f"{path}:2 must hold an object, got 5, and 3 more such line(s)"]
+    assert problems == [f"{path}:2 must hold an object, got 5, and 3 more such"]
     last = last_fields(path, problems)
     assert last is not None
     assert last.values == good[-1]
