@@ -22,7 +22,42 @@ def uncompiled(step: Callable[P, T]) -> Callable[P, T]:
     return _disable_dynamo(step)
 
 
-class MaskedOptimizer(Optimizer):
+class GroupedOptimizer(Optimizer):
+    """Base of all optimizers: groups that may come late and without names, or lack an option."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch; one without names takes some where the others have names."""
+        self._give_names(param_group)
+        super().add_param_group(param_group)
+
+    def _give_names(self, group: dict[str, Any]) -> None:
+        if not any("param_names" in known for known in self.param_groups):
+            return
+        params = group.get("params", ())
+        if "param_names" in group or not isinstance(params, Tensor | list | tuple | Iterator):
+            return
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if not any(isinstance(param, tuple) for param in params):
+            first = sum(len(group["params"]) for group in self.param_groups)
+            params = [(self._name_of_new(p, i), p) for i, p in enumerate(params, first)]
+        group["params"] = params
+
+    def _name_of_new(self, param: Tensor, index: int) -> str:
+        """The name of a parameter that came without one, by its index over all groups."""
+        return f"param_{index}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore groups and state; an option that was not yet known then takes its default."""
+        super().__setstate__(state)
+        # torch puts it there, for optimizers that know it.
+        self.defaults.pop("differentiable", None)
+        for group in self.param_groups:
+            group.pop("differentiable", None)
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+
+class MaskedOptimizer(GroupedOptimizer):
     """Base of optimizers whose `step` can be masked on the device.
 
     With `found_inf` set, as torch.amp.GradScaler does, `step` skips without asking the host.
@@ -34,8 +69,6 @@ class MaskedOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         refuse_what_only_has_parameters(type(self).__name__, params)
         super().__init__(params, defaults)
-
-    # Loss scalers -------------------------------------------------------------------------------
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -61,38 +94,6 @@ class MaskedOptimizer(Optimizer):
         """
         scale, self._scale_of_scaler = self._scale_of_scaler, None
         return scale
-
-    # Groups and state ---------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch; one without names takes some where the others have names."""
-        if any("param_names" in group for group in self.param_groups):
-            self._give_names(param_group)
-        super().add_param_group(param_group)
-
-    def _give_names(self, group: dict[str, Any]) -> None:
-        params = group.get("params", ())
-        if "param_names" in group or not isinstance(params, Tensor | list | tuple | Iterator):
-            return
-        params = [params] if isinstance(params, Tensor) else list(params)
-        if not any(isinstance(param, tuple) for param in params):
-            first = sum(len(group["params"]) for group in self.param_groups)
-            params = [(self._name_of_new(p, i), p) for i, p in enumerate(params, first)]
-        group["params"] = params
-
-    def _name_of_new(self, param: Tensor, index: int) -> str:
-        """The name of a parameter that came without one, by its index over all groups."""
-        return f"param_{index}"
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore groups and state; an option that was not yet known then takes its default."""
-        super().__setstate__(state)
-        # torch puts it there, for optimizers that know it.
-        self.defaults.pop("differentiable", None)
-        for group in self.param_groups:
-            group.pop("differentiable", None)
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
 
 
 def refuse_what_only_has_parameters(name: str, params: object) -> None:

@@ -1,17 +1,30 @@
-"""Muon with AdamW for the rest is, part by part, what torch's own two optimizers do."""
+"""Muon with AdamW for the rest: torch's own two, part by part, and which part takes what."""
 
 import copy
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from largebatch.optim import Muon
+from largebatch.train.models.cnn import CNN
+from largebatch.train.models.mlp import ByteMLP
+from largebatch.train.models.transformer import Transformer
+
+Network = nn.Sequential
 
 
-def model() -> nn.Module:
+def model() -> Network:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 6), nn.Linear(6, 9))
+    return nn.Sequential(
+        nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 9)
+    )
 
 
 def backward(network: nn.Module, step: int) -> None:
@@ -22,19 +35,30 @@ def backward(network: nn.Module, step: int) -> None:
 
 
 def named(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name.replace("0.", "embedding."), p) for name, p in network.named_parameters()]
+    return [(name.replace("0.", "embed_tokens."), p) for name, p in network.named_parameters()]
 
 
-def test_each_part_is_torchs_own() -> None:
+def equal(one: nn.Module, two: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def parts(optimizer: torch.optim.Optimizer) -> dict[str, list[str]]:
+    """The names that each algorithm steps."""
+    found: dict[str, list[str]] = {"muon": [], "adamw": []}
+    for group in optimizer.param_groups:
+        found[group["algorithm"]] += group["param_names"]
+    return found
+
+
+@pytest.mark.parametrize("given", [lambda network: network, named], ids=["model", "names"])
+def test_each_part_is_torchs_own(given: Callable[[nn.Module], Any]) -> None:
     one, two = model(), model()
-    joined = Muon(named(one), lr=0.02, weight_decay=0.1, betas=(0.9, 0.99), momentum=0.9)
+    joined = Muon(given(one), lr=0.02, weight_decay=0.1, betas=(0.9, 0.99), momentum=0.9)
     muon = torch.optim.Muon(
-        [two[2].weight, two[3].weight], lr=0.02, weight_decay=0.1, momentum=0.9,
-        adjust_lr_fn="match_rms_adamw",
-    )  # fmt: skip
-    adamw = torch.optim.AdamW(
-        [two[0].weight, two[2].bias, two[3].bias], lr=0.02, weight_decay=0.1, betas=(0.9, 0.99)
+        [two[2].weight], lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"
     )
+    others = [two[0].weight, two[2].bias, two[4].weight, two[4].bias]
+    adamw = torch.optim.AdamW(others, lr=0.02, weight_decay=0.1, betas=(0.9, 0.99))
     for step in range(4):
         for network in (one, two):
             backward(network, step)
@@ -43,33 +67,277 @@ def test_each_part_is_torchs_own() -> None:
         joined.step()
         muon.step()
         adamw.step()
-    for p, q in zip(one.parameters(), two.parameters(), strict=True):
-        assert torch.equal(p, q)
+    assert equal(one, two)
 
 
-def test_a_state_is_continued_to_the_bit() -> None:
+@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (6, 3, 2, 2), (2, 5, 3)])
+def test_a_kernel_is_a_matrix_of_its_outputs_and_the_rest(
+    shape: tuple[int, ...], adjust_lr_fn: str
+) -> None:
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.randn(shape))
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    group = {"params": [("kernel", kernel)], "algorithm": "muon"}
+    one = Muon([("weight", nn.Parameter(torch.ones(2, 2)))], 0.1, adjust_lr_fn=adjust_lr_fn)
+    one.add_param_group(group)
+    two = torch.optim.Muon([matrix], 0.1, weight_decay=0.0, adjust_lr_fn=adjust_lr_fn)
+    for _ in range(3):
+        kernel.grad = torch.randn(shape)
+        matrix.grad = kernel.grad.flatten(1).clone()
+        one.step()
+        two.step()
+    assert torch.equal(kernel.flatten(1), matrix)
+
+
+HEADED = {"Llama": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel"}
+
+
+def hugging_face(name: str, **options: Any) -> nn.Module:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(vocab_size=32, num_hidden_layers=1, **options)
+    built: nn.Module = getattr(transformers, HEADED[name])(config)
+    return built
+
+
+LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
+         "num_key_value_heads": 2}  # fmt: skip
+GPT_2 = {"n_embd": 16, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+
+# A model, and the matrices and kernels that are no hidden ones.
+MODELS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "bytes": (lambda: ByteMLP(9, 3, 4, 6), {"embedding.weight", "mlp.2.weight"}),
+    "cnn": (lambda: CNN(1, 10, (16, 16)), {"head.weight"}),
+    "transformer": (
+        lambda: Transformer(vocabulary=11, depth=1, dim=8, heads=2),
+        {"embedding.weight", "head.weight"},
+    ),
+    "tied transformer": (
+        lambda: Transformer(
+            vocabulary=11, depth=1, dim=8, heads=2, tie_embeddings=True
+        ),
+        {"embedding.weight"},
+    ),
+    "llama": (
+        lambda: hugging_face("Llama", tie_word_embeddings=False, **LLAMA),
+        {"model.embed_tokens.weight", "lm_head.weight"},
+    ),
+    "tied llama": (
+        lambda: hugging_face("Llama", tie_word_embeddings=True, **LLAMA),
+        {"model.embed_tokens.weight"},
+    ),
+    "gpt2": (
+        lambda: hugging_face("GPT2", **GPT_2), {"transformer.wte.weight", "transformer.wpe.weight"}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "left_out"), MODELS.values(), ids=MODELS)
+def test_embeddings_and_the_head_are_adamws(
+    build: Callable[[], nn.Module], left_out: set[str]
+) -> None:
+    network = build()
+    matrices = {name for name, p in network.named_parameters() if p.dim() >= 2}
+    assert left_out < matrices
+    assert {*parts(Muon(network))["muon"]} == matrices - left_out
+    if all(p.dim() <= 2 for p in network.parameters()):
+        assert {*parts(Muon(network.named_parameters()))["muon"]} == matrices - left_out
+
+
+def test_a_stack_of_matrices_is_no_kernel() -> None:
+    network = model()
+    network.experts = nn.Parameter(torch.ones(2, 3, 4))
+    assert "experts" in parts(Muon(network))["adamw"]
+    with pytest.raises(ValueError, match=r"whether 'experts', of 3 dimensions, .* Muon\(model"):
+        Muon(network.named_parameters())
+    taken = parts(Muon(network.named_parameters(), adamw=("expert*",)))
+    assert "experts" in taken["adamw"]
+
+
+def stepped(make_second: Callable[[Muon, Network], tuple[Muon, Network]]) -> bool:
+    """Whether two steps before and two after `make_second` are four steps of one optimizer."""
     one = model()
-    first = Muon(named(one), lr=0.02)
+    first = Muon(one, lr=0.02)
     for step in range(2):
         backward(one, step)
         first.step()
-    two = copy.deepcopy(one)
-    second = Muon(named(two), lr=1.0)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second, two = make_second(first, one)
     for network, optimizer in ((one, first), (two, second)):
         for step in range(2, 4):
             backward(network, step)
             optimizer.step()
-    for p, q in zip(one.parameters(), two.parameters(), strict=True):
-        assert torch.equal(p, q)
+    assert one[0].weight is not two[0].weight
+    return equal(one, two)
+
+
+def test_a_state_is_continued_to_the_bit() -> None:
+    def loaded(first: Muon, one: Network) -> tuple[Muon, Network]:
+        two = copy.deepcopy(one)
+        second = Muon(two, lr=1.0)
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        return second, two
+
+    assert stepped(loaded)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
+    ids=["deepcopy", "pickle"],
+)
+def test_a_copy_steps(again: Callable[[Any], Any]) -> None:
+    assert stepped(lambda first, one: again((first, one)))
+
+
+def test_a_saved_group_without_an_option_takes_that_of_the_new_one() -> None:
+    for option in ("algorithm", "momentum", "ns_steps", "betas", "nesterov", "adjust_lr_fn"):
+        first, network = Muon(model()), model()
+        state = first.state_dict()
+        for group in state["param_groups"]:
+            del group[option]
+        second = Muon(network, momentum=0.5, betas=(0.5, 0.5))
+        before = [group[option] for group in second.param_groups]
+        second.load_state_dict(state)
+        backward(network, 0)
+        second.step()
+        assert [group[option] for group in second.param_groups] == before
+
+
+def test_groups_are_read_at_each_step() -> None:
+    network = model()
+    optimizer = Muon(network, lr=0.1)
+
+    def moved(step: int) -> list[bool]:
+        before = [param.detach().clone() for param in network.parameters()]
+        backward(network, step)
+        optimizer.step()
+        return [not torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True)]
+
+    assert moved(0) == [True] * 5
+    optimizer.param_groups.reverse()
+    optimizer.param_groups[0]["lr"] = 0.0  # AdamW's, now the first
+    assert moved(1) == [False, True, False, False, False]
+    # A parameter in another's place has no state, and what it has is made.
+    old, network[2].weight = network[2].weight, nn.Parameter(network[2].weight.detach().clone())
+    for group in optimizer.param_groups:
+        group["params"] = [network[2].weight if p is old else p for p in group["params"]]
+    assert moved(2)[1]
+    del optimizer.param_groups[1]
+    assert moved(3) == [False] * 5
+
+
+@pytest.mark.parametrize("given", [lambda network: network, named], ids=["model", "names"])
+def test_a_group_without_names_is_added_to_groups_with_names(
+    given: Callable[[nn.Module], Any],
+) -> None:
+    """As a callback does that unfreezes a backbone."""
+    optimizer = Muon(given(model()))
+    late = nn.Linear(3, 2)
+    optimizer.add_param_group({"params": [*late.parameters()], "lr": 0.5})
+    assert [(group["algorithm"], group["lr"]) for group in optimizer.param_groups[2:]] == [
+        ("muon", 0.5), ("adamw", 0.5),
+    ]  # fmt: skip
+    before = [param.detach().clone() for param in late.parameters()]
+    torch.autograd.backward(late(torch.ones(4, 3)).square().mean())
+    optimizer.step()
+    moved = [torch.equal(p, q) for p, q in zip(late.parameters(), before, strict=True)]
+    assert moved == [False, False]
+
+
+@pytest.fixture
+def calls() -> Iterator[list[str]]:
+    seen: list[str] = []
+    handle = register_optimizer_step_post_hook(lambda opt, *_: seen.append(type(opt).__name__))
+    yield seen
+    handle.remove()
+
+
+def test_one_step_is_one_step_for_global_hooks(calls: list[str]) -> None:
+    network = model()
+    backward(network, 0)
+    Muon(network).step()
+    assert calls == ["Muon"]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda optimizer: OneCycleLR(optimizer, max_lr=0.1, total_steps=10),
+        lambda optimizer: CyclicLR(optimizer, 0.01, 0.1, step_size_up=2),
+    ],
+    ids=["one cycle", "cyclic"],
+)
+def test_schedulers_that_cycle_momentum_take_it(schedule: Callable[[Muon], Any]) -> None:
+    network = model()
+    optimizer = Muon(network)
+    scheduler = schedule(optimizer)
+    before = optimizer.param_groups[0]["lr"]
+    for step in range(2):
+        backward(network, step)
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] > before
+
+
+def test_a_compiled_step_is_the_step() -> None:
+    one, two = model(), model()
+    plain, compiled = Muon(one), Muon(two)
+    step_compiled = torch.compile(compiled.step, backend="eager")
+    for step in range(3):
+        for network in (one, two):
+            backward(network, step)
+        plain.step()
+        step_compiled()
+    assert equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"lr": -1.0}, r"lr must be in \[0, inf\), got -1"),
+        ({"lr": torch.ones(2)}, r"lr must be a float or a tensor of one element"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1"),
+        ({"betas": (0.9, 1.5)}, r"betas must be two numbers in \[0, 1\)"),
+        ({"eps": -1.0}, r"eps must be in \[0, inf\), got -1"),
+        ({"ns_steps": 5.0}, r"ns_steps must be a whole number, 1 to 99, got 5.0"),
+        ({"adjust_lr_fn": "mine"}, r"adjust_lr_fn must be one of 'match_rms_adamw', 'original'"),
+    ],
+)
+def test_options_are_checked_whatever_the_parameters(
+    options: dict[str, Any], sentence: str
+) -> None:
+    matrix = [("weight", nn.Parameter(torch.ones(2, 2)))]
+    with pytest.raises(ValueError, match=sentence):
+        Muon(matrix, **options)
+    optimizer = Muon(matrix)
+    late = {"params": [nn.Parameter(torch.ones(2, 2))], **options}
+    with pytest.raises(ValueError, match=sentence):
+        optimizer.add_param_group(late)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_rate_in_a_tensor_is_taken() -> None:
+    networks = [model(), model(), model()]
+    for network, lr in zip(networks, (0.25, torch.tensor(0.25), torch.tensor([0.25])), strict=True):
+        backward(network, 0)
+        Muon(network, lr=lr).step()
+    assert equal(networks[0], networks[1])
+    assert equal(networks[0], networks[2])
 
 
 def test_what_it_cannot_take_is_refused() -> None:
     network = model()
-    with pytest.raises(ValueError, match="params must be named_parameters"):
+    with pytest.raises(ValueError, match=r"params must be the model, or named_parameters\(\)"):
         Muon(network.parameters())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="with at least one matrix for Muon"):
-        Muon(named(network), adamw=("*",))
-    optimizer = Muon(named(network))
-    with pytest.raises(ValueError, match="given to the constructor"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
+    with pytest.raises(ValueError, match="with at least one hidden matrix for Muon"):
+        Muon(network, adamw=("*",))
+    with pytest.raises(ValueError, match="params must be real"):
+        Muon([("weight", nn.Parameter(torch.ones(2, 2, dtype=torch.complex64)))])
+    with pytest.raises(ValueError, match="of two dimensions or more, got 1"):
+        Muon(network).add_param_group({"params": nn.Parameter(torch.ones(2)), "algorithm": "muon"})
+    sparse: Tensor = nn.Parameter(torch.ones(2, 2))
+    sparse.grad = torch.ones(2, 2).to_sparse()
+    with pytest.raises(RuntimeError, match="dense gradients"):
+        Muon([("weight", sparse)]).step()
