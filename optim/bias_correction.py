@@ -14,6 +14,9 @@ from torch import Tensor
 
 Steps = TypeVar("Steps", float, Tensor)
 
+# Of the state entries that keep t' - t, 0-d each, by the average: "exp_avg_extra_steps".
+SUFFIX = "_extra_steps"
+
 # For β = 0: its average has all the weight after one step, 1 - 1e-30.
 SMALLEST = math.log(1e-30)
 

@@ -3,11 +3,13 @@
 Products are as precise as what is set globally: callers set `roots.full_precision`, once for many.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from largebatch.optim.block_work import BlockAtWork
 from largebatch.optim.chunks import Group
-from largebatch.optim.second_order import BlockAtWork
 
 
 def factor_beta(group: Group) -> float:
@@ -33,17 +35,20 @@ def outer(grad: Tensor, dim: int) -> Tensor:
     return product
 
 
-def in_basis(tensor: Tensor, matrices: list[Tensor]) -> Tensor:
-    """The tensor multiplied along every dimension i by the transpose of its matrix.
+def in_basis(tensor: Tensor, matrices: Mapping[int, Tensor]) -> Tensor:
+    """The tensor multiplied along dimensions by the transposes of their matrices.
 
     For orthonormal columns that is the tensor in their coordinates.
     """
-    for matrix in matrices:
+    for dim in range(tensor.dim()):
         # The first dimension is worked on and becomes the last: after all, they are in order.
-        tensor = torch.tensordot(tensor, matrix, dims=([0], [0]))
+        if dim in matrices:
+            tensor = torch.tensordot(tensor, matrices[dim], dims=([0], [0]))
+        else:
+            tensor = tensor.movedim(0, -1)
     return tensor
 
 
-def out_of_basis(tensor: Tensor, matrices: list[Tensor]) -> Tensor:
-    """The tensor multiplied along every dimension i by its matrix: the way back of `in_basis`."""
-    return in_basis(tensor, [matrix.T for matrix in matrices])
+def out_of_basis(tensor: Tensor, matrices: Mapping[int, Tensor]) -> Tensor:
+    """The tensor multiplied along dimensions by their matrices: the way back of `in_basis`."""
+    return in_basis(tensor, {dim: matrix.T for dim, matrix in matrices.items()})

@@ -25,13 +25,13 @@ def next_squares(grafting: str, squares: Tensor, grad: Tensor, beta2: float) -> 
 
 
 def grafted_step(
-    grafting: str, mean: Tensor, squares: Tensor | None, step: int, beta2: float, eps: float
+    grafting: str, mean: Tensor, squares: Tensor | None, step: float, beta2: float, eps: float
 ) -> Tensor:
     """The grafted method's own step u.
 
     Args:
         mean: m, bias-corrected.
-        step: t, from 1.
+        step: t, from 1; where β₂ has changed, as many steps as the new one would have needed.
     """
     if squares is None:
         return mean

@@ -61,7 +61,7 @@ def portables(
 
 
 def spreading(layer: Layer, spread: Spread) -> Spreading:
-    return Spreading(layer.weight, layer.name, 0, spread, ())
+    return Spreading(layer.weight, layer.name, spread, ())
 
 
 def checked(

@@ -6,6 +6,8 @@ and empty elsewhere. The keys are the same on every rank. In a state dict the la
 the ranks: see `largebatch.optim.portable`.
 """
 
+import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +16,34 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from largebatch.optim.base import MaskedOptimizer
+from largebatch.optim.bias_correction import SUFFIX, rebased
 from largebatch.optim.blocks import Block
 from largebatch.optim.chunks import Group
+from largebatch.optim.failure_notice import FailureNotice
 from largebatch.optim.layout import Name, is_dtensor
 from largebatch.optim.loading import as_state, in_own_order, of_no_parameter
 from largebatch.optim.portable import Key, Portable
 from largebatch.optim.roots import TOLERATED_FAILURES, Failures
+from largebatch.optim.state_memory import Part, as_fp32, memory_in_words, new_entry
 from largebatch.optim.step_counts import StepCounts
-from largebatch.optim.teams import Layer, Team, make_layer, share_out, teams_of
+from largebatch.optim.teams import (
+    CUT,
+    Layer,
+    Team,
+    blocks_in,
+    look_of,
+    make_layer,
+    share_out,
+    teams_of,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 BlockState = dict[str, Tensor]
+
+# Of the state: elements of gradients so far that were too large to be squared.
+DROPPED = "dropped_elements"
 
 
 class OwnedState(MaskedOptimizer):
@@ -49,8 +66,11 @@ class OwnedState(MaskedOptimizer):
     def _begin(self, tolerated_failures: int = TOLERATED_FAILURES) -> None:
         self.failures = Failures(tolerated_failures)
         self._layers: dict[Tensor, Layer] = {}
+        self._group_of: dict[Tensor, Group] = {}
         self._known_teams: tuple[Any, list[Team]] = ((), [])
         self._counts = StepCounts()
+        self._history: dict[Tensor, dict[str, tuple[float, float]]] = {}
+        self._notices: list[FailureNotice] = []
 
     def __getstate__(self) -> dict[str, Any]:
         shared = any(layer.spread.group is not None for layer in self._layers.values())
@@ -73,12 +93,12 @@ class OwnedState(MaskedOptimizer):
         """The shapes of the state of a block, by name; none of them 0-d."""
         raise NotImplementedError
 
-    def _new_block_state(self, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> BlockState:
-        """The state of a block before its first step."""
+    def _elementwise_keys(self, has_blocks: bool, group: Group) -> tuple[str, ...]:
+        """The state tensors that lie like the parameter."""
         raise NotImplementedError
 
-    def _elementwise_keys(self, layer: Layer, group: Group) -> tuple[str, ...]:
-        """The state tensors that lie like the parameter."""
+    def _betas(self, group: Group) -> dict[str, float]:
+        """β of each running average, by its name; 0 for a sum, which needs no correction."""
         raise NotImplementedError
 
     # Who has what --------------------------------------------------------------------------------
@@ -115,30 +135,49 @@ class OwnedState(MaskedOptimizer):
     def _teams(self) -> list[Team]:
         """All parameters that may have a gradient. Made anew where they have changed."""
         key: list[Any] = []
-        for group in self.param_groups:
-            for param in group["params"]:
+        named: list[tuple[Tensor, Name]] = []
+        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+        for group, names in zip(self.param_groups, self._names(), strict=True):
+            for name, param in zip(names, group["params"], strict=True):
                 if param.grad is not None and param.grad.layout != torch.strided:
                     raise RuntimeError(
                         f"{type(self).__name__} needs dense gradients, got a {param.grad.layout} "
                         f"gradient for a parameter of shape {tuple(param.shape)}."
                     )
-                key.append((id(param), param.requires_grad or param.grad is not None))
+                is_live = param.requires_grad or param.grad is not None
+                named.append((param, name))
+                key.append((id(param), name, look_of(param, group), is_live))
         if self._known_teams[0] == key:
             return self._known_teams[1]
-        fresh = [
-            make_layer(param, name, index, group, self._process_group)
-            for index, (group, names) in enumerate(
-                zip(self.param_groups, self._names(), strict=True)
-            )
-            for name, param in zip(names, group["params"], strict=True)
-            if param not in self._layers
-        ]
-        share_out(fresh, self.param_groups, self._layers)
-        self._layers |= {layer.param: layer for layer in fresh}
-        live = {param for (_, is_live), param in zip(key, self._params(), strict=True) if is_live}
-        teams = teams_of(layer for layer in self._layers.values() if layer.param in live)
+        layers = {param: self._layer_of(param, name) for param, name in named}
+        share_out(layers.values(), self._group_of)
+        # One that has left the groups may come back to its state, and so to its owners.
+        left = {p: layer for p, layer in self._layers.items() if p not in layers}
+        self._layers = layers | {p: layer for p, layer in left.items() if p in self.state}
+        live = {param for (param, _), entry in zip(named, key, strict=True) if entry[-1]}
+        teams = teams_of(layer for param, layer in layers.items() if param in live)
         self._known_teams = key, teams
         return teams
+
+    def _layer_of(self, param: Tensor, name: Name) -> Layer:
+        """The layer that a parameter is known as, or, where it is cut otherwise now, a new one."""
+        group, known = self._group_of[param], self._layers.get(param)
+        if known is not None and known.seen == look_of(param, group):
+            known.name = name
+            return known
+        layer = make_layer(param, name, group, self._process_group)
+        if known is None:
+            return layer
+        if known.blocks == layer.blocks and known.spread == layer.spread:
+            layer.owners, layer.slots = known.owners, known.slots
+        elif self.state.pop(param, None):
+            self._counts.forget(param)
+            warnings.warn(
+                f"parameter {name!r} is cut into other blocks than before, because its shape, its "
+                f"placement or one of {', '.join(CUT)} has changed: its state begins anew.",
+                stacklevel=4,
+            )
+        return layer
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -149,7 +188,12 @@ class OwnedState(MaskedOptimizer):
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=layer.device)
             layer.state_names = ()
-        for key in self._elementwise_keys(layer, group):
+            self._counts.forget(layer.param)
+            self._history[layer.param] = {n: (b, 0.0) for n, b in self._betas(group).items()}
+        for key in self._scalar_keys(layer):
+            if key not in state:
+                state[key] = torch.zeros((), dtype=torch.float32, device=layer.device)
+        for key in self._elementwise_keys(bool(layer.blocks), group):
             if key not in state:
                 state[key] = torch.zeros_like(layer.param, dtype=layer.dtype)
         if not layer.state_names:
@@ -162,11 +206,37 @@ class OwnedState(MaskedOptimizer):
             layer.state_names = tuple(shapes)
             if all(f"block_{number}/{name}" in state for name in shapes):
                 continue
-            new = {name: torch.empty(0) for name in shapes}
-            if owner == me:
-                new = self._new_block_state(group, shapes)
-            for name, value in new.items():
-                state.setdefault(f"block_{number}/{name}", value.to(layer.device, layer.dtype))
+            for name, shape in shapes.items():
+                value = new_entry(name, shape if owner == me else (0,), layer)
+                state.setdefault(f"block_{number}/{name}", value)
+
+    def _scalar_keys(self, layer: Layer) -> tuple[str, ...]:
+        """0-d entries, zeros at first, and zeros where a checkpoint has none."""
+        averages = (
+            ("exp_avg", "exp_avg_sq", "factor") if layer.blocks else ("exp_avg", "exp_avg_sq")
+        )
+        return (*(average + SUFFIX for average in averages), DROPPED)
+
+    def _ages_of(self, layer: Layer, step: int) -> dict[str, float]:
+        """The t of each running average for its bias correction, at the parameter's step `step`.
+
+        Notes in the state how many more steps, or fewer, a β that has changed would have needed.
+        """
+        state, history = self.state[layer.param], self._history.setdefault(layer.param, {})
+        ages: dict[str, float] = {}
+        for name, beta in self._betas(self._group_of[layer.param]).items():
+            key = name + SUFFIX
+            if key not in state:
+                continue
+            if name not in history:  # waits for the device once, where state was put there by hand
+                history[name] = beta, float(state[key])
+            last, extra = history[name]
+            if beta != last:
+                extra = as_fp32(rebased(step - 1 + extra, last, beta) - (step - 1))
+                state[key].fill_(extra)
+                history[name] = beta, extra
+            ages[name] = step + extra
+        return ages
 
     def _block_state(self, layer: Layer, number: int) -> BlockState:
         state = self.state[layer.param]
@@ -196,10 +266,16 @@ class OwnedState(MaskedOptimizer):
             return {**packed, "state": state}
 
         hook = self.register_state_dict_post_hook(spread, prepend=True)
+        state = self.state
+        left = {key for key in state if isinstance(key, Tensor) and key not in self._group_of}
+        if left:  # the groups: what torch has no number for
+            here = {key: value for key, value in state.items() if key not in left}
+            self.state = defaultdict(dict, here)
         try:
             return super().state_dict()
         finally:
             hook.remove()
+            self.state = state
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load as torch does, hooks included, but keep the state in FP32; as for `state_dict`.
@@ -249,9 +325,9 @@ class OwnedState(MaskedOptimizer):
         ready: dict[Tensor, dict[str, Any]] = {}
         for param, found in by_param.items():
             layer = self._layers[param]
-            group = self.param_groups[layer.group]
-            shapes = self._shapes_of(layer)
-            keys = ("step", *shapes, *self._elementwise_keys(layer, group))
+            group = self._group_of[param]
+            shapes, scalars = self._shapes_of(layer), self._scalar_keys(layer)
+            keys = ("step", *shapes, *self._elementwise_keys(bool(layer.blocks), group))
             missing = [key for key in keys if key not in found]
             if missing:
                 raise ValueError(
@@ -271,6 +347,18 @@ class OwnedState(MaskedOptimizer):
                 else as_state(key, found[key], layer.name, param)
                 for key in keys
             }
+            for key in scalars:
+                value = torch.as_tensor(found.get(key, 0.0), dtype=torch.float32)
+                ready[param][key] = value.to(layer.device)
+            self._history[param] = {
+                name: (beta, float(ready[param][name + SUFFIX]))
+                for name, beta in self._betas(group).items()
+                if name + SUFFIX in scalars
+            }
+            for key, value in found.items():  # what a wrapper keeps beside ours
+                if key not in ready[param] and not key.startswith("block_"):
+                    kept = isinstance(value, Tensor) and not is_dtensor(value)
+                    ready[param][key] = value.to(layer.device) if kept else value
         for portable, held in self._portables(ready):
             joined = portable.join({(param, key): ready[param][key] for param, key in held})
             for (param, key), value in joined.items():
@@ -280,8 +368,9 @@ class OwnedState(MaskedOptimizer):
     def _portables(self, state: Mapping[Tensor, Any]) -> Iterator[tuple[Portable, list[Key]]]:
         """For each process group the block states of the layers that have any."""
         by_group: dict[Any, list[Layer]] = {}
-        for layer in self._layers.values():
-            if layer.spread.group is not None and layer.blocks and layer.param in state:
+        for param in self._params():
+            layer = self._layers[param]
+            if layer.spread.group is not None and layer.blocks and param in state:
                 by_group.setdefault(layer.spread.group, []).append(layer)
         for layers in by_group.values():
             shapes: dict[Key, tuple[int, ...]] = {}
@@ -294,9 +383,22 @@ class OwnedState(MaskedOptimizer):
 
     def _shapes_of(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """The shapes of a layer's block states, by their keys in its state."""
-        group = self.param_groups[layer.group]
+        group = self._group_of[layer.param]
         return {
             f"block_{number}/{name}": shape
             for number, block in enumerate(layer.blocks)
             for name, shape in self._block_shapes(group, block).items()
         }
+
+    def __repr__(self) -> str:
+        """As torch's, and how much memory the state takes, over all ranks that share it."""
+        return f"{super().__repr__()}\n{memory_in_words(self._parts())}"
+
+    def _parts(self) -> Iterator[Part]:
+        """What the state of each parameter takes, known from its shape."""
+        for group, names in zip(self.param_groups, self._names(), strict=True):
+            for name, param in zip(names, group["params"], strict=True):
+                blocks = blocks_in(group, param.shape)
+                shapes = [self._block_shapes(group, block) for block in blocks]
+                beside = param.numel() * len(self._elementwise_keys(bool(blocks), group))
+                yield Part(name, param, blocks, shapes, beside)

@@ -26,8 +26,7 @@ roots or bases are taken, which cannot be done without.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -35,87 +34,21 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import uncompiled
+from largebatch.optim.block_work import Agreed, BlockAtWork, Directions, Gathered
 from largebatch.optim.chunks import Group
+from largebatch.optim.factors import factor_beta
+from largebatch.optim.failure_notice import FailureNotice, counts_of
 from largebatch.optim.layerwise import evaluate
 from largebatch.optim.layout import Name, local
 from largebatch.optim.options import require, require_lr, require_one_of
-from largebatch.optim.owned_state import BlockState, OwnedState
-from largebatch.optim.roots import TOLERATED_FAILURES, full_precision
-from largebatch.optim.step_stats import Stats, Tally, Worked
+from largebatch.optim.owned_state import DROPPED, OwnedState
+from largebatch.optim.roots import REASONS, TOLERATED_FAILURES, full_precision
+from largebatch.optim.step_stats import DROPPED_ROW, Stats, Tally, Worked
 from largebatch.optim.teams import Layer, Team
 from largebatch.optim.tensors import gradient_of, on_device, write
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-@dataclass(frozen=True)
-class BlockAtWork:
-    """One block in one step."""
-
-    layer: Layer
-    number: int
-    group: Group
-    grad: Tensor
-    """In the block's merged shape; not to be written to."""
-    state: BlockState
-    step: int
-    """t, from 1."""
-    skip: Tensor | None
-
-    def put(self, name: str, value: Tensor) -> Tensor:
-        """state ← value, unless the step is skipped; returns the value."""
-        write([self.state[name]], [value], self.skip)
-        return value
-
-    def is_due(self, first: int) -> bool:
-        """Whether roots are taken now: once in an interval, in this block's slot of it.
-
-        They are first needed at step `first`. Where that is in the first interval, factors are
-        young and change much: all blocks' roots are then taken at `first`, and once more within
-        steps 2 to 3 from there, 4 to 7, 8 to 15, and so on up to the interval's length. Otherwise
-        those for `first` have been spread over the interval before it.
-        """
-        interval: int = self.group["precondition_interval"]
-        slot, age = self.layer.slots[self.number], self.step - first + 1
-        if first < interval and age < interval:
-            phase = 1 << (age.bit_length() - 1) if age > 0 else 0  # begins and lasts so
-            return age > 0 and age == phase + slot * phase // interval
-        return self.step > first - interval and (self.step - 1 - slot) % interval == 0
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """What a step starts from: the same on all ranks before any state is touched."""
-
-    teams: "list[Gathered]"
-    active: set[Tensor]
-    """The parameters that some rank has a gradient for."""
-    skip: Tensor | None
-    """0-d bool: where true, nothing may change."""
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """A team's gradients as they have arrived."""
-
-    team: Team
-    parts: list[Tensor | None]
-    """For each layer this rank's part of the gradient."""
-    blocks: list[dict[int, Tensor]]
-    """For each layer the gradient's blocks that this rank owns."""
-
-
-@dataclass(frozen=True)
-class Directions:
-    """What a rank has made of a team's gradients."""
-
-    team: Team
-    blocks: list[dict[int, Tensor]]
-    """For each layer the directions of the blocks owned here."""
-    elementwise: dict[int, Tensor]
-    """By layer, this rank's part of the directions of what has no blocks."""
-    stats: Stats
 
 
 class SecondOrderOptimizer(OwnedState):
@@ -145,6 +78,9 @@ class SecondOrderOptimizer(OwnedState):
         for name in ("block_size", "precondition_interval"):
             whole = isinstance(options[name], int) and options[name] >= 1
             require(whole, name, "a whole number >= 1", options[name])
+        longest = options["max_preconditioner_dim"]
+        holds = longest is None or (isinstance(longest, int) and longest >= 1)
+        require(holds, "max_preconditioner_dim", "a whole number >= 1 or None", longest)
         for name in ("maximize", "merge_dims", "precondition"):
             require(isinstance(options[name], bool), name, "True or False", options[name])
         require_one_of(options, "decay", ("decoupled", "l2"))
@@ -185,8 +121,13 @@ class SecondOrderOptimizer(OwnedState):
         """The step from a layer's direction, this rank's part of it."""
         return direction
 
-    def _elementwise_keys(self, layer: Layer, group: Group) -> tuple[str, ...]:
-        if not layer.blocks:
+    def _betas(self, group: Group) -> dict[str, float]:
+        beta1, beta2 = group["betas"]
+        factors = factor_beta(group)
+        return {"exp_avg": beta1, "exp_avg_sq": beta2, "factor": 0.0 if factors == 1 else factors}
+
+    def _elementwise_keys(self, has_blocks: bool, group: Group) -> tuple[str, ...]:
+        if not has_blocks:
             return ("exp_avg", "exp_avg_sq")
         return ("momentum_buffer",) if self._uses_momentum(group) else ()
 
@@ -203,6 +144,7 @@ class SecondOrderOptimizer(OwnedState):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""
         loss = evaluate(closure)
+        self._heed_failures()
         self._counts.settle()
         agreed = self._agree(self._teams())
         with full_precision():
@@ -213,6 +155,12 @@ class SecondOrderOptimizer(OwnedState):
         self._advance(agreed)
         return loss
 
+    def _heed_failures(self) -> None:
+        """Raise what any rank has told of the step before."""
+        notices, self._notices = self._notices, []
+        for notice in notices:
+            notice.check()
+
     def _agree(self, teams: list[Team]) -> Agreed:
         """Bring the gradients to the owners of their blocks, before any state is touched."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -221,7 +169,8 @@ class SecondOrderOptimizer(OwnedState):
         active: set[Tensor] = set()
         gathered: list[Gathered] = []
         for team in teams:
-            ours = [self._gradient(layer) for layer in team.layers]
+            read = [self._gradient(layer) for layer in team.layers]
+            ours, dropped = [each[0] for each in read], [each[1] for each in read]
             present = [part is not None for part in ours]
             sums = None
             if team.is_sharded:
@@ -240,14 +189,15 @@ class SecondOrderOptimizer(OwnedState):
                 if not all(present):
                     present = [count > 0 for count in totals[1:].tolist()]
             active |= {layer.param for layer, has in zip(team.layers, present, strict=True) if has}
-            gathered.append(Gathered(team, ours, arrived))
+            gathered.append(Gathered(team, ours, dropped, arrived))
         return Agreed(gathered, active, None if flag is None else flag != 0)
 
-    def _gradient(self, layer: Layer) -> Tensor | None:
-        """This rank's part of the gradient to descend along; not to be written to."""
-        param, group = layer.param, self.param_groups[layer.group]
+    def _gradient(self, layer: Layer) -> tuple[Tensor | None, Tensor | None]:
+        """This rank's part of the gradient to descend along, not to be written to; and how many of
+        its elements were dropped, 0-d."""
+        param, group = layer.param, self._group_of[layer.param]
         if param.grad is None:
-            return None
+            return None, None
         grad = gradient_of(param).to(layer.dtype)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         if grad_scale is not None:
@@ -256,7 +206,9 @@ class SecondOrderOptimizer(OwnedState):
             grad = -grad
         if group["decay"] == "l2" and group["weight_decay"]:
             grad = grad.add(local(param), alpha=group["weight_decay"])
-        return grad
+        size = grad.abs()
+        too_large = (size > largest_element(grad.dtype)) & (size < math.inf)
+        return torch.where(too_large, 0.0, grad), too_large.sum()
 
     def _work(self, gathered: Gathered, agreed: Agreed) -> Directions:
         """The directions of the blocks owned here, and of this rank's part of what has none."""
@@ -267,20 +219,24 @@ class SecondOrderOptimizer(OwnedState):
         for place, layer in enumerate(team.layers):
             if layer.param not in agreed.active:
                 continue
-            group, param = self.param_groups[layer.group], layer.param
+            param = layer.param
+            group = self._group_of[param]
             self._make_state(layer, group)
             step = self._counts.of(param, self.state[param]) + 1
-            tally.moves(place)
+            ages = self._ages_of(layer, step)
+            tally.moves(place, gathered.dropped[place])
             if not layer.blocks:
                 part = gathered.parts[place]
                 if part is None:
                     part = torch.zeros_like(local(param), dtype=layer.dtype)
-                elementwise[place] = self._adamw(param, group, part, step, agreed.skip)
+                elementwise[place] = self._adamw(param, group, part, ages, agreed.skip)
                 tally.add_part(place, part, elementwise[place])
             for k, own in gathered.blocks[place].items():
                 grad = own.to(layer.dtype).reshape(layer.blocks[k].shape)
                 state = self._block_state(layer, k)
-                work = BlockAtWork(layer, k, group, grad, state, step, agreed.skip)
+                work = BlockAtWork(
+                    layer, k, group, grad, state, step, ages, self.failures, agreed.skip
+                )
                 worked = self._work_on(work)
                 blocks[place][k] = worked.direction.reshape(layer.blocks[k].box.size)
                 tally.add_block(place, k, grad, worked, state["condition"])
@@ -289,15 +245,20 @@ class SecondOrderOptimizer(OwnedState):
     def _descend(self, ours: Directions, agreed: Agreed) -> None:
         """Bring the directions back, and move this rank's part of the weights."""
         team, stats = ours.team, ours.stats
-        sums = torch.cat([stats.squares.flatten(), stats.conditions])
-        parts, totals = team.exchange.to_holders(ours.blocks, sums)
+        failed = self._failed(team)
+        sums = [stats.squares.flatten(), stats.conditions, failed]
+        parts, totals = team.exchange.to_holders(ours.blocks, torch.cat(sums))
         assert totals is not None
-        stats.squares = totals[: stats.squares.numel()].view_as(stats.squares)
-        stats.conditions = totals[stats.squares.numel() :]
+        squares, stats.conditions, failed = torch.split(totals, [part.numel() for part in sums])
+        # A sum of squares that has overflown is large and not infinite: ratios stay numbers.
+        stats.squares = squares.view_as(stats.squares).clamp(max=torch.finfo(totals.dtype).max)
+        if failed.numel():
+            names = [layer.name for layer in team.layers]
+            self._notices.append(FailureNotice(self.failures, names, failed))
         scales = stats.scales()
         for place in stats.moved:
             layer = team.layers[place]
-            group, weight = self.param_groups[layer.group], local(layer.param)
+            group, weight = self._group_of[layer.param], local(layer.param)
             if layer.blocks:
                 direction = parts[place].to(layer.dtype) * scales[place].to(weight.device)
                 direction = direction.to(layer.dtype)
@@ -311,6 +272,21 @@ class SecondOrderOptimizer(OwnedState):
             if isinstance(lr, Tensor):
                 lr = on_device(lr, weight.device).to(layer.dtype)
             write([weight], [old - lr * direction], agreed.skip)
+            dropped = self.state[layer.param][DROPPED]
+            new = stats.squares[place, DROPPED_ROW].to(dropped)
+            write([dropped], [dropped + new], agreed.skip)
+
+    def _failed(self, team: Team) -> Tensor:
+        """What of this rank's own has failed for good, for others to know; empty where none is."""
+        device, dtype = team.exchange.device, team.dtype
+        if team.exchange.group is None:
+            return torch.empty(0, device=device, dtype=dtype)
+        names = [layer.name for layer in team.layers]
+        if not self.failures.exhausted:  # made there: a copy would wait for the device
+            return torch.zeros(len(names) * len(REASONS), device=device, dtype=dtype)
+        counts = torch.tensor(counts_of(self.failures, names), device=device, dtype=dtype)
+        self.failures.exhausted.clear()
+        return counts
 
     def _advance(self, agreed: Agreed) -> None:
         """Count the step, on the device and on the host."""
@@ -323,7 +299,12 @@ class SecondOrderOptimizer(OwnedState):
         self._counts.stepped(moved, agreed.skip)
 
     def _adamw(
-        self, param: Tensor, group: Group, grad: Tensor, step: int, skip: Tensor | None
+        self,
+        param: Tensor,
+        group: Group,
+        grad: Tensor,
+        ages: Mapping[str, float],
+        skip: Tensor | None,
     ) -> Tensor:
         """m̂ / (√v̂ + ε) of this rank's part of a parameter; advances m and v."""
         (beta1, beta2), state = group["betas"], self.state[param]
@@ -331,8 +312,8 @@ class SecondOrderOptimizer(OwnedState):
         mean = exp_avg.lerp(grad, 1 - beta1)
         squares = exp_avg_sq.lerp(grad * grad, 1 - beta2)
         write([exp_avg, exp_avg_sq], [mean, squares], skip)
-        denominator = (squares / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        return mean.div_(1 - beta1**step).div_(denominator)
+        denominator = (squares / (1 - beta2 ** ages["exp_avg_sq"])).sqrt_().add_(group["eps"])
+        return mean.div_(1 - beta1 ** ages["exp_avg"]).div_(denominator)
 
     def layer_stats(self) -> dict[Name, dict[str, Tensor]]:
         """What the last step was like, for every layer moved by it.
@@ -345,8 +326,16 @@ class SecondOrderOptimizer(OwnedState):
         - `trust_ratio`: what the preconditioned direction was multiplied by for that length;
         - `cosine`: of the angle between u and the gradient, 1 for plain gradient descent;
         - `condition_number`: the largest of the layer's factors when roots or bases were last
-          taken; for layers that are preconditioned only.
+          taken; for layers that are preconditioned only;
+        - `dropped_elements`: how many elements of the gradient were taken for 0, see below.
 
+        An element of a gradient above 1.8e16 (FP64: 1.3e151), which is finite but whose square FP32
+        could not average with others, counts as 0; the state sums them up as `dropped_elements`.
         After a step masked by `found_inf` they are void.
         """
         return {name: layer for stats in self._stats for name, layer in stats.by_layer()}
+
+
+def largest_element(dtype: torch.dtype) -> float:
+    """Of a gradient: its square leaves room for sums of a million of them."""
+    return 1e-3 * math.sqrt(torch.finfo(dtype).max)

@@ -7,7 +7,7 @@ step t:
 
     L_i ← β L_i + (1 - β) G_(i) G_(i)ᵀ       for every dimension i, G_(i) G unfolded along it
     m ← β₁ m + (1 - β₁) G,  m̂ = m / (1 - β₁ᵗ)
-    R_i = (L_i / (1 - βᵗ) + ridge · λ_max · I)^(-e),  e = 1 / (2k)
+    R_i = (L_i / (1 - βᵗ) + ridge · λ_max · I)^(-e),  e = 1 / (2k), k the number of factors
     d = m̂ multiplied by R_i along every dimension i
     u = (‖a‖ / ‖d‖) d                         a the step of the grafted method
     w ← w - lr · (u + λ w)
@@ -18,23 +18,21 @@ A step's roots are of factors that contain its own gradient, as in the paper.
 """
 
 import math
-from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from largebatch.optim.block_work import BlockAtWork
 from largebatch.optim.blocks import Block
 from largebatch.optim.chunks import Group
 from largebatch.optim.factors import factor_beta, in_basis, next_factor
 from largebatch.optim.grafting import GRAFTINGS, WITH_SQUARES, grafted_step, next_squares
 from largebatch.optim.layout import local
 from largebatch.optim.options import require, require_one_of
-from largebatch.optim.owned_state import BlockState
 from largebatch.optim.roots import inverse_root
-from largebatch.optim.second_order import BlockAtWork, SecondOrderOptimizer
+from largebatch.optim.second_order import SecondOrderOptimizer
 from largebatch.optim.step_stats import Worked, square
 from largebatch.optim.teams import Layer
 from largebatch.optim.tensors import write
@@ -52,7 +50,7 @@ class Shampoo(SecondOrderOptimizer):
     - `factor_beta`: β; None: β₂; 1: plain sums, L_i ← L_i + G_(i) G_(i)ᵀ, as in the 2018 paper.
     - `grafting`: whose step length is taken: "adam", "rmsprop", "adagrad", "sgd" (that of m̂), or
       "none", u = d.
-    - `exponent`: e in place of 1 / (2k).
+    - `exponent`: e in place of 1 / (2k): with one factor -1/2, with two -1/4 each.
     - `ridge`: relative to λ_max. From about 1e-7 downwards FP32 has no digits left for it; upwards
       of 1e-3 steps come close to the plain gradient's.
     - `precondition_interval`: steps from root to root of a factor. The factors of different blocks
@@ -61,9 +59,14 @@ class Shampoo(SecondOrderOptimizer):
       2 to 3, 4 to 7, 8 to 15, and so on.
     - `start_preconditioning_step`: until then the grafted method's own step is taken. Where it is
       not below the interval, the first roots are spread over the interval before it.
-    - `momentum`, `nesterov`: of the steps u, as in torch's SGD: b ← μ b + u, and b, or u + μ b.
+    - `momentum`, `nesterov`: of the steps u, as in torch's SGD: b ← μ b + u, and b, or u + μ b. It
+      averages what β₁ has averaged before; schedulers that cycle a momentum move β₁, not μ.
     - `decay`: "decoupled", or "l2", λ w added to the gradient.
     - `block_size`: the longest side of a factor; `merge_dims`: see `largebatch.optim.blocks`.
+    - `max_preconditioner_dim`: a longer dimension has no factor, as in the code of SOAP's authors:
+      an embedding is preconditioned along its features only, and what is longer in all dimensions
+      is stepped by AdamW. None: all have factors; 1,024 tokens' take 1,024 / features times the
+      memory of their weights, twice.
     - `tolerated_failures`: roots in a row that may fail, the last good one in their place, before
       the step raises; `failures.total` counts them by layer.
     - `process_group`: plain parameters' work and factors are shared out over its ranks, whose
@@ -95,6 +98,7 @@ class Shampoo(SecondOrderOptimizer):
         decay: str = "decoupled",
         block_size: int = 1024,
         merge_dims: bool = True,
+        max_preconditioner_dim: int | None = 10_000,
         maximize: bool = False,
         tolerated_failures: int = 3,
         process_group: "ProcessGroup | None" = None,
@@ -115,6 +119,7 @@ class Shampoo(SecondOrderOptimizer):
             "decay": decay,
             "block_size": block_size,
             "merge_dims": merge_dims,
+            "max_preconditioner_dim": max_preconditioner_dim,
             "maximize": maximize,
             "precondition": True,
         }
@@ -137,50 +142,45 @@ class Shampoo(SecondOrderOptimizer):
 
     def _block_shapes(self, group: Group, block: Block) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {"condition": (len(block.shape),)}
-        for dim, n in enumerate(block.shape):
+        for dim in block.dims:
+            n = block.shape[dim]
             shapes |= {f"factor_{dim}": (n, n), f"root_{dim}": (n, n)}
         shapes["exp_avg"] = block.shape
         if group["grafting"] in WITH_SQUARES:
             shapes["grad_sq"] = block.shape
         return shapes
 
-    def _new_block_state(self, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> BlockState:
-        return {
-            name: torch.eye(*shape) if name.startswith("root") else torch.zeros(shape)
-            for name, shape in shapes.items()
-        }
-
     def _work_on(self, block: BlockAtWork) -> Worked:
         """Advance factors, roots when they are due, m, and the grafted method, in this order."""
         group, grad, step = block.group, block.grad, block.step
         (beta1, beta2), start = group["betas"], group["start_preconditioning_step"]
-        for dim in range(grad.dim()):
+        for dim in block.dims:
             block.put(f"factor_{dim}", next_factor(block, dim))
         if block.is_due(start):
             self._take_roots(block)
         mean = block.put("exp_avg", block.state["exp_avg"].lerp(grad, 1 - beta1))
-        mean = mean / (1 - beta1**step)
+        mean = mean / (1 - beta1 ** block.ages["exp_avg"])
         squares, grafting = None, group["grafting"]
         if grafting in WITH_SQUARES:
             squares = next_squares(grafting, block.state["grad_sq"], grad, beta2)
             block.put("grad_sq", squares)
-        own = grafted_step(grafting, mean, squares, step, beta2, group["eps"])
+        age = block.ages["exp_avg_sq"]
+        own = grafted_step(grafting, mean, squares, age, beta2, group["eps"])
         if step < start:
             return Worked(own, square(own))
-        roots = [block.state[f"root_{dim}"] for dim in range(grad.dim())]
+        roots = {dim: block.state[f"root_{dim}"] for dim in block.dims}
         direction = in_basis(mean, roots)  # which are symmetric
         return Worked(direction, square(direction if grafting == "none" else own))
 
     def _take_roots(self, block: BlockAtWork) -> None:
         """New roots of the factors; one that fails leaves the last good one."""
-        group, order = block.group, block.grad.dim()
-        beta, exponent = factor_beta(group), group["exponent"] or 1 / (2 * order)
-        correction = 1.0 if beta == 1 else 1 - beta**block.step
+        group = block.group
+        beta, exponent = factor_beta(group), group["exponent"] or 1 / (2 * len(block.dims))
+        correction = 1.0 if beta == 1 else 1 - beta ** block.ages["factor"]
         condition = block.state["condition"].clone()
-        for dim in range(order):
+        for dim in block.dims:
             factor = block.state[f"factor_{dim}"] / correction
-            take = partial(inverse_root, factor, 1 / exponent, group["ridge"])
-            root = self.failures.attempt(take, str(block.layer.name), (block.number, dim))
+            root = block.attempt(partial(inverse_root, factor, 1 / exponent, group["ridge"]), dim)
             if root is not None:
                 block.put(f"root_{dim}", root.matrix)
                 condition[dim] = root.condition

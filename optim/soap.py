@@ -33,7 +33,6 @@ depends on rounding: trajectories of the same run diverge, as they do under anot
 summation. One step from a common state does not.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -41,17 +40,21 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from largebatch.optim.block_work import BlockAtWork
 from largebatch.optim.blocks import Block
 from largebatch.optim.chunks import Group
 from largebatch.optim.factors import in_basis, next_factor, out_of_basis
 from largebatch.optim.options import require
-from largebatch.optim.owned_state import BlockState
 from largebatch.optim.roots import Refined, eigenbasis, refined_basis
-from largebatch.optim.second_order import BlockAtWork, SecondOrderOptimizer
+from largebatch.optim.second_order import SecondOrderOptimizer
 from largebatch.optim.step_stats import Worked, square
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+# In units of the last digit of the largest √v̂: what the products with bases and an interval's lag
+# leave where a gradient has nothing.
+NOISE = 100
 
 
 class SOAP(SecondOrderOptimizer):
@@ -66,6 +69,10 @@ class SOAP(SecondOrderOptimizer):
       that make spikes: a basis that lags behind far steps fits their gradients badly.
     - `decay`: "decoupled", or "l2", λ w added to the gradient.
     - `block_size`: the longest side of a factor; `merge_dims`: see `largebatch.optim.blocks`.
+    - `max_preconditioner_dim`: a longer dimension has no factor, as in the authors' code: an
+      embedding is preconditioned along its features only, and what is longer in all dimensions
+      is stepped by AdamW. None: all have factors; 1,024 tokens' take 1,024 / features times the
+      memory of their weights, twice.
     - `tolerated_failures`: bases in a row that may fail, the last good one in their place, before
       the step raises; `failures.total` counts them by layer.
     - `process_group`: plain parameters' work and state are shared out over its ranks, whose
@@ -91,6 +98,7 @@ class SOAP(SecondOrderOptimizer):
         decay: str = "decoupled",
         block_size: int = 1024,
         merge_dims: bool = True,
+        max_preconditioner_dim: int | None = 10_000,
         maximize: bool = False,
         tolerated_failures: int = 3,
         process_group: "ProcessGroup | None" = None,
@@ -105,6 +113,7 @@ class SOAP(SecondOrderOptimizer):
             "decay": decay,
             "block_size": block_size,
             "merge_dims": merge_dims,
+            "max_preconditioner_dim": max_preconditioner_dim,
             "maximize": maximize,
             "precondition": True,
         }
@@ -117,30 +126,24 @@ class SOAP(SecondOrderOptimizer):
 
     def _block_shapes(self, group: Group, block: Block) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {"condition": (len(block.shape),)}
-        for dim, n in enumerate(block.shape):
+        for dim in block.dims:
+            n = block.shape[dim]
             shapes |= {f"factor_{dim}": (n, n), f"basis_{dim}": (n, n)}
         return shapes | {"exp_avg": block.shape, "exp_avg_sq": block.shape}
-
-    def _new_block_state(self, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> BlockState:
-        return {
-            name: torch.eye(*shape) if name.startswith("basis") else torch.zeros(shape)
-            for name, shape in shapes.items()
-        }
 
     def _work_on(self, block: BlockAtWork) -> Worked:
         """One step of Adam in the basis; then the factors take the gradient in, and the basis the
         factors where it is due."""
         group, grad, step, state = block.group, block.grad, block.step, block.state
         beta1, beta2 = group["betas"]
-        bases = [state[f"basis_{dim}"] for dim in range(grad.dim())]
+        bases = {dim: state[f"basis_{dim}"] for dim in block.dims}
         mean = block.put("exp_avg", state["exp_avg"].lerp(grad, 1 - beta1))
         turned = in_basis(grad, bases)
         squares = block.put("exp_avg_sq", state["exp_avg_sq"].lerp(turned * turned, 1 - beta2))
-        denominator = (squares / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        direction = out_of_basis(
-            (in_basis(mean, bases) / (1 - beta1**step)).div_(denominator), bases
-        )
-        for dim in range(grad.dim()):
+        root = above_rounding((squares / (1 - beta2 ** block.ages["exp_avg_sq"])).sqrt_())
+        mean = in_basis(mean, bases) / (1 - beta1 ** block.ages["exp_avg"])
+        direction = out_of_basis(mean.div_(root.add_(group["eps"])), bases)
+        for dim in block.dims:
             block.put(f"factor_{dim}", next_factor(block, dim))
         if step == 1 or block.is_due(first=1):
             self._turn_bases(block, squares)
@@ -148,20 +151,25 @@ class SOAP(SecondOrderOptimizer):
 
     def _turn_bases(self, block: BlockAtWork, squares: Tensor) -> None:
         """New bases, and v as it belongs to them; one that fails leaves the last good one."""
-        bases, condition = [], block.state["condition"].clone()
-        for dim in range(block.grad.dim()):
+        bases, condition = {}, block.state["condition"].clone()
+        for dim in block.dims:
             factor, basis = block.state[f"factor_{dim}"], block.state[f"basis_{dim}"]
             take = partial(first_basis if block.step == 1 else refined_basis, factor, basis)
-            found = self.failures.attempt(take, str(block.layer.name), (block.number, dim))
+            found = block.attempt(take, dim)
             if found is not None:
                 basis = block.put(f"basis_{dim}", found.basis)
                 squares = squares.index_select(dim, found.order)
                 condition[dim] = condition_number(factor, basis)
-            bases.append(basis)
+            bases[dim] = basis
         if block.step == 1:
             squares = in_basis(block.grad, bases).square_().mul_(1 - block.group["betas"][1])
         block.put("exp_avg_sq", squares)
         block.put("condition", condition)
+
+
+def above_rounding(root: Tensor) -> Tensor:
+    """√v̂, but not below what rounding leaves of the largest in the block; in place."""
+    return root.clamp_(min=NOISE * torch.finfo(root.dtype).eps * root.amax())
 
 
 def first_basis(factor: Tensor, basis: Tensor) -> Refined:

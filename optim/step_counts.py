@@ -48,6 +48,10 @@ class StepCounts:
             self._counts[param] = int(state["step"]) if "step" in state else 0
         return self._counts[param]
 
+    def forget(self, param: Tensor) -> None:
+        """It begins anew."""
+        self._counts.pop(param, None)
+
     def stepped(self, params: Iterable[Tensor], skip: Tensor | None) -> None:
         """These had a step now, unless `skip`, 0-d on the device, says otherwise."""
         if skip is None:

@@ -11,6 +11,8 @@ from largebatch.optim.layout import Name, local
 from largebatch.optim.teams import Layer
 from largebatch.optim.tensors import root
 
+DROPPED_ROW = 5
+
 
 @dataclass(frozen=True)
 class Worked:
@@ -28,8 +30,8 @@ class Stats:
     layers: list[Layer]
     moved: list[int]
     squares: Tensor
-    """(layers, 5): w², d², u², g², g·d with w the weights, d the direction, u the step, g the
-    gradient."""
+    """(layers, 6): w², d², u², g², g·d with w the weights, d the direction, u the step, g the
+    gradient; and how many elements of g were too large."""
     conditions: Tensor
     """Over the blocks of all layers."""
 
@@ -43,6 +45,7 @@ class Stats:
             "update_norm": scales * direction,
             "trust_ratio": scales,
             "cosine": cosine,
+            "dropped_elements": self.squares[:, DROPPED_ROW],
         }
         first = [0, *accumulate(len(layer.blocks) for layer in self.layers)]
         for place in self.moved:
@@ -65,16 +68,18 @@ class Tally:
     def __init__(self, layers: list[Layer], dtype: torch.dtype, device: torch.device) -> None:
         self._layers, self._dtype = layers, dtype
         self._none = torch.zeros((), dtype=dtype, device=device)
-        self._rows = [[self._none] * 5 for _ in layers]
+        self._rows = [[self._none] * 6 for _ in layers]
         self._conditions = [[self._none] * len(layer.blocks) for layer in layers]
         self._moved: list[int] = []
 
-    def moves(self, place: int) -> None:
-        """A layer takes part in the step: note this rank's part of its weights."""
+    def moves(self, place: int, dropped: Tensor | None) -> None:
+        """A layer takes part in the step: note this rank's part of its weights, and how many
+        elements of its part of the gradient were dropped."""
         self._moved.append(place)
         if self._counts(place):
             layer = self._layers[place]
             self._rows[place][0] = square(local(layer.param).to(layer.dtype))
+            self._rows[place][DROPPED_ROW] = self._none if dropped is None else dropped
 
     def add_part(self, place: int, grad: Tensor, direction: Tensor) -> None:
         """This rank's part of a layer without blocks."""
@@ -103,7 +108,7 @@ class Tally:
         direction = worked.direction
         new = square(direction), worked.square, square(grad), (grad * direction).sum()
         row = self._rows[place]
-        row[1:] = [old + each for old, each in zip(row[1:], new, strict=True)]
+        row[1:5] = [old + each for old, each in zip(row[1:5], new, strict=True)]
 
 
 def square(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Which ranks share the work on which parameters, and what of it falls to whom and when."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -19,17 +19,21 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+# The options of a group that say which blocks its parameters have.
+CUT = ("precondition", "block_size", "merge_dims", "max_preconditioner_dim")
+
+
 @dataclass(eq=False)
 class Layer:
     """A parameter as a second-order optimizer treats it."""
 
     param: Tensor
     name: Name
-    group: int
-    """Index of its parameter group."""
     spread: Spread
     blocks: tuple[Block, ...]
     """What is preconditioned; none: a first-order method moves it."""
+    seen: tuple[Any, ...] = ()
+    """What it was made from, by `look_of`: where that has changed, it is another layer."""
     owners: tuple[int, ...] = ()
     """Of each block, by rank in the process group."""
     slots: tuple[int, ...] = ()
@@ -74,35 +78,40 @@ class Team:
         return any(layer.spread.is_sharded for layer in self.layers)
 
 
+def look_of(param: Tensor, group: Group) -> tuple[Any, ...]:
+    """What decides how a parameter is cut and where it lies."""
+    cut = tuple(group[name] for name in CUT)
+    placements = getattr(param, "placements", None)
+    return cut, param.shape, param.dtype, param.device, placements
+
+
+def blocks_in(group: Group, shape: Sequence[int]) -> tuple[Block, ...]:
+    """The blocks of a tensor of this shape."""
+    precondition, *cut = (group[name] for name in CUT)
+    return blocks_of(shape, *cut) if precondition else ()
+
+
 def make_layer(
-    param: Tensor,
-    name: Name,
-    group_index: int,
-    group: Group,
-    process_group: "ProcessGroup | None",
+    param: Tensor, name: Name, group: Group, process_group: "ProcessGroup | None"
 ) -> Layer:
     """A parameter with its blocks, which nobody owns yet.
 
     Raises:
         ValueError: a parameter whose parts cannot be known.
     """
-    blocks: tuple[Block, ...] = ()
-    if group["precondition"]:
-        blocks = blocks_of(param.shape, group["block_size"], group["merge_dims"])
-    return Layer(param, name, group_index, spread_of(param, name, process_group), blocks)
+    spread = spread_of(param, name, process_group)
+    return Layer(param, name, spread, blocks_in(group, param.shape), look_of(param, group))
 
 
-def share_out(
-    layers: Iterable[Layer], groups: list[Group], settled: Mapping[Tensor, Layer]
-) -> None:
-    """Give every block of the layers an owner and a slot; those of `settled` ones stay.
+def share_out(layers: Iterable[Layer], group_of: Mapping[Tensor, Group]) -> None:
+    """Give every block of the layers an owner and a slot; those who have some keep them.
 
     Slots are the same whatever the world size, and so are the steps at which roots are taken.
     """
-    listed = [*settled.values(), *(layer for layer in layers if layer.param not in settled)]
+    listed = sorted(layers, key=lambda layer: len(layer.owners) < len(layer.blocks))
     by_interval: dict[int, list[Layer]] = {}
     for layer in listed:
-        interval = groups[layer.group]["precondition_interval"]
+        interval = group_of[layer.param]["precondition_interval"]
         by_interval.setdefault(interval, []).append(layer)
     for interval, members in by_interval.items():
         fill(members, "slots", interval)
