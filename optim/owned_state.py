@@ -24,7 +24,14 @@ from largebatch.optim.layout import Name, is_dtensor
 from largebatch.optim.loading import as_state, in_own_order, of_no_parameter
 from largebatch.optim.portable import Key, Portable
 from largebatch.optim.roots import TOLERATED_FAILURES, Failures
-from largebatch.optim.state_memory import Part, as_fp32, memory_in_words, new_entry
+from largebatch.optim.state_memory import (
+    AVERAGES,
+    DROPPED,
+    Part,
+    as_fp32,
+    memory_in_words,
+    new_entry,
+)
 from largebatch.optim.step_counts import StepCounts
 from largebatch.optim.teams import (
     CUT,
@@ -41,9 +48,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 BlockState = dict[str, Tensor]
-
-# Of the state: elements of gradients so far that were too large to be squared.
-DROPPED = "dropped_elements"
 
 
 class OwnedState(MaskedOptimizer):
@@ -98,7 +102,7 @@ class OwnedState(MaskedOptimizer):
         raise NotImplementedError
 
     def _betas(self, group: Group) -> dict[str, float]:
-        """β of each running average, by its name; 0 for a sum, which needs no correction."""
+        """β of each of `AVERAGES`; 0 for a sum, which needs no correction."""
         raise NotImplementedError
 
     # Who has what --------------------------------------------------------------------------------
@@ -212,9 +216,7 @@ class OwnedState(MaskedOptimizer):
 
     def _scalar_keys(self, layer: Layer) -> tuple[str, ...]:
         """0-d entries, zeros at first, and zeros where a checkpoint has none."""
-        averages = (
-            ("exp_avg", "exp_avg_sq", "factor") if layer.blocks else ("exp_avg", "exp_avg_sq")
-        )
+        averages = AVERAGES if layer.blocks else AVERAGES[:2]
         return (*(average + SUFFIX for average in averages), DROPPED)
 
     def _ages_of(self, layer: Layer, step: int) -> dict[str, float]:
@@ -249,15 +251,11 @@ class OwnedState(MaskedOptimizer):
 
         What lies whole on its owner is then a DTensor, cut by rows: any world size can load it.
         """
-
         self._teams()
 
         def spread(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
-            index_of = {
-                param: index
-                for group, saved in zip(self.param_groups, packed["param_groups"], strict=True)
-                for param, index in zip(group["params"], saved["params"], strict=True)
-            }
+            ids = [index for group in packed["param_groups"] for index in group["params"]]
+            index_of = dict(zip(self._params(), ids, strict=True))
             state = dict(packed["state"])
             for portable, keys in self._portables(self.state):
                 cut = portable.cut({(param, key): self.state[param][key] for param, key in keys})
@@ -266,11 +264,10 @@ class OwnedState(MaskedOptimizer):
             return {**packed, "state": state}
 
         hook = self.register_state_dict_post_hook(spread, prepend=True)
-        state = self.state
-        left = {key for key in state if isinstance(key, Tensor) and key not in self._group_of}
-        if left:  # the groups: what torch has no number for
-            here = {key: value for key, value in state.items() if key not in left}
-            self.state = defaultdict(dict, here)
+        state, known = self.state, self._group_of
+        # Torch has no number for a parameter that has left the groups.
+        here = {k: v for k, v in state.items() if k in known or not isinstance(k, Tensor)}
+        self.state = defaultdict(dict, here)
         try:
             return super().state_dict()
         finally:
@@ -296,9 +293,7 @@ class OwnedState(MaskedOptimizer):
 
         def put_state(_: Optimizer) -> None:  # before the user's post-hooks
             params = [*self._params()]
-            by_param = {
-                p: loaded[index] for p, index in zip(params, ids, strict=True) if index in loaded
-            }
+            by_param = {p: loaded[i] for p, i in zip(params, ids, strict=True) if i in loaded}
             self.state.update(self._ready(by_param))
 
         hooks = (
@@ -333,7 +328,7 @@ class OwnedState(MaskedOptimizer):
                 raise ValueError(
                     f"state of parameter {layer.name!r} must have an entry {missing[0]!r}, got "
                     f"{', '.join(found) or 'none'}: was it saved by another optimizer, or with "
-                    "another grafting, block_size or merge_dims?"
+                    f"another grafting, {', '.join(CUT)} (None in older versions)?"
                 )
             for key, shape in shapes.items():
                 if tuple(found[key].shape) != shape:

@@ -41,8 +41,9 @@ from largebatch.optim.failure_notice import FailureNotice, counts_of
 from largebatch.optim.layerwise import evaluate
 from largebatch.optim.layout import Name, local
 from largebatch.optim.options import require, require_lr, require_one_of
-from largebatch.optim.owned_state import DROPPED, OwnedState
+from largebatch.optim.owned_state import OwnedState
 from largebatch.optim.roots import REASONS, TOLERATED_FAILURES, full_precision
+from largebatch.optim.state_memory import DROPPED
 from largebatch.optim.step_stats import DROPPED_ROW, Stats, Tally, Worked
 from largebatch.optim.teams import Layer, Team
 from largebatch.optim.tensors import gradient_of, on_device, write

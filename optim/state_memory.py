@@ -1,4 +1,4 @@
-"""How much memory the state of blocks takes, and how its entries begin."""
+"""What the state of a parameter consists of, how it begins, and how much memory it takes."""
 
 import ctypes
 import math
@@ -14,6 +14,12 @@ from largebatch.optim.layout import Name
 from largebatch.optim.teams import Layer
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+# The running averages whose β may change on the way.
+AVERAGES = ("exp_avg", "exp_avg_sq", "factor")
+
+# An entry of the state: elements of gradients so far that were too large to be squared.
+DROPPED = "dropped_elements"
 
 # What a block has for each dimension with a factor.
 MATRICES = ("factor_", "root_", "basis_")

@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
+from largebatch.optim.bias_correction import SUFFIX
+from largebatch.optim.state_memory import DROPPED
 from largebatch.train.checkpoint_files import CheckedFile, Files, Part
 from largebatch.train.checkpoint_reading import PlainReader
 from largebatch.train.ranks import Ranks
@@ -32,6 +34,9 @@ REPLICA_WRITERS: Final = 32
 """Ranks that share what all of them hold alike: every rank reads their files when it resumes."""
 
 _BUFFER: Final = 1 << 20
+
+COUNTED: Final = (SUFFIX, DROPPED)
+"""Ends of the names of what optimizers count in their state, which older versions did not."""
 
 
 def of_first(ranks: Ranks, act: Callable[[], T]) -> T:
@@ -184,7 +189,8 @@ class ToldReader(PlainReader):
 
 
 class MomentsPlanner(DefaultLoadPlanner):
-    """A flag that a checkpoint does not know keeps its value; a tensor that it has not is fatal."""
+    """A flag that a checkpoint does not know keeps its value; a tensor that it has not is fatal,
+    but for what optimizers count since a later version, which is 0 where no checkpoint says it."""
 
     def __init__(self) -> None:
         super().__init__(allow_partial_load=True)
@@ -195,7 +201,7 @@ class MomentsPlanner(DefaultLoadPlanner):
         missing = [
             name
             for name, value in self.state_dict.items()
-            if isinstance(value, Tensor) and name not in there
+            if isinstance(value, Tensor) and name not in there and not name.endswith(COUNTED)
         ]
         if missing:
             raise ValueError(f"it has no {', '.join(missing[:3])}{', …' * (len(missing) > 3)}")
