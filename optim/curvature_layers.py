@@ -4,7 +4,8 @@ A layer is seen as matrices, one for each of its groups: weights W of shape (gro
 a bias is one more column of W that meets an input of 1. Its input becomes rows a, its output's
 gradient rows δ, one for each position at which the matrices are applied:
 
-    Linear      every vector along the leading dimensions of the input is a position
+    Linear      every vector along the leading dimensions of the input is a position; so for
+                transformers' Conv1D, a linear layer whose weight is transposed
     Conv1d/2d   every place of the kernel is one, its row the patch under the kernel, as padded
     Embedding   every index that is not `padding_idx` is one, its row 1 at the index, 0 elsewhere
 
@@ -12,8 +13,9 @@ Everything else, and a parameter that appears in two places of the model, has no
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,35 +75,38 @@ class Layer:
             return output.shape[-1] == self.outputs
         conv = isinstance(self.module, nn.Conv1d | nn.Conv2d)
         channels = 1 - self.weight.dim() if conv else -1
-        given = x.shape[channels] == self.weight.shape[1] * self.groups
+        features = self.weight.shape[0 if is_transposed(self.module) else 1]
+        given = x.shape[channels] == features * self.groups
         return given and output.shape[channels] == self.groups * self.outputs
 
     def matrices(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors shaped like `params` as matrices (groups, out, in), in `dtype`."""
         weight, *biases = (tensor.to(self.dtype) for tensor in tensors)
-        if isinstance(self.module, nn.Embedding):
-            return weight.t().unsqueeze(0)
+        weight = weight.t() if is_transposed(self.module) else weight
         rows = weight.reshape(self.groups, self.outputs, -1)
         columns = [bias.reshape(self.groups, self.outputs, 1) for bias in biases]
         return torch.cat([rows, *columns], dim=2)
 
     def tensors(self, matrices: Tensor) -> list[Tensor]:
         """The opposite of `matrices`."""
-        if isinstance(self.module, nn.Embedding):
-            return [matrices[0].t()]
+        rows = matrices if self.bias is None else matrices[..., :-1]
+        columns = is_transposed(self.module)
+        weight = rows[0].t() if columns else rows.reshape(self.weight.shape)
         if self.bias is None:
-            return [matrices.reshape(self.weight.shape)]
-        return [
-            matrices[..., :-1].reshape(self.weight.shape),
-            matrices[..., -1].reshape(self.bias.shape),
-        ]
+            return [weight]
+        return [weight, matrices[..., -1].reshape(self.bias.shape)]
 
 
-def find_layers(model: nn.Module, max_factor_size: int) -> list[Layer]:
+def find_layers(
+    model: nn.Module,
+    max_factor_size: int,
+    is_trained: Callable[[nn.Parameter], bool] = lambda param: param.requires_grad,
+) -> list[Layer]:
     """The layers of a model that have curvature, in the order of its modules.
 
     Args:
         max_factor_size: a factor with more rows is kept as its diagonal.
+        is_trained: a layer whose weight is not has no curvature, a bias that is not is none of it.
     """
     within_attention = {
         id(part)
@@ -117,7 +122,8 @@ def find_layers(model: nn.Module, max_factor_size: int) -> list[Layer]:
     for prefix, module in model.named_modules():
         if id(module) in within_attention or not _has_curvature(module):
             continue
-        layer = _layer(f"{prefix}.weight" if prefix else "weight", module, max_factor_size)
+        name = f"{prefix}.weight" if prefix else "weight"
+        layer = _layer(name, module, max_factor_size, is_trained)
         if layer is not None and all(places[id(param)] == 1 for param in layer.params):
             layers.append(layer)
     return layers
@@ -133,6 +139,8 @@ def without_bias(layer: Layer) -> Layer:
 def _has_curvature(module: nn.Module) -> bool:
     """By what it computes, so that a subclass that computes something else has none."""
     forward = type(module).forward
+    if is_conv1d_of_transformers(module):
+        return True
     if isinstance(module, nn.Embedding):
         plain = forward is nn.Embedding.forward
         return plain and not (module.scale_grad_by_freq or module.sparse)
@@ -141,17 +149,40 @@ def _has_curvature(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and forward is nn.Linear.forward
 
 
-def _layer(name: str, module: nn.Module, max_factor_size: int) -> Layer | None:
+def is_conv1d_of_transformers(module: nn.Module) -> bool:
+    """A linear layer whose weight is (in, out), of which GPT-2 is made; known by name."""
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether its weight is (in, out)."""
+    return isinstance(module, nn.Embedding) or is_conv1d_of_transformers(module)
+
+
+def signature(layer: Layer) -> tuple[Any, ...]:
+    """What tells it from others: two of one signature are the same."""
+    values = (getattr(layer, field.name) for field in fields(layer))
+    return tuple(id(v) if isinstance(v, nn.Module | Tensor) else v for v in values)
+
+
+def _layer(
+    name: str,
+    module: nn.Module,
+    max_factor_size: int,
+    is_trained: Callable[[nn.Parameter], bool],
+) -> Layer | None:
     # Not the attribute: a parametrised weight is computed, and no parameter.
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if weight is None or not weight.requires_grad:
+    if weight is None or not is_trained(weight):
         return None
-    if bias is not None and not bias.requires_grad:
+    if bias is not None and not is_trained(bias):
         bias = None
-    embeds = isinstance(module, nn.Embedding)
+    embeds, columns = isinstance(module, nn.Embedding), is_transposed(module)
     groups = module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
-    outputs = weight.shape[1] if embeds else weight.shape[0] // groups
-    inputs = weight.shape[0] if embeds else weight[0].numel() + (bias is not None)
+    outputs = weight.shape[1] if columns else weight.shape[0] // groups
+    inputs = weight.shape[0] if columns else weight[0].numel()
+    inputs += bias is not None
     return Layer(
         name=name,
         module=module,

@@ -17,8 +17,8 @@ from largebatch.optim import kfac_saving as saving
 from largebatch.optim.base import MaskedOptimizer
 from largebatch.optim.chunks import compute_dtype
 from largebatch.optim.curvature import Curvature
-from largebatch.optim.curvature_layers import Layer, find_layers, without_bias
-from largebatch.optim.kfac_factors import make_factor_state, state_shapes
+from largebatch.optim.curvature_layers import Layer, find_layers, signature, without_bias
+from largebatch.optim.kfac_factors import FACTOR_STATE, make_factor_state, state_shapes
 from largebatch.optim.kfac_options import check_group, check_whole
 from largebatch.optim.kfac_teams import Team, make_teams
 from largebatch.optim.kfac_turns import Turns
@@ -46,6 +46,9 @@ class CurvatureOptimizer(MaskedOptimizer):
     """
 
     takes_model: ClassVar[bool] = True
+    _OWN: ClassVar[tuple[str, ...]] = (
+        *("_model", "_options", "_process_group", "loss_scale", "failures"),
+    )
     _curvature: Curvature
 
     def __init__(
@@ -57,19 +60,33 @@ class CurvatureOptimizer(MaskedOptimizer):
         tolerated_failures: int,
         process_group: "ProcessGroup | None",
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"KFAC takes the model, whose layers it watches, got {type(model).__name__}: write "
+                "KFAC(model, lr=…), or KFAC(model, lr=…, params=…) for some of its parameters"
+            )
         check_group(defaults)
         check_whole(options)
         require(tolerated_failures >= 0, "tolerated_failures", ">= 0", tolerated_failures)
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            process_group = process_group or model.process_group
-            model = model.module
-        self._model, self._options, self._process_group = model, dict(options), process_group
+        model, averaging = unwrapped(model)
+        self._model, self._options = model, dict(options)
+        self._process_group = process_group or averaging
         self.loss_scale: float | Tensor = 1.0
-        """c, for whoever unscales gradients before the step; GradScaler says it otherwise."""
+        """c, for whoever scales losses by other means than GradScaler, which is asked."""
         self.failures = Failures(tolerated_failures)
-        self._stats: dict[Name, dict[str, Tensor]] = {}
         super().__init__(list(model.named_parameters()) if params is None else params, defaults)
-        self._watch()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Watch the model; what has been here before is in groups and state."""
+        self._stats: dict[Name, dict[str, Tensor]] = {}
+        self._layers: list[Layer] = []
+        self._teams: list[Team] = []
+        self._seen: list[tuple[Any, ...]] = []
+        self._shared: list[tuple[Any, ...]] | None = None
+        self._curvature = Curvature(self._model, self._find, self._options["fisher"] == "true")
+        self._find()
+        self._share()
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, as in torch, with options of its own.
@@ -88,7 +105,12 @@ class CurvatureOptimizer(MaskedOptimizer):
             self.param_groups.pop()
             raise
         if hasattr(self, "_curvature"):
-            self._watch()
+            self._find()
+            self._share()
+
+    def _name_of_new(self, param: Tensor, index: int) -> str:
+        names = {id(known): name for name, known in self._model.named_parameters()}
+        return names.get(id(param)) or super()._name_of_new(param, index)
 
     def _refuse(self, name: Name, param: Tensor) -> None:
         if param.is_complex():
@@ -107,35 +129,74 @@ class CurvatureOptimizer(MaskedOptimizer):
         """Every parameter with its name, or its index over all groups where unnamed."""
         first = 0
         for group in self.param_groups:
-            names = group.get("param_names") or range(first, first + len(group["params"]))
-            yield from zip(names, group["params"], strict=True)
-            first += len(group["params"])
+            params, names = group["params"], group.get("param_names", ())
+            if len(names) != len(params):  # edited without them
+                names = range(first, first + len(params))
+            yield from zip(names, params, strict=True)
+            first += len(params)
 
-    def _watch(self) -> None:
-        """Find the layers, share the work on them out among their ranks, and hook into them."""
+    def _find(self) -> None:
+        """Find the layers, and hook into them, where groups or parameters are not as they were.
+
+        Before a forward pass and a step; communicates with nobody.
+        """
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        seen = [
+            (id(group), id(p), name, p.device, p.dtype, p.requires_grad)
+            for group, (name, p) in zip(groups, self._named_params(), strict=True)
+        ]
+        if seen == self._seen:
+            return
+        self._seen = seen
+        for group in self.param_groups:
+            for option, value in self.defaults.items():
+                group.setdefault(option, value)
         self._names: dict[Tensor, Name] = {p: name for name, p in self._named_params()}
         self._group_of = {param: group for group in self.param_groups for param in group["params"]}
-        spreads: dict[Tensor, Spread] = {
+        self._spreads: dict[Tensor, Spread] = {
             param: spread_of(param, name, self._process_group)
             for param, name in self._names.items()
         }
-        self._ranks = distinct(spread.group for spread in spreads.values())
+        self._ranks = distinct(spread.group for spread in self._spreads.values())
+        known = {signature(layer): layer for layer in self._layers}
+        found = find_layers(self._model, self._options["max_factor_size"], self._is_trained)
+        found = [layer if self._together(layer) else without_bias(layer) for layer in found]
+        layers = [layer for layer in found if self._together(layer)]
+        self._layers = [known.get(signature(layer), layer) for layer in layers]
+        self._preconditioned = {param for layer in self._layers for param in layer.params}
+        self._refuse_alone(self._layers)
+        self._curvature.watch(self._layers)
 
-        def together(layer: Layer) -> bool:
-            """Whether all of it is the optimizer's, and spread over the same ranks."""
-            known = all(param in spreads for param in layer.params)
-            return known and len({id(spreads[param].group) for param in layer.params}) == 1
+    def _is_trained(self, param: Tensor) -> bool:
+        """Or has been: what is frozen for a while keeps its curvature."""
+        return param.requires_grad or "step" in self.state.get(param, {})
 
-        found = find_layers(self._model, self._options["max_factor_size"])
-        found = [layer if together(layer) else without_bias(layer) for layer in found]
-        layers = [layer for layer in found if together(layer)]
-        self._refuse_alone(layers)
+    def _together(self, layer: Layer) -> bool:
+        """Whether all of it is the optimizer's, and spread over the same ranks."""
+        known = all(param in self._spreads for param in layer.params)
+        return known and len({id(self._spreads[param].group) for param in layer.params}) == 1
+
+    def _share(self) -> None:
+        """Share the work on the layers out among their ranks, anew where they are not as they were.
+
+        What a layer's owner has moves with the work. A collective, if anything has changed.
+        """
+        shared = [
+            (layer, local(layer.weight).device, layer.dtype, self._spreads[layer.weight].group)
+            for layer in self._layers
+        ]
+        if shared == self._shared:
+            return
+        forms, copied = self._forms(), self._shared is None  # or new, with no state to speak of
         interval = self._options["inverse_interval"]
-        self._preconditioned = {param for layer in layers for param in layer.params}
-        self._teams = make_teams(layers, spreads, interval)
-        if hasattr(self, "_curvature"):
-            self._curvature.close()
-        self._curvature = Curvature(self._model, layers, self._options["fisher"] == "true")
+        known = {layer.weight for layer in self._layers if copied or layer in forms}
+        found = {param: state for param, state in self.state.items() if param in known}
+        found = saving.cut(self._teams, forms, found)
+        self._teams, self._shared = make_teams(self._layers, self._spreads, interval), shared
+        self.state.update(saving.join(self._teams, self._forms(), found))
+        for param in self._names.keys() - known:  # what has no curvature, or another kind of it
+            for key in self.state.get(param, {}).keys() & FACTOR_STATE:
+                del self.state[param][key]
         phases = {layer: phase for team in self._teams for layer, phase in team.phases.items()}
         self._turns = Turns(phases, interval, self._options["factor_interval"])
         self._go_on()
@@ -156,7 +217,7 @@ class CurvatureOptimizer(MaskedOptimizer):
     def _go_on(self) -> None:
         """Take up the state's count of steps, which waits for the device."""
         steps = [state["step"] for state in self.state.values() if "step" in state]
-        decomposed = [layer for layer in self._owned() if self._has_factors(layer)]
+        decomposed = [layer for layer in self._layers if self._has_factors(layer)]
         self._turns.go_on(max(steps, default=None, key=float), decomposed)
         self._curvature.active = self._turns.begin()
 
@@ -258,8 +319,10 @@ class CurvatureOptimizer(MaskedOptimizer):
         return {name: empty.clone() for name in state_shapes(layer, form)}
 
     def _forms(self) -> dict[Layer, str]:
+        """Of the layers that are shared out and still in a group."""
         layers = (layer for team in self._teams for layer in team.layers)
-        return {layer: self._group_of[layer.weight]["form"] for layer in layers}
+        known = (layer for layer in layers if layer.weight in self._group_of)
+        return {layer: self._group_of[layer.weight]["form"] for layer in known}
 
     def _moved(self) -> Iterator[tuple[Group, Tensor]]:
         return ((g, param) for param, g in self._group_of.items() if param.grad is not None)
@@ -279,14 +342,16 @@ class CurvatureOptimizer(MaskedOptimizer):
         What lies on the rank that works on a layer is then a DTensor: any world size can load it.
         """
 
+        self._find()
+        self._share()
+
         def spread(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
-            ids = [index for group in packed["param_groups"] for index in group["params"]]
-            saved = saving.cut(self._teams, self._forms(), self.state)
-            state = {
-                index: saved[param]
-                for param, index in zip(self._names, ids, strict=True)
-                if param in saved
-            }
+            found = {param: self.state[param] for param in self._names if param in self.state}
+            saved = saving.cut(self._teams, self._forms(), found)
+            state = dict(packed["state"])
+            for param, index in self._numbered(packed):
+                if param in saved:
+                    state[index] = saved[param]
             return {**packed, "state": state}
 
         hook = self.register_state_dict_post_hook(spread, prepend=True)
@@ -302,22 +367,19 @@ class CurvatureOptimizer(MaskedOptimizer):
             ValueError: a state that does not fit these parameters or these options; what was there
                 before remains.
         """
-        loaded: dict[int, dict[str, Any]] = {}
-        ids: list[int] = []
+        loaded: StateDict = {}
 
         def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
             final = in_own_order(final, self.param_groups)
-            loaded.update(final["state"])
-            ids.extend(index for group in final["param_groups"] for index in group["params"])
+            loaded.update(final)
             # Torch would cast it to the parameters' dtype.
             return {**final, "state": of_no_parameter(final)}
 
         def put_state(_: Optimizer) -> None:  # before the user's post-hooks
-            self._group_of = {p: group for group in self.param_groups for p in group["params"]}
-            found: dict[Tensor, dict[str, Any]] = {
-                p: loaded[i] for p, i in zip(self._names, ids, strict=True) if i in loaded
-            }
-            self.state.update(self._ready(found))
+            self._find()
+            self._share()
+            state, numbered = loaded["state"], self._numbered(loaded)
+            self.state.update(self._ready({p: state[i] for p, i in numbered if i in state}))
             self._go_on()
 
         hooks = (
@@ -333,6 +395,11 @@ class CurvatureOptimizer(MaskedOptimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _numbered(self, packed: StateDict) -> Iterator[tuple[Tensor, Any]]:
+        """Every parameter with its number in a state dict."""
+        for ours, theirs in zip(self.param_groups, packed["param_groups"], strict=True):
+            yield from zip(ours["params"], theirs["params"], strict=True)
 
     def _ready(self, found: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
         """Loaded state as `step` expects it.
@@ -350,10 +417,32 @@ class CurvatureOptimizer(MaskedOptimizer):
         return saving.join(self._teams, forms, ready)
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(
-            "KFAC watches its model by hooks and cannot be copied or pickled: build one for the "
-            "other model and give it this one's state_dict()"
-        )
+        if any(team.group is not None for team in self._teams):
+            raise TypeError(
+                "KFAC shares its work with other ranks and cannot be copied or pickled: build one "
+                "for the other model and give it this one's state_dict()"
+            )
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "own": {name: self.__dict__[name] for name in self._OWN}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = state.pop("own", None)
+        super().__setstate__(state)
+        if own is not None:  # a copy; else groups and state alone are loaded
+            self.__dict__.update(own)
+            self._begin()
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, "ProcessGroup | None"]:
+    """What DDP and torch.compile have wrapped, and the ranks that DDP averages over."""
+    process_group = None
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # of torch.compile
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            process_group, inner = model.process_group, model.module
+        if not isinstance(inner, nn.Module):
+            return model, process_group
+        model = inner
 
 
 T = TypeVar("T", bound=Hashable)

@@ -112,6 +112,8 @@ class KFAC(CurvatureOptimizer):
     `step` for a sparse gradient, and RootError for a layer that keeps failing.
     """
 
+    _OWN = (*CurvatureOptimizer._OWN, "_rule", "_fallback", "_fallback_lr_ratio")
+
     def __init__(
         self,
         model: nn.Module,
@@ -193,6 +195,8 @@ class KFAC(CurvatureOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""
         loss = evaluate(closure)
+        self._find()
+        self._share()
         self._refuse_sparse()
         self._stats = {}
         takes_factors = self._turns.begin()

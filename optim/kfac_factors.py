@@ -22,6 +22,7 @@ ROOTS = (
     *("basis_in", "basis_out", "eigenvalues_in", "eigenvalues_out", "shift"),  # of "exact"
 )
 SCALARS = ("factor_weight", "items", "condition")
+FACTOR_STATE = frozenset((*FACTORS, *ROOTS, *SCALARS))
 
 
 def state_shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:

@@ -47,7 +47,7 @@ def portables(
     teams: list[Team], forms: Forms, states: States
 ) -> Iterator[tuple[Portable, list[Key]]]:
     for team in teams:
-        held = [layer for layer in team.layers if layer.weight in states]
+        held = [layer for layer in team.layers if "factor_in" in states.get(layer.weight, {})]
         if team.group is None or not held:
             continue
         shapes: dict[Key, tuple[int, ...]] = {}

@@ -478,10 +478,16 @@ def test_a_sparse_gradient_is_refused_by_name_before_anything_changes() -> None:
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
-def test_copying_it_is_refused(duplicate: Callable[[Any], Any]) -> None:
-    with pytest.raises(TypeError, match="cannot be copied or pickled: build one for the other"):
-        duplicate(KFAC(nn.Linear(2, 2), lr=0.1))
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_a_copy_with_its_model_goes_on_alike(duplicate: Callable[[Any], Any]) -> None:
+    run = run_of("defaults")
+    run.train(0, 3)
+    twin = copy.copy(run)
+    twin.model, twin.optimizer = duplicate((run.model, run.optimizer))
+    twin.module = twin.model
+    for one in (run, twin):
+        one.train(3, 6)
+    assert_same_bits(run.tensors(), twin.tensors())
 
 
 def test_a_state_of_other_options_is_refused() -> None:
