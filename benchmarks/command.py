@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from difflib import get_close_matches
 from typing import Final, NamedTuple
 
 
@@ -36,7 +37,11 @@ def main(arguments: list[str]) -> int:
         return run(arguments[0], arguments[1:])
     wanted = arguments[:1] in (["-h"], ["--help"])
     if arguments and not wanted:
-        print(f"largebatch bench: no benchmark {arguments[0]!r}", file=sys.stderr)
+        near = get_close_matches(arguments[0], BENCHMARKS, n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        print(f"largebatch bench: no benchmark {arguments[0]!r}{hint}", file=sys.stderr)
+        if near:
+            return 2
     rows = "\n".join(f"  {name:12} {benchmark.summary}" for name, benchmark in BENCHMARKS.items())
     print(
         f"usage: largebatch bench NAME …\n\n{rows}\n\nlargebatch bench NAME --help says more",

@@ -1,7 +1,11 @@
 """What a user is told of a configuration that cannot be run. Imports no torch."""
 
+import os
 import re
+import shlex
+from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import Final
 
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
@@ -10,15 +14,51 @@ class ConfigError(ValueError):
     """The user's configuration cannot be run; the message is one sentence for them."""
 
 
+class RunFailed(Exception):
+    """One run of a sweep has no result.
+
+    Args:
+        folder: of the run, as the user is told it.
+        refused: it was not begun, as its configuration cannot be run.
+    """
+
+    def __init__(self, folder: str, why: str, refused: bool = False) -> None:
+        super().__init__(folder, why, refused)
+        self.folder, self.why, self.refused = folder, why, refused
+
+    def __str__(self) -> str:
+        return f"{self.folder} {'refused' if self.refused else 'failed'}: {self.why}"
+
+
+class SweepFailed(Exception):
+    """Some runs of a sweep have no result. All have been tried, and each has been told by itself.
+
+    Attributes:
+        refused: one of them was not begun, as its configuration cannot be run.
+    """
+
+    def __init__(self, failures: Sequence[BaseException], num_runs: int) -> None:
+        num_refused = sum(getattr(error, "refused", False) for error in failures)
+        counts = {"failed": len(failures) - num_refused, "refused": num_refused}
+        parts = [f"{count} {ended}" for ended, count in counts.items() if count]
+        super().__init__(f"of {num_runs} run(s) {' and '.join(parts)}")
+        self.refused = num_refused > 0
+
+
+_PLAIN: Final = r"[\w./-]"
+"""Letters of a value that neither Hydra nor a shell takes for anything else."""
+
+
 def sentence(error: BaseException) -> str:
     """An error of Hydra's or OmegaConf's in one line, with the key it is about."""
     # Hydra wraps what a target raised; the innermost says what is wrong.
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not hasattr(error, "override"):
         error = error.__cause__
     if isinstance(error, ConfigError):
         return str(error)
-    if (known := _no_such_choice(error) or _no_such_key(error)) is not None:
-        return known
+    for explain in (_no_such_choice, _no_such_key, _unreadable, _several_values, _not_deleted):
+        if (known := explain(error)) is not None:
+            return known
     key = getattr(error, "full_key", None)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # OmegaConf appends where it was, a line each: the key is enough.
@@ -60,3 +100,66 @@ def _no_such_key(error: BaseException) -> str | None:
     else:
         hint = "--help lists keys, and groups, whose keys are there once GROUP=CHOICE is given"
     return f"there is no key {error.full_key}: {hint}"
+
+
+def _unreadable(error: BaseException) -> str | None:
+    """Explain a word that Hydra's grammar has no place for, with the line to type."""
+    word = getattr(error, "override", None)
+    if not isinstance(word, str):
+        return None
+    key, equals, value = word.partition("=")
+    if not equals:
+        return f"{word!r} is not KEY=VALUE"
+    told = f"{word!r} cannot be read"
+    if re.search(r"^\s*,|,\s*(,|$)", value):
+        least = ",".join(part.strip() for part in value.split(",") if part.strip())
+        return f"{told}: a value is missing beside a comma; type {key}={least}"
+    for opened, closed in ("[]", "{}"):
+        if value[:1] == opened and value.count(opened) != value.count(closed):
+            return f"{told}: {value} has a bracket without its other half"
+    if value[:1] == "~":
+        line = _shell_word(f"{key}={hydra_word(os.path.expanduser(value))}")
+        return f"{told}, as the shell leaves this ~ alone: type {line}"
+    mark = next((letter for letter in value if not re.match(_PLAIN, letter, re.ASCII)), "")
+    line = _shell_word(f"{key}={hydra_word(value)}")
+    return f"{told}: a value with {mark!r} in it goes into quotes, for Hydra and the shell: {line}"
+
+
+def _shell_word(word: str) -> str:
+    """Return `word` as a shell takes it, in the quotes that are easier to read."""
+    quoted = shlex.quote(word)
+    return (
+        f'"{word}"' if quoted != word and "'" in word and not set('"$`\\!') & set(word) else quoted
+    )
+
+
+def hydra_word(value: str) -> str:
+    """Return `value` as Hydra's grammar reads it back, in quotes where it needs them."""
+    if re.fullmatch(f"(?:{_PLAIN})+", value, re.ASCII):
+        return value
+    # A backslash is itself in there unless a quote follows it.
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
+
+
+def _several_values(error: BaseException) -> str | None:
+    """Explain Hydra's answer to A=1,2 where one run is asked for."""
+    found = re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", str(error))
+    if found is None:
+        return None
+    key, values = found.groups()
+    return (
+        f"{key}={values} are values of a sweep: use largebatch sweep, or {key}=[{values}] where a "
+        "list is meant"
+    )
+
+
+def _not_deleted(error: BaseException) -> str | None:
+    """Explain ~KEY where Hydra sees no key, as its value is null."""
+    found = re.match(r"Could not delete from config\. '(.+)' does not exist", str(error))
+    return (
+        None
+        if found is None
+        else (
+            f"~{found[1]} takes nothing away: {found[1]} is null, or no key of this configuration"
+        )
+    )

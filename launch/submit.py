@@ -17,8 +17,10 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+import largebatch.conf.unique  # noqa: F401 — in names of folders
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, typed_submit
 from largebatch.conf.errors import ConfigError, sentence
+from largebatch.conf.user_configs import first, tell_replaced
 from largebatch.launch.cluster import Scheduler, check_queue
 from largebatch.launch.script import Job, script
 from largebatch.train.record import check_free, check_unfinished
@@ -81,6 +83,7 @@ def prepared(options: Namespace, words: Sequence[str], told: Sequence[str]) -> J
         ConfigError: in one sentence.
     """
     config = composed(options.overrides, options.config_dir)
+    tell_replaced(options.config_dir)
     check_queue(config.cluster)
     words, record = completed(config, words)
     if words[0] == "train":
@@ -105,14 +108,9 @@ def composed(overrides: Sequence[str], config_dir: str | None = None) -> SubmitC
         )
     # A shell leaves this ~ alone, and Hydra cannot read it.
     overrides = [word.replace("=~/", "=$HOME/", 1) for word in overrides]
-    search = []
-    if config_dir is not None:
-        if not Path(config_dir).is_dir():
-            raise ConfigError(f"--config-dir must be a folder, got {config_dir!r}")
-        search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
     try:
-        with initialize_config_module("largebatch.conf", version_base="1.3"):
-            return typed_submit(compose("submit", [*overrides, *search]))
+        with first(config_dir), initialize_config_module("largebatch.conf", version_base="1.3"):
+            return typed_submit(compose("submit", list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(sentence(error).partition(" Config search path:")[0]) from error
 

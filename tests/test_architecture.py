@@ -59,8 +59,13 @@ MAY_IMPORT = {
         "largebatch.launch",
         "largebatch.train",
     ],
-    "src/largebatch": ["largebatch.cli"],
-    "src/hydra_plugins": ["largebatch.study", "largebatch.launch"],
+    "src/largebatch": ["largebatch.cli", "largebatch.completion", "largebatch.train.hydra_app"],
+    "src/hydra_plugins": [
+        "largebatch.study",
+        "largebatch.launch",
+        "largebatch.train",
+        "largebatch.conf",
+    ],
 }
 
 

@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 from largebatch.conf.config import TrainConfig, typed
 from largebatch.conf.errors import ConfigError
 from largebatch.schedules import Plan, PlannedStage, whole_number
-from largebatch.train.command import REFUSED, run_hydra
+from largebatch.train.command import REFUSED
+from largebatch.train.hydra_app import run_hydra
 from largebatch.train.order import make_plan
 from largebatch.train.ranks import find_ranks
 

@@ -3,7 +3,11 @@
 import importlib
 import os
 import sys
+from difflib import get_close_matches
+from importlib import metadata
 from typing import Final, NamedTuple
+
+from largebatch.completion import candidates, script
 
 
 class Command(NamedTuple):
@@ -37,13 +41,44 @@ N (130 SIGINT, 143 SIGTERM, 140 SIGUSR2, 152 SIGXCPU), or, of a sweep, stopped b
 (130): the same command goes on"""
 
 
+# What pip and Python call by different names.
+_PACKAGES: Final = {"hydra": "hydra-core", "sklearn": "scikit-learn", "PIL": "pillow"}
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """Return the package, as pip calls it, that brings the module which is not there."""
+    module = (error.name or "").partition(".")[0]
+    return _PACKAGES.get(module, module)
+
+
+def version() -> str:
+    """Return this project's version, `unknown` where it is not installed."""
+    try:
+        return metadata.version("largebatch")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in COMMANDS:
+    if "--version" in arguments[:2]:
+        print(f"largebatch {version()}")
+        return 0
+    if arguments == ["--complete"]:
+        candidates(list(COMMANDS))
+        return 0
+    if (text := script(arguments)) is not None:
+        print(text, end="")
+        return 0
+    if not arguments or arguments[0] not in COMMANDS:
         wanted = bool(arguments) and arguments[0] in ("-h", "--help")
         if arguments and not wanted:
-            print(f"largebatch: no command {arguments[0]!r}", file=sys.stderr)
+            near = get_close_matches(arguments[0], COMMANDS, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            print(f"largebatch: no command {arguments[0]!r}{hint}", file=sys.stderr)
+            if near:
+                return 2
         rows = "\n".join(f"  {name:10} {command.summary}" for name, command in COMMANDS.items())
         print(
             f"usage: largebatch COMMAND …\n\n{rows}\n\n{EXIT_CODES}",
@@ -56,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         if (error.name or "").startswith("largebatch"):
             raise
         print(
-            f"largebatch: {arguments[0]} needs {error.name}: pip install 'largebatch[train]'",
+            f"largebatch: {arguments[0]} needs {missing(error)}: pip install 'largebatch[train]'",
             file=sys.stderr,
         )
         return 2

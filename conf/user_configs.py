@@ -1,0 +1,48 @@
+"""`--config-dir`: the user's files, before the package's of the same name. Imports no torch."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+
+from largebatch.conf.errors import ConfigError
+
+_folders: list[Path] = []
+"""Read by the plugin that makes Hydra's search path, for as long as `first` lasts."""
+
+
+@contextmanager
+def first(folder: str | None) -> Iterator[None]:
+    """Have configurations composed from `folder` before the package's own; None: from these alone.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if folder is not None and not Path(folder).is_dir():
+        raise ConfigError(f"--config-dir must be a folder, got {folder!r}")
+    before = _folders[:]
+    _folders[:] = [] if folder is None else [Path(folder).absolute()]
+    try:
+        yield
+    finally:
+        _folders[:] = before
+
+
+def folders() -> list[Path]:
+    """Return the user's folders, those that come first in front."""
+    return list(_folders)
+
+
+def tell_replaced(folder: str | None) -> None:
+    """Say on stderr which of the package's files those of `folder` take the place of."""
+    if folder is None:
+        return
+    package, root = files("largebatch.conf"), Path(folder)
+    names = sorted(
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.yaml")
+        if package.joinpath(*path.relative_to(root).parts).is_file()
+    )
+    if names:
+        print(f"largebatch: from {folder}, not the package: {', '.join(names)}", file=sys.stderr)

@@ -1,0 +1,156 @@
+"""The words of a command line: commands, options among overrides, values, one's own choices."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from largebatch import cli
+from largebatch.conf.errors import hydra_word, sentence
+
+VALUES = [
+    "~/x", "~/a b", "runs/lr=0.1", "runs/données", "runs/a(1)", "it's", "a;b", "a#b", "$HOME/x=1",
+    "a&b", "x)", "ünï code=(1)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_a_value_that_hydra_cannot_read_is_told_with_the_line_to_type(value: str) -> None:
+    parser = OverridesParser.create()
+    with pytest.raises(HydraException) as refusal:
+        parser.parse_overrides([f"hydra.run.dir={value}"])
+    told = sentence(refusal.value)
+    assert "\n" not in told
+    assert f"hydra.run.dir={value}" in told or repr(f"hydra.run.dir={value}") in told
+    line = re.search(r".*(?:shell:|type) (.*)$", told)
+    assert line is not None
+    (word,) = shlex.split(line[1])  # as a shell takes it
+    (override,) = parser.parse_overrides([word])
+    assert override.key_or_group == "hydra.run.dir"
+    assert override.value() == os.path.expanduser(value)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("optim=lamb,", "a value is missing beside a comma; type optim=lamb"),
+        ("seed=0,,1", "a value is missing beside a comma; type seed=0,1"),
+        ("optim.lr=[1", "has a bracket without its other half"),
+        ("lamb", "'lamb' is not KEY=VALUE"),
+    ],
+)
+def test_a_word_with_something_missing_is_told(word: str, told: str) -> None:
+    with pytest.raises(HydraException) as refusal:
+        OverridesParser.create().parse_overrides([word])
+    assert told in sentence(refusal.value)
+
+
+@pytest.mark.parametrize("value", ["a", "a b", "it's", "x\\", "a\\'b", "é", "${x}", "\\'", "~", ""])
+def test_a_quoted_value_is_read_back(value: str) -> None:
+    (override,) = OverridesParser.create().parse_overrides([f"key={hydra_word(value)}"])
+    assert override.value() == value
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the user's with choices of the package's names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["largebatch"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    folder = tmp_path / "my configs"
+    for group in ("optim", "cluster"):
+        (folder / group).mkdir(parents=True)
+    lamb = "_target_: largebatch.optim.LAMB\n_partial_: true\nlr: 0.0123\n"
+    (folder / "optim" / "lamb.yaml").write_text(lamb)
+    aurora = "{name: mine, scheduler: none, launcher: mpich, node: {ranks: 3}}"
+    (folder / "cluster" / "aurora.yaml").write_text(aurora)
+    return folder
+
+
+@pytest.mark.parametrize("command", ["train", "sweep", "plan"])
+def test_the_user_s_choice_wins_over_the_package_s(
+    command: str, mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Options stand wherever among the overrides.
+    words = ["seed=1", "--config-dir", str(mine), "optim=lamb", "--cfg", "job"]
+    assert cli.main([command, *words]) == 0
+    output, said = capsys.readouterr()
+    assert yaml.safe_load(output)["optim"]["lr"] == 0.0123
+    assert said == (
+        f"largebatch: from {mine}, not the package: cluster/aurora.yaml, optim/lamb.yaml\n"
+    )
+
+
+def test_the_user_s_cluster_wins_over_the_package_s(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["cluster=aurora", "--config-dir", str(mine), "--dry-run", "--", "sweep", "seed=1"]
+    assert cli.main(["submit", *words]) == 0
+    output, said = capsys.readouterr()
+    assert "#PBS" not in output
+    assert "cluster/aurora.yaml" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train", "--config-dri", "x"], "did you mean --config-dir?"),
+        (["train", "--config-dir", "nowhere"], "--config-dir must be a folder, got 'nowhere'"),
+        (["train", "seed=1", "--seed=2"], "keys are given as KEY=VALUE, without dashes"),
+        (["train", "~target.loss"], "target.loss"),
+        (["trian"], "no command 'trian': did you mean train?"),
+        (["bench", "optimm"], "no benchmark 'optimm': did you mean optim?"),
+    ],
+)
+def test_what_is_misspelt_is_told_in_one_line(
+    words: list[str], told: str, mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del mine
+    more = ["target.loss=null"] if "~target.loss" in words else []
+    assert cli.main([*words[:1], *more, *words[1:]]) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--version"], ["train", "--version"]])
+def test_the_version_is_this_project_s(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.startswith("largebatch ")
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [("omegaconf.errors", "omegaconf"), ("sklearn.datasets", "scikit-learn")]
+)
+def test_what_is_missing_is_named_as_pip_calls_it(module: str, package: str) -> None:
+    assert cli.missing(ModuleNotFoundError(name=module)) == package
+
+
+def test_a_shell_completes_commands_keys_and_choices(tmp_path: Path) -> None:
+    (tmp_path / "largebatch").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m largebatch "$@"\n')
+    (tmp_path / "largebatch").chmod(0o755)
+    script = """
+eval "$(largebatch train --shell-completion install=bash)"
+complete -p largebatch | grep -q -- '-F _largebatch largebatch' || exit 1
+for COMP_LINE in "largebatch swe" "largebatch train optim=lam" "largebatch sweep seed=1 budg"; do
+    COMP_POINT=${#COMP_LINE} COMP_WORDS=($COMP_LINE)
+    _largebatch
+    echo "${COMPREPLY[*]}"
+done
+"""
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], env=os.environ | {"PATH": path}, capture_output=True, text=True,
+        timeout=100,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["sweep", "lamb", "budget."], done.stderr

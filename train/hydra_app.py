@@ -1,0 +1,97 @@
+"""Hydra as this command line uses it: options anywhere among the overrides, mistakes in one
+sentence, the user's own files before the package's.
+"""
+
+import os
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from typing import Any, Final
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+import largebatch.conf.unique  # noqa: F401 — in names of folders
+from largebatch.conf.errors import ConfigError, sentence
+from largebatch.conf.user_configs import first, tell_replaced
+from largebatch.train.user_code import keep_request
+
+_WITH_VALUE: Final = ("cfg", "package", "info", "config_path", "config_name", "experimental_rerun")
+_FLAGS: Final = ("help", "hydra_help", "resolve", "run", "multirun", "shell_completion")
+
+
+def import_from_here() -> None:
+    """Let a user's own task and model be imported from where the command is given."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: Sequence[str]) -> None:
+    """Let Hydra compose the configuration and call `task` on it.
+
+    Raises:
+        ConfigError: in place of what Hydra would print over many lines.
+    """
+    import_from_here()
+    options = parse_options(arguments)
+    keep_request()
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [f"largebatch {command}", *_canonical(options), *options.overrides]
+    entry = hydra.main(version_base="1.3", config_path="pkg://largebatch.conf", config_name="train")
+    try:
+        with first(options.config_dir):
+            tell_replaced(options.config_dir)
+            entry(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(sentence(error)) from error
+    except ValueError as error:
+        # Hydra's own, before the task: batch=512, where batch.size=512 was meant.
+        if not str(error).startswith("Config group override must be"):
+            raise
+        raise ConfigError(
+            f"{_numbered_group(arguments)}: a group takes the name of a choice; a number goes to "
+            "one of its keys, as in batch.size=512 or optim.lr=0.01"
+        ) from error
+
+
+def parse_options(arguments: Sequence[str]) -> Namespace:
+    """Parse Hydra's options, wherever among the `overrides` they stand.
+
+    Raises:
+        ConfigError: one that there is not, or that lacks its value.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> None:
+        wrong = re.findall(r"--?[\w-]+(?![\w=-])", message)
+        near = get_close_matches(wrong[0], parser._option_string_actions, n=1) if wrong else []
+        hint = f"did you mean {near[0]}?" if near else "keys are given as KEY=VALUE, without dashes"
+        raise ConfigError(f"{message}: {hint}")
+
+    parser.error = refuse  # type: ignore[method-assign, assignment] # its own prints and exits
+    return parser.parse_intermixed_args(arguments)
+
+
+def _canonical(options: Namespace) -> list[str]:
+    words = [f"--{name.replace('_', '-')}" for name in _FLAGS if getattr(options, name)]
+    for name in _WITH_VALUE:
+        if getattr(options, name) is not None:
+            words.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
+    return words
+
+
+def _numbered_group(arguments: Sequence[str]) -> str:
+    groups = files("largebatch.conf")
+    pairs = [word.partition("=") for word in arguments]
+    found = [
+        f"{name}={value}"
+        for name, _, value in pairs
+        if groups.joinpath(name.lstrip("+")).is_dir() and not value[:1].isalpha()
+    ]
+    return " ".join(found) or "GROUP=NUMBER"

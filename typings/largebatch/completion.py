@@ -1,0 +1,1 @@
+../../src/largebatch/completion.py
