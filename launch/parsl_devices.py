@@ -9,6 +9,7 @@ has the names of the other hierarchy, 0.0 to 5.1].
 
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, Final
 
 import parsl
@@ -99,6 +101,28 @@ class OnlyOn(ManagerSelector):
         ]
 
 
+class _Here(LocalProvider):
+    """Parsl's, which gives the path of its scripts to a shell as it is: a link to them will do."""
+
+    @property
+    def script_dir(self) -> str | None:
+        return self._script_dir
+
+    @script_dir.setter
+    def script_dir(self, folder: str | None) -> None:
+        self._script_dir = folder
+        if folder is not None and not is_plain(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            link = Path(mkdtemp(prefix="largebatch-")) / "scripts"
+            link.symlink_to(folder)
+            self._script_dir = str(link)
+
+
+def is_plain(path: str) -> bool:
+    """Say whether a shell, and Parsl, take the path for what it is without quotes."""
+    return re.fullmatch(r"[\w./+:@-]+", path, re.ASCII) is not None
+
+
 class Devices:
     """Every device of the nodes; see `Ground`.
 
@@ -149,10 +173,10 @@ class Devices:
             prefetch_capacity=0,
             heartbeat_period=max(1, settings.lost_seconds // 4),
             heartbeat_threshold=settings.lost_seconds,
-            launch_cmd=f"{shlex.quote(str(PROGRAMS))}/{DEFAULT_LAUNCH_CMD}",
+            launch_cmd=_pool_command(self._folder / "000" / "devices"),
             interchange_launch_cmd=tied([str(PROGRAMS / "interchange.py")]),
             manager_selector=OnlyOn(str(self._avoid_file)),
-            provider=LocalProvider(  # type: ignore[no-untyped-call] # Parsl has no types
+            provider=_Here(  # type: ignore[no-untyped-call] # Parsl has no types
                 nodes_per_block=len(nodes), init_blocks=1, max_blocks=1, min_blocks=1,
                 launcher=self._launcher(cluster, nodes, self._folder),
             ),
@@ -280,6 +304,17 @@ class Devices:
             wait(futures, 2.0)
         self._running.clear()
         self._kernel.cleanup()
+
+
+def _pool_command(logs: Path) -> str:
+    """Parsl's command of a worker pool, its paths quoted, which Parsl formats twice."""
+
+    def quoted(path: Path) -> str:
+        return shlex.quote(str(path)).replace("{", "{{{{").replace("}", "}}}}")
+
+    command = DEFAULT_LAUNCH_CMD.replace("{logdir}", quoted(logs))
+    command = command.replace("{cert_dir}", quoted(logs / "certificates"))
+    return f"{quoted(PROGRAMS)}/{command}"
 
 
 def _learn_node(attempt: Attempt) -> None:

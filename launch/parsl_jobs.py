@@ -6,6 +6,7 @@ started again finds its jobs by their ids in the record, and submits none twice.
 """
 
 import os
+import re
 import shlex
 import shutil
 import time
@@ -55,6 +56,11 @@ class Jobs:
         self, cluster: ClusterConfig, settings: SweepSettings, record: Record, folder: Path
     ) -> None:
         check_queue(cluster)
+        if re.search(r"[\s'\"\\$]", str(folder)):
+            raise ConfigError(
+                f"hydra.sweep.dir must be a plain path with {KEY}.shape=jobs, without spaces and "
+                f"quotes, got {str(folder)!r}"
+            )
         self._cluster, self._record, self._settings = cluster, record, settings
         self._most = settings.max_jobs
         if self._most is None and cluster.queues is not None:

@@ -128,3 +128,33 @@ def test_a_node_that_falls_silent_is_left_out_and_its_trial_made_elsewhere(
     assert "node n2 is left out" in said
     ended = {line["trial"]: line["nodes"] for line in record(tmp_path) if line["event"] == "ended"}
     assert set(map(tuple, ended.values())) == {("n1",)}
+
+
+def test_folders_and_trials_may_be_called_anything(tmp_path: Path) -> None:
+    at = tmp_path / "it's données {a} b"
+    at.mkdir()
+    words = (
+        f"hydra.launcher.command=[{sys.executable},-S,{HERE / 'parsl_trial.py'}]", "seed=0",
+        "hydra.sweep.subdir='try ${hydra.job.num}'",
+    )  # fmt: skip
+    sweep = start(at, *words)
+    said, _ = sweep.communicate(timeout=100)
+    assert sweep.returncode == 0, said
+    summary = json.loads((at / "sweep" / "try 0" / "summary.json").read_text())
+    assert summary["status"] == "reached"
+
+
+def test_without_its_extra_parsl_is_named_with_the_line_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from largebatch.conf.errors import ConfigError
+    from largebatch.launch.sweep_checks import checked
+    from largebatch.launch.sweep_launcher import ground
+    from largebatch.launch.sweep_record import Record
+
+    monkeypatch.setitem(sys.modules, "parsl", None)
+    with (
+        Record(tmp_path) as record,
+        pytest.raises(ConfigError, match=r"parsl: pip install 'largebatch\[parsl\]'"),
+    ):
+        ground(checked({}), None, record, tmp_path)

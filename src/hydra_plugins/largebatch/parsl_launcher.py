@@ -25,6 +25,7 @@ class TrialSweeperConf:
     number: int = 0
 
 
+_TRAIN = SweepSettings().command
 _store = ConfigStore.instance().store
 _store(group="hydra/launcher", name="parsl", node=ParslLauncherConf, provider="largebatch")
 _store(group="hydra/sweeper", name="largebatch_trial", node=TrialSweeperConf, provider="largebatch")
@@ -39,7 +40,18 @@ class ParslLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        del task_function  # another process runs it
+        # Another process runs the task, by hydra.launcher.command.
+        own = task_function.__module__.startswith("largebatch.")
+        if not own and list(self._values["command"]) == _TRAIN:
+            from largebatch.conf.errors import ConfigError
+
+            name = getattr(task_function, "__qualname__", type(task_function).__qualname__)
+            raise ConfigError(
+                f"hydra/launcher=parsl runs hydra.launcher.command, which is {' '.join(_TRAIN)}, "
+                f"and not this app's {name}: give the app's command as hydra.launcher.command="
+                "[python,app.py] (it must leave a summary.json in its folder), or use "
+                "hydra/launcher=cores, which runs any task on this machine"
+            )
         self.config, self.hydra_context = config, hydra_context
 
     def launch(
