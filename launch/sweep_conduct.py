@@ -20,7 +20,6 @@ from largebatch.launch.sweep_progress import SweepProgress
 from largebatch.launch.sweep_record import (
     Record,
     Trial,
-    discard_run,
     is_busy,
     samples_of,
     summary_of,
@@ -46,7 +45,6 @@ class Conductor:
 
     Attributes:
         end: of this job, in seconds since the epoch.
-        of_study: trials that were cut off begin again, as a study has it.
     """
 
     trials: Sequence[Trial]
@@ -56,7 +54,6 @@ class Conductor:
     settings: SweepSettings
     end: float | None
     progress: SweepProgress
-    of_study: bool = False
 
     def __post_init__(self) -> None:
         self.outcomes: dict[str, Outcome] = {}
@@ -147,8 +144,6 @@ class Conductor:
             return False
         attempt = Attempt(trial, self.record.attempts.get(trial.name, 0) + 1, nodes)
         trial.folder.mkdir(parents=True, exist_ok=True)
-        if self.of_study:
-            discard_run(trial.folder)
         self.record.write(
             "begun", trial=trial.name, attempt=attempt.number, nodes=nodes, words=list(trial.words)
         )
@@ -165,6 +160,8 @@ class Conductor:
             outcome=outcome.status, code=ended.code, resumed=attempt.number > 1,
             seconds=round(time.monotonic() - attempt.began, 3),
         )  # fmt: skip
+        if outcome.status == "refused":
+            self._tell(f"trial {trial.name} refused: {outcome.why}")
         if outcome.summary is not None or outcome.status == "refused":
             self.outcomes[trial.name] = outcome
             if outcome.summary is not None:

@@ -6,7 +6,6 @@ as a sweep's job: a crash of it, or of its node, leaves the sweep alive.
 
 import atexit
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,16 +15,17 @@ from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from largebatch.conf.cluster_config import ClusterConfig, NodeConfig
-from largebatch.conf.errors import ConfigError
+from largebatch.conf.errors import ConfigError, RunFailed, hydra_word
 from largebatch.launch.sweep_checks import checked, cluster_of
 from largebatch.launch.sweep_conduct import Conductor, Outcome
 from largebatch.launch.sweep_ground import Ground
 from largebatch.launch.sweep_nodes import Blame
 from largebatch.launch.sweep_progress import SweepProgress
 from largebatch.launch.sweep_record import Record, Trial
-from largebatch.launch.sweep_settings import SweepSettings
+from largebatch.launch.sweep_settings import KEY, SweepSettings
 from largebatch.launch.sweep_slices import Slices, nodes_here
 from largebatch.launch.sweep_walltime import end_of_job
+from largebatch.records.summary import objective
 
 Compose = Callable[[list[str]], DictConfig]
 
@@ -79,7 +79,7 @@ class TrialLauncher:
                 raise SystemExit(0)
             conductor = Conductor(
                 trials, self._ground, record, self._blame, self.settings, self._end,
-                SweepProgress(len(trials), silent=self._in_study), self._in_study,
+                SweepProgress(len(trials), silent=self._in_study),
             )  # fmt: skip
             try:
                 outcomes = conductor.run()
@@ -110,23 +110,27 @@ class TrialLauncher:
         name = str(OmegaConf.select(config, "hydra.sweep.subdir"))
         of_all = [
             word
-            for word in self._config.hydra.overrides.hydra
+            for word in _as_given(self._config.hydra.overrides.hydra)
             if not word.lstrip("+~").startswith(_NOT_PASSED_ON)
         ]
         own = [word for word in words if not word.startswith("hydra.sweep.")]
         # That of this process, which a job of its own may not have.
         here = sys.executable if self.settings.shape != "jobs" else "python"
         program = [here if word == "python" else word for word in self.settings.command[:1]]
-        said = self._in_study or any(word.startswith("resume=") for word in own)
-        resume = [] if said else ["resume=auto"]
         command = [
             *program, *self.settings.command[1:],
             *(f"--config-dir={path}" for path in self._config_dirs()),
-            "--multirun", *of_all, *own, *resume,
+            "--multirun", *of_all, *own,
             "hydra/sweeper=largebatch_trial", f"hydra.sweeper.number={number}",
-            f"hydra.sweep.dir={_quoted(str(self._folder))}", f"hydra.sweep.subdir={_quoted(name)}",
+            f"hydra.sweep.dir={hydra_word(str(self._folder))}",
+            f"hydra.sweep.subdir={hydra_word(name)}",
         ]  # fmt: skip
         return Trial(number, tuple(own), tuple(command), name, self._folder / name)
+
+
+def _as_given(words: Any) -> list[str]:
+    """Overrides without what their `${…}` stand for, which a trial may not have yet."""
+    return [str(word) for word in OmegaConf.to_container(words) or ()]
 
 
 def ground(
@@ -137,6 +141,14 @@ def ground(
     Raises:
         ConfigError: it cannot be.
     """
+    if settings.shape != "nodes":
+        try:
+            import parsl  # noqa: F401 — a second of imports, and an extra that may not be there
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"hydra/launcher=parsl with {KEY}.shape={settings.shape} needs {error.name}: pip "
+                "install 'largebatch[parsl]'"
+            ) from error
     if settings.shape == "jobs":
         from largebatch.launch.parsl_jobs import Jobs
 
@@ -162,23 +174,15 @@ def _plain(settings: SweepSettings) -> ClusterConfig:
 
 
 def _returned(trial: Trial, outcome: Outcome) -> JobReturn:
-    """As Hydra's sweepers take it: `return_value` is the summary, or raises why there is none."""
+    """As Hydra's sweepers take it: `return_value` is a number to make small, or raises why there is
+    none.
+    """
     returned = JobReturn(overrides=list(trial.words), working_dir=str(trial.folder))
     if outcome.summary is not None:
-        returned.status, returned.return_value = JobStatus.COMPLETED, outcome.summary
+        returned.status, returned.return_value = JobStatus.COMPLETED, objective(outcome.summary)
     else:
         returned.status = JobStatus.FAILED
-        sentence = f"trial {trial.name} {outcome.status}: {outcome.why}"
-        refused = outcome.status == "refused"
-        # SystemExit: a sentence and exit code 1, where another error would print its traceback.
-        returned.return_value = (
-            ConfigError(sentence) if refused else SystemExit(f"largebatch: {sentence}")
+        returned.return_value = RunFailed(
+            f"trial {trial.name}", outcome.why, outcome.status == "refused"
         )
     return returned
-
-
-def _quoted(value: str) -> str:
-    """As a word of Hydra's grammar."""
-    if re.fullmatch(r"[\w./-]+", value):
-        return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -6,7 +6,6 @@ Whether a trial has come to its end is said by its own summary.json alone.
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from largebatch.conf.errors import ConfigError
-from largebatch.train.record import METRICS, SUMMARY, UNFINISHED, lock
+from largebatch.train.record import METRICS, SUMMARY, UNFINISHED, lock, telling, words_of
 
 TRIALS: Final = "trials.jsonl"
 
@@ -55,15 +54,6 @@ def _read_summary(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
     return summary
-
-
-def discard_run(folder: Path) -> None:
-    """Make room for a study's trial to begin again: what it left, but for its attempts' files."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif not path.name.startswith("attempt-"):
-            path.unlink()
 
 
 def is_busy(folder: Path) -> bool:
@@ -148,15 +138,10 @@ class Record:
         """
         if not any((trial.folder / name).exists() for name in (METRICS, SUMMARY)):
             return
-        known = self.words.get(trial.name)
-        overrides = trial.folder / ".hydra" / "overrides.yaml"
-        if known is None and overrides.exists():
-            from omegaconf import OmegaConf
-
-            known = [str(word) for word in OmegaConf.load(overrides)]
+        known = self.words.get(trial.name) or words_of(trial.folder)
         if known is None:
             return
-        before, now = _telling(known), _telling(trial.words)
+        before, now = telling(known), telling(trial.words)
         if before != now:
             raise ConfigError(
                 f"{trial.folder} holds a run of {' '.join(sorted(before - now)) or 'fewer words'} "
@@ -172,9 +157,3 @@ class Record:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _telling(words: Any) -> set[str]:
-    """The words that say which run it is."""
-    free = ("hydra.", "resume=", "checkpoint.", "logger")
-    return {word for word in words if not word.startswith(free)}

@@ -110,6 +110,19 @@ def has_ended(run: Path) -> bool:
     return read_status(run) not in (None, *UNFINISHED)
 
 
+def objective(summary: Mapping[str, Any]) -> float:
+    """Return what a sweeper makes small: steps to the target, or the final loss of a run without.
+
+    A run that missed its target, or diverged, is infinite.
+    """
+    if summary.get("target_loss") is not None:
+        steps = summary.get("steps_to_target")
+        return math.inf if steps is None else float(steps)
+    found = summary.get("eval_loss")
+    found = summary.get("loss") if found is None else found
+    return math.inf if found is None or summary["status"] == "diverged" else float(found)
+
+
 status: Final = fields.one_of(*STATUSES)
 
 

@@ -14,10 +14,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from largebatch.conf.errors import ConfigError
+from largebatch.records.names import CHECKPOINTS
 from largebatch.study.progress import StudyProgress
 from largebatch.study.protocol import Job, Protocol
 from largebatch.study.search import Result
-from largebatch.train.record import METRICS, SUMMARY, UNFINISHED, lock, write_whole
+from largebatch.train.record import (
+    METRICS,
+    SUMMARY,
+    UNFINISHED,
+    lock,
+    telling,
+    words_of,
+    write_whole,
+)
 
 IDENTITY: Final = "study.json"
 
@@ -85,7 +94,7 @@ def conduct(
         while jobs := protocol.ask():
             missing = [job for job in jobs if finished(folder, job) is None]
             for job in missing:
-                discard_unfinished(folder / job.folder)
+                make_room(folder / job.folder, [*arguments, *job.overrides])
             if missing:
                 with progress.watching(missing):
                     launch([[*arguments, *job.overrides] for job in missing])
@@ -114,8 +123,8 @@ def finished(folder: Path, job: Job) -> dict[str, Any] | None:
     return summary
 
 
-def discard_unfinished(folder: Path) -> None:
-    """Make room where a run was cut off, or was another: a study owns the folders it named.
+def make_room(folder: Path, words: Sequence[str]) -> None:
+    """Discard a run that is there, but for one that was cut off with checkpoints and goes on.
 
     A worker of a killed study ends within a moment of it, but may still be writing: its lock tells.
     """
@@ -125,7 +134,9 @@ def discard_unfinished(folder: Path) -> None:
     with metrics.open("a") as handle:
         while not lock(handle.fileno()):
             time.sleep(0.1)
-    shutil.rmtree(folder)
+    same = telling(words_of(folder) or ()) == telling(words)
+    if not same or not any((folder / CHECKPOINTS).glob("samples-*")):
+        shutil.rmtree(folder)
 
 
 def result_of(folder: Path, job: Job) -> Result:

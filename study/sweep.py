@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from largebatch.conf.config import typed
-from largebatch.conf.errors import ConfigError
+from largebatch.conf.errors import ConfigError, SweepFailed
 from largebatch.study.conduct import (
     check_identity,
     conduct,
@@ -56,9 +57,11 @@ def sweep(
 
     def launch(jobs: Sequence[Sequence[str]]) -> None:
         nonlocal num_launched
-        for returned in launcher.launch(jobs, initial_job_idx=num_launched):
-            returned.return_value  # noqa: B018 — raises what the job raised
+        returned = launcher.launch(jobs, initial_job_idx=num_launched)
         num_launched += len(jobs)
+        failures = [run._return_value for run in returned if run.status == JobStatus.FAILED]
+        if failures:
+            raise SweepFailed(failures, len(jobs))
 
     with owned(folder):
         check_identity(folder, _identity(composed, optimizers))

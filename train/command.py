@@ -7,23 +7,24 @@ configuration and the folder. (Left alone, every rank's `hydra.main` would make 
 
 import os
 import sys
-from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.conf.errors import ConfigError, sentence
+from largebatch.conf.errors import ConfigError, RunFailed, SweepFailed
+from largebatch.records.summary import objective
+from largebatch.train.folders import again
+from largebatch.train.hydra_app import import_from_here, run_hydra
 from largebatch.train.order import Order, prepare
 from largebatch.train.ranks import Ranks, die_with_parent, find_ranks, started_ranks
 from largebatch.train.record import RunEnded
-from largebatch.train.user_code import keep_request, of_user
+from largebatch.train.sweeps import failure_of, shown_folder, told
+from largebatch.train.user_code import of_user
 
+FAILED: Final = 1
 REFUSED: Final = 2
 MISSED: Final = 3
 INTERRUPTED: Final = 130
@@ -41,12 +42,23 @@ _outcome: list[dict[str, Any] | ConfigError] = []
 
 def main(arguments: list[str]) -> int:
     """Run `largebatch train ARGUMENTS`; returns the exit code."""
-    _outcome.clear()
     try:
+        import_from_here()
         ranks = find_ranks()
         if not ranks.is_first:
             return follow(ranks)
-        run_hydra(single_run, "train", arguments)
+    except ConfigError as error:
+        print(f"largebatch: {error}", file=sys.stderr)
+        return REFUSED
+    return run_command("train", arguments)
+
+
+def run_command(command: str, arguments: list[str]) -> int:
+    """Run the runs that `arguments` ask for; returns the exit code."""
+    _outcome.clear()
+    again.clear()
+    try:
+        run_hydra(task, command, arguments)
         for outcome in _outcome:
             if isinstance(outcome, ConfigError):
                 raise outcome
@@ -54,9 +66,21 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"largebatch: {error}", file=sys.stderr)
         return REFUSED
+    except (RunFailed, SweepFailed) as error:  # of which each run has been told by itself
+        more = "" if error.refused else f"; the same command{again[0]} makes those again"
+        print(f"largebatch: {error}{more}", file=sys.stderr)
+        return REFUSED if error.refused else FAILED
+    except KeyboardInterrupt:
+        if not again:  # no sweep
+            raise
+        print(
+            f"largebatch: interrupted; the same command{again[0]} goes on from here",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
     except Exception as error:
         return failed(error)
-    return 0  # --help, --cfg and their like
+    return 0  # --help, --cfg and their like; a sweep all of whose runs have ended
 
 
 def failed(error: Exception) -> int:
@@ -72,48 +96,32 @@ def failed(error: Exception) -> int:
     return EXIT_CODES["failed"]
 
 
-def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: list[str]) -> None:
-    """Let Hydra compose the configuration and call `task` on it.
+def task(composed: DictConfig) -> float | None:
+    """Hydra's task: a run by itself, or one of a sweep, which returns what a sweeper makes small.
 
-    Raises:
-        ConfigError: in place of what Hydra would print over many lines.
+    A trial that a sweep's launcher has started is by itself: its summary and its exit code are what
+    the launcher reads.
     """
-    # A user's own task and model are imported from where the command is given.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    keep_request()
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [f"largebatch {command}", *arguments]
-    entry = hydra.main(version_base="1.3", config_path="pkg://largebatch.conf", config_name="train")
+    settings = HydraConfig.get()
+    trial = settings.runtime.choices.get("hydra/sweeper") == "largebatch_trial"
+    if settings.mode == RunMode.RUN or trial:
+        single_run(composed)
+        return None
     try:
-        entry(task)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(sentence(error)) from error
-    except ValueError as error:
-        # Hydra's own, before the task: batch=512, where batch.size=512 was meant.
-        if not str(error).startswith("Config group override must be"):
-            raise
-        raise ConfigError(
-            f"{_numbered_group(arguments)}: a group takes the name of a choice; a number goes to "
-            "one of its keys, as in batch.size=512 or optim.lr=0.01"
-        ) from error
-
-
-def _numbered_group(arguments: list[str]) -> str:
-    groups = files("largebatch.conf")
-    pairs = [word.partition("=") for word in arguments]
-    found = [
-        f"{name}={value}"
-        for name, _, value in pairs
-        if groups.joinpath(name.lstrip("+")).is_dir() and not value[:1].isalpha()
-    ]
-    return " ".join(found) or "GROUP=NUMBER"
+        summary = job(composed)
+    except Exception as error:
+        raise told(failure_of(error)) from None
+    if summary["status"] == "failed":  # a search of mode=lr_find that found nothing
+        raise told(RunFailed(shown_folder(), summary["error"]))
+    if summary["status"] == "interrupted":
+        raise KeyboardInterrupt
+    return objective(summary)
 
 
 def single_run(composed: DictConfig) -> None:
-    """Hydra's task of `largebatch train`: note the summary, or why the run was refused."""
+    """Note the summary, or why the run was refused."""
+    from largebatch.train import lr_results
     from largebatch.train.display import outcome
-    from largebatch.train.lr_results import told
 
     try:
         summary = job(composed, display=True)
@@ -121,10 +129,10 @@ def single_run(composed: DictConfig) -> None:
         _outcome.append(error)
     else:
         _outcome.append(summary)
-        folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+        folder = Path(shown_folder())
         print(outcome(summary, folder))
         if "lr_find" in summary:
-            print(told(summary, folder))
+            print(lr_results.told(summary, folder))
 
 
 def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
@@ -156,10 +164,9 @@ def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
     if not display and order.config.study is None:  # a study has a display of its own
         from largebatch.train.display import outcome
 
-        print(outcome(summary, Path(os.path.relpath(order.folder))), flush=True)
-    if "error" in summary:  # a sweep that found nothing; other errors are raised
-        of_many = "" if display else f"{os.path.relpath(order.folder)}: "
-        print(f"largebatch: {of_many}{summary['error']}", file=sys.stderr)
+        print(outcome(summary, Path(shown_folder())), flush=True)
+    if "error" in summary and display:  # a search that found nothing; other errors are raised
+        print(f"largebatch: {summary['error']}", file=sys.stderr)
     return summary
 
 
@@ -190,6 +197,8 @@ def train(ranks: Ranks, order: Order | None, display: bool = False) -> dict[str,
     order = tell(store, ranks, order)
     if order is None:
         return None
+    if order.current is not None:
+        os.chdir(order.current)
     set_threads(ranks)
     try:
         device = pick_device(order.config.engine.device, ranks, order.config.engine.ipex)

@@ -44,6 +44,8 @@ class Order:
     """Which small gradients the noise scale is measured with, `auto` resolved."""
     resumption: Resumption | None = None
     """Of the run that is in the folder already."""
+    current: Path | None = None
+    """Where paths are relative to, with hydra.job.chdir; None: where each rank was started."""
 
 
 def prepare(composed: DictConfig, ranks: Ranks) -> Order:
@@ -73,7 +75,7 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": settings})),
     }
     resumption = None
-    if config.resume == "auto":
+    if config.resume == "auto" or not single:  # a sweep goes on in its folder
         world = max(ranks.size, config.engine.nproc)
         resumption = find_resumption(folder, hydra_files["config.yaml"], world)
     if resumption is None:
@@ -89,6 +91,7 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
         hydra_files=hydra_files,
         noise_seam=seam,
         resumption=resumption,
+        current=Path.cwd() if settings.job.chdir else None,
     )
 
 

@@ -73,6 +73,8 @@ def started_ranks(nproc: int) -> Iterator[Ranks]:
             "MASTER_PORT": str(port),
             "LARGEBATCH_LAUNCHER": "nproc",
             "LARGEBATCH_PARENT": str(os.getpid()),
+            # What this process can import, they can, wherever hydra.job.chdir has led it.
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
         # Their standard output would interleave with rank 0's; errors still show.
         others.append(

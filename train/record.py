@@ -9,7 +9,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TextIO
@@ -65,6 +65,22 @@ def check_unfinished(folder: Path) -> None:
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     if summary["status"] not in UNFINISHED:
         raise RunEnded(folder, summary)
+
+
+def words_of(folder: Path) -> list[str] | None:
+    """Return the overrides that the run in `folder` was made with; None where it does not say."""
+    overrides = folder / ".hydra" / "overrides.yaml"
+    if not overrides.exists():
+        return None
+    from omegaconf import OmegaConf
+
+    return [str(word) for word in OmegaConf.to_container(OmegaConf.load(overrides)) or ()]
+
+
+def telling(words: Iterable[str]) -> set[str]:
+    """Return those of a run's overrides that say which run it is."""
+    free = ("hydra.", "resume=", "checkpoint.", "logger")
+    return {word for word in words if not word.startswith(free)}
 
 
 def claim(folder: Path, world: int = 1) -> Owner:

@@ -52,10 +52,10 @@ def find_resumption(folder: Path, config: str, world: int | None = None) -> Resu
         return None
     owner = claim(folder, world or 1)
     try:
+        check_same(folder, config)
         check_unfinished(folder)
         if not (folder / ".hydra" / "config.yaml").exists():  # killed before it had begun
             return Resumption(None, 0, owner)
-        _check_same(folder, config)
         verify = OmegaConf.create(config).checkpoint.verify
         checkpoint = last_good(folder, verify)
         if checkpoint is None:
@@ -114,7 +114,14 @@ def _check_world(checkpoint: Path, saved: dict[str, Any], world: int | None, ver
         )
 
 
-def _check_same(folder: Path, config: str) -> None:
+def check_same(folder: Path, config: str) -> None:
+    """Refuse a folder whose run was made with another configuration; `config` is YAML, resolved.
+
+    Raises:
+        ConfigError: naming the folder, the keys and the way out.
+    """
+    if not (folder / ".hydra" / "config.yaml").exists():
+        return
     before = _decisive(OmegaConf.load(folder / ".hydra" / "config.yaml"))
     now = _decisive(OmegaConf.create(config))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
@@ -122,7 +129,7 @@ def _check_same(folder: Path, config: str) -> None:
         told = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in changed[:4])
         raise ConfigError(
             f"the run in {folder} was made with {told}: resume it with the same overrides, or "
-            "choose another hydra.run.dir"
+            "choose another hydra.run.dir (of a sweep: hydra.sweep.dir)"
         )
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from largebatch.conf.errors import ConfigError
 from largebatch.conf.sweep_config import StudyConfig
-from largebatch.study.conduct import check_identity, conduct, owned, result_of
+from largebatch.study.conduct import check_identity, conduct, make_room, owned, result_of
 from largebatch.study.progress import StudyProgress, clock
 from largebatch.study.protocol import Protocol
 from largebatch.study.search import Result
@@ -181,6 +181,27 @@ def test_a_study_cut_off_anywhere_comes_to_the_same_end(
     assert count == {"made": len(second.launched), "found": dies_at}
     assert set(first.launched[:-1]).isdisjoint(second.launched)
     assert first.launched[-1] in second.launched
+
+
+@pytest.mark.parametrize(
+    ("words", "checkpoint", "stays"),
+    [
+        (["seed=1", "study=bytes", "hydra.sweep.dir=elsewhere"], True, True),
+        (["seed=1", "study=bytes"], False, False),
+        (["seed=2", "study=bytes"], True, False),
+    ],
+    ids=["goes-on", "no-checkpoint", "another"],
+)
+def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(
+    words: list[str], checkpoint: bool, stays: bool, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with RunFolder(run, {"overrides.yaml": "- study=bytes\n- seed=1\n"}) as record:
+        record.write({"step": 1})
+    if checkpoint:
+        (run / "checkpoints" / "samples-64").mkdir(parents=True)
+    make_room(run, words)
+    assert run.exists() is stays
 
 
 def test_a_study_cut_off_again_and_again_comes_to_the_same_end(

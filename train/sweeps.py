@@ -1,0 +1,118 @@
+"""Sweeps of runs: what one of them returns to Hydra, and that all of them are made.
+
+A sweep goes on in its folder: runs that have ended are passed by, others are resumed or begun. So
+the same command makes what is missing, whatever ended the last one.
+"""
+
+import math
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from largebatch.conf.errors import ConfigError, RunFailed, SweepFailed
+from largebatch.train.resume import check_same
+
+TRACEBACK: Final = "traceback.txt"
+MULTIRUN: Final = "multirun.yaml"
+
+
+def shown_folder() -> str:
+    """Return this run's folder as the user would type it, whatever Hydra has made the current."""
+    settings = HydraConfig.get()
+    return os.path.relpath(settings.runtime.output_dir, settings.runtime.cwd)
+
+
+def failure_of(error: Exception) -> RunFailed:
+    """Return what a sweep makes of an error that has ended this run, or kept it from beginning."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if isinstance(error, ConfigError):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        return RunFailed(shown_folder(), str(error), refused=True)
+    (folder / TRACEBACK).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    why = " ".join(f"{type(error).__name__}: {error}".split())
+    return RunFailed(shown_folder(), f"{why} (see {os.path.join(shown_folder(), TRACEBACK)})")
+
+
+def told(error: RunFailed) -> RunFailed:
+    """Say it at once: the sweep may last for hours yet."""
+    print(f"largebatch: {error}", file=sys.stderr, flush=True)
+    return error
+
+
+class EveryRun(Launcher):
+    """A launcher after whose failures the sweep goes on, to be told when all runs have been tried.
+
+    Raises:
+        SweepFailed: at its end, where runs have failed.
+    """
+
+    def __init__(self, config: DictConfig, launcher: Launcher, loader: ConfigLoader) -> None:
+        self.config, self._launcher, self._loader = config, launcher, loader
+        self._folder = Path(str(config.hydra.sweep.dir))
+        self._multirun = self._folder / MULTIRUN
+        self._before = self._multirun.read_bytes() if self._multirun.exists() else None
+        self._failures: list[BaseException] = []
+        self._num_runs = self._num_checked = 0
+
+    def setup(self, **parts: Any) -> None:
+        """The launcher within has been set up."""
+
+    def check(self, batch: Sequence[Sequence[str]]) -> None:
+        """Compose the runs of a batch, and refuse a folder that holds those of another sweep.
+
+        Raises:
+            ConfigError: naming the folder and what differs.
+        """
+        for number, overrides in enumerate(batch, self._num_checked):
+            config = self._loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(config):
+                config.hydra.job.id = config.hydra.job.num = number
+            folder = self._folder / str(config.hydra.sweep.subdir)
+            if folder.exists():
+                HydraConfig.instance().set_config(config)
+                with open_dict(config):
+                    del config["hydra"]
+                self._check_one(folder, OmegaConf.to_yaml(config, resolve=True))
+        self._num_checked += len(batch)
+
+    def _check_one(self, folder: Path, config: str) -> None:
+        try:
+            check_same(folder, config)
+        except ConfigError:
+            if self._before is not None:
+                self._multirun.write_bytes(self._before)
+            raise
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        returned = self._launcher.launch(job_overrides, initial_job_idx)
+        for run in returned:
+            self._num_runs += 1
+            if run.status == JobStatus.FAILED:
+                self._failures.append(run._return_value)
+                run.status, run.return_value = JobStatus.COMPLETED, math.inf
+        return returned
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None and self._failures:
+            raise SweepFailed(self._failures, self._num_runs)
