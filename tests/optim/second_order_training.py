@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from largebatch.optim import SOAP, Shampoo
+from largebatch.optim.roots import RootError
 
 NUM_STEPS = 20
 BATCH_SIZE = 16  # samples, over all ranks
@@ -43,6 +44,7 @@ ROWS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "Shampoo": (Shampoo, BLOCKS),
     "Shampoo-1e-4": (Shampoo, BLOCKS | {"ridge": 1e-4}),
     "Shampoo-far": (Shampoo, FAR_FROM_DEFAULT),
+    "Shampoo-one-sided": (Shampoo, BLOCKS | {"max_preconditioner_dim": 10}),
     "SOAP": (SOAP, BLOCKS),
     "SOAP-often": (SOAP, BLOCKS | {"precondition_interval": 1, "weight_decay": 0.1}),
 }
@@ -350,6 +352,31 @@ def stumble(job: Trouble) -> Outcome:
     return {**run.outcome(), "missing_state": len(missing_state)}
 
 
+@dataclass(frozen=True)
+class Failing:
+    """The factors of one layer are not finite from the second step on."""
+
+    cell: Cell
+
+    def __str__(self) -> str:
+        return f"failing/{self.cell}"
+
+
+def fail(job: Failing) -> Outcome:
+    """At which step the rank has raised, and what; it goes on until all have had the time to."""
+    run, raised = Run(job.cell), []
+    for number in range(job.cell.steps):
+        give_gradients(run, number)
+        if number >= 1:
+            grad = run.model.get_parameter("up.weight").grad
+            local(grad).fill_(float("nan"))
+        try:
+            run.optimizer.step()
+        except RootError as error:
+            raised.append((number, str(error)))
+    return {"raised": raised}
+
+
 def lose(param: Tensor, together: bool) -> None:
     """No gradient here; for one process, zeros where the last of four ranks has its rows."""
     if together:
@@ -380,6 +407,8 @@ def work(job: Any) -> Outcome:
             return change_form(job)
         case Trouble():
             return stumble(job)
+        case Failing():
+            return fail(job)
         case Cell():
             return train(job)
     raise AssertionError(job)

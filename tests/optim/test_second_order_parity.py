@@ -13,6 +13,7 @@ from parity_figures import assert_copies_are_bit_identical, relative
 from second_order_training import (
     Cell,
     CommonState,
+    Failing,
     Forms,
     Leg,
     Route,
@@ -32,6 +33,7 @@ LIMITS = {
     ("Shampoo-1e-4", FP32): 1e-5,
     ("Shampoo", FP64): 1e-9,
     ("Shampoo-far", FP64): 1e-9,
+    ("Shampoo-one-sided", FP64): 1e-9,
 }
 ROWS_OF = {
     ("DDP", 2): [("Shampoo", FP32)],
@@ -45,6 +47,7 @@ CELLS = [Cell(*spread, *row) for spread, rows in ROWS_OF.items() for row in rows
 # Other ways to be cut; with tensor parallelism in meshes that have copies of the work.
 OTHERS = [
     Cell("FSDP2-columns", 2, "Shampoo-far", FP64, 6),
+    Cell("FSDP2", 2, "Shampoo-one-sided", FP64, 6),
     Cell("FSDP2+TP", 4, "Shampoo-far", FP64, 6),
 ]
 COMMON = [
@@ -55,6 +58,7 @@ COMMON = [
 ROUTES = [
     Route((("FSDP2", 4), ("DDP+group", 2), ("one-process", 1)), "Shampoo-far"),
     Route((("HSDP", 4), ("FSDP2", 2), ("one-process", 1)), "Shampoo"),
+    Route((("FSDP2", 2), ("one-process", 1)), "Shampoo-one-sided"),
     Route((("DDP+group", 4), ("FSDP2", 2)), "SOAP", given=True),
     Route((("FSDP2", 4), ("one-process", 1)), "SOAP-often", given=True),
 ]
@@ -67,6 +71,11 @@ TROUBLES = [
         ("FSDP2", "SOAP-often", "inf"),
         ("HSDP", "Shampoo", "inf"),
     )
+]
+# Both of two ranks, which share the work on what one of them owns.
+FAILING = [
+    Failing(Cell("DDP+group", 2, "SOAP-often", FP64, 8)),
+    Failing(Cell("FSDP2", 2, "SOAP-often", FP64, 8)),
 ]
 FORMS = [Cell("FSDP2", 2, "Shampoo-far", FP64, 6), Cell("DDP+group", 2, "SOAP", FP64, 3)]
 WORLD_SIZES = (4, 2, 1)  # in which every route passes them
@@ -91,7 +100,7 @@ def each(name: str, jobs: Sequence[Any]) -> pytest.MarkDecorator:
     params = []
     for job in jobs:
         sizes = [size for _, size in job.legs] if isinstance(job, Route) else []
-        cell = job.cell if isinstance(job, Trouble) else job
+        cell = job.cell if isinstance(job, Trouble | Failing) else job
         large = 4 in sizes if sizes else cell.world_size == 4
         marks = pytest.mark.matrix if large and str(job) not in HERE else ()
         params.append(pytest.param(job, marks=marks))
@@ -133,6 +142,7 @@ def found(folder: Path, references: dict[str, Outcome], wanted: set[str]) -> Fin
     jobs += [(cell.world_size, common_job(cell, folder)) for cell in COMMON if str(cell) in wanted]
     jobs += [(t.cell.world_size, t) for t in TROUBLES if str(t) in wanted]
     jobs += [(cell.world_size, forms_of(cell, folder)) for cell in FORMS]
+    jobs += [(job.cell.world_size, job) for job in FAILING]
     for route in [route for route in ROUTES if str(route) in wanted]:
         for number, (_, size) in enumerate(route.legs):
             jobs.append((size, leg_of(route, number, folder)))
@@ -237,3 +247,13 @@ def test_a_step_that_one_rank_wants_skipped_changes_nothing(job: Trouble, found:
     reference = alone(stumble, replace(job, cell=job.cell.alone, what="skipped"))
     for outcome in found(job):
         assert worst(outcome, reference, of_state=True) < 1e-9
+
+
+@each("job", FAILING)
+def test_all_ranks_raise_what_one_of_them_has_failed_in(job: Failing, found: Find) -> None:
+    """The same sentence in the same step, one after that in which its owner was out of patience."""
+    first, *others = (outcome["raised"] for outcome in found(job))
+    assert others == [first] * len(others)
+    step, sentence = first[0]
+    assert step == 5  # three failures are tolerated, from the second step on
+    assert sentence.startswith("layer 'up.weight': the decomposition of a factor was asked of")
