@@ -253,6 +253,10 @@ MEANINGS: Final = {
         "look at the file system's quota and free space: the last whole checkpoint is older than "
         "you think",
     ),
+    "hole": (
+        30, "Lines of the record were lost before it was resumed",
+        "curves and totals of this run have a hole: a copy of metrics.jsonl may hold it",
+    ),
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from largebatch.conf.errors import ConfigError, sentence
 from largebatch.conf.user_configs import first, tell_replaced
 from largebatch.launch.cluster import Scheduler, check_queue
 from largebatch.launch.script import Job, script
+from largebatch.records.fields import LARGEST
 from largebatch.train.record import check_free, check_unfinished
 
 REFUSED: Final = 2
@@ -88,8 +89,13 @@ def prepared(options: Namespace, words: Sequence[str], told: Sequence[str]) -> J
     words, record = completed(config, words)
     if words[0] == "train":
         # Now rather than after a day in the queue.
-        check = check_unfinished if "resume=auto" in words else check_free
-        check(Path(record))
+        if "resume=auto" in words:
+            # The run compares the two; the later jobs of a chain take what has ended for done.
+            longer = any(word.startswith("budget.samples=") for word in words)
+            longer = longer and config.cluster.chain == 1
+            check_unfinished(Path(record), LARGEST if longer else 0)
+        else:
+            check_free(Path(record))
         check_plan(words[1:], config.cluster.num_ranks)
     return Job(config, words, record, [word for word in told if word != "--dry-run"])
 

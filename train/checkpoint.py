@@ -9,7 +9,7 @@ happens where one cannot be written.
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Checkpoints:
 
     Args:
         failed: on rank 0, takes the samples and the words of one that could not be written.
+        about: on rank 0, what goes into `state.json` besides the loop's state.
 
     Attributes:
         last: the one that was last saved or loaded, once it is known to be complete.
@@ -67,12 +68,14 @@ class Checkpoints:
         tensors: Tensors,
         config: CheckpointConfig,
         failed: Callable[[int, str], None] = lambda samples, what: None,
+        about: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self._run, self._folder = folder, folder / CHECKPOINTS
         self._ranks, self._tensors, self._config = ranks, tensors, config
-        self._failed = failed
+        self._failed, self._about = failed, about
         self._under_way: tuple[Path, Saving] | None = None
         self._begun_at = time.monotonic()
+        self._stuck: set[str] = set()
         self.last: Path | None = None
         self.failures: list[str] = []
         self.seconds_waited = 0.0
@@ -106,24 +109,25 @@ class Checkpoints:
         begun = time.perf_counter()
         self._begun_at = time.monotonic()
         try:
-            of_first(self._ranks, lambda: self._make_draft(final))
+            draft = self._folder / of_first(self._ranks, lambda: self._make_draft(final))
         except OSError as error:
             self._note(final, str(error))
             return
         background = self._config.mode == "async"
         # As it is now: lists in it may grow while the files are written.
         saved_by = self._tensors.describe() | {"time": time.time()}
-        whole = json.loads(json.dumps(state | {"format": FORMAT, "saved_by": saved_by}))
-        writing = self._tensors.begin_save(draft_of(final), staged=background)
+        known = {**state, **self._about(), "format": FORMAT, "saved_by": saved_by}
+        whole = json.loads(json.dumps(known))
+        writing = self._tensors.begin_save(draft, staged=background)
 
         def publish_all(parts: list[Part]) -> None:
             files = add_up(part.files for part in parts)
             files |= writing.finish([part.results for part in parts])
-            publish(draft_of(final), final, files, whole)
+            publish(draft, final, files, whole)
             self._retire()
 
         def discard() -> None:
-            remove(draft_of(final))
+            remove(draft)
 
         saving = Saving(self._ranks, writing, publish_all, discard, background)
         self._under_way = final, saving
@@ -172,20 +176,35 @@ class Checkpoints:
         if self._ranks.is_first:
             for later in listed(self._run):
                 if samples_of(later) > samples_of(checkpoint):
-                    set_aside(later, "passed")
+                    self._set_aside(later)
         self.last = checkpoint
         return state
 
+    def _set_aside(self, later: Path) -> None:
+        try:
+            set_aside(later, "passed")
+        except OSError as error:  # a save under this name tries again, and says what it costs
+            print(f"largebatch: {later.name} could not be set aside: {error}", file=sys.stderr)
+
     def _retire(self) -> None:
         try:
-            retire(self._run, self._config.keep, self._config.keep_every_samples)
+            self._tell(retire(self._run, self._config.keep, self._config.keep_every_samples))
         except OSError as error:  # the new one is there all the same
-            print(f"largebatch: old checkpoints could not be deleted: {error}", file=sys.stderr)
+            self._tell({CHECKPOINTS: str(error)})
 
-    def _make_draft(self, final: Path) -> None:
+    def _make_draft(self, final: Path) -> str:
         self._folder.mkdir(exist_ok=True)
-        clear_drafts(self._run)  # by a job that was killed meanwhile
-        draft_of(final).mkdir()
+        self._tell(clear_drafts(self._run))  # by a job that was killed meanwhile
+        draft = draft_of(final)
+        draft.mkdir()
+        return draft.name
+
+    def _tell(self, stuck: dict[str, str]) -> None:
+        """Say once of each checkpoint that it could not be deleted: it costs its space."""
+        for name, why in stuck.items():
+            if name not in self._stuck:
+                print(f"largebatch: {name} could not be deleted: {why}", file=sys.stderr)
+        self._stuck |= stuck.keys()
 
     def _note(self, final: Path, what: str) -> None:
         told = f"{final.name} could not be saved: {what}"

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from largebatch.train.checkpoint_files import (
     CHECKPOINTS,
-    MANIFEST,
     STATE,
     UNIVERSAL,
     listed,
@@ -85,13 +84,11 @@ def ls(options: argparse.Namespace) -> int:
     """One line a checkpoint."""
     checkpoints = those_of(options.run)
     problems = {path: problem(path, "size") or universal_problem(path) for path in checkpoints}
-    taken = next((path for path in reversed(checkpoints) if problem(path) is None), None)
+    taken, refusal = resumed_from(checkpoints[0].parents[1])
     rows = [("samples", "step", "saved", "size", "by", "ranks", "")]
     for path in checkpoints:
         about = _about(path)
         state = "whole" if problems[path] is None else f"broken: {problems[path]}"
-        if problems[path] is None and not (path / MANIFEST).exists():
-            state = "without a manifest, from an earlier version"
         if (path / UNIVERSAL).exists():
             state += ", and converted for worlds of any size"
         if path == taken:
@@ -101,7 +98,22 @@ def ls(options: argparse.Namespace) -> int:
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row[:6], widths, strict=True)]
         print("  ".join((*cells, row[6])).rstrip())
+    if refusal:
+        print(f"resume=auto takes none: {refusal}")
     return 0
+
+
+def resumed_from(run: Path) -> tuple[Path | None, str]:
+    """The checkpoint that `resume=auto` takes, or why it takes none."""
+    from largebatch.train.record import check_unfinished
+    from largebatch.train.resume import check_complete
+
+    try:
+        check_complete(run)
+        check_unfinished(run)
+    except ValueError as error:
+        return None, str(error)
+    return next((path for path in reversed(listed(run)) if problem(path) is None), None), ""
 
 
 def _about(checkpoint: Path) -> tuple[str, str, str, str, str]:
@@ -129,8 +141,7 @@ def verify(options: argparse.Namespace) -> int:
         if what is None:
             size = size_of(path)
             rate = size / (time.perf_counter() - begun) / 1e9
-            checked = "whole" if (path / MANIFEST).exists() else "without a manifest to compare"
-            print(f"{path.name}: {checked} ({told_size(size)}, {rate:.2f} GB/s)", flush=True)
+            print(f"{path.name}: whole ({told_size(size)}, {rate:.2f} GB/s)", flush=True)
         else:
             broken += 1
             print(f"{path.name}: broken: {what}", flush=True)
@@ -153,7 +164,9 @@ def universal(options: argparse.Namespace) -> int:
 
     checkpoint = one_of(options.run)
     made = convert(checkpoint, options.workers)
-    print(f"{made}: resume=auto finds it in a world of any size ({told_size(size_of(made))})")
+    files = sum(path.is_file() for path in made.rglob("*"))  # for those who pay for each
+    size = told_size(size_of(made))
+    print(f"{made}: resume=auto finds it in a world of any size ({size} in {files} files)")
     return 0
 
 

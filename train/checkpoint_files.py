@@ -17,6 +17,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from operator import index
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -28,7 +29,10 @@ UNIVERSAL: Final = "universal"
 """Folder in a checkpoint of DeepSpeed's, for what a world of any size reads."""
 
 FORMAT: Final = 1
-"""Of state.json and manifest.json. Checkpoints from before there was a manifest have none."""
+"""Of state.json and manifest.json."""
+
+_DATA: Final = (".metadata", ".distcp", ".pt")
+"""Endings of the files that engines read."""
 
 AUTO_FULL_BYTES: Final = 8 << 30
 """Up to so many bytes, a few seconds of reading, `auto` is `full`."""
@@ -91,14 +95,22 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """What `state.json` holds.
 
     Raises:
-        ValueError: a later version has written it.
+        ValueError: a later version has written it, or it does not say where the run stands.
     """
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    if state.get("format", 0) > FORMAT:
+    path = checkpoint / STATE
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        written, progress = state.get("format", 0), state["progress"]
+        known = [int(written), int(progress["samples"]), int(progress["steps"])]
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error!r}") from error
+    if written > FORMAT:
         raise ValueError(
-            f"{checkpoint} has format {state['format']}, and this version of largebatch reads up "
+            f"{checkpoint} has format {written}, and this version of largebatch reads up "
             f"to {FORMAT}: install the version that wrote it, or a later one"
         )
+    if known != [written, progress["samples"], progress["steps"]]:
+        raise ValueError(f"{path} cannot be read: its counts are no whole numbers")
     return state
 
 
@@ -111,8 +123,17 @@ def samples_of(checkpoint: Path) -> int:
 
 
 def draft_of(checkpoint: Path) -> Path:
-    """Where a checkpoint is while it is being written."""
-    return checkpoint.with_name(f".{checkpoint.name}")
+    """Name a checkpoint that is being written or deleted, as nothing in the folder is named."""
+    return _free(checkpoint, f".{checkpoint.name}")
+
+
+def _free(checkpoint: Path, name: str) -> Path:
+    """The first of `name`, `name`-1, `name`-2, … beside a checkpoint that nothing has."""
+    number, found = 0, checkpoint.with_name(name)
+    while os.path.lexists(found):
+        number += 1
+        found = checkpoint.with_name(f"{name}-{number}")
+    return found
 
 
 def listed(run: Path) -> list[Path]:
@@ -163,27 +184,49 @@ def flush_to_disk(path: Path) -> None:
 
 def set_aside(checkpoint: Path, why: str) -> Path:
     """Give a checkpoint a name under which nothing looks for it; returns the name."""
-    number = 0
-    while (aside := checkpoint.with_name(f"{why}-{checkpoint.name}-{number}")).exists():
-        number += 1
-    return checkpoint.rename(aside)
+    return checkpoint.rename(_free(checkpoint, f"{why}-{checkpoint.name}-0"))
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint, never half of it under its own name."""
-    gone = checkpoint.rename(draft_of(checkpoint)) if checkpoint.name[0] != "." else checkpoint
-    shutil.rmtree(gone)
+    """Delete a checkpoint, never half of it under its own name. Of a link to elsewhere, the link.
+
+    Raises:
+        OSError: it, or a part of it, is still there.
+    """
+    is_draft = checkpoint.name.startswith(".")
+    gone = checkpoint if is_draft else checkpoint.rename(draft_of(checkpoint))
+    if gone.is_symlink() or not gone.is_dir():
+        gone.unlink()
+    else:
+        shutil.rmtree(gone)
 
 
-def clear_drafts(run: Path) -> None:
-    """Delete what jobs that were killed have left half written, or half deleted."""
-    for name in os.listdir(run / CHECKPOINTS):
-        if name.startswith(".samples-"):
-            shutil.rmtree(run / CHECKPOINTS / name)
+def clear_drafts(run: Path) -> dict[str, str]:
+    """Delete what jobs that were killed have left half written, or half deleted.
+
+    Returns:
+        What could not be deleted, by name, and why: it stays, and is in nobody's way.
+    """
+    names = os.listdir(run / CHECKPOINTS)
+    return _removed(run / CHECKPOINTS / name for name in names if name.startswith(".samples-"))
 
 
-def retire(run: Path, keep: int, keep_every: int | None) -> None:
-    """Delete all but the last `keep` and the milestones, each the first of `keep_every` samples."""
+def _removed(checkpoints: Iterable[Path]) -> dict[str, str]:
+    stuck = {}
+    for checkpoint in checkpoints:
+        try:
+            remove(checkpoint)
+        except OSError as error:
+            stuck[checkpoint.name.lstrip(".")] = str(error)
+    return stuck
+
+
+def retire(run: Path, keep: int, keep_every: int | None) -> dict[str, str]:
+    """Delete all but the last `keep` and the milestones, each the first of `keep_every` samples.
+
+    Returns:
+        What could not be deleted, by name, and why.
+    """
     checkpoints = listed(run)
     milestones = set()
     if keep_every is not None:
@@ -191,33 +234,30 @@ def retire(run: Path, keep: int, keep_every: int | None) -> None:
         for checkpoint in checkpoints:
             first_of.setdefault(samples_of(checkpoint) // keep_every, checkpoint)
         milestones = {path for number, path in first_of.items() if number > 0}
-    for old in checkpoints[:-keep]:
-        if old not in milestones:
-            remove(old)
+    return _removed(old for old in checkpoints[:-keep] if old not in milestones)
 
 
-def manifest_of(checkpoint: Path) -> Files | None:
-    """The manifest's rows; None where there is no manifest.
+def manifest_of(checkpoint: Path) -> Files:
+    """The manifest's rows.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: there are none, or they cannot be read.
     """
     try:
-        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
+        rows = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = {str(name): File(*map(index, row)) for name, row in rows.items()}
     except FileNotFoundError:
-        return None
-    try:
-        return {name: File(*row) for name, row in json.loads(text)["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} cannot be read: {error}") from error
+    if not files:
+        raise ValueError(f"{MANIFEST} lists no files")
+    return files
 
 
 def size_of(checkpoint: Path) -> int:
-    """Bytes, by the manifest where there is one."""
-    files = manifest_of(checkpoint)
-    if files is not None:
-        return sum(file.size for file in files.values())
-    return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    """Bytes, by the manifest."""
+    return sum(file.size for file in manifest_of(checkpoint).values())
 
 
 def problem(checkpoint: Path, verify: str = "auto") -> str | None:
@@ -229,16 +269,28 @@ def problem(checkpoint: Path, verify: str = "auto") -> str | None:
     """
     try:
         files = manifest_of(checkpoint)
-        if files is None:
-            read_state(checkpoint)
-            return None  # from before there were manifests
         total = sum(file.size for file in files.values())
         full = verify == "full" or (verify == "auto" and total <= AUTO_FULL_BYTES)
         read = {name: file for name, file in files.items() if full or file.size <= _SMALL}
-        what = _of_sizes(checkpoint, files) or _of_contents(checkpoint, read)
-        return what or _of_state(checkpoint)
+        what = _of_listing(checkpoint, files) or _of_sizes(checkpoint, files)
+        what = what or _of_contents(checkpoint, read)
+        if what is None and checkpoint.name != UNIVERSAL:
+            read_state(checkpoint)
+        return what
     except (OSError, ValueError) as error:
         return str(error)
+
+
+def _of_listing(checkpoint: Path, files: Files) -> str | None:
+    """What is read must be what is compared."""
+    if checkpoint.name != UNIVERSAL and STATE not in files:
+        return f"{MANIFEST} does not list {STATE}"
+    for path in sorted(checkpoint.rglob("*")):
+        name = str(path.relative_to(checkpoint))
+        of_another = checkpoint.name != UNIVERSAL and name.startswith(f"{UNIVERSAL}/")
+        if name.endswith(_DATA) and name not in files and not of_another:
+            return f"{MANIFEST} does not list {name}"
+    return None
 
 
 def _of_sizes(checkpoint: Path, files: Files) -> str | None:
@@ -259,12 +311,6 @@ def _of_contents(checkpoint: Path, files: Files) -> str | None:
         for (name, file), crc32 in zip(files.items(), pool.map(crc32_of, paths), strict=True):
             if crc32 != file.crc32:
                 return f"{name} is not what was written (CRC {crc32:08x}, not {file.crc32:08x})"
-    return None
-
-
-def _of_state(checkpoint: Path) -> str | None:
-    if (checkpoint / STATE).exists():
-        read_state(checkpoint)
     return None
 
 

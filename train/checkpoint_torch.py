@@ -30,6 +30,9 @@ from largebatch.train.ranks import Ranks
 
 T = TypeVar("T")
 
+# Torch 2.10's own, at each save. For good, as writing has a thread and filters are the process's.
+warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
+
 REPLICA_WRITERS: Final = 32
 """Ranks that share what all of them hold alike: every rank reads their files when it resumes."""
 

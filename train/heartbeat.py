@@ -72,7 +72,7 @@ class Heartbeat:
 
     def _write(self, **changed: Any) -> None:
         self._beat |= changed | {"time": time.time()}
-        write_whole(self._path, json.dumps(self._beat) + "\n")
+        write_whole(self._path, json.dumps(self._beat) + "\n", durable=False)
         self._written = time.monotonic()
 
 

@@ -369,6 +369,7 @@ class Loop:
         """Where the run stands between two steps, model and optimizer aside, in plain numbers."""
         return {
             "progress": asdict(self.progress),
+            "budget_samples": self.plan.budget_samples,
             "plan": self.plan.state_dict(),
             "guard": self.guard.state_dict(),
             "precision": self.engine.precision.state_dict(),

@@ -77,7 +77,7 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
     resumption = None
     if config.resume == "auto" or not single:  # a sweep goes on in its folder
         world = max(ranks.size, config.engine.nproc)
-        resumption = find_resumption(folder, hydra_files["config.yaml"], world)
+        resumption = find_resumption(folder, hydra_files["config.yaml"], world, plan)
     if resumption is None:
         check_free(folder)
     return Order(

@@ -9,12 +9,18 @@ import fcntl
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TextIO
+from typing import Any, Final, NamedTuple, Self, TextIO
 
 from largebatch.conf.errors import ConfigError
+from largebatch.records import Fields, RecordError, read_fields
+from largebatch.records.fields import LARGEST, mapping, number, one_of, optional, whole
+from largebatch.records.names import HEARTBEAT
+from largebatch.records.reading import parsed
+from largebatch.train.checkpoint_files import listed
 from largebatch.train.owner import Owner
 
 METRICS: Final = "metrics.jsonl"
@@ -31,7 +37,7 @@ def check_free(folder: Path) -> None:
     Raises:
         ConfigError: naming the folder and the way out.
     """
-    if (folder / METRICS).exists() or (folder / SUMMARY).exists():
+    if (folder / METRICS).exists() or (folder / SUMMARY).exists() or listed(folder):
         raise ConfigError(
             f"{folder} already holds a run; choose another with hydra.run.dir=…, move it away, or "
             "go on with it by resume=auto"
@@ -47,24 +53,74 @@ class RunEnded(ConfigError):
     """There is nothing to resume: the run has come to its end, as `summary` says."""
 
     def __init__(self, folder: Path, summary: dict[str, Any]) -> None:
+        longer = ", or a larger budget.samples" if summary["status"] == "exhausted" else ""
         super().__init__(
             f"{folder} holds a run that has ended ({summary['status']}): there is nothing to "
-            "resume; choose another folder with hydra.run.dir=…"
+            f"resume; choose another folder with hydra.run.dir=…{longer}"
         )
         self.summary = summary
 
 
-def check_unfinished(folder: Path) -> None:
-    """Refuse to go on with a run that has come to its end.
+def check_unfinished(folder: Path, budget_samples: int = 0) -> None:
+    """Refuse to go on with a run that has come to its end. One that has spent its budget may go on
+    with a larger one.
 
     Raises:
         RunEnded: naming the folder and the way out.
+        ConfigError: the summary is damaged.
     """
-    if not (folder / SUMMARY).exists():
+    try:
+        summary = read_fields(folder / SUMMARY)
+        status = summary.take("status", one_of(*STATUSES))
+        spent = summary.find("budget_samples", optional(whole()))
+    except FileNotFoundError:
         return
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    if summary["status"] not in UNFINISHED:
-        raise RunEnded(folder, summary)
+    except RecordError as error:
+        raise ConfigError(
+            f"{error}: restore it, or delete it if the run is to go on from its last checkpoint"
+        ) from error
+    is_longer = status == "exhausted" and budget_samples > (spent or LARGEST)
+    if status not in UNFINISHED and not is_longer:
+        raise RunEnded(folder, dict(summary.values))
+
+
+class Kept(NamedTuple):
+    """What stays of `metrics.jsonl` where a run goes on."""
+
+    size: int = 0
+    """Bytes."""
+    step: int = 0
+    """Of the last line."""
+    seconds: float = 0.0
+    """That the run had taken until there."""
+
+
+def kept_lines(folder: Path, samples: int) -> Kept:
+    """The lines of steps until `samples` samples: later steps are made again, and half a line at
+    the end is of a process that was killed.
+
+    Raises:
+        ConfigError: a line before that is damaged.
+    """
+    path, kept, size, damage = folder / METRICS, Kept(), 0, ""
+    with path.open("rb") as file:
+        for place, text in enumerate(file, 1):
+            size += len(text)
+            where = f"{path}:{place}"
+            try:
+                line = Fields(mapping(parsed(text, where)), where)
+                seen = line.take("samples", whole())
+                found = Kept(size, line.find("step", whole()) or 0, line.take("seconds", number))
+            except ValueError as error:
+                named = isinstance(error, RecordError)
+                damage = damage or (str(error) if named else f"{where} {error}")
+                continue
+            if seen > samples or not text.endswith(b"\n"):
+                break
+            if damage:
+                raise ConfigError(f"{damage}: mend that line, or delete it, and resume again")
+            kept = found
+    return kept
 
 
 def words_of(folder: Path) -> list[str] | None:
@@ -104,11 +160,12 @@ class RunFolder:
     Args:
         resumed_samples: go on with the run that the folder holds, from the checkpoint after so many
             samples. Lines of later steps are dropped: those steps are made again.
-        owner: who has claimed the run that is gone on with; the folder releases it.
+        owner: who has claimed the run that is gone on with, and seen that it may; the folder
+            releases it.
         world: ranks of the run.
 
     Attributes:
-        seconds: that the run had taken until there.
+        last: where the last line ends, and what it says.
 
     Raises:
         ConfigError: the folder holds another run, or another process is at work in it.
@@ -122,7 +179,7 @@ class RunFolder:
         owner: Owner | None = None,
         world: int = 1,
     ) -> None:
-        self.path, self.seconds = folder, 0.0
+        self.path, self.last = folder, Kept()
         if resumed_samples is None:
             check_free(folder)
             (folder / ".hydra").mkdir(parents=True, exist_ok=True)
@@ -137,8 +194,9 @@ class RunFolder:
             self._owner = owner or claim(folder, world)
             self._lines = self._owner.file
             try:
-                check_unfinished(folder)
-                self._cut(resumed_samples)
+                if owner is None:
+                    check_unfinished(folder)
+                self._cut(kept_lines(folder, resumed_samples))
             except BaseException:
                 self._owner.release()
                 raise
@@ -147,39 +205,42 @@ class RunFolder:
             if (folder / ".hydra" / "config.yaml").exists():  # else killed before it was written
                 start = f"resumed-{resumed_samples}"
                 hydra_files = {f"{start}-{name}": text for name, text in hydra_files.items()}
+        for name in (f".{HEARTBEAT}.*", f".{SUMMARY}.*", ".hydra/.*.yaml.*"):
+            for draft in folder.glob(name):  # of a process that was killed while it wrote
+                draft.unlink(missing_ok=True)
         for name, text in hydra_files.items():
             write_whole(folder / ".hydra" / name, text)
 
-    def _cut(self, samples: int) -> None:
-        """Drop the lines of steps after `samples` samples, and a last one that is not whole."""
-        kept = 0
-        for text in self._lines.read().splitlines(keepends=True):
-            line = json.loads(text) if text.endswith("\n") else {"samples": math.inf}
-            if line["samples"] > samples:
-                break
-            kept += len(text.encode())
-            self.seconds = line["seconds"]
-        self._lines.seek(kept)
+    @property
+    def seconds(self) -> float:
+        """That the run had taken when it wrote its last line."""
+        return self.last.seconds
+
+    def _cut(self, kept: Kept) -> None:
+        """Drop what comes after the lines that stay."""
+        self.last = kept
+        self._lines.seek(self.last.size)
         self._lines.truncate()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """One line, on disk before the next step is recorded."""
-        self._lines.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
+        text = json.dumps({key: finite(value) for key, value in line.items()}) + "\n"
+        self._lines.write(text)
         self._lines.flush()
+        size, step = self.last.size + len(text), line.get("step", self.last.step)
+        self.last = Kept(size, step, line.get("seconds", self.last.seconds))
 
     def rewind(self, samples: int) -> None:
         """Move the lines of steps after `samples` samples to `rolled_back.jsonl`: the run has gone
         back to before them.
         """
         self._lines.flush()
-        self._lines.seek(0)
-        lines = self._lines.read()
-        seconds = self.seconds
-        self._lines.seek(0)
-        self._cut(samples)
-        self.seconds = seconds
-        with (self.path / ROLLED_BACK).open("a", encoding="utf-8") as file:
-            file.write(lines.encode()[self._lines.tell() :].decode())
+        kept = kept_lines(self.path, samples)
+        with (self.path / METRICS).open("rb") as lines:
+            lines.seek(kept.size)
+            with (self.path / ROLLED_BACK).open("ab") as file:
+                shutil.copyfileobj(lines, file)
+        self._cut(kept)
 
     def flush_to_disk(self) -> None:
         """Wait until the lines so far would survive a crash of the machine.
@@ -210,11 +271,24 @@ class RunFolder:
         self._owner.release()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace `path` in one step, so that no reader and no crash sees half of it."""
+def write_whole(path: Path, text: str, durable: bool = True) -> None:
+    """Replace `path` in one step, so that no reader and no crash sees half of it.
+
+    Args:
+        durable: wait until the disk has it. Without, a crash of the machine may leave an empty
+            file: for what is written anew every second.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def lock(descriptor: int) -> bool:

@@ -27,6 +27,9 @@ class Silence:
     def seconds(self) -> float:
         return 0.0
 
+    def recorded_steps(self) -> int:
+        return 0
+
 
 class Reporter(Silence):
     """Rank 0's, for as long as the run lasts.
@@ -69,6 +72,10 @@ class Reporter(Silence):
     def seconds(self) -> float:
         """Since training began, before an interruption too."""
         return round(time.perf_counter() - self._begin, 4)
+
+    def recorded_steps(self) -> int:
+        """Of the last line that was written."""
+        return self._folder.last.step
 
     def line(self, line: dict[str, Any]) -> None:
         """A complete line, each in its turn."""

@@ -4,16 +4,24 @@ Imports no torch: a refusal takes no longer than any other.
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from omegaconf import OmegaConf
 
-from largebatch.conf.errors import ConfigError
+from largebatch.conf.config import BudgetConfig
+from largebatch.conf.errors import ConfigError, sentence
+from largebatch.records.names import CONFIG
+from largebatch.records.reading import read_bytes
+from largebatch.schedules import Plan
 from largebatch.train.checkpoint_files import CHECKPOINTS, UNIVERSAL, listed, problem, read_state
+from largebatch.train.lengthening import check_past
 from largebatch.train.owner import Owner
-from largebatch.train.record import METRICS, check_unfinished, claim
+from largebatch.train.record import METRICS, RunEnded, check_unfinished, claim, kept_lines
+
+_BUDGET: Final = ("budget.samples", "budget.tokens")
 
 # What may differ between a run and its resumption: none of it decides the trajectory.
 _FREE: Final = ("engine", "logger", "record", "checkpoint", "resume", "throughput")
@@ -29,6 +37,8 @@ class Resumption:
     """Samples seen by then."""
     owner: Owner | None = None
     """This process's hold on the folder, on rank 0; the run's record takes it over."""
+    hole: str | None = None
+    """What is missing of its record, in words."""
 
     def release(self) -> None:
         """Let go of the folder: there is to be no run after all."""
@@ -36,36 +46,104 @@ class Resumption:
             self.owner.release()
 
 
-def find_resumption(folder: Path, config: str, world: int | None = None) -> Resumption | None:
+def find_resumption(
+    folder: Path, config: str, world: int | None = None, plan: Plan | None = None
+) -> Resumption | None:
     """Where the run in `folder` goes on; None where there is none. From now on, or until the
     resumption is released, the folder is this process's.
 
     Args:
         config: the resolved configuration, as YAML.
         world: ranks of the run to come; None: whether a checkpoint fits them is not asked.
+        plan: of the run to come; None: it has the budget that it had.
 
     Raises:
         ConfigError: the run has ended, or was made with another configuration, another process is
             at work on it, or it has left checkpoints and none can be read.
     """
-    if not (folder / METRICS).exists():
+    if not (folder / METRICS).exists() and not listed(folder):
         return None
+    if not (folder / CONFIG).exists():
+        check_unfinished(folder)
+    check_complete(folder)
     owner = claim(folder, world or 1)
     try:
-        check_same(folder, config)
-        check_unfinished(folder)
-        if not (folder / ".hydra" / "config.yaml").exists():  # killed before it had begun
+        if not (folder / CONFIG).exists():  # killed before it had begun
             return Resumption(None, 0, owner)
+        before = check_same(folder, config)
+        _check_ended(folder, plan, may_grow=True)
         verify = OmegaConf.create(config).checkpoint.verify
         checkpoint = last_good(folder, verify)
         if checkpoint is None:
+            _check_ended(folder, plan, may_grow=False)
             return Resumption(None, 0, owner)
         state = read_state(checkpoint)
         _check_world(checkpoint, state.get("saved_by", {}), world, verify)
-        return Resumption(checkpoint, int(state["progress"]["samples"]), owner)
+        samples = int(state["progress"]["samples"])
+        if plan is not None:
+            check_past(
+                plan, int(state.get("budget_samples", before)), samples, state.get("plan", {})
+            )
+        return Resumption(checkpoint, samples, owner, _hole(folder, state))
     except BaseException:
         owner.release()
         raise
+
+
+def _check_ended(folder: Path, plan: Plan | None, may_grow: bool) -> None:
+    """Refuse a run that has ended, but for one whose budget grows.
+
+    Raises:
+        RunEnded: with the budget that the plan has, so that a sweep may pass it by.
+        ConfigError: with another.
+    """
+    budget = 0 if plan is None else plan.budget_samples
+    try:
+        check_unfinished(folder, budget if may_grow else 0)
+    except RunEnded as error:
+        had = error.summary.get("budget_samples", budget)
+        if had == budget or plan is None:
+            raise
+        raise ConfigError(f"{error} (it had budget.samples={had})") from error
+
+
+def check_complete(folder: Path) -> None:
+    """Refuse a run whose record was left behind: it is not begun again unasked.
+
+    Raises:
+        ConfigError: naming what is missing and the way out.
+    """
+    checkpoints = listed(folder)
+    missing = [name for name in (CONFIG, METRICS) if not (folder / name).exists()]
+    if checkpoints and missing:
+        what = f"{len(checkpoints)} checkpoint(s)"
+    elif CONFIG in missing and (folder / METRICS).stat().st_size > 0:
+        what = "the lines of a run"
+    else:
+        return
+    ways = {
+        CONFIG: "copy .hydra too (`cp -r RUN/* …` leaves it behind, `cp -r RUN/. …` does not)",
+        METRICS: f"restore {METRICS}, or make an empty one to go on without its lines",
+    }
+    raise ConfigError(
+        f"{folder} holds {what} and lacks {' and '.join(missing)}, so nothing is resumed and "
+        f"nothing begun again: {', and '.join(ways[name] for name in missing)}; or choose another "
+        "hydra.run.dir"
+    )
+
+
+def _hole(folder: Path, state: Mapping[str, Any]) -> str | None:
+    """Say which steps before the checkpoint have lost their lines, on stderr too."""
+    progress = state["progress"]
+    kept, wanted = kept_lines(folder, progress["samples"]), state.get("recorded_steps", 0)
+    if kept.step >= wanted:
+        return None
+    hole = (
+        f"{METRICS} ends after step {kept.step}, and the checkpoint is of step "
+        f"{progress['steps']}: the lines in between are lost, and these steps are not made again"
+    )
+    print(f"largebatch: {folder}: {hole}", file=sys.stderr)
+    return hole
 
 
 def last_good(folder: Path, verify: str = "auto") -> Path | None:
@@ -114,23 +192,62 @@ def _check_world(checkpoint: Path, saved: dict[str, Any], world: int | None, ver
         )
 
 
-def check_same(folder: Path, config: str) -> None:
-    """Refuse a folder whose run was made with another configuration; `config` is YAML, resolved.
+def check_same(folder: Path, config: str) -> int:
+    """Refuse a folder whose run was made with another configuration, but for a larger budget.
+
+    Args:
+        config: the resolved configuration, as YAML.
+
+    Returns:
+        The budget that the run began with, in samples; 0 where it does not say.
 
     Raises:
-        ConfigError: naming the folder, the keys and the way out.
+        ConfigError: naming the keys, or a record of the configuration that is damaged, and the
+            way out.
     """
-    if not (folder / ".hydra" / "config.yaml").exists():
-        return
-    before = _decisive(OmegaConf.load(folder / ".hydra" / "config.yaml"))
-    now = _decisive(OmegaConf.create(config))
+    if not (folder / CONFIG).exists():
+        return 0
+    before, now = _decisive(_recorded(folder)), _decisive(OmegaConf.create(config))
+    groups = [{key.split(".")[0] for key in keys} for keys in (now, before)]
+    if missing := sorted(groups[0] - groups[1]):
+        raise ConfigError(
+            f"{folder / CONFIG} has no {', '.join(missing[:4])}: it is not whole, or another "
+            "version has written it; restore it, or choose another hydra.run.dir"
+        )
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    if _budget(now) >= _budget(before):
+        changed = [key for key in changed if key not in _BUDGET]
     if changed:
         told = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in changed[:4])
         raise ConfigError(
             f"the run in {folder} was made with {told}: resume it with the same overrides, or "
             "choose another hydra.run.dir (of a sweep: hydra.sweep.dir)"
         )
+    return _budget(before)
+
+
+def _budget(values: Mapping[str, Any]) -> int:
+    """The budget in samples, however it is given; 0 where it is none."""
+    samples, tokens = (values.get(key) for key in _BUDGET)
+    try:
+        per = values.get("budget.tokens_per_sample", 1)
+        return int(BudgetConfig(samples, tokens, per).samples)
+    except ValueError:
+        return 0
+
+
+def _recorded(folder: Path) -> Any:
+    """The configuration in the record: data, of which nothing is resolved, imported or called."""
+    path = folder / CONFIG
+    try:
+        text = read_bytes(path).decode()
+        if not text.strip():
+            raise ValueError("it is empty")
+        return OmegaConf.create(text)
+    except Exception as error:  # parsers raise whatever the text makes them
+        raise ConfigError(
+            f"{path} is damaged ({sentence(error)}): restore it, or choose another hydra.run.dir"
+        ) from error
 
 
 def _decisive(config: Any) -> dict[str, Any]:
@@ -144,5 +261,5 @@ def _decisive(config: Any) -> dict[str, Any]:
         else:
             flat[prefix] = node
 
-    flatten(OmegaConf.to_container(config, resolve=True), "")
+    flatten(OmegaConf.to_container(config), "")
     return {key: value for key, value in flat.items() if key.split(".")[0] not in _FREE}

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from largebatch.conf.config import EngineConfig
 from largebatch.conf.errors import ConfigError
 from largebatch.train.build import build, call, check_arguments, check_kind
+from largebatch.train.data_identity import check_data, data_of
 from largebatch.train.engines import Engine
 from largebatch.train.evaluation import EvaluationGrid, evaluate
 from largebatch.train.example_gradients import ExampleGradients
@@ -200,7 +201,7 @@ def run(
             raise ConfigError("rank 0 was refused the run's folder")
         return _train(order, parts, ranks, device, Silence())
     throughput = build_throughput(order, parts.task, ranks, device)
-    folder, logger = _opened(order, parts.engine)
+    folder, logger = _opened(order, parts.task, parts.engine)
     with folder:
         every = order.config.record.every
         reporter = Reporter(folder, logger, throughput, ranks.size, every, watch)
@@ -219,13 +220,16 @@ def run(
         return summary
 
 
-def _opened(order: Order, engine: Engine) -> tuple[RunFolder, Logger]:
+def _opened(order: Order, task: Task, engine: Engine) -> tuple[RunFolder, Logger]:
     """The run's folder and logger, on rank 0; the others hear whether there are any."""
-    resumed, owner = None, None
+    resumed, owner, before = None, None, None
     if order.resumption is not None:
         resumed, owner = order.resumption.samples, order.resumption.owner
+        before = order.resumption.checkpoint
     try:
-        logger = _logger(order)  # first: what it refuses leaves a folder as it was
+        if before is not None:
+            check_data(before, task)
+        logger = _logger(order)  # first: what is refused leaves a folder as it was
         world = engine.data_parallel_size
         folder = RunFolder(order.folder, order.hydra_files, resumed, owner, world)
     except BaseException:
@@ -274,6 +278,10 @@ def _train(
         )
         if checkpoints is not None and before is not None:
             loop.load_state_dict(checkpoints.load(before))
+        if order.resumption is not None and order.resumption.hole is not None:
+            progress = parts.progress
+            told = {"step": progress.steps, "samples": progress.samples}
+            tell.event({"kind": "hole", "reason": order.resumption.hole} | told)
         try:
             loop.run()
         except BaseException:
@@ -297,7 +305,12 @@ def _checkpoints(order: Order, parts: Parts, ranks: Ranks, tell: Silence) -> "Ch
     from largebatch.train.checkpoint import Checkpoints
 
     tensors, config = parts.engine.tensors(parts.optimizer), order.config.checkpoint
-    return Checkpoints(order.folder, ranks, tensors, config, tell.checkpoint_failed)
+    data = data_of(parts.task) if ranks.is_first and config.saves else {}
+
+    def about() -> dict[str, Any]:
+        return {"data": data, "recorded_steps": tell.recorded_steps()}
+
+    return Checkpoints(order.folder, ranks, tensors, config, tell.checkpoint_failed, about)
 
 
 def _summary(

@@ -67,7 +67,7 @@ def answering(folder: Path, rank: int, size: int) -> Iterator[None]:
                 os._exit(LEFT)  # whatever the main thread is in
             try:
                 answer = folder / WATCH / Path(name).name / f"rank-{rank}.json"
-                write_whole(answer, json.dumps(where_it_stands(rank, size)) + "\n")
+                write_whole(answer, json.dumps(where_it_stands(rank, size)) + "\n", False)
                 heeded = request
             except OSError:  # a full disk, say: the run goes on
                 continue

@@ -1,5 +1,6 @@
 """What gloo ranks do with checkpoints: save, mutate, fail, load in another world."""
 
+import json
 import os
 import resource
 import shutil
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from largebatch.conf.config import CheckpointConfig
 from largebatch.optim import LAMB, LARS
 from largebatch.train.checkpoint import CheckpointFailed, Checkpoints
-from largebatch.train.checkpoint_files import Part, listed, problem
+from largebatch.train.checkpoint_files import File, Part, crc32_of, listed, problem
 from largebatch.train.checkpoint_tensors import DistributedTensors, Writing
 from largebatch.train.ranks import Ranks
 
@@ -85,6 +86,16 @@ class Trainee:
 def whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def sign(checkpoint: Path) -> None:
+    """Give a checkpoint the manifest of what is in it."""
+    files = {
+        path.name: list(File(path.stat().st_size, crc32_of(path)))
+        for path in checkpoint.iterdir()
+        if path.name != "manifest.json"
+    }
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
 
 
 def state_after(samples: int) -> dict[str, Any]:

@@ -6,18 +6,24 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_ranks import SmallDisk, Trainee, state_after, work
+from checkpoint_ranks import SmallDisk, Trainee, sign, state_after, work
 from gloo_ranks import launch, successful
 
 from largebatch.conf.config import CheckpointConfig
 from largebatch.conf.errors import ConfigError
 from largebatch.train.checkpoint import CheckpointFailed, Checkpoints
 from largebatch.train.checkpoint_command import main
-from largebatch.train.checkpoint_files import listed, problem, retire, samples_of
+from largebatch.train.checkpoint_files import (
+    listed,
+    problem,
+    retire,
+    samples_of,
+)
 from largebatch.train.ranks import Ranks
 from largebatch.train.resume import last_good
 
@@ -74,6 +80,42 @@ def forged(checkpoint: Path) -> None:
     flip(checkpoint / "state.json", 20)
 
 
+def unsigned(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+
+
+def listing(checkpoint: Path, *names: str) -> None:
+    """Have the manifest list these files only, and damage one of the others."""
+    path = checkpoint / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"] = {name: manifest["files"][name] for name in names}
+    path.write_text(json.dumps(manifest))
+    flipped(checkpoint)
+
+
+def blank(checkpoint: Path) -> None:
+    listing(checkpoint)
+
+
+def partial(checkpoint: Path) -> None:
+    listing(checkpoint, "state.json", ".metadata")
+
+
+def stateless(checkpoint: Path) -> None:
+    listing(checkpoint, ".metadata", "__0_0.distcp")
+
+
+def nowhere(checkpoint: Path) -> None:
+    (checkpoint / "state.json").write_text("{}")
+    sign(checkpoint)
+
+
+def from_later(checkpoint: Path) -> None:
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps(state | {"format": 7}))
+    sign(checkpoint)
+
+
 @pytest.mark.parametrize(
     ("damage", "says", "seen_by_size"),
     [
@@ -82,6 +124,12 @@ def forged(checkpoint: Path) -> None:
         (lost, ".metadata is missing", True),
         (scrawled, "Expecting value", True),
         (forged, "state.json is not what was written (CRC ", True),
+        (unsigned, "manifest.json is missing", True),
+        (blank, "manifest.json lists no files", True),
+        (partial, "manifest.json does not list __0_0.distcp", True),
+        (stateless, "manifest.json does not list state.json", True),
+        (nowhere, "state.json cannot be read: KeyError('progress')", True),
+        (from_later, "has format 7, and this version of largebatch reads up to 1", True),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_by_for_the_last_good_one(
@@ -126,13 +174,6 @@ def test_what_is_under_way_or_set_aside_is_no_checkpoint(saved: Saved, tmp_path:
     saved[1].rename(saved[1].with_name(f"passed-{saved[1].name}-0"))
     assert last_good(tmp_path) == saved[0]
     assert last_good(tmp_path / "nothing") is None
-
-
-def test_a_later_format_is_refused_by_name(saved: Saved, tmp_path: Path) -> None:
-    state = json.loads((saved[2] / "state.json").read_text())
-    (saved[2] / "state.json").write_text(json.dumps(state | {"format": 7}))
-    (saved[2] / "manifest.json").unlink()  # whose CRC would say it first
-    assert "has format 7, and this version of largebatch reads up to 1" in str(problem(saved[2]))
 
 
 def test_a_run_goes_on_from_the_last_good_one_and_makes_the_broken_one_again(
@@ -239,6 +280,62 @@ def test_a_folder_that_cannot_be_made_is_told_like_a_full_disk(
         save(tmp_path, 64, required=True)
 
 
+# What cannot be deleted --------------------------------------------------------------------------
+
+
+@contextmanager
+def as_a_user() -> Iterator[Path]:
+    """A folder of a user whom permissions bind; this process is that user within it."""
+    user = 65534 if os.geteuid() == 0 else os.geteuid()
+    with TemporaryDirectory(dir="/tmp") as folder:
+        os.chown(folder, user, -1)
+        before = os.geteuid()
+        os.seteuid(user)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(before)
+            for path, _, _ in os.walk(folder):
+                os.chmod(path, 0o700)
+
+
+def stuck(folder: Path) -> None:
+    """Make a folder that its owner cannot delete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "file").touch()
+    folder.chmod(0o500)
+
+
+def test_what_cannot_be_deleted_costs_itself_only(capsys: pytest.CaptureFixture[str]) -> None:
+    with as_a_user() as run:
+        for number in (128, 192):  # half written, by a job that was killed
+            stuck(run / "checkpoints" / f".samples-{number:015d}")
+        assert save(run, 64).failures == []
+        stuck(listed(run)[0])
+        checkpoints = save(run, 128, 192, 256, keep=1)
+        assert checkpoints.failures == []
+        assert [samples_of(path) for path in listed(run)] == [256]
+        assert problem(listed(run)[0], "full") is None
+        left = {path.name for path in (run / "checkpoints").iterdir()} - {listed(run)[0].name}
+        assert left == {f".samples-{number:015d}" for number in (64, 128, 192)}
+        told = capsys.readouterr().err.splitlines()
+        for number in (64, 128, 192):  # once by each run that meets it
+            lines = [line for line in told if f"samples-{number:015d} could not be deleted" in line]
+            assert len(lines) == (1 if number == 64 else 2)
+
+
+def test_of_a_link_to_another_disk_the_link_is_deleted(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    save(tmp_path, 64)
+    listed(tmp_path)[0].rename(disk)
+    for name in ("samples-000000000000064", ".samples-000000000000128"):
+        (tmp_path / "checkpoints" / name).symlink_to(disk)
+    assert save(tmp_path, 128, 192, keep=1).failures == []
+    names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert names == ["samples-000000000000192"]
+    assert problem(disk, "full") is None
+
+
 # The command -------------------------------------------------------------------------------------
 
 
@@ -246,6 +343,9 @@ def test_ls_names_what_resume_would_take(
     saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut(saved[2])
+    (tmp_path / ".hydra").mkdir()
+    for name in (".hydra/config.yaml", "metrics.jsonl"):  # as a run has them
+        (tmp_path / name).touch()
     assert main(["ls", str(tmp_path)]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["samples", "step", "saved", "size", "by", "ranks"]

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_ranks import Trainee, state_after
+from checkpoint_ranks import Trainee, sign, state_after
 
 from largebatch import cli
 from largebatch.conf.config import CheckpointConfig
 from largebatch.conf.errors import ConfigError
 from largebatch.train.checkpoint import Checkpoints
 from largebatch.train.checkpoint_command import main
-from largebatch.train.checkpoint_files import File, crc32_of, listed, problem
+from largebatch.train.checkpoint_files import listed
 from largebatch.train.checkpoint_reading import weights_only
 from largebatch.train.ranks import Ranks
 
@@ -43,17 +43,6 @@ def test_the_program_works(mark: Path) -> None:
     """So the tests below can fail."""
     pickle.loads(pickle.dumps(Program(mark)))
     assert mark.exists()
-
-
-def sign(checkpoint: Path) -> None:
-    """Give a checkpoint the manifest of what is in it."""
-    rows = {
-        path.name: list(File(path.stat().st_size, crc32_of(path)))
-        for path in checkpoint.iterdir()
-        if path.name != "manifest.json"
-    }
-    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": rows}))
-    assert problem(checkpoint, "full") is None
 
 
 def saved(run: Path, **options: Any) -> tuple[Checkpoints, Path]:
@@ -146,6 +135,7 @@ def test_files_of_deepspeed_name_no_code(
 
 
 TARGETS = "task: {_target_: os.system, _args_: [touch MARK]}\nseed: 0\n"
+TAGS = "!!python/object/apply:os.system ['touch MARK']\n"
 
 
 def test_commands_that_read_a_run_run_nothing_of_its_configuration(
@@ -157,7 +147,7 @@ def test_commands_that_read_a_run_run_nothing_of_its_configuration(
     )  # fmt: skip
     assert train(*words) == 0
     (tmp_path / "run" / "summary.json").unlink()
-    for text in (TARGETS,):
+    for text in (TARGETS, TAGS):
         for path in (tmp_path / "run" / ".hydra").iterdir():
             path.write_text(text.replace("MARK", str(mark)))
         for command in ("report", "explain", "checkpoint ls", "checkpoint verify"):

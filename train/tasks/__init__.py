@@ -38,7 +38,9 @@ class Task(Protocol):
         """The mean loss over the samples of `batch`, a scalar."""
 
     def provenance(self) -> Mapping[str, str]:
-        """What the data is: `data` in words, `data_hash` over its content."""
+        """What the data is: `data` in words, `data_hash` over its content and nothing else. A run
+        is resumed only where the hash is what it was.
+        """
 
 
 _TO_WRITE: Final = {
