@@ -282,7 +282,7 @@ def test_a_sweep_that_goes_on_passes_by_what_has_ended(command: Command, tmp_pat
 def test_a_run_that_fails_says_how_far_it_came(train: Train, tmp_path: Path) -> None:
     broken = SIGNALLING.replace("os.kill(os.getpid(), signal.SIGTERM)", "raise OSError('gone')")
     (tmp_path / "breaking.py").write_text(broken)
-    os.environ["SIGNAL_AT"] = "5"
+    os.environ["SIGNAL_AT"] = "6"  # the first batch is looked at before the run
     words = ("task=custom", "task._target_=breaking.Task", "model=digits_mlp", "optim=sgd",
              "batch.size=64", "hydra.run.dir=run")  # fmt: skip
     with pytest.raises(OSError, match="gone"):
