@@ -7,7 +7,9 @@ formulas stay as they are, with t' in the place of t. What is kept of it is t' -
 β is what it was, and for state that was saved without it.
 """
 
+import ctypes
 import math
+from collections.abc import Mapping, MutableMapping
 from typing import TypeVar
 
 from torch import Tensor
@@ -32,3 +34,38 @@ def rebased(steps: Steps, old: float, new: float) -> Steps:
         old, new: in [0, 1).
     """
     return steps if old == new else steps * (log_beta(old) / log_beta(new))
+
+
+def ages_of(
+    state: Mapping[str, Tensor],
+    history: MutableMapping[str, tuple[float, float]],
+    betas: Mapping[str, float],
+    step: int,
+) -> dict[str, float]:
+    """t' at a parameter's step `step` of its running averages, those with an entry of `SUFFIX`.
+
+    Where a β has changed, brings state and history up to date; both say the same weights after it.
+
+    Args:
+        history: the β that each average had last and its t' - t, as the host knows them.
+        betas: the β of each average now.
+    """
+    ages = {}
+    for name, beta in betas.items():
+        key = name + SUFFIX
+        if key not in state:
+            continue
+        if name not in history:  # waits for the device once, where state was put there by hand
+            history[name] = beta, float(state[key])
+        last, extra = history[name]
+        if beta != last:
+            extra = as_fp32(rebased(step - 1 + extra, last, beta) - (step - 1))
+            state[key].fill_(extra)
+            history[name] = beta, extra
+        ages[name] = step + extra
+    return ages
+
+
+def as_fp32(value: float) -> float:
+    """As it is saved, so that a run goes on alike whether it is resumed or not."""
+    return ctypes.c_float(value).value

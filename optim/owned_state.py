@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from largebatch.optim.base import MaskedOptimizer
-from largebatch.optim.bias_correction import SUFFIX, rebased
+from largebatch.optim.bias_correction import SUFFIX, ages_of
 from largebatch.optim.blocks import Block
 from largebatch.optim.chunks import Group
 from largebatch.optim.failure_notice import FailureNotice
@@ -28,7 +28,6 @@ from largebatch.optim.state_memory import (
     AVERAGES,
     DROPPED,
     Part,
-    as_fp32,
     memory_in_words,
     new_entry,
 )
@@ -83,6 +82,7 @@ class OwnedState(MaskedOptimizer):
                 f"{type(self).__name__} cannot be copied or pickled where ranks share its work, "
                 "because each has other parts of its state: save state_dict(), load it into another"
             )
+        self._count_in_new_betas()
         state: dict[str, Any] = super().__getstate__()
         return state
 
@@ -220,25 +220,17 @@ class OwnedState(MaskedOptimizer):
         return (*(average + SUFFIX for average in averages), DROPPED)
 
     def _ages_of(self, layer: Layer, step: int) -> dict[str, float]:
-        """The t of each running average for its bias correction, at the parameter's step `step`.
+        """The t of each running average for its bias correction, at the parameter's step `step`."""
+        param, betas = layer.param, self._betas(self._group_of[layer.param])
+        return ages_of(self.state[param], self._history.setdefault(param, {}), betas, step)
 
-        Notes in the state how many more steps, or fewer, a β that has changed would have needed.
-        """
-        state, history = self.state[layer.param], self._history.setdefault(layer.param, {})
-        ages: dict[str, float] = {}
-        for name, beta in self._betas(self._group_of[layer.param]).items():
-            key = name + SUFFIX
-            if key not in state:
-                continue
-            if name not in history:  # waits for the device once, where state was put there by hand
-                history[name] = beta, float(state[key])
-            last, extra = history[name]
-            if beta != last:
-                extra = as_fp32(rebased(step - 1 + extra, last, beta) - (step - 1))
-                state[key].fill_(extra)
-                history[name] = beta, extra
-            ages[name] = step + extra
-        return ages
+    def _count_in_new_betas(self) -> None:
+        """Before state is saved: β may have been set for the next step, and is saved with it."""
+        self._teams()
+        self._counts.settle()
+        for param in self._params():
+            if "step" in self.state.get(param, {}):
+                self._ages_of(self._layers[param], self._counts.of(param, self.state[param]) + 1)
 
     def _block_state(self, layer: Layer, number: int) -> BlockState:
         state = self.state[layer.param]
@@ -251,7 +243,7 @@ class OwnedState(MaskedOptimizer):
 
         What lies whole on its owner is then a DTensor, cut by rows: any world size can load it.
         """
-        self._teams()
+        self._count_in_new_betas()
 
         def spread(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
             ids = [index for group in packed["param_groups"] for index in group["params"]]

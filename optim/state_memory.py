@@ -1,6 +1,5 @@
 """What the state of a parameter consists of, how it begins, and how much memory it takes."""
 
-import ctypes
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,8 +68,3 @@ def new_entry(name: str, shape: tuple[int, ...], layer: Layer) -> Tensor:
     if name.startswith(("root_", "basis_")) and len(shape) == 2:
         return torch.eye(*shape, dtype=layer.dtype, device=layer.device)
     return torch.zeros(shape, dtype=layer.dtype, device=layer.device)
-
-
-def as_fp32(value: float) -> float:
-    """As it is saved, so that a run goes on alike whether it is resumed or not."""
-    return ctypes.c_float(value).value

@@ -184,6 +184,48 @@ def test_state_does_not_take_the_default_dtype(make: Make, dtype: torch.dtype) -
     assert same_bits(*runs)
 
 
+@each
+def test_a_finetuning_callback_adds_a_group_without_names(make: Make) -> None:
+    model = network()
+    optimizer = make(model[2].named_parameters())
+    train(model, optimizer, range(3))
+    optimizer.add_param_group({"params": [*model[0].parameters()], "lr": 0.001})
+    assert moved(model, optimizer) == [True] * 4
+    assert len(optimizer.layer_stats()) == 4
+
+
+@each
+@pytest.mark.parametrize("schedule", ["OneCycleLR", "CyclicLR"])
+def test_schedules_that_cycle_a_momentum_move_beta1(make: Make, schedule: str) -> None:
+    """Beside Shampoo's own momentum too, with effect: a copy made on the way goes on alike, and
+    averages of one gradient stay that gradient."""
+    options = {"momentum": 0.5} if make is MAKES["Shampoo"] else {}
+    runs = []
+    for cycled in (True, False):
+        param = Parameter(torch.ones(4, 3))
+        optimizer = make([param], **options)
+        make_schedule = getattr(torch.optim.lr_scheduler, schedule)
+        given = {"max_lr": 0.1, "cycle_momentum": cycled}
+        given |= {"total_steps": 12} if schedule == "OneCycleLR" else {"base_lr": 0.01}
+        scheduler = make_schedule(optimizer, **given)
+        for number in range(8):
+            if number == 5:
+                twin = copy.deepcopy(optimizer)
+            generator = torch.Generator().manual_seed(number)
+            param.grad = torch.randn(4, 3, generator=generator)
+            optimizer.step()
+            if number == 5:
+                (other,) = twin.param_groups[0]["params"]
+                other.grad = param.grad.clone()
+                twin.step()
+                assert same_bits(snapshot(twin), snapshot(optimizer))
+            scheduler.step()
+        runs.append(param.detach())
+        beta1 = optimizer.param_groups[0]["betas"][0]
+        assert (beta1 != 0.9) == cycled
+    assert not torch.equal(*runs)
+
+
 # Numbers ------------------------------------------------------------------------------------------
 
 
