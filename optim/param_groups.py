@@ -1,10 +1,11 @@
 """Parameter groups: which parameters decay, which adapt, and which hold several layers in one.
 
-LARS and LAMB are run without weight decay and without a trust ratio on biases and on the gains and
-shifts of normalisation: those start at 0 or 1 and stay small, so that a step measured against
-their own norm says little. LAMB's authors keep the two exclusions apart in their code, and so does
-a group here: `weight_decay=0` is one thing, `adapt=False` the other. Embeddings decay and adapt
-unless asked not to.
+LARS and LAMB are run without weight decay and without a trust ratio on biases, on the gains and
+shifts of normalisation, and on whatever else has fewer than two dimensions: gates, layer scales,
+temperatures. Those start at 0, at 1 or very small, so that a step measured against their own norm
+says little: a scalar whose every step is a fraction of itself never changes its sign. LAMB's
+authors keep the two exclusions apart in their code, and so does a group here: `weight_decay=0` is
+one thing, `adapt=False` the other. Embeddings decay and adapt unless asked not to.
 
 A selector picks parameters. It is one of four words,
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 Options = Mapping[str, Any]
 Sizes = int | Sequence[int]
 
-USUAL = ("bias", "norm")
+USUAL = ("vector", "bias", "norm")
 
 BIAS = re.compile(r"(^|_)bias(es)?(_|$)")  # in the last part of a name, where _ parts words
 # In the name of a class, where capitals part words: LlamaRMSNorm and LayerNorm2d, not NormalInit.
@@ -61,7 +62,7 @@ def param_groups(
     `weight_decay` is that of the parameters that decay; None leaves it to the optimizer.
     `no_decay` and `no_adapt` are selectors: what the former pick gets `weight_decay=0`, what the
     latter pick gets `adapt=False`, an option that torch's optimizers carry along and do not read.
-    None means biases and normalisation, as far as there are any; `()` means nothing.
+    None means "vector", "bias" and "norm", as far as there are any; `()` means nothing.
     `norm_groups` splits fused tensors into layers with a trust ratio each: `{"qkv": 3}` is three in
     one. Under a selector stands the number of equal parts, their sizes, or
     `{"sizes": …, "dim": …}` to split along another dimension than the first. The first selector

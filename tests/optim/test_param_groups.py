@@ -430,3 +430,36 @@ def test_a_model_sharded_by_fsdp2_on_two_ranks_gives_the_same_groups(tmp_path: P
     assert done.returncode == 0, done.stderr
     plain = param_groups(block(), 0.1, no_decay=("norm", "vector"), norm_groups={"^0": 2})
     assert json.loads(done.stdout.splitlines()[-1]) == described(plain)
+
+
+# What has fewer than two dimensions, by default ----------------------------------------------
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.tensor(0.1))
+        self.body = nn.Linear(4, 4)
+        self.gamma = nn.Parameter(torch.full((4,), 1e-5))
+        self.log_decay = nn.Parameter(torch.zeros(2, 4))
+
+
+def test_scalars_and_vectors_neither_decay_nor_adapt_unless_asked_to() -> None:
+    groups = param_groups(Gated(), 0.05)
+    small = ["gate", "body.bias", "gamma"]
+    assert sorted(with_option(groups, "adapt", False)) == sorted(small)
+    assert sorted(with_option(groups, "weight_decay", 0.0)) == sorted(small)
+    adapting = param_groups(Gated(), 0.05, no_adapt="bias", no_decay="bias")
+    assert with_option(adapting, "adapt", False) == ["body.bias"]
+
+
+def test_a_gate_can_change_its_sign_and_a_small_scale_grow_under_lamb() -> None:
+    torch.manual_seed(0)
+    model = Gated()
+    optimizer = LAMB(param_groups(model, 0.01), lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        ((model.gate + 1) ** 2 + (model.gamma - 0.5).square().sum()).backward()
+        optimizer.step()
+    assert model.gate < -0.5
+    assert model.gamma.min() > 0.3
