@@ -110,3 +110,18 @@ def refuse_what_only_has_parameters(name: str, params: object) -> None:
             f"{name} takes parameters, got the method {called!r}: call it, {name}("
             f"model.{called}(), …)."
         )
+
+
+def refuse_param(optimizer: str, needs: str, name: object, param: Tensor) -> None:
+    """Refuse a parameter that cannot be treated; `needs`: for what a flat shard does not do."""
+    if param.is_complex():
+        raise ValueError(
+            f"{optimizer} takes real parameters, got {param.dtype} for parameter {name!r}: hold "
+            "its real and imaginary part as two parameters."
+        )
+    if getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{optimizer} needs {needs}, and parameter {name!r} is a flat shard of "
+            "FullyShardedDataParallel (FSDP1), which does not say what it holds: wrap the model "
+            "with torch.distributed.fsdp.fully_shard (FSDP2)."
+        )

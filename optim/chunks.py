@@ -118,6 +118,10 @@ class Work:
     exchanges: list[Exchange]
     layer_of_chunk: Tensor | None
     """In the order of the batches; None: chunk i is layer i."""
+    stats_dtype: torch.dtype = torch.float32
+    """Of norms and ratios as they are shown."""
+    flats: list[Tensor] = field(default_factory=list)
+    """Parameters that seem to hold several layers, of which nobody has said where they lie."""
 
     def squares(self, norms: list[Tensor]) -> Tensor:
         """Local sum of squares of each layer, from the norms of all chunks, in the batches' order.
@@ -182,7 +186,8 @@ def plan_work(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -> Work
     batches = batches_of(chunks)
     device = local(next(iter(layouts))).device if layouts else torch.device("cpu")
     wide = any(compute_dtype(param) == torch.float64 for param in layouts)
-    dtype = torch.float64 if wide else torch.float32
+    stats_dtype = torch.float64 if wide else torch.float32
+    dtype = squares_dtype(device, stats_dtype)
     layer_of_chunk = [chunk.layer for batch in batches for chunk in batch.chunks]
     # Sums before means, so that a mean is over copies of a sum that is complete.
     ordered = sorted(reduced.values(), key=lambda entries: any(r.mean for r, _ in entries))
@@ -197,6 +202,7 @@ def plan_work(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -> Work
         batches=batches,
         exchanges=[exchange_of(entries, len(names), device, dtype) for entries in ordered],
         layer_of_chunk=index(layer_of_chunk, len(names), device),
+        stats_dtype=stats_dtype,
     )
 
 
@@ -261,6 +267,15 @@ def in_order(chunk: Chunk) -> bool:
 def index(members: list[int], length: int, device: torch.device) -> Tensor | None:
     """`members` as an index; None where they are 0, 1, …, length - 1 already."""
     return None if members == list(range(length)) else torch.tensor(members, device=device)
+
+
+def squares_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Of sums of squares: FP64, which holds those of any FP32 numbers, or `dtype` without it."""
+    if device.type == "mps":
+        return dtype
+    if device.type == "xpu" and not torch.xpu.get_device_capability(device)["has_fp64"]:
+        return dtype
+    return torch.float64
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:

@@ -15,20 +15,23 @@ bundles of keywords, no more, listed in `VARIANTS` and, with their sources, in d
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from types import MappingProxyType
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, StateDict
 
+from largebatch.optim.adam import adam_direction, average, lr_correction
 from largebatch.optim.base import uncompiled
+from largebatch.optim.bias_correction import rebased
 from largebatch.optim.chunks import Batch, Group, Work
-from largebatch.optim.layerwise import Agreed, LayerwiseOptimizer, evaluate
-from largebatch.optim.layout import local
+from largebatch.optim.layerwise import LayerwiseOptimizer, evaluate
+from largebatch.optim.layerwise_step import Agreed
+from largebatch.optim.layout import Name, local
 from largebatch.optim.options import require, require_bounds, require_one_of, resolved
-from largebatch.optim.tensors import Tensors, descend, norms_of, root, scalar, write
+from largebatch.optim.tensors import Tensors, descend, norms_of, scalar, write
 from largebatch.optim.trust_ratio import UNBOUNDED, Bounds, trust_ratio
 
 PAPER: dict[str, Any] = {
@@ -53,6 +56,12 @@ VARIANTS = MappingProxyType(
         "tfa": PAPER | {"adapt_undecayed": "unless_excluded"},
     }
 )
+
+# State, where betas have changed: what is added to `step` for the bias correction of m, and of v.
+EXTRA_STEPS = tuple(f"{average}_extra_steps" for average in ("exp_avg", "exp_avg_sq"))
+
+# Elements of v that are looked through in every step, at least.
+RESTART_STRETCH = 1 << 16
 
 # Devices whose torch has one kernel for Adam's moments and direction together.
 FUSED_DEVICES = ("cpu", "cuda", "xpu")
@@ -79,7 +88,9 @@ class LAMB(LayerwiseOptimizer):
       steps too small for them are not lost. A weight set from outside afterwards is not seen.
 
     A group may carry `adapt=False` (r = 1, which makes it AdamW), `norm_groups` and `norm_dim`.
-    State of a parameter: `exp_avg` (m), `exp_avg_sq` (v), `step` (t), `master_weight`.
+    State of a parameter: `exp_avg` (m), `exp_avg_sq` (v), `step` (t), `master_weight`; where betas
+    have changed, `exp_avg_extra_steps` and `exp_avg_sq_extra_steps`, so that the bias correction
+    counts the weight that the moments hold.
 
     Raises ValueError for an option out of range or a parameter it cannot treat, and RuntimeError at
     `step` for a sparse gradient.
@@ -125,6 +136,7 @@ class LAMB(LayerwiseOptimizer):
             "maximize": maximize,
             "master_weights": master_weights,
         }
+        self.variant = variant
         super().__init__(params, options | resolved(VARIANTS, variant, given))
 
     def _check_options(self, options: dict[str, Any]) -> None:
@@ -154,6 +166,7 @@ class LAMB(LayerwiseOptimizer):
         work = self._plan()
         agreed = self._agree(work)
         self._make_state(work)
+        self._follow_betas(work.params)
         self._advance_steps(work, agreed.skip)
         updates: list[Tensors] = []
         weight_norms: list[Tensor] = []
@@ -167,6 +180,7 @@ class LAMB(LayerwiseOptimizer):
         ratios = self._trust_ratios(work, weight_norms, update_norms)
         for batch, update in zip(work.batches, updates, strict=True):
             self._descend(batch, update, ratios, agreed.skip)
+        self._restart_overflown(work, agreed.skip)
         return loss
 
     def _update(self, batch: Batch, weights: Tensors, agreed: Agreed) -> Tensors:
@@ -175,22 +189,112 @@ class LAMB(LayerwiseOptimizer):
         grads = self._gradients(batch, agreed)
         if group["decay"] == "gradient" and group["weight_decay"]:
             grads = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
-        step: Tensors = [self.state[chunk.param]["step"] for chunk in batch.chunks]
+        ages = self._ages(batch)
         exp_avg = self._state_of(batch, "exp_avg")
         exp_avg_sq = self._state_of(batch, "exp_avg_sq")
         if group["bias_correction"] != "moments":
-            step = [torch.full_like(step[0], math.inf)] * len(step)  # 1 - βᵗ is then 1
+            done = [torch.full_like(ages[0][0], math.inf)] * len(batch.chunks)  # 1 - βᵗ is then 1
+            ages = done, done
         fused = batch.contiguous and batch.device.type in FUSED_DEVICES
-        if fused and not group["eps_inside_sqrt"]:
-            update = self._fused_direction(batch, grads, exp_avg, exp_avg_sq, step, agreed.skip)
+        # The kernel takes one t for both moments.
+        if fused and ages[0] is ages[1] and not group["eps_inside_sqrt"]:
+            update = self._fused_direction(batch, grads, exp_avg, exp_avg_sq, ages[0], agreed.skip)
         else:
             beta1, beta2 = group["betas"]
             average(exp_avg, grads, beta1, agreed.skip)
             average(exp_avg_sq, torch._foreach_mul(grads, grads), beta2, agreed.skip)
-            update = adam_direction(exp_avg, exp_avg_sq, step, group)
+            update = adam_direction(exp_avg, exp_avg_sq, ages, group)
         if group["decay"] == "update" and group["weight_decay"]:
             torch._foreach_add_(update, weights, alpha=group["weight_decay"])
         return update
+
+    def _ages(self, batch: Batch) -> tuple[Tensors, Tensors]:
+        """The t of m and of v in the bias corrections, for each chunk; one list where they agree.
+
+        They are `step`, and where betas have changed on the way, as many steps as the new ones
+        would have needed for the weight that the moments hold.
+        """
+        states = [self.state[chunk.param] for chunk in batch.chunks]
+        steps = [state["step"] for state in states]
+        if not any(EXTRA_STEPS[0] in state for state in states):
+            return steps, steps
+        return tuple(
+            [
+                step + state[key].to(step.device) if key in state else step
+                for step, state in zip(steps, states, strict=True)
+            ]
+            for key in EXTRA_STEPS
+        )  # type: ignore[return-value] # two of them
+
+    def _follow_betas(self, params: Iterable[tuple[Group, Tensor]]) -> None:
+        """Note in the state by how much betas that have changed make it older or younger."""
+        for group, param in params:
+            betas, state = tuple(group["betas"]), self.state.get(param, {})
+            last = self._last_betas.get(param, betas)
+            self._last_betas[param] = betas
+            if last == betas or "step" not in state:
+                continue
+            for key, old, new in zip(EXTRA_STEPS, last, betas, strict=True):
+                step: Tensor = state["step"]
+                taken = step + state[key].to(step.device) if key in state else step
+                state[key] = rebased(taken, old, new) - step
+
+    def _all_params(self) -> Iterator[tuple[Group, Tensor]]:
+        return ((group, param) for group in self.param_groups for param in group["params"])
+
+    def _forget_work(self) -> None:
+        super()._forget_work()
+        self._last_betas: dict[Tensor, tuple[float, ...]] = {}
+        self._restarted: dict[Tensor, Tensor] = {}
+        self._turn = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._follow_betas(self._all_params())
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._follow_betas(self._all_params())
+        return super().__getstate__()
+
+    def state_dict(self) -> StateDict:
+        """As torch's; betas that were changed since the last step are taken up before."""
+        self._follow_betas(self._all_params())
+        return super().state_dict()
+
+    def _restart_overflown(self, work: Work, skip: Tensor | None) -> None:
+        """Begin anew where a squared gradient was beyond FP32 and has made v infinite.
+
+        Such an element has not moved, its direction being m / ∞, and would never again: its m and
+        v become 0, and `layer_stats` counts it. Parameters take turns, so that looking through v
+        costs little: all of a small model are looked at in every step, of a large one a sixteenth.
+        """
+        params = [param for _, param in work.params]
+        wanted = max(RESTART_STRETCH, sum(param.numel() for param in params) // 16)
+        for _ in range(len(params)):
+            param = params[self._turn % len(params)]
+            self._turn += 1
+            exp_avg, exp_avg_sq = (local(self.state[param][key]) for key in self._known_state)
+            lost = exp_avg_sq == math.inf
+            if skip is not None:
+                lost = lost.logical_and(skip.logical_not().to(lost.device))
+            for moment in (exp_avg, exp_avg_sq):
+                moment.masked_fill_(lost, 0.0)
+            self._restarted[param] = self._restarted.get(param, 0.0) + lost.sum(dtype=torch.float32)
+            wanted -= param.numel()
+            if wanted <= 0:
+                break
+
+    def layer_stats(self) -> dict[Name, dict[str, Tensor]]:
+        """As of all; and `dropped_elements`, for a parameter that is one layer, how
+        many of its elements on this rank have begun anew since the optimizer was made or loaded,
+        because their second moment had become infinite.
+        """
+        stats = super().layer_stats()
+        for group, names in self._named_groups():
+            for name, param in zip(names, group["params"], strict=True):
+                if name in stats and param in self._restarted:
+                    stats[name]["dropped_elements"] = self._restarted[param]
+        return stats
 
     def _advance_steps(self, work: Work, skip: Tensor | None) -> None:
         """Advance t, the updates that a parameter has had: 0-d, FP32, on its device."""
@@ -265,8 +369,8 @@ class LAMB(LayerwiseOptimizer):
         lr = scalar(group["lr"], ratio)
         scale = lr * ratio
         if group["bias_correction"] == "lr":
-            steps = [self.state[chunk.param]["step"] for chunk in batch.chunks]
-            scale *= lr_correction(torch.stack(steps).to(batch.dtype), group["betas"])
+            ages = [torch.stack([*age]).to(batch.dtype) for age in self._ages(batch)]
+            scale *= lr_correction(ages[0], ages[1], group["betas"])
         if group["decay"] == "decoupled" and group["weight_decay"]:
             # Of the old weight, and within the one step, so that it is skipped and rounded with it.
             update = torch._foreach_mul(update, scale.unbind())
@@ -274,40 +378,3 @@ class LAMB(LayerwiseOptimizer):
             torch._foreach_add_(update, decay)
             scale = torch.ones_like(scale)
         descend(batch, weights, update, scale, skip)
-
-
-def average(averages: Tensors, values: Tensors, beta: float, skip: Tensor | None) -> None:
-    """average ← β · average + (1 - β) · value, in place; untouched where `skip`."""
-    if skip is None:
-        torch._foreach_lerp_(averages, values, 1 - beta)
-    else:
-        write(averages, torch._foreach_lerp(averages, values, 1 - beta), skip)
-
-
-def adam_direction(
-    exp_avg: Tensors, exp_avg_sq: Tensors, step: Tensors, options: Mapping[str, Any]
-) -> Tensors:
-    """m̂ / (√v̂ + ε), or m̂ / √(v̂ + ε), a new tensor for each chunk; `step` counts from 1."""
-    t = torch.stack([*step]).to(exp_avg[0].dtype)
-    beta1, beta2 = options["betas"]
-    direction = torch._foreach_div(exp_avg, bias_correction(t, beta1).unbind())
-    denominator = torch._foreach_div(exp_avg_sq, bias_correction(t, beta2).unbind())
-    if options["eps_inside_sqrt"]:
-        torch._foreach_add_(denominator, options["eps"])
-        torch._foreach_sqrt_(denominator)
-    else:
-        torch._foreach_sqrt_(denominator)
-        torch._foreach_add_(denominator, options["eps"])
-    torch._foreach_div_(direction, denominator)
-    return direction
-
-
-def bias_correction(step: Tensor, beta: float) -> Tensor:
-    """1 - βᵗ as -expm1(t·log β): the plain difference loses half of FP32's digits for β near 1."""
-    log_beta = math.log(beta) if beta > 0 else -math.inf
-    return -torch.expm1(step * log_beta)
-
-
-def lr_correction(step: Tensor, betas: tuple[float, float]) -> Tensor:
-    """√(1 - β₂ᵗ) / (1 - β₁ᵗ): both bias corrections, moved from the moments to the step."""
-    return root(bias_correction(step, betas[1])) / bias_correction(step, betas[0])

@@ -26,7 +26,8 @@ from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import uncompiled
 from largebatch.optim.chunks import Batch, Group
-from largebatch.optim.layerwise import Agreed, LayerwiseOptimizer, evaluate
+from largebatch.optim.layerwise import LayerwiseOptimizer, evaluate
+from largebatch.optim.layerwise_step import Agreed
 from largebatch.optim.options import require, require_one_of, resolved
 from largebatch.optim.tensors import Tensors, descend, norms_of, scalar, write
 from largebatch.optim.trust_ratio import UNBOUNDED, trust_ratio
@@ -83,7 +84,7 @@ class LARS(LayerwiseOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor,
+        lr: float | Tensor | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 1e-3,
@@ -100,6 +101,12 @@ class LARS(LayerwiseOptimizer):
         maximize: bool = False,
         master_weights: bool = False,
     ) -> None:
+        if lr is None:
+            raise TypeError(
+                "LARS has no default learning rate, because what is right grows with the batch and "
+                f"with 1 / trust_coefficient, which is {trust_coefficient}: give lr, often 1 to 30 "
+                "for a trust coefficient of 0.001."
+            )
         given = {
             "eps": eps,
             "denominator": denominator,
@@ -118,6 +125,7 @@ class LARS(LayerwiseOptimizer):
             "maximize": maximize,
             "master_weights": master_weights,
         }
+        self.variant = variant
         super().__init__(params, options | resolved(VARIANTS, variant, given))
 
     def _check_options(self, options: dict[str, Any]) -> None:

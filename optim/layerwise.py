@@ -21,7 +21,6 @@ What composes with what, in this order: unscale, agree on `found_inf`, clip by t
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -29,44 +28,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from largebatch.optim.base import MaskedOptimizer
+from largebatch.optim.base import MaskedOptimizer, refuse_param
 from largebatch.optim.chunks import Batch, Group, Work, compute_dtype, plan_work
 from largebatch.optim.foreign_state import to_native
+from largebatch.optim.layerwise_step import Agreed, Stats
 from largebatch.optim.layout import Layout, Name, layout_of, local
 from largebatch.optim.loading import as_kept, as_state, in_own_order, laid_out_as, of_no_parameter
 from largebatch.optim.options import require, require_lr, require_one_of
 from largebatch.optim.tensors import Tensors, gradient_of, in_dtype, norms_of, on_device, root
 from largebatch.optim.trust_ratio import ADAPT_UNDECAYED
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """What a step starts from: decided alike by all ranks before any moment is touched."""
-
-    gradients: Mapping[Tensor, Tensor]
-    """The local part of each parameter's gradient, as it is, placed like the parameter."""
-    divisor: Tensor | None
-    """0-d: what every gradient is divided by, loss scale and clip together."""
-    skip: Tensor | None
-    """0-d bool: where true, nothing may change."""
-
-
-@dataclass(frozen=True)
-class Stats:
-    """The layers' norms and ratios of a step, vectors over `names`."""
-
-    names: list[Name]
-    moved: list[int]
-    weight_norm: Tensor
-    update_norm: Tensor
-    trust_ratio: Tensor
-
-    def by_layer(self) -> Iterator[tuple[Name, dict[str, Tensor]]]:
-        keys = ("weight_norm", "update_norm", "trust_ratio")
-        values = [*zip(*(getattr(self, key).unbind() for key in keys), strict=True)]
-        return (
-            (self.names[layer], dict(zip(keys, values[layer], strict=True))) for layer in self.moved
-        )
+from largebatch.optim.unbound import Unbound, refuse_redundancy
 
 
 class LayerwiseOptimizer(MaskedOptimizer):
@@ -76,11 +47,14 @@ class LayerwiseOptimizer(MaskedOptimizer):
     _stats: Mapping[Any, Stats] = MappingProxyType({})
     _clip_norm: Callable[[], Tensor] | None = None
 
+    variant = "paper"
+
     _known_state: ClassVar[tuple[str, ...]] = ()
     """All state that is shaped like its parameter, whatever the options."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         defaults = {"adapt": True, "norm_groups": None, "norm_dim": 0, **defaults}
+        self._unbound = Unbound()
         self._forget_work()
         self._check_options(defaults)
         super().__init__(params, defaults)
@@ -90,8 +64,17 @@ class LayerwiseOptimizer(MaskedOptimizer):
         self._work: dict[Any, Work] = {}
         self._rooms: dict[torch.dtype, Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "variant": self.variant}
+
+    def __repr__(self) -> str:
+        """As torch's, with the variant that the options were made from."""
+        name = type(self).__name__
+        return super().__repr__().replace(f"{name} (", f"{name} (variant: {self.variant}", 1)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_unbound", Unbound())  # none comes with a copy
         self._forget_work()
 
     def _check_options(self, options: dict[str, Any]) -> None:
@@ -119,25 +102,13 @@ class LayerwiseOptimizer(MaskedOptimizer):
             self._check_options(self.param_groups[-1])
             *_, (group, names) = self._named_groups()
             for name, param in zip(names, group["params"], strict=True):
-                self._refuse(name, param)
+                refuse_param(type(self).__name__, "to know layers", name, param)
                 layout_of(param, name, group["norm_groups"], group["norm_dim"])
             self._max_grad_norm()
         except Exception:
             self.param_groups.pop()
             raise
-
-    def _refuse(self, name: Name, param: Tensor) -> None:
-        if param.is_complex():
-            raise ValueError(
-                f"{type(self).__name__} takes real parameters, got {param.dtype} for "
-                f"parameter {name!r}: hold its real and imaginary part as two parameters."
-            )
-        if getattr(param, "_fsdp_flattened", False):
-            raise ValueError(
-                f"{type(self).__name__} needs to know which layer an element belongs to, and "
-                f"parameter {name!r} is a flat shard of FullyShardedDataParallel (FSDP1), which "
-                "does not say: wrap the model with torch.distributed.fsdp.fully_shard (FSDP2)."
-            )
+        self._unbound.give(group["params"])
 
     def _named_groups(self) -> Iterator[tuple[Group, list[Name]]]:
         """Each group with its parameters' names, or their index over all groups where unnamed."""
@@ -202,7 +173,11 @@ class LayerwiseOptimizer(MaskedOptimizer):
             if self._follow_strides() or len(self._work) >= 64:
                 self._work.clear()
             known = plan_work(self.param_groups, self._layouts())
+            known.flats = self._unbound.flats(self.param_groups, self._bound)
+            if self._clip_norm is None:
+                refuse_redundancy(self, self._max_grad_norm())
             self._work[tuple(key)] = known
+        self._unbound.refuse_flats(type(self).__name__, known.flats)
         return known
 
     def _follow_strides(self) -> bool:
@@ -254,7 +229,8 @@ class LayerwiseOptimizer(MaskedOptimizer):
             norm = work.complete(squares, flag).sum().sqrt()
             norm = norm if divisor is None else norm / divisor
         elif flag is not None and work.exchanges:
-            work.complete(torch.zeros(len(work.names), 0, device=work.device), flag)
+            none = torch.zeros(len(work.names), 0, dtype=work.dtype, device=work.device)
+            work.complete(none, flag)
         if max_norm < math.inf:
             clip = torch.clamp(norm / max_norm, min=1.0)
             divisor = clip if divisor is None else divisor * clip
@@ -323,7 +299,8 @@ class LayerwiseOptimizer(MaskedOptimizer):
             for group, layers in work.groups
         ]
         ratio = torch.cat(ratios) if len(ratios) > 1 else ratios[0]
-        stats = Stats(work.names, work.moved, weight_norm, update_norm, ratio)
+        shown = [each.to(work.stats_dtype) for each in (weight_norm, update_norm, ratio)]
+        stats = Stats(work.names, work.moved, *shown)
         # Wrappers that bind layouts may show the parameters part by part, a step for each.
         self._stats = {**self._stats, tuple(work.names): stats} if self._bound else {None: stats}
         return ratio

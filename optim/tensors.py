@@ -1,11 +1,12 @@
 """Arithmetic on lists of chunks that all layer-wise steps share. Nothing waits for a device."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from largebatch.optim.chunks import Batch
+from largebatch.optim.chunks import Batch, squares_dtype
 from largebatch.optim.layout import is_dtensor, local
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -15,18 +16,21 @@ CPU_STRETCH = 1 << 16
 
 
 def norms_of(batch: Batch, chunks: Tensors) -> Tensors:
-    """‖chunk‖₂ of each, in the batch's dtype: bf16 would round it, fp16 could overflow.
+    """‖chunk‖₂ of each, finite where the chunk is: a square of 1e20 is beyond FP32.
 
-    A CPU adds up in sequence, which loses digits over many FP32 numbers: there a norm is that of
-    the norms of short stretches, or is taken in FP64 where a chunk has no stretches.
+    An accelerator adds squares up in FP64. A CPU, which is slow at that, does so only where FP32
+    has overflowed, or where a chunk has no stretches: it adds up in sequence, which loses digits
+    over many FP32 numbers, and so takes the norm of the norms of short stretches.
     """
-    if batch.device.type != "cpu":
-        return torch._foreach_norm(chunks, 2, dtype=batch.dtype)
-    if not batch.contiguous:
-        return torch._foreach_norm(chunks, 2, dtype=torch.float64)
+    if batch.device.type != "cpu" or not batch.contiguous:
+        return torch._foreach_norm(chunks, 2, dtype=squares_dtype(batch.device, batch.dtype))
     if batch.longest <= CPU_STRETCH:
-        return torch._foreach_norm(chunks, 2, dtype=batch.dtype)
-    return [norm_in_stretches(chunk, batch.dtype) for chunk in chunks]
+        norms: Tensors = torch._foreach_norm(chunks, 2, dtype=batch.dtype)
+    else:
+        norms = [norm_in_stretches(chunk, batch.dtype) for chunk in chunks]
+    if batch.dtype == torch.float64 or math.inf not in torch.stack([*norms]).tolist():
+        return norms
+    return torch._foreach_norm(chunks, 2, dtype=torch.float64)
 
 
 def root(squares: Tensor) -> Tensor:

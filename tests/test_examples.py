@@ -15,7 +15,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEEDS = {"deepspeed_zero2.py": "deepspeed", "hf_trainer.py": "transformers"}
+NEEDS = {
+    "accelerate_loop.py": "accelerate",
+    "deepspeed_zero2.py": "deepspeed",
+    "hf_trainer.py": "transformers",
+    "lightning_module.py": "lightning",
+}
 """What an example cannot do without beside torch."""
 
 
@@ -62,7 +67,7 @@ def printed(name: str, which: int = 0) -> Printed:
 
 
 def test_every_example_is_short_and_begins_with_its_command() -> None:
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 6
     for example in EXAMPLES:
         assert len(example.read_text(encoding="utf-8").splitlines()) < 60
         assert commands(example)
@@ -80,6 +85,13 @@ def test_two_ranks_end_where_the_plain_loop_does(name: str) -> None:
     spread, plain = printed(name), printed("plain_pytorch.py")
     assert spread.loss == pytest.approx(plain.loss, rel=1e-4)
     assert spread.trust_ratios == pytest.approx(plain.trust_ratios, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", ["accelerate_loop.py", "lightning_module.py"])
+def test_a_framework_that_clips_ends_where_the_plain_loop_does(name: str) -> None:
+    framed, plain = printed(name), printed("plain_pytorch.py")
+    assert framed.loss == pytest.approx(plain.loss, rel=1e-4)
+    assert framed.trust_ratios == pytest.approx(plain.trust_ratios, abs=2e-4)
 
 
 @pytest.mark.matrix

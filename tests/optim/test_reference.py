@@ -19,8 +19,8 @@ from optimizer_rows import (
 from torch import Tensor
 
 from largebatch.optim import LAMB, LARS
+from largebatch.optim.adam import bias_correction
 from largebatch.optim.chunks import CPU_BATCH
-from largebatch.optim.lamb import bias_correction
 from largebatch.optim.trust_ratio import trust_ratio
 
 NUM_STEPS = 60

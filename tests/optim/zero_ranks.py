@@ -57,10 +57,13 @@ def work(job: Cell | Refusal) -> Outcome:
     if isinstance(job, Cell):
         return asdict(measure(job))
     with quiet():
-        run = EngineRun(replace(job.cell, bound=False))
-        job.change(run.engine)
+        cell = replace(job.cell, bound=False)
+        run = RedundancyRun(cell) if cell.stage is None else EngineRun(cell)
         try:
-            bind(run.engine)
+            if job.bound:
+                assert isinstance(run, EngineRun)
+                job.change(run.engine)
+                bind(run.engine)
             run.train()
         except (RuntimeError, TypeError, ValueError) as error:
             return {"refusal": f"{type(error).__name__}: {error}"}

@@ -19,6 +19,8 @@ class Refusal:
     """Made to the engine."""
     says: str
     """A regular expression that the refusal matches, on both ranks."""
+    bound: bool = True
+    """False: nobody calls `bind`, and steps are refused."""
 
     def __str__(self) -> str:
         return self.name
@@ -84,6 +86,8 @@ def nothing(engine: Any) -> None:
 
 NO_NORM = Cell(1, "fp32", "LAMB clip", {"compute_grad_norm": False})
 
+FLAT = "RuntimeError: LA.* flat tensor of .* call largebatch.optim.zero.bind"
+
 REFUSALS = [
     Refusal("memory", Cell(2, "fp32", "LAMB"), leave_the_buffer, "no view of .* on rank 1"),
     Refusal(
@@ -97,4 +101,16 @@ REFUSALS = [
     Refusal("columns", Cell(2, "fp32", "LAMB"), split_columns, "norm_dim must be 0 in ZeRO, got 1"),
     Refusal("stranger", Cell(2, "fp32", "AdamW"), nothing, "bind needs LARS or LAMB .* got AdamW"),
     Refusal("norm", NO_NORM, nothing, "set zero_optimization.compute_grad_norm to true"),
+    *(
+        Refusal(f"unbound {stage} {dtype} {row}", Cell(stage, dtype, row), nothing, FLAT, False)
+        for stage in (1, 2, 3)
+        for dtype, row in (("fp32", "LAMB"), ("bf16", "LARS"))
+    ),
+    Refusal(
+        "unbound redundancy",
+        Cell(None, "fp32", "LAMB clip"),
+        nothing,
+        "max_grad_norm=0.1 .* call largebatch.optim.zero.bind",
+        False,
+    ),
 ]
