@@ -245,7 +245,7 @@ class LAMB(LayerwiseOptimizer):
     def _forget_work(self) -> None:
         super()._forget_work()
         self._last_betas: dict[Tensor, tuple[float, ...]] = {}
-        self._restarted: dict[Tensor, Tensor] = {}
+        self._restarted: dict[Name, Tensor] = {}
         self._turn = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -268,32 +268,33 @@ class LAMB(LayerwiseOptimizer):
         v become 0, and `layer_stats` counts it. Parameters take turns, so that looking through v
         costs little: all of a small model are looked at in every step, of a large one a sixteenth.
         """
-        params = [param for _, param in work.params]
-        wanted = max(RESTART_STRETCH, sum(param.numel() for param in params) // 16)
-        for _ in range(len(params)):
-            param = params[self._turn % len(params)]
+        chunks = [chunk for batch in work.batches for chunk in batch.chunks]
+        wanted = max(RESTART_STRETCH, sum(chunk.numel for chunk in chunks) // 16)
+        for _ in range(len(chunks)):
+            chunk = chunks[self._turn % len(chunks)]
             self._turn += 1
-            exp_avg, exp_avg_sq = (local(self.state[param][key]) for key in self._known_state)
+            state, name = self.state[chunk.param], work.names[chunk.layer]
+            exp_avg, exp_avg_sq = (chunk.of(local(state[key])) for key in self._known_state)
             lost = exp_avg_sq == math.inf
             if skip is not None:
                 lost = lost.logical_and(skip.logical_not().to(lost.device))
             for moment in (exp_avg, exp_avg_sq):
                 moment.masked_fill_(lost, 0.0)
-            self._restarted[param] = self._restarted.get(param, 0.0) + lost.sum(dtype=torch.float32)
-            wanted -= param.numel()
+            count = lost.sum(dtype=torch.float32)
+            self._restarted[name] = self._restarted.get(name, 0.0) + count
+            wanted -= chunk.numel
             if wanted <= 0:
                 break
 
     def layer_stats(self) -> dict[Name, dict[str, Tensor]]:
-        """As of all; and `dropped_elements`, for a parameter that is one layer, how
-        many of its elements on this rank have begun anew since the optimizer was made or loaded,
-        because their second moment had become infinite.
+        """As of all; and `dropped_elements`: how many of the layer's elements on this rank have
+        begun anew since the optimizer was made or loaded, because their second moment had become
+        infinite.
         """
         stats = super().layer_stats()
-        for group, names in self._named_groups():
-            for name, param in zip(names, group["params"], strict=True):
-                if name in stats and param in self._restarted:
-                    stats[name]["dropped_elements"] = self._restarted[param]
+        for name, layer in stats.items():
+            none = torch.zeros_like(layer["trust_ratio"], dtype=torch.float32)
+            layer["dropped_elements"] = self._restarted.get(name, none)
         return stats
 
     def _advance_steps(self, work: Work, skip: Tensor | None) -> None:
