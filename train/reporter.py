@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from largebatch.train.events import Events
 from largebatch.train.heartbeat import Heartbeat
-from largebatch.train.loggers import Logger
+from largebatch.train.loggers import SafeLogger
 from largebatch.train.record import RunFolder
 from largebatch.train.throughput import Throughput
 
@@ -43,7 +43,7 @@ class Reporter(Silence):
     def __init__(
         self,
         folder: RunFolder,
-        logger: Logger,
+        logger: SafeLogger,
         throughput: Throughput,
         world_size: int,
         every: int,
@@ -54,11 +54,12 @@ class Reporter(Silence):
         self._events = Events(folder.path)
         self._heartbeat = Heartbeat(folder.path, world_size)
         self._begin = time.perf_counter() - folder.seconds
-        self._steps = 0
+        self._steps = self._samples = 0
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
         self._open.enter_context(self._heartbeat)
+        self._logger.tell(self._logger_failed)
         return self
 
     def __exit__(
@@ -81,7 +82,7 @@ class Reporter(Silence):
         """A complete line, each in its turn."""
         line |= self._throughput.line(line["global_batch_size"], line.pop("step_seconds"))
         line["seconds"] = self.seconds()
-        self._steps = line["step"]
+        self._steps, self._samples = line["step"], line["samples"]
         self._heartbeat.beat(line["step"], line["samples"])
         told = "eval_loss" in line or "batch_change" in line or line.get("skipped")
         if told or line["step"] % self._every == 0:
@@ -106,6 +107,12 @@ class Reporter(Silence):
     def checkpoint_failed(self, samples: int, reason: str) -> None:
         self.event(
             {"kind": "checkpoint_failed", "step": self._steps, "samples": samples, "reason": reason}
+        )
+
+    def _logger_failed(self, reason: str) -> None:
+        self.event(
+            {"kind": "logger_failed", "step": self._steps, "samples": self._samples}
+            | {"reason": reason}
         )
 
     def rates(self) -> dict[str, Any]:

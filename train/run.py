@@ -23,7 +23,7 @@ from largebatch.train.flops import flops_of
 from largebatch.train.gradient_noise import GradientNoise
 from largebatch.train.guard import Guard
 from largebatch.train.interruption import Interruption
-from largebatch.train.loggers import Logger, NoLogger
+from largebatch.train.loggers import NoLogger, SafeLogger
 from largebatch.train.loop import Loop, Progress
 from largebatch.train.lr_find import LRFinder
 from largebatch.train.lr_results import publish
@@ -220,7 +220,7 @@ def run(
         return summary
 
 
-def _opened(order: Order, task: Task, engine: Engine) -> tuple[RunFolder, Logger]:
+def _opened(order: Order, task: Task, engine: Engine) -> tuple[RunFolder, SafeLogger]:
     """The run's folder and logger, on rank 0; the others hear whether there are any."""
     resumed, owner, before = None, None, None
     if order.resumption is not None:
@@ -356,14 +356,17 @@ def _summary(
     }
 
 
-def _logger(order: Order) -> Logger:
+def _logger(order: Order) -> SafeLogger:
     node = order.config.logger
     if node.get("_target_") is None:
-        return NoLogger()
-    logger: Logger = build(
-        node | {"group": node.get("group") or order.sweep},
-        "logger",
-        folder=order.folder,
-        config=asdict(order.config),
+        return SafeLogger(NoLogger)
+    group = node.get("group") or order.sweep
+    return SafeLogger(
+        partial(
+            build,
+            node | {"group": group},
+            "logger",
+            folder=order.folder,
+            config=asdict(order.config),
+        )
     )
-    return logger
