@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from largebatch.train.data.documents import Piece, pieces
+from largebatch.train.data.documents import Piece, check_file, pieces
 from largebatch.train.data.holdings import describe
 from largebatch.train.data.tokenizer import Tokenizer, find_tokenizer
 from largebatch.train.data.writer import FORMATS, TokenWriter, dtype_for
@@ -50,10 +50,11 @@ def parser() -> argparse.ArgumentParser:
         "tokenize",
         help="token files from text or JSON lines",
         description="Write PREFIX.bin, and PREFIX.json with what it holds, for task=tokens. A text "
-        "file is one document; of .jsonl, .ndjson and .json files every line is one; both may be "
-        ".gz. No special tokens are added but what --append-eod adds. A long text is encoded in "
-        "pieces of about 1 MiB cut at line ends: a tokenizer that joins across lines gives other "
-        "tokens there.",
+        "file is one document; of .jsonl, .ndjson and .json files every line is one, of .csv, "
+        ".tsv, .parquet and .arrow files every row. Text, lines and separated values may be "
+        "compressed by gzip, bzip2, xz or zstd. No special tokens are added but what --append-eod "
+        "adds. A long text is encoded in pieces of about 1 MiB cut at line ends: a tokenizer that "
+        "joins across lines gives other tokens there.",
     )
     make.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
     make.add_argument("--output", required=True, type=Path, metavar="PREFIX")
@@ -73,7 +74,9 @@ def parser() -> argparse.ArgumentParser:
         "--append-eod", action="store_true", help="end each document with a token: 256 of bytes"
     )
     make.add_argument("--eod", metavar="TOKEN", help="that token, where it has no usual name")
-    make.add_argument("--key", default="text", help="of the text in a JSON line (text)")
+    make.add_argument(
+        "--key", default="text", help="of the text in a JSON line, or the column's name (text)"
+    )
     look = actions.add_parser(
         "info",
         help="what a file of tokens holds",
@@ -107,8 +110,7 @@ def tokenize(options: argparse.Namespace) -> str:
         OSError: an input that is not there, a disk that is full.
     """
     for path in options.inputs:
-        if not path.is_file():
-            raise ValueError(f"{path} is not there, or is no file")
+        check_file(path)
     if options.eod is not None and not options.append_eod:
         raise ValueError(f"--eod={options.eod} goes with --append-eod")
     tokenizer = find_tokenizer(options.tokenizer)
@@ -150,6 +152,14 @@ def grouped(found: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield group
 
 
+def where(error: UnicodeDecodeError, group: Sequence[Piece]) -> str:
+    """In which line of its file a piece is no UTF-8."""
+    for piece in group:
+        if piece.text == error.object and piece.line is not None:
+            return f" in line {piece.line + piece.text[: error.start].count(10)}"
+    return ""
+
+
 def write(
     writer: TokenWriter,
     tokenizer: Tokenizer,
@@ -161,7 +171,8 @@ def write(
         encoded = tokenizer.encode([piece.text for piece in group])
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 ({error}): convert it, or use --tokenizer=bytes"
+            f"{path} is not UTF-8{where(error, group)} ({error}): convert it, or use "
+            "--tokenizer=bytes"
         ) from error
     for piece, ids in zip(group, encoded, strict=True):
         writer.append(ids)

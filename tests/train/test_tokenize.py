@@ -1,7 +1,11 @@
 """`largebatch data`: what it writes is what was read, whole or not at all."""
 
+import bz2
+import csv
 import gzip
+import io
 import json
+import lzma
 import os
 import signal
 import struct
@@ -94,12 +98,71 @@ def test_a_text_file_is_one_document_and_any_bytes_are_text(tmp_path: Path) -> N
     assert file.sidecar["vocabulary"] == 256
 
 
-def test_compressed_files_are_read_as_what_they_hold(jsonl: Path, tmp_path: Path) -> None:
-    packed = tmp_path / "texts.jsonl.gz"
-    packed.write_bytes(gzip.compress(jsonl.read_bytes()))
-    for path, output in [(jsonl, "a"), (packed, "b")]:
-        assert main(["tokenize", str(path), "--output", str(tmp_path / output)]) == 0
+def parquet(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"id": [*range(len(TEXTS))], "text": TEXTS}), path)
+
+
+def arrow(path: Path, whole: bool) -> None:
+    import pyarrow as pa
+
+    table = pa.table({"text": TEXTS})
+    make = pa.ipc.new_file if whole else pa.ipc.new_stream
+    with make(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def zstd(content: bytes) -> bytes:
+    import zstandard
+
+    pack = zstandard.ZstdCompressor().compress
+    half = len(content) // 2
+    return bytes(pack(content[:half]) + pack(content[half:]))  # two frames, one after the other
+
+
+def separated(separator: str) -> bytes:
+    lines = io.StringIO()
+    rows = csv.writer(lines, delimiter=separator)
+    rows.writerows([("id", "text"), *enumerate(TEXTS)])
+    return lines.getvalue().encode("utf-8-sig")
+
+
+FORMS: dict[str, Callable[[Path, bytes], object]] = {
+    "t.jsonl.gz": lambda path, lines: path.write_bytes(gzip.compress(lines)),
+    "T.JSONL.GZ": lambda path, lines: path.write_bytes(gzip.compress(lines)),
+    "t.JSONL": lambda path, lines: path.write_bytes(lines),
+    "t.jsonl.bz2": lambda path, lines: path.write_bytes(bz2.compress(lines)),
+    "t.ndjson.xz": lambda path, lines: path.write_bytes(lzma.compress(lines)),
+    "t.jsonl.lzma": lambda path, lines: path.write_bytes(
+        lzma.compress(lines, format=lzma.FORMAT_ALONE)
+    ),
+    "t.jsonl.zst": lambda path, lines: path.write_bytes(zstd(lines)),
+    "compressed without a word.jsonl": lambda path, lines: path.write_bytes(zstd(lines)),
+    "t.CSV": lambda path, lines: path.write_bytes(separated(",")),
+    "t.tsv.gz": lambda path, lines: path.write_bytes(gzip.compress(separated("\t"))),
+    "t.parquet": lambda path, lines: parquet(path),
+    "parquet without a word": lambda path, lines: parquet(path),
+    "t.arrow": lambda path, lines: arrow(path, whole=True),
+    "data-00000-of-00001.arrow": lambda path, lines: arrow(path, whole=False),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_files_are_read_as_what_they_hold(name: str, jsonl: Path, tmp_path: Path) -> None:
+    FORMS[name](tmp_path / name, jsonl.read_bytes())
+    for path, output in [(jsonl, "a"), (tmp_path / name, "b")]:
+        words = ["--output", str(tmp_path / output), "--append-eod"]
+        assert main(["tokenize", str(path), *words]) == 0
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+
+
+@pytest.mark.parametrize("text", ["BZhang Wei\n", "PAR1 and PAR2\n", "[1]\n", "Obj\n"])
+def test_a_text_that_begins_like_another_file_is_a_text(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    assert main(["tokenize", str(tmp_path / "a.txt"), "--output", str(tmp_path / "set")]) == 0
+    assert bytes(open_tokens(tmp_path / "set.bin").tokens.astype(np.uint8)).decode() == text
 
 
 def test_a_megatron_dataset_is_written_to_the_formats_description(
@@ -202,6 +265,14 @@ def wrote(name: str, content: bytes) -> Callable[[Path], list[str]]:
     return words
 
 
+def wrote_in(folder: Path, name: str) -> Path:
+    """A folder that holds such a file; returns it."""
+    below = folder / "below"
+    below.mkdir(exist_ok=True)
+    (below / name).write_bytes(b"x")
+    return below
+
+
 REFUSED: dict[str, Refusal] = {
     "an input that is not there": (lambda folder: [str(folder / "nowhere.txt")], ["nowhere.txt"]),
     "nothing but an empty file": (wrote("a.txt", b""), ["no text"]),
@@ -214,7 +285,42 @@ REFUSED: dict[str, Refusal] = {
         ["line 1 has no text 'text'", "content, id", "--key"],
     ),
     "a text that is a number": (wrote("a.jsonl", b'{"text": 3}\n'), ["line 1 has no text 'text'"]),
-    "a list in place of lines": (wrote("a.json", b"[1, 2]\n"), ["line 1", "list", "--key"]),
+    "a list in place of lines": (
+        wrote("a.json", b'\n [{"text": "x"},\n'),
+        ["a.json begins as one JSON list", "jq -c"],
+    ),
+    "a line that is a list": (
+        wrote("a.jsonl", b'{"text": "x"}\n[1]\n'),
+        ["line 2", "list", "--key"],
+    ),
+    "half a character of UTF-16": (
+        wrote("a.jsonl", b'{"text": "x"}\n{"text": "a\\ud83d"}\n'),
+        ["a.jsonl, line 2", "\\ud83d", "U+FFFD"],
+    ),
+    "a column that is not there": (
+        wrote("a.csv", b"id,content\n1,x\n"),
+        ["a.csv has no column 'text' (it has id, content)", "--key"],
+    ),
+    "a Latin table": (wrote("a.csv", b"text\nx\nGr\xfc\n"), ["a.csv is not UTF-8", "line"]),
+    "a cut zstd file": (
+        lambda folder: wrote("a.txt.zst", zstd(b"x" * 999)[:-3])(folder),
+        ["a.txt.zst", "zstd", "cut short"],
+    ),
+    "a cut xz file": (wrote("a.xz", lzma.compress(b"x" * 999)[:-9]), ["a.xz", "xz", "cut short"]),
+    "what is no bzip2 file": (wrote("a.bz2", b"BZhxxxxx"), ["a.bz2", "bzip2", "BZhxxxxx"]),
+    "what is no Parquet file": (wrote("a.parquet", b"xxxx"), ["a.parquet is no parquet file"]),
+    "a cut Parquet file": (wrote("a.parquet", b"PAR1\x15\0"), ["a.parquet", "parquet"]),
+    "a zip archive": (wrote("a.jsonl", b"PK\x03\x04xx"), ["a.jsonl is a zip archive", "unpack"]),
+    "a compressed archive": (
+        wrote("a.tar.gz", gzip.compress(b"x" * 257 + b"ustar" + b"\0" * 300)),
+        ["a.tar.gz is a tar archive"],
+    ),
+    "a PDF": (wrote("a.txt", b"%PDF-1.7\n"), ["a.txt is a PDF"]),
+    "a folder of Hugging Face's": (
+        lambda folder: [str(wrote_in(folder, "data-00000-of-00001.arrow"))],
+        ["is a folder", "*.arrow", "--key"],
+    ),
+    "a folder": (lambda folder: [str(wrote_in(folder, "a.txt"))], ["is a folder", "files"]),
     "a cut gzip file": (wrote("a.txt.gz", gzip.compress(b"x" * 999)[:-9]), ["a.txt.gz", "gzip"]),
     "what is no gzip file": (wrote("a.txt.gz", b"xxxxxxxx"), ["a.txt.gz", "gzip"]),
     "a tokenizer that is not there": (
@@ -261,10 +367,10 @@ def test_bytes_that_are_no_text_are_refused_where_text_is_needed(
     tokenizer_json: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "latin.txt"
-    path.write_bytes("Grüße\n".encode("latin-1"))
+    path.write_bytes("one\ntwo\nGrüße\n".encode("latin-1"))
     words = ["tokenize", str(path), "--output", str(tmp_path / "set")]
     assert main([*words, "--tokenizer", str(tokenizer_json)]) == 2
-    assert f"{path} is not UTF-8" in capsys.readouterr().err
+    assert f"{path} is not UTF-8 in line 3" in capsys.readouterr().err
     assert main([*words, "--append-eod", "--tokenizer", str(tokenizer_json), "--eod", "<no>"]) == 2
     assert "no token '<no>' to end a document with" in capsys.readouterr().err
     assert main(words) == 0

@@ -1,7 +1,10 @@
 """Files of tokens are read exactly, and refused by name where they are not what they should be."""
 
+import gc
 import json
+import os
 import re
+import resource
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -250,3 +253,28 @@ def test_the_fingerprint_is_of_the_content_and_of_nothing_else(tmp_path: Path) -
         changed.tofile(tmp_path / "short.bin")
         prints[str(place)] = open_tokens(tmp_path / "short.bin", "uint16").fingerprint()
     assert len(set(prints.values())) == 3 + 11
+
+
+def test_more_files_are_read_than_a_process_may_open(tmp_path: Path) -> None:
+    """Of both kinds, an index beside every other one: a map keeps no file open."""
+    files = [plain(tmp_path / f"plain-{place}.bin", [place, 1, 2]) for place in range(40)]
+    files += [megatron(tmp_path / f"set-{place}", [[[place, 1, 2]]]) for place in range(40)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held + 30, hard))
+    try:
+        opened = [open_tokens(file, "uint16") for file in files]
+        assert [int(file.tokens[0]) for file in opened] == 2 * [*range(40)]
+        assert len(os.listdir("/proc/self/fd")) == held
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_file_that_is_replaced_stays_what_it_was_and_cannot_be_written_to(tmp_path: Path) -> None:
+    path = plain(tmp_path / "a.bin", [1, 2, 3])
+    tokens = open_tokens(path, "uint16").tokens  # the map lives as long as this view of it
+    gc.collect()
+    plain(tmp_path / "b.bin", [7, 8, 9]).replace(path)
+    assert tokens.tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 5

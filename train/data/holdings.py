@@ -7,7 +7,6 @@ from typing import Final
 import numpy as np
 from rich.progress import Progress
 
-from largebatch.train.data.mapping import announce_all
 from largebatch.train.data.megatron import check_index
 from largebatch.train.data.token_files import TokenFile, find_files, open_tokens
 
@@ -65,7 +64,7 @@ def checked(tokens: TokenFile, progress: Progress) -> str:
     """
     if tokens.index is not None:
         check_index(tokens.index, tokens.tokens.nbytes, whole=True)
-    announce_all(tokens.mapping)
+    tokens.mapping.announce_all()
     digest, largest, smallest = hashlib.sha256(), 0, 0
     shown = progress.add_task("", total=len(tokens.tokens))
     for start in range(0, len(tokens.tokens), _CHUNK):

@@ -8,7 +8,6 @@ document begins with, i64, and at the end the number of sequences. (What Indexed
 megatron/core/datasets writes. Multimodal sets append a byte a sequence, and are refused.)
 """
 
-import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from largebatch.train.data.mapping import announce_all, mapped
+from largebatch.train.data.mapping import FileMap
 
 MAGIC: Final = b"MMIDIDX\0\0"
 HEADER: Final = struct.Struct("<9sQBQQ")
@@ -43,7 +42,7 @@ class Index:
     lengths: npt.NDArray[np.int32]
     pointers: npt.NDArray[np.int64]
     documents: npt.NDArray[np.int64]
-    mapping: mmap.mmap
+    mapping: FileMap
 
 
 def open_index(path: Path) -> Index:
@@ -83,10 +82,10 @@ def open_index(path: Path) -> Index:
     if num_sequences == 0 or num_documents == 0:
         raise ValueError(f"{path} is an index of no sequences")
 
-    mapping = mapped(path)
+    mapping = FileMap(path)
 
     def array(kind: str, count: int, offset: int) -> npt.NDArray[Any]:
-        return np.frombuffer(mapping, kind, count, offset)
+        return mapping.array(kind, count, offset)
 
     lengths = array("<i4", num_sequences, HEADER.size)
     pointers = array("<i8", num_sequences, HEADER.size + 4 * num_sequences)
@@ -122,7 +121,7 @@ def check_index(index: Index, num_bytes: int, whole: bool = False) -> None:
             f"{index.path} is inconsistent: sequence 0 begins at byte {index.pointers[0]}, not at 0"
         )
     if whole:
-        announce_all(index.mapping)
+        index.mapping.announce_all()
     if whole or num_sequences <= _STRETCH * _STRETCHES:
         starts = np.arange(0, num_sequences, _STRETCH)
     else:

@@ -7,7 +7,6 @@ PREFIX.json, the sidecar that `largebatch data tokenize` writes, or is said by t
 import glob
 import hashlib
 import json
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from largebatch.train.data.mapping import announce, mapped
+from largebatch.train.data.mapping import FileMap
 from largebatch.train.data.megatron import MAGIC, Index, check_index, open_index
 
 Indices = npt.NDArray[np.int64]
@@ -53,14 +52,14 @@ class TokenFile:
 
     path: Path
     tokens: npt.NDArray[Any]
-    mapping: mmap.mmap
+    mapping: FileMap
     sidecar: Mapping[str, Any]
     index: Index | None
 
     def read(self, starts: Indices, count: int) -> Indices:
         """`count` tokens from each of `starts`; shape (len(starts), count)."""
         item = self.tokens.itemsize
-        announce(self.mapping, starts * item, count * item)
+        self.mapping.announce(starts * item, count * item)
         found: Indices = self.tokens[starts[:, None] + np.arange(count)].astype(np.int64)
         return found
 
@@ -152,8 +151,8 @@ def open_tokens(path: Path, dtype: str | None = None) -> TokenFile:
             f"{path} holds {size // item} tokens, and {sidecar_of(path)} says {told}: it is cut "
             "short, or another file's"
         )
-    mapping = mapped(path)
-    tokens = np.frombuffer(mapping, np.dtype(kind).newbyteorder("<"))
+    mapping = FileMap(path)
+    tokens = mapping.array(np.dtype(kind).newbyteorder("<"))
     return TokenFile(path, tokens, mapping, sidecar, index)
 
 
