@@ -5,7 +5,8 @@ Groups whose choices differ in their keys (task, model, optim, lr, batch, logger
 a `_target_`; what they build checks its own arguments. Imports no torch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -213,6 +214,7 @@ class GuardConfig:
     spike: str = "skip"
     grad_norm_multiple: Any = None
     loss_deviations: Any = None
+    eval_loss_multiple: Any = 100.0
     window: Any = 100
     warmup_steps: Any = 20
     most_events: Any = 10
@@ -224,9 +226,9 @@ class GuardConfig:
                     f"guard.{name} must be one of {', '.join(REMEDIES)}, "
                     f"got {getattr(self, name)!r}"
                 )
-        for name in ("grad_norm_multiple", "loss_deviations"):
+        for name in ("grad_norm_multiple", "loss_deviations", "eval_loss_multiple"):
             if getattr(self, name) is not None:
-                above = 1.0 if name == "grad_norm_multiple" else 0.0
+                above = 0.0 if name == "loss_deviations" else 1.0
                 setattr(self, name, real_number(getattr(self, name), f"guard.{name}", above=above))
         for name, least in (("window", 5), ("warmup_steps", 0), ("most_events", 0)):
             setattr(self, name, whole_number(getattr(self, name), f"guard.{name}", least))
@@ -367,12 +369,28 @@ def typed(config: DictConfig) -> TrainConfig:
         ]
         if missing:
             raise ConfigError(f"{' and '.join(missing)} must be given, as KEY=VALUE")
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), config)
+        merged = OmegaConf.merge(_schema(), config)
         result = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(sentence(error)) from error
     assert isinstance(result, TrainConfig)
+    _refuse_empty(result, "")
     return result
+
+
+def _refuse_empty(config: Any, above: str) -> None:
+    """Refuse an empty word, which would be taken for none; groups of a target check their own."""
+    for name, value in vars(config).items():
+        if value == "" and isinstance(value, str):
+            raise ConfigError(f"{above}{name} must not be empty: null stands for none, got ''")
+        if is_dataclass(value):
+            _refuse_empty(value, f"{above}{name}.")
+
+
+@cache
+def _schema() -> DictConfig:
+    schema: DictConfig = OmegaConf.structured(TrainConfig)
+    return schema
 
 
 def _has_no_target(node: Any) -> bool:

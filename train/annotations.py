@@ -2,8 +2,10 @@
 
 import inspect
 import math
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final, Literal, Union, get_args, get_origin
 
 from largebatch.schedules.counts import check_fp32, whole_number
@@ -18,27 +20,33 @@ class Unfit(ValueError):
 
 
 def annotations_of(target: Callable[..., Any]) -> dict[str, Any]:
-    """The annotation of each parameter of `target` that has one; empty where they cannot be read.
-
-    A target may be anybody's: an annotation that names what is imported for type checkers alone is
-    an error of any class.
+    """The annotation of each parameter of `target` that has one which can be read: some name what
+    is imported for type checkers alone.
     """
     try:
-        parameters = inspect.signature(target, eval_str=True).parameters
-    except Exception:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # some of Python's own have none
         return {}
-    return {
-        name: parameter.annotation
-        for name, parameter in parameters.items()
-        if parameter.annotation is not inspect.Parameter.empty
-    }
+    names = vars(sys.modules.get(target.__module__, types))
+    found = {}
+    for parameter in parameters:
+        annotation = parameter.annotation
+        if isinstance(annotation, str):
+            with suppress(Exception):  # of any class: it is anybody's code
+                found[parameter.name] = eval(annotation, dict(names))
+        elif annotation is not inspect.Parameter.empty:
+            found[parameter.name] = annotation
+    return found
 
 
-def fitted(value: Any, annotation: Any) -> Any:
+def fitted(value: Any, annotation: Any, infinite: bool = False) -> Any:
     """`value` as `annotation` wants it: "4e6" and 5.0 are whole numbers, a list may be a tuple.
 
     What is not plain (an object that the configuration has built), and annotations that say nothing
     of plain values (a user's class), pass as they are.
+
+    Args:
+        infinite: an infinite number will do, as it may for one of two bounds.
 
     Raises:
         Unfit: it is something else; the message says what it must be.
@@ -51,7 +59,7 @@ def fitted(value: Any, annotation: Any) -> Any:
     # As it stands, where it can: "auto" and 4 both fit `int | str`, and stay what they are.
     for option in sorted(options, key=lambda option: not _is_exact(value, option)):
         try:
-            return _fitted(value, option)
+            return _fitted(value, option, infinite)
         except (TypeError, ValueError):
             continue
     raise Unfit(f"must be {' or '.join(dict.fromkeys(map(words, options)))}")
@@ -81,7 +89,7 @@ def words(annotation: Any) -> str:
         type(None): "null",
         bool: "true or false",
         int: "a whole number (within 64 bits)",
-        float: "a number",
+        float: "a number (that FP32 holds)",
         str: "a word",
     }
     return known.get(kind, f"a {getattr(kind, '__name__', kind)}")
@@ -98,8 +106,8 @@ def _is_open(annotation: Any) -> bool:
     kind = get_origin(annotation) or annotation
     if kind is Literal or kind in (*_PLAIN, *_LISTS, Mapping):
         return False
-    # A tensor is never written in a configuration; a user's class may be made from anything.
-    return not str(getattr(kind, "__module__", "")).startswith("torch")
+    # What is torch's or this package's is never written as plain values; a user's class may be.
+    return str(getattr(kind, "__module__", "")).partition(".")[0] not in ("largebatch", "torch")
 
 
 def _is_exact(value: Any, annotation: Any) -> bool:
@@ -107,7 +115,7 @@ def _is_exact(value: Any, annotation: Any) -> bool:
     return kind is Literal or type(value) is kind or (kind in _LISTS and isinstance(value, list))
 
 
-def _fitted(value: Any, annotation: Any) -> Any:
+def _fitted(value: Any, annotation: Any, infinite: bool) -> Any:
     kind, inner = get_origin(annotation) or annotation, get_args(annotation)
     if kind is Literal:
         if value not in inner:
@@ -120,9 +128,10 @@ def _fitted(value: Any, annotation: Any) -> Any:
     if kind is int:
         return whole_number(value, "", _LEAST)
     if kind is float:
-        if isinstance(value, bool) or math.isnan(float(value)):
+        number = float(value)
+        if isinstance(value, bool) or math.isnan(number) or (math.isinf(number) and not infinite):
             raise Unfit
-        return check_fp32(float(value))
+        return check_fp32(number)
     if kind is str:
         if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
             raise Unfit
@@ -137,5 +146,5 @@ def _items(value: Sequence[Any], kind: Any, inner: tuple[Any, ...]) -> Any:
     if fixed and len(inner) != len(value):
         raise Unfit
     of_each = inner if fixed else (inner[0] if inner else Any,) * len(value)
-    items = [fitted(item, of) for item, of in zip(value, of_each, strict=True)]
+    items = [fitted(item, of, infinite=True) for item, of in zip(value, of_each, strict=True)]
     return tuple(items) if kind is tuple else items

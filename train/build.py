@@ -140,6 +140,8 @@ def is_known(make: Callable[..., Any]) -> bool:
 def _about_a_key(error: Exception, keys: Mapping[str, Any], name: str) -> str:
     """What a constructor has raised, with the keys it speaks of and their values."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or "allocate memory" in text:
+        text = f"this node has no memory for it ({text}): lower its sizes"
     if f"{name}." in text or not keys:
         return text
     spoken = text.lower().replace("_", " ")

@@ -5,6 +5,10 @@ which no check for NaN sees: a 30B model's gradient norm went 0.39, 2.41, 89.9, 
 loss. A spike is a gradient norm above a multiple of its trailing median (20 caught that blow-up,
 and healthy runs stay below it but for their first 19 steps), or a loss far above its own median.
 
+And a run may be *lost* without either: an evaluation loss of 2e7 that was 4 at the start, and
+thousands of steps until something is infinite. One that stays above a multiple of its first loss
+for a tenth of the budget is stopped.
+
 Numbers come a step or two late. So what is to be *skipped* is decided on the device, in its own
 step, against `threshold()`; the guard hears of it from the line. Rolling back and stopping are
 decided from the lines.
@@ -20,6 +24,16 @@ from largebatch.conf.config import GuardConfig
 
 FEWEST: Final = 5
 """Values before a median says anything."""
+
+LOST_SHARE: Final = 0.1
+"""Of the budget, for which a run has to stay above its bound to be lost."""
+
+LOST_EVALUATIONS: Final = 10
+"""In a row, as many at least: a short run is not lost by its warm-up."""
+
+LEAST_START: Final = 1.0
+"""A first loss below it counts as it: one that begins at 0, as a divergence from the first weights
+does, may well rise to a multiple of what rounding made of it."""
 
 _NORMAL_MAD: Final = 1.4826  # standard deviations of a normal distribution to its median deviation
 
@@ -60,6 +74,9 @@ class Guard:
     standard deviation, and no outlier moves it). Steps until `warmup_steps` are never spikes, but
     fill the medians; what was skipped does not.
 
+    A run is lost where its evaluation losses have been above `eval_loss_multiple` times its first
+    training loss (and at least 1) for a tenth of its budget and ten evaluations, without one below.
+
     More than `most_events` skips and rollbacks within `window` lines stop the run: it does not
     recover.
     """
@@ -70,6 +87,10 @@ class Guard:
     _step: int = 0
     _lines: int = 0
     _events: list[int] = field(default_factory=list)  # lines taken at each
+    _start: float | None = None
+    """The first loss."""
+    _lost: list[int] = field(default_factory=list)
+    """Samples at each evaluation since the last one that was below the bound."""
 
     @property
     def skips_non_finite(self) -> bool:
@@ -97,6 +118,8 @@ class Guard:
                 masked the step; `grad_norm_bound`, the threshold it was then compared with.
         """
         self._lines += 1
+        if self._start is None and math.isfinite(line["loss"]):
+            self._start = line["loss"]
         verdict = self._not_finite(line) or self._spike(line)
         self._step = line["step"]
         if verdict is None:
@@ -104,6 +127,27 @@ class Guard:
             self._losses = [*self._losses, line["loss"]][-self.config.window :]
             return None
         return self._counted(verdict)
+
+    def take_evaluation(
+        self, eval_loss: float, step: int, samples: int, budget_samples: int
+    ) -> Verdict | None:
+        """Judge an evaluation loss; a verdict to stop where the run is lost."""
+        multiple = self.config.eval_loss_multiple
+        if multiple is None or self._start is None:
+            return None
+        bound = multiple * max(self._start, LEAST_START)
+        if eval_loss <= bound:
+            self._lost = []
+            return None
+        self._lost.append(samples)
+        since = samples - self._lost[0]
+        if len(self._lost) < LOST_EVALUATIONS or since < LOST_SHARE * budget_samples:
+            return None
+        reason = (
+            f"eval_loss {eval_loss:.4g} has been above its bound {bound:.4g} for {since} samples "
+            f"(guard.eval_loss_multiple={multiple:g} times the first loss, {self._start:.4g})"
+        )
+        return Verdict("stop", reason, step, samples, "eval_loss", eval_loss, bound)
 
     def _not_finite(self, line: Mapping[str, Any]) -> Verdict | None:
         broken = [name for name in ("grad_norm", "loss") if not math.isfinite(line[name])]
@@ -168,6 +212,8 @@ class Guard:
             "step": self._step,
             "lines": self._lines,
             "events": list(self._events),
+            "start": self._start,
+            "lost": list(self._lost),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -182,6 +228,7 @@ class Guard:
         """
         self._norms, self._losses = list(state["norms"]), list(state["losses"])
         self._step = state["step"]
+        self._start, self._lost = state.get("start"), list(state.get("lost", []))
 
 
 def not_finite(squares: Mapping[str, float]) -> list[str]:

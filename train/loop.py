@@ -262,6 +262,14 @@ class Loop:
         if verdict is not None:
             self.act_on(verdict)
 
+    def judge_evaluation(self, eval_loss: float) -> None:
+        """Ask the guard about an evaluation loss, and do as it says."""
+        verdict = self.guard.take_evaluation(
+            eval_loss, self.progress.steps, self.progress.samples, self.plan.budget_samples
+        )
+        if verdict is not None:
+            self.act_on(verdict)
+
     def recorded_ends_it(self, line: dict[str, Any]) -> bool:
         """Record a line that is judged; True where it ends the steps."""
         interrupted = line.pop("interrupted") > 0
@@ -339,6 +347,8 @@ class Loop:
             self.progress.reason = f"eval_loss is {self.progress.eval_loss}"
         elif self.target_loss is not None and self.progress.eval_loss <= self.target_loss:
             self.progress.status = "reached"
+        else:
+            self.judge_evaluation(self.progress.eval_loss)
         return self.recorded_ends_it(line) or spent or self.progress.status != "exhausted"
 
     def decide(self, seen: int, line: dict[str, Any]) -> None:

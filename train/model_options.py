@@ -1,9 +1,15 @@
-"""What can be done to any model before it is trained: by its blocks, the repeated parts."""
+"""What can be done to any model before it is trained, and while it is made."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import checkpoint
+
+from largebatch.train.memory import check_memory
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -34,3 +40,31 @@ def compile_blocks(model: nn.Module) -> None:
     """Compile each block, or the model where it has none; names and state stay as they are."""
     for module in blocks(model) or [model]:
         module.compile()
+
+
+@contextmanager
+def within_memory(copies: int) -> Iterator[None]:
+    """Refuse a model that is made within it as soon as its weights are more than this node holds.
+
+    Args:
+        copies: how often the node will hold as much as the weights take.
+
+    Raises:
+        ValueError: at the parameter that is too much, before its values are drawn.
+    """
+    held = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal held
+        if parameter is not None:
+            held += parameter.numel() * parameter.element_size()
+            check_memory(held * copies, "the model", "lower its sizes")
+
+    if torch.get_default_device().type == "meta":
+        yield
+        return
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -17,6 +17,7 @@ from largebatch.schedules.scaling import check_options
 from largebatch.train.build import build
 from largebatch.train.lr_find import as_sweep, sweep_plan
 from largebatch.train.lr_results import check_table
+from largebatch.train.memory import RANK_BYTES, check_memory
 from largebatch.train.ranks import Ranks
 from largebatch.train.record import check_free
 from largebatch.train.resume import Resumption, find_resumption
@@ -64,6 +65,11 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
             f"engine.nproc={config.engine.nproc} starts its own ranks, but {ranks.launcher} has "
             f"started {ranks.size} already: leave it at 1"
         )
+    try:
+        ranks_here = f"engine.nproc={config.engine.nproc}"
+        check_memory(config.engine.nproc * RANK_BYTES, ranks_here, "start fewer ranks")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     plan, seam = checked_plan(config, max(ranks.size, config.engine.nproc))
     folder = Path(settings.runtime.output_dir)
     if config.mode is not None:

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from largebatch.conf.config import EngineConfig
 from largebatch.conf.errors import ConfigError
+from largebatch.schedules.counts import real_number
+from largebatch.train.annotations import in_yaml
 from largebatch.train.build import build, call, check_arguments, check_kind
 from largebatch.train.data_identity import check_data, data_of
 from largebatch.train.engines import Engine
@@ -28,7 +30,7 @@ from largebatch.train.loop import Loop, Progress
 from largebatch.train.lr_find import LRFinder
 from largebatch.train.lr_results import publish
 from largebatch.train.micro_batch import find_micro_batch_size
-from largebatch.train.model_options import checkpoint_activations, compile_blocks
+from largebatch.train.model_options import checkpoint_activations, compile_blocks, within_memory
 from largebatch.train.order import Order
 from largebatch.train.peaks import chosen, peaks_of
 from largebatch.train.precision import Precision
@@ -38,6 +40,7 @@ from largebatch.train.record import RunFolder
 from largebatch.train.reporter import Reporter, Silence
 from largebatch.train.tasks import Task, check_task, sampler_of
 from largebatch.train.throughput import Throughput
+from largebatch.train.trial import MOST_TRIED, check_batches, try_one_pass
 
 if TYPE_CHECKING:
     from largebatch.train.checkpoint import Checkpoints
@@ -65,9 +68,14 @@ def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
     config = order.config
     task: Task = build(config.task, "task")
     data = check_task(task)
+    check_batches(order.plan, task, ranks)
     torch.manual_seed(config.seed)
-    model: nn.Module = build(config.model, "model", nn.Module)
+    trains_here = device.type == "cpu" and not config.engine.needs_group  # its gradients too
+    with within_memory(ranks.local_size * (2 if trains_here else 1)):
+        model: nn.Module = build(config.model, "model", nn.Module)
     num_parameters = sum(p.numel() for p in model.parameters())
+    if num_parameters <= MOST_TRIED:
+        try_one_pass(task, model)
     size = config.engine.micro_batch_size
     prepare_model(config.engine, model)
     engine: Engine = build(
@@ -160,8 +168,11 @@ def build_noise(order: Order, engine: Engine, optimizer: Optimizer) -> GradientN
             optimizer=optimizer if noise.preconditioned else None,
             copies=engine.gradient_copies,
         )
+    except ConfigError:
+        raise
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        meant = f"noise.small=auto means {order.noise_seam} in this run, and "
+        raise ConfigError(f"{meant if noise.small == 'auto' else ''}{error}") from error
 
 
 def build_optimizer(node: Mapping[str, Any], model: nn.Module, ranks: Ranks) -> Optimizer:
@@ -169,7 +180,17 @@ def build_optimizer(node: Mapping[str, Any], model: nn.Module, ranks: Ranks) -> 
 
     One with a keyword `process_group` is given that of all ranks, to share its work over them.
     """
-    make = build({**node, "_partial_": True}, "optim")
+    if node.get("_partial_") is not True:
+        raise ConfigError(
+            "optim._partial_ must be true, the parameters come later, got "
+            f"{in_yaml(node.get('_partial_'))}"
+        )
+    make = build(node, "optim")
+    try:
+        if "momentum" in make.keywords:  # torch's own take any that is not negative
+            real_number(make.keywords["momentum"], "optim.momentum", least=0.0, most=1.0)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if ranks.size > 1 and "process_group" in inspect.signature(make.func).parameters:
         make = partial(make.func, **{"process_group": dist.group.WORLD} | make.keywords)
     takes_model = getattr(make.func, "takes_model", False)

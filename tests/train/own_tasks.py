@@ -78,7 +78,12 @@ class LossInPython(Right):
 
 
 class ErrorInLoss(Right):
+    calls = 0
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        self.calls += 1
+        if self.calls < 4:  # in the middle of the run
+            return cross_entropy(model(batch[0]), batch[1])
         return cross_entropy(model(batch[0]), batch[7])
 
 

@@ -45,6 +45,36 @@ HEALTHY = [0.39, 0.41, 0.38, 0.40, 0.39, 0.37, 0.42, 0.39] * 4
 BLOW_UP = [0.39, 2.41, 89.9, 1.0e3, 1.0e5]
 
 
+def lost_at(guard: Guard, losses: Iterable[float], budget: int) -> int | None:
+    """Samples at which a run of these evaluation losses, 8 samples apart, is stopped."""
+    for place, loss in enumerate(losses, 1):
+        verdict = guard.take_evaluation(loss, place, 8 * place, budget)
+        if verdict is not None:
+            assert (verdict.kind, verdict.number) == ("stop", "eval_loss")
+            return verdict.samples
+    return None
+
+
+def test_a_run_is_lost_when_it_stays_far_above_its_start() -> None:
+    def of(losses: Iterable[float], budget: int = 1600, start: float = 4.0, **more: Any) -> Any:
+        guard = Guard(GuardConfig(**more))
+        guard.take(line(1, 1.0, loss=start))
+        # A resumed run counts on.
+        resumed = Guard(GuardConfig(**more))
+        resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+        return lost_at(resumed, losses, budget)
+
+    lost = [4.0] * 10 + [2e7] * 100
+    assert of(lost) == 8 * 11 + 160  # a tenth of the budget after the first above 400
+    assert of(lost, budget=100) == 8 * 20  # of a short run, the tenth evaluation
+    assert of(lost, eval_loss_multiple=None) is None
+    assert of([401.0] * 100) == 8 + 160
+    assert of([399.0] * 100) is None
+    assert of(([2e7] * 20 + [4.0]) * 5) is None  # it comes back each time
+    assert of([99.0] * 100, start=1e-9) is None  # one that begins at nothing
+    assert of([101.0] * 100, start=1e-9) == 8 + 160
+
+
 @pytest.mark.parametrize("remedy", ["stop", "rollback"])
 def test_a_blow_up_without_a_nan_is_seen_at_its_third_step(remedy: str) -> None:
     guard = Guard(GuardConfig(spike=remedy, grad_norm_multiple=20))

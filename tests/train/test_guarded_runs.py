@@ -178,3 +178,20 @@ def test_a_guard_that_cannot_do_what_it_is_asked_is_refused(
 ) -> None:
     assert train(*RUN, "+task.position=1001", *words) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_come_back_ends_long_before_its_budget(
+    train: Train, read_run: ReadRun, tmp_path: Path
+) -> None:
+    """SGD at a rate at which all stays finite for its whole length."""
+    words = [word for word in RUN if not word.startswith(("task", "optim", "evaluation", "budget"))]
+    sgd = ("task=digits", "optim=sgd", "optim.lr=1e5", "optim.momentum=0", "optim.nesterov=false")
+    assert train(*words, *sgd, "clip_norm=1", "budget.samples=1280") == 4
+    lines, summary = read_run(tmp_path / "run")
+    assert summary["status"] == "diverged"
+    assert "guard.eval_loss_multiple=100" in summary["reason"]
+    assert summary["samples"] <= 1280 / 2
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    (event,) = events(tmp_path / "run")
+    assert (event["kind"], event["number"]) == ("stop", "eval_loss")
+    assert event["samples"] == summary["samples"]

@@ -20,7 +20,7 @@ RUN = ("task=custom", "model=digits_mlp", "batch.size=16", "budget.samples=48", 
         ("own_tasks.Empty", ["Empty.num_train", "at least 1", "got 0"]),
         ("own_tasks.HalfASample", ["HalfASample.num_eval", "0.5"]),
         ("own_tasks.NoTuple", ["NoTuple.train_batch", "tuple of tensors", "return images,"]),
-        ("own_tasks.LossOfEach", ["LossOfEach.loss", "scalar", "(16,)", ".mean()"]),
+        ("own_tasks.LossOfEach", ["LossOfEach.loss", "scalar", "(32,)", ".mean()"]),
         ("own_tasks.LossWithoutGradient", ["LossWithoutGradient.loss", "gradient", ".detach()"]),
         ("own_tasks.LossInPython", ["LossInPython.loss", "scalar", "float"]),
         ("own_tasks.Righ", ["own_tasks has no Righ", "did you mean own_tasks.Right?"]),
@@ -61,7 +61,8 @@ def test_an_error_in_the_users_code_shows_their_lines(
     assert "own_tasks.py" in told
     assert "Error: " in told
     assert told.rstrip().endswith("HYDRA_FULL_ERROR=1")
-    if (tmp_path / "run" / "summary.json").exists():
+    assert (tmp_path / "run" / "summary.json").exists() == ("ErrorInLoss" in words[0])
+    if "ErrorInLoss" in words[0]:
         summary = json.loads((tmp_path / "run" / "summary.json").read_text())
         assert (summary["status"], summary["error"]) == (
             "failed",

@@ -208,7 +208,11 @@ def test_an_error_in_a_users_task_is_recorded_and_shown_whole(
     (tmp_path / "broken_task.py").write_text(
         "from largebatch.train.tasks.digits import Digits\n"
         "class Broken(Digits):\n"
+        "    calls = 0\n"
         "    def loss(self, model, batch):\n"
+        "        self.calls += 1\n"
+        "        if self.calls < 4:  # the first is a trial before the run's folder is made\n"
+        "            return super().loss(model, batch)\n"
         "        raise KeyError('a bug of the user')\n"
     )
     with pytest.raises(KeyError, match="a bug of the user"):

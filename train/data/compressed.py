@@ -79,7 +79,7 @@ def opened(raw: IO[bytes], path: Path) -> IO[bytes]:
         raise ValueError(f"{path} is no whole {wanted} file: it begins with {_head(raw)[:8]!r}")
     file: IO[bytes] = raw
     if found is not None:
-        file = io.BufferedReader(_Decompressed(raw, path, found), _CHUNK)  # type: ignore[assignment]
+        file = io.BufferedReader(_Decompressed(raw, path, found), _CHUNK)
         if compression_of(file) is not None:
             raise ValueError(f"{path} is compressed twice: unpack it once")
     head = _head(file)

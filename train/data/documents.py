@@ -7,7 +7,7 @@ ones may be compressed (`compressed.py`). Endings are read in any case of their 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Final, NamedTuple
 
@@ -78,7 +78,7 @@ def pieces(path: Path, key: str) -> Iterator[Piece]:
             raise ValueError(f"{path} is no {named} file: it begins with {head[:8]!r}")
         if kind is not None:
             texts = texts_of_columns(path, kind, key)
-            found = (_Part(_utf8(text, path, None), True, None) for text in texts if text)
+            found = _of_texts(texts, path)
         else:
             found = _of_file(opened(raw, path), path, key)
         for part in found:
@@ -89,8 +89,12 @@ def _of_file(file: IO[bytes], path: Path, key: str) -> Iterator[_Part]:
     separator = SEPARATED.get(bare_name(path).suffix)
     if separator is not None:
         texts = texts_of_rows(file, path, separator, key)
-        return (_Part(_utf8(text, path, None), True, None) for text in texts if text)
+        return _of_texts(texts, path)
     return _of_lines(file, path, key) if is_json_lines(path) else _of_text(file)
+
+
+def _of_texts(texts: Iterable[str | None], path: Path) -> Iterator[_Part]:
+    return (_Part(_utf8(text, path, None), True, None) for text in texts if text)
 
 
 def _of_text(file: IO[bytes]) -> Iterator[_Part]:

@@ -11,7 +11,7 @@ import mmap
 import os
 import weakref
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -44,11 +44,9 @@ class FileMap:
         weakref.finalize(self._bytes, _LIBC.munmap, address, size).atexit = False
         self._advise(mmap.MADV_RANDOM, 0, size)
 
-    def array(
-        self, dtype: "npt.DTypeLike", count: int = -1, offset: int = 0
-    ) -> npt.NDArray[np.generic]:
+    def array(self, dtype: "npt.DTypeLike", count: int = -1, offset: int = 0) -> npt.NDArray[Any]:
         """`count` values from byte `offset` on, or all; read-only, and left where they are."""
-        values = np.frombuffer(self._bytes, dtype, count, offset)
+        values: npt.NDArray[Any] = np.frombuffer(memoryview(self._bytes), dtype, count, offset)
         values.flags.writeable = False  # a page that is written to ends the process
         return values
 

@@ -10,7 +10,9 @@ class MLP(nn.Sequential):
     """inputs → hidden → outputs; input of shape (samples, inputs)."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        inputs = whole_number(inputs, "model.inputs", 1)
         hidden = whole_number(hidden, "model.hidden", 1)
+        outputs = whole_number(outputs, "model.outputs", 1)
         super().__init__(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
 
 
@@ -21,7 +23,9 @@ class ByteMLP(nn.Module):
         self, context: int, embedding: int = 16, hidden: int = 128, vocabulary: int = 96
     ) -> None:
         super().__init__()
+        context = whole_number(context, "model.context", 1)
         embedding = whole_number(embedding, "model.embedding", 1)
+        vocabulary = whole_number(vocabulary, "model.vocabulary", 1)
         self.embedding = nn.Embedding(vocabulary, embedding)
         self.mlp = MLP(context * embedding, hidden, vocabulary)
 

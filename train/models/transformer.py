@@ -24,6 +24,10 @@ _WIDTHS_OF = 64
 """A SwiGLU width that is not given is a multiple of it, as matrix units like it."""
 
 
+MOST_BLOCKS = 10_000
+"""Each takes a millisecond to make; the deepest that have been published have 1,000."""
+
+
 class Attention(nn.Module):
     """Causal attention; each of `kv_heads` keys and values serves heads / kv_heads queries."""
 
@@ -158,12 +162,15 @@ class Transformer(nn.Module):
         rotary_base = real_number(rotary_base, "model.rotary_base", above=1.0)
         norm_eps = real_number(norm_eps, "model.norm_eps", above=0.0)
         self.tie_embeddings = tie_embeddings
+        depth = whole_number(depth, "model.depth", 1)
+        if depth > MOST_BLOCKS:
+            raise ValueError(f"model.depth must be at most {MOST_BLOCKS} blocks, got {depth}")
         device = torch.get_default_device()
         with torch.device("meta"):  # torch's own initial values are neither drawn nor kept
             self.embedding = nn.Embedding(self.vocabulary, self.dim)
             self.blocks = nn.ModuleList(
                 Block(self.dim, self.heads, self.kv_heads, self.hidden, rotary_base, norm_eps)
-                for _ in range(whole_number(depth, "model.depth", 1))
+                for _ in range(depth)
             )
             self.norm = nn.RMSNorm(self.dim, eps=norm_eps)
             self.head = nn.Linear(self.dim, self.vocabulary, bias=False)

@@ -31,6 +31,9 @@ _BLOCK: Final = 1024
 _EVAL_EVERY: Final = 32
 """One block of 1,024 bytes in 32 is held out for evaluation; no training window touches it."""
 
+_ALWAYS_EVAL: Final = 4096
+"""Windows of the evaluation set that are drawn from any text, however short."""
+
 _SKIPPED: Final = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -89,8 +92,13 @@ class Bytes:
         # A window of context + 1 bytes lies within one block.
         self._starts_per_block = _BLOCK - self.context
         self.num_train = len(self._train_blocks) * self._starts_per_block
-        words = random_words(0, 0, np.arange(self.num_eval, dtype=np.int64))
         num_starts = len(self._eval_blocks) * self._starts_per_block
+        if self.num_eval > max(num_starts, _ALWAYS_EVAL):
+            raise ValueError(
+                f"task.num_eval must be at most {max(num_starts, _ALWAYS_EVAL)}, the windows that "
+                f"are held out of {num_bytes} bytes, got {self.num_eval}"
+            )
+        words = random_words(0, 0, np.arange(self.num_eval, dtype=np.int64))
         self._eval_windows = (words % np.uint64(num_starts)).astype(np.int64)
 
     def train_batch(self, indices: Indices) -> Batch:

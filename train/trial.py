@@ -1,0 +1,56 @@
+"""What can be tried of a task and a model before the run's folder is made."""
+
+from typing import Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from largebatch.conf.errors import ConfigError
+from largebatch.schedules import Plan
+from largebatch.train.build import is_known
+from largebatch.train.memory import check_memory
+from largebatch.train.ranks import Ranks
+from largebatch.train.tasks import Task, loss_of
+
+MOST_TRIED: Final = 10_000_000
+"""Parameters of a model that is tried on the host first, which is milliseconds."""
+
+
+def check_batches(plan: Plan, task: Task, ranks: Ranks) -> None:
+    """Refuse batches whose samples alone are more than this node's memory.
+
+    Raises:
+        ConfigError: with the batch size.
+    """
+    sample = sum(part.nbytes for part in task.train_batch(np.zeros(1, np.int64)))
+    size = max(split.batch_size for split in plan.splits(ranks.size, None))
+    held = size // ranks.size * ranks.local_size * (sample + 8)  # and their places, int64
+    try:
+        check_memory(held, f"a global batch of {size} samples", "lower batch.size")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def try_one_pass(task: Task, model: nn.Module) -> None:
+    """Compute the loss of a few samples, and leave nothing behind: whether model and task fit.
+
+    Raises:
+        ConfigError: a model and a task of this package's do not; others' errors are their own.
+    """
+    batch = task.train_batch(np.arange(min(32, task.num_train), dtype=np.int64))
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            loss_of(task, model, batch)
+    except ConfigError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if not (is_known(type(task)) and is_known(type(model))):
+            raise
+        told = " ".join(str(error).split())
+        raise ConfigError(
+            f"model and task do not fit each other ({told}): what task.* says of its data and "
+            "what model.* takes must be the same"
+        ) from error
+    model.train()
