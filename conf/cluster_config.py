@@ -6,7 +6,7 @@ anything is written or submitted. Imports no torch.
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +21,15 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "collectives": ("oneccl", "nccl", "none"),
     "preflight": (None, "fast", "full"),
 }
+
+_PLAIN: Final = re.compile(r"[\w.][\w.@+:/=,-]*", re.ASCII)
+"""Words of a job's directives and of commands in its script, which are written as they are."""
+_PLAIN_NAMES: Final = (
+    "queue", "account", "place", "place_group", "daos_filesystem", "hsn_suffix", "filesystems",
+    "modules",
+)  # fmt: skip
+_LINES: Final = ("directives", "setup", "shell_options")
+"""Written as they are, a line each."""
 
 # oneCCL's all-reduce between nodes. `2d` cannot be one, and topo is what it is between (oneCCL's
 # documentation of its environment variables).
@@ -144,7 +153,7 @@ class SettingsConfig:
         strange = [
             name
             for name in [*self.export, *self.unset]
-            if not re.fullmatch(r"[A-Za-z_]\w*", str(name))
+            if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII)
         ]
         if strange:
             raise ConfigError(
@@ -217,6 +226,7 @@ class ClusterConfig:
                 )
         if self.walltime is not None:
             self.walltime = seconds(self.walltime, "cluster.walltime")
+        self._check_words()
         self._check_allreduce()
         self._check_environment()
         if self.launcher == "torchrun" and self.nodes + self.spares > 1:
@@ -224,6 +234,22 @@ class ClusterConfig:
                 f"cluster.launcher=torchrun starts ranks on one node, got cluster.nodes="
                 f"{self.nodes}: use mpich, pals or srun"
             )
+
+    def _check_words(self) -> None:
+        """Nothing that is written into the script as it is may be more than it should."""
+        for name in _PLAIN_NAMES:
+            value = getattr(self, name)
+            for word in value if isinstance(value, list) else [value]:
+                if word is not None and not _PLAIN.fullmatch(word):
+                    raise ConfigError(
+                        f"cluster.{name} must be a plain name (letters, digits and . _ - @ + : / = "
+                        f",), got {word!r}"
+                    )
+        for name in _LINES:
+            value = getattr(self, name)
+            for line in value if isinstance(value, list) else [value]:
+                if not line.isprintable():
+                    raise ConfigError(f"cluster.{name} must be lines of text, got {line!r}")
 
     def _check_allreduce(self) -> None:
         if self.allreduce == "default":
@@ -265,7 +291,7 @@ class ClusterConfig:
             raise ConfigError(
                 "cluster.environment=spread goes over MPI, got cluster.launcher=torchrun: use venv"
             )
-        if self.daos is not None and not re.fullmatch(r"[\w.-]+:[\w.-]+", self.daos):
+        if self.daos is not None and not re.fullmatch(r"[\w.]+[\w.-]*:[\w.-]+", self.daos):
             raise ConfigError(f"cluster.daos must be POOL:CONTAINER, got {self.daos!r}")
         if self.environment == "copper" and self.venv is None:
             raise ConfigError(
@@ -306,13 +332,16 @@ class SubmitConfig:
     """Of the job: its script, its output, its logs, and the run's record if that has no other."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z][\w.-]{0,14}", self.name):
+        if not re.fullmatch(r"[A-Za-z][\w.-]{0,14}", self.name, re.ASCII):
             raise ConfigError(
                 "name must be a letter and up to 14 letters, digits, dots, dashes or underscores, "
                 f"as PBS takes it, got {self.name!r}"
             )
-        if re.search(r"\s", self.folder):
-            raise ConfigError(f"folder must have no spaces, got {self.folder!r}")
+        if not re.fullmatch(r"[\w./~+=@,:%][\w./~+=@,:%-]*", self.folder):
+            raise ConfigError(
+                "folder must have no spaces and no signs of the shell (letters, digits and "
+                f". / _ - ~ + = @ , : %), got {self.folder!r}"
+            )
 
 
 def typed_submit(config: DictConfig) -> SubmitConfig:

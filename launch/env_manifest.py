@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from largebatch.launch.env import EnvError
+from largebatch.records.text import shown
 
 NAME: Final = ".largebatch-env.json"
 """The manifest's name, in the archive (its first member) and in the folder that came of it."""
@@ -69,13 +70,36 @@ class Manifest:
             total = row.pop("total")
             entries = [Entry(**entry) for entry in row.pop("entries")]
             manifest = cls(**row, entries=entries)
-        except (ValueError, KeyError, TypeError) as error:
+            _check_types(manifest)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, EnvError):
                 raise
             raise EnvError(f"{where} is not an archive of `largebatch env pack`") from error
         if manifest.total != total:
             raise EnvError(f"the manifest of {where} is damaged: pack the environment anew")
         return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Refuse what is no manifest, or would lead out of the environment's folder.
+
+    Raises:
+        EnvError: a name that is none.
+        TypeError: a value of another type.
+    """
+    texts = [manifest.name, manifest.python, manifest.home]
+    for entry in manifest.entries:
+        texts += [entry.path, entry.kind, entry.sha256, entry.target]
+        if type(entry.mode) is not int or type(entry.size) is not int or entry.size < 0:
+            raise TypeError(f"{entry.path}: mode and size must be whole numbers")
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("names must be text")
+    for name in (manifest.name, *(entry.path for entry in manifest.entries)):
+        parts = name.split("/")
+        if not name.isprintable() or {"", ".", "..", NAME} & set(parts):
+            raise EnvError(f"{shown(name)} is no name of a file in an environment")
+    if "/" in manifest.name:
+        raise EnvError(f"{shown(manifest.name)} is no name of an environment")
 
 
 def same_sizes(folder: Path, entries: Iterable[Entry]) -> bool:

@@ -82,7 +82,7 @@ def script(job: Job) -> str:
 def _head(job: Job) -> Lines:
     cluster = job.cluster
     yield f"#!/bin/bash {cluster.shell_options}".rstrip()
-    yield f"# {job.config.name} on {cluster.name}: {_size(job)}. Written by"
+    yield comment(f"{job.config.name} on {cluster.name}: {_size(job)}. Written by")
     yield comment(shlex.join(["largebatch", "submit", *job.told]))
 
 

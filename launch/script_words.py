@@ -1,7 +1,13 @@
 """Words of the shell: text that a script is to keep as it is."""
 
+import re
 import shlex
-from typing import Any
+from typing import Any, Final
+
+_MARKS: Final = re.compile(
+    # What a shell sees between double quotes, but for the $ of a plain $NAME or ${NAME}.
+    r"""[\\"`]|\$(?!(?:[A-Za-z_][A-Za-z0-9_]*|\{[A-Za-z_][A-Za-z0-9_]*\}))"""
+)
 
 
 def comment(text: str) -> str:
@@ -17,7 +23,4 @@ def word(text: str) -> str:
 
 def quoted(value: Any) -> str:
     """A word of the shell in which `$NAME` is expanded and nothing else happens."""
-    text = str(value)
-    for mark in ("\\", '"', "`"):
-        text = text.replace(mark, "\\" + mark)
-    return f'"{text}"'
+    return f'"{_MARKS.sub(lambda mark: chr(92) + mark[0], str(value))}"'

@@ -145,7 +145,7 @@ def completed(config: SubmitConfig, words: Sequence[str]) -> tuple[list[str], st
         )
     key, name = ("hydra.run.dir", "run") if words[0] == "train" else ("hydra.sweep.dir", "sweep")
     record = keys.get(key, f"{config.folder}/{name}")
-    if re.search(r"[\s'\"\\$]", record):
+    if re.search(r"[\s'\"\\$`\x00-\x1f\x7f]", record):
         raise ConfigError(
             f"{key} must be a plain path in a job, the same for everybody who reads it, got "
             f"{record!r}"
@@ -215,7 +215,7 @@ def send(job: Job, text: str) -> int:
         scheduler.check_room()
     folder.mkdir(parents=True)
     path = folder / "job.sh"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")  # names that are no UTF-8
     path.chmod(0o755)
     if scheduler is None:
         return _run_here(path)

@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from largebatch.conf.errors import ConfigError
-from largebatch.train.record import METRICS, SUMMARY, UNFINISHED, lock, telling, words_of
+from largebatch.records import Fields, find_fields
+from largebatch.records.fields import whole
+from largebatch.records.names import METRICS, SUMMARY, UNFINISHED
+from largebatch.records.summary import status
+from largebatch.records.text import shown
+from largebatch.train.record import lock, telling, words_of
 
 TRIALS: Final = "trials.jsonl"
 
@@ -39,21 +44,22 @@ class Trial:
 def summary_of(folder: Path) -> dict[str, Any] | None:
     """The summary of a run that has come to its end; None where it has not."""
     summary = _read_summary(folder)
-    return None if summary.get("status") in (None, *UNFINISHED) else summary
+    if summary is None or summary.find("status", status) in (None, *UNFINISHED):
+        return None
+    return dict(summary.values)
 
 
 def samples_of(folder: Path) -> int | None:
     """Samples after which a run was interrupted; None where it was not."""
     summary = _read_summary(folder)
-    return int(summary.get("samples", 0)) if summary.get("status") == "interrupted" else None
+    if summary is None or summary.find("status", status) != "interrupted":
+        return None
+    return summary.find("samples", whole()) or 0
 
 
-def _read_summary(folder: Path) -> dict[str, Any]:
-    try:
-        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return summary
+def _read_summary(folder: Path) -> Fields | None:
+    """None where there is none that can be read: the trial is made again."""
+    return find_fields(folder / SUMMARY, [])
 
 
 def is_busy(folder: Path) -> bool:
@@ -107,7 +113,14 @@ class Record:
         if whole != text:  # killed within a line
             self._file.truncate(len(whole.encode()))
         for line in whole.splitlines():
-            self._take(json.loads(line))
+            try:
+                self._take(json.loads(line))
+            except (LookupError, RecursionError, TypeError, ValueError):
+                self._file.close()
+                raise ConfigError(
+                    f"{self.folder / TRIALS}: the line {shown(line)} is none of a sweep's: restore "
+                    "it, or begin in another folder with hydra.sweep.dir=…"
+                ) from None
 
     def _take(self, line: Mapping[str, Any]) -> None:
         event, trial = line["event"], line.get("trial", "")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from largebatch.records.fields import Check, number_or_none
+from largebatch.records.fields import Check, Fields, number_or_none
 from largebatch.records.reading import read_lines
 
 MOST_CELLS: Final = 200_000_000  # 1.6 GB
@@ -15,19 +15,26 @@ Columns = dict[str, "array[float]"]
 Wanted = Callable[[str], Check[Any] | None]
 
 
-def read_columns(path: Path, wanted: Wanted, problems: list[str]) -> Columns:
+def read_columns(
+    path: Path,
+    wanted: Wanted,
+    problems: list[str],
+    lines: Callable[[Fields], bool] = lambda line: True,
+) -> Columns:
     """Read fields of a .jsonl, line by line.
 
     Args:
         wanted: by what check the field of this name is taken; None: not at all.
+        lines: which lines are read; the others are passed by.
 
     Returns:
-        By name, a number for each line that holds an object: NaN where that line has none, or
+        By name, a number for each line: NaN where that line has none, or
         one that its check does not take, which is noted.
     """
     columns: Columns = {}
     check_of: dict[str, Check[Any] | None] = {}
-    for rows, (_, line) in enumerate(read_lines(path, problems)):
+    read = (line for _, line in read_lines(path, problems) if lines(line))
+    for rows, line in enumerate(read):
         for key in line.values:
             if key not in check_of:
                 check_of[key] = wanted(key)

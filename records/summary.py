@@ -38,6 +38,7 @@ class Summary:
     seconds: float | None
     give_up_samples: int | None
     provenance: Mapping[str, Any]
+    data_hash: str | None
 
     @property
     def conclusive(self) -> bool:
@@ -56,7 +57,7 @@ def read_summary(path: Path) -> Summary:
         RecordError: naming the file and the field.
     """
     record = read_fields(path)
-    scaling = record.inside("scaling")
+    scaling, provenance = record.inside("scaling"), record.inside("provenance")
     run = Summary(
         folder=path.parent,
         status=record.take("status", status),
@@ -75,7 +76,8 @@ def read_summary(path: Path) -> Summary:
         eval_loss=record.take("eval_loss", loss),
         seconds=record.find("seconds", fields.number_or_none),
         give_up_samples=record.find("give_up_samples", whole()),
-        provenance=record.inside("provenance").values,
+        provenance=provenance.values,
+        data_hash=provenance.find("data_hash", text),
     )
     if record.problems:
         raise RecordError(record.problems[0])

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,19 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from largebatch.conf.errors import ConfigError
-from largebatch.records.names import CHECKPOINTS
+from largebatch.records import RecordError, read_fields
+from largebatch.records.fields import number, number_or_none, optional, whole
+from largebatch.records.names import CHECKPOINTS, METRICS, SUMMARY, UNFINISHED
+from largebatch.records.summary import status
 from largebatch.study.progress import StudyProgress
 from largebatch.study.protocol import Job, Protocol
 from largebatch.study.search import Result
-from largebatch.train.record import (
-    METRICS,
-    SUMMARY,
-    UNFINISHED,
-    lock,
-    telling,
-    words_of,
-    write_whole,
-)
+from largebatch.train.record import lock, telling, words_of, write_whole
 
 IDENTITY: Final = "study.json"
 
@@ -61,7 +57,14 @@ def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
         ConfigError: naming what differs.
     """
     path = folder / IDENTITY
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        known = read_fields(path).values
+    except FileNotFoundError:
+        known = {}
+    except RecordError as error:
+        raise ConfigError(
+            f"{error}: restore it, or delete it if the runs in {folder} are this study's"
+        ) from None
     current = json.loads(json.dumps(identity))
     for name in sorted(known.keys() & current.keys()):
         if known[name] != current[name]:
@@ -70,7 +73,7 @@ def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
                 f"{_difference(name, known[name], current[name])}; choose another folder with "
                 "hydra.sweep.dir=…, or move it away"
             )
-    write_whole(path, json.dumps(known | current, indent=1) + "\n")
+    write_whole(path, json.dumps({**known, **current}, indent=1) + "\n")
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
@@ -106,21 +109,34 @@ def conduct(
     return count
 
 
-def finished(folder: Path, job: Job) -> dict[str, Any] | None:
-    """The summary of `job`'s run, come to its end; None where there is none, or that of another.
+def finished(folder: Path, job: Job) -> Result | None:
+    """The result of `job`'s run, come to its end; None where there is none, or that of another.
 
     Seeds that join a study move its best scores: a run that is there may have given up too early
     for the new one, and a rule may have scaled from another learning rate.
     """
     try:
-        text = (folder / job.folder / SUMMARY).read_text(encoding="utf-8")
-        summary: dict[str, Any] = json.loads(text)
-    except (FileNotFoundError, json.JSONDecodeError):
+        summary = read_fields(folder / job.folder / SUMMARY)
+        ended = summary.take("status", status)
+        base_lr = summary.take("base_lr", number)
+        most = summary.take("give_up_samples", optional(whole()))
+        result = Result(
+            summary.take("steps_to_target", optional(whole(1))),
+            _or_infinite(summary.take("eval_loss", number_or_none)),
+        )
+    except FileNotFoundError:
         return None
-    gave_up = summary["status"] == "exhausted" and summary["give_up_samples"] < job.most_samples
-    if summary["status"] in UNFINISHED or gave_up or summary["base_lr"] != job.lr:
+    except RecordError as error:
+        print(f"largebatch: {error}: this run is made again", file=sys.stderr)
         return None
-    return summary
+    gave_up = ended == "exhausted" and most is not None and most < job.most_samples
+    if ended in UNFINISHED or gave_up or base_lr != job.lr:
+        return None
+    return result
+
+
+def _or_infinite(loss: float | None) -> float:
+    return math.inf if loss is None else loss
 
 
 def make_room(folder: Path, words: Sequence[str]) -> None:
@@ -145,11 +161,10 @@ def result_of(folder: Path, job: Job) -> Result:
     Raises:
         KeyboardInterrupt: it has none, or it was interrupted.
     """
-    summary = finished(folder, job)
-    if summary is None:
+    result = finished(folder, job)
+    if result is None:
         raise KeyboardInterrupt(f"{folder / job.folder} did not come to its end")
-    loss = summary["eval_loss"]
-    return Result(summary["steps_to_target"], math.inf if loss is None else float(loss))
+    return result
 
 
 def tie_workers_to_this_process() -> None:

@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from largebatch.study.fit import Fit
+from largebatch.study.labels import label
 from largebatch.study.points import Point
 
 # Okabe and Ito's palette, made to be told apart by colour-blind readers; its yellow is too pale,
@@ -67,7 +68,7 @@ def curve_figure(points: Sequence[Point], fits: Mapping[str, Fit | None], title:
                 _draw_fit(curve, points, fitted[name], style)
         _draw_missed(curve, points, styles)
         _legend_of_curve(curve, points, styles, bool(fitted))
-        curve.set(title=title, ylabel="Steps to target")
+        curve.set(title=label(title), ylabel="Steps to target")
         if rows is not None:
             _draw_critical(rows, fitted, styles)
         (rows or curve).set_xlabel("Global batch size (samples)")
@@ -100,7 +101,7 @@ def learning_rate_figure(points: Sequence[Point], title: str) -> Figure:
             panel.set_axis_off()
         figure.align_ylabels(list(panels[: len(styles)]))
         figure.legend(handles=_rate_handles(), loc="outside lower center", ncols=4, frameon=False)
-        figure.suptitle(title, fontsize=TITLE_SIZE)
+        figure.suptitle(label(title), fontsize=TITLE_SIZE)
     return figure
 
 
@@ -206,7 +207,7 @@ def _legend_of_curve(
     axes: Axes, points: Sequence[Point], styles: Mapping[str, Style], fitted: bool
 ) -> None:
     handles = [
-        Line2D([], [], color=style.colour, marker=style.marker, markersize=5.5, label=name)
+        Line2D([], [], color=style.colour, marker=style.marker, markersize=5.5, label=label(name))
         for name, style in styles.items()
     ]
     if any(p.missed for p in points):
@@ -253,7 +254,7 @@ def _draw_critical(axes: Axes, fits: Mapping[str, Fit], styles: Mapping[str, Sty
         )
         to_the_right = high < 0.6 or low < 1 - high
         axes.annotate(
-            f"{name}  {value}",
+            f"{label(name)}  {value}",
             (high if to_the_right else low, row),
             xycoords=transform,
             xytext=(8 if to_the_right else -8, 0),
@@ -273,14 +274,14 @@ def _draw_learning_rates(
     axes: Axes, name: str, points: Sequence[Point], style: Style, half_span: float
 ) -> None:
     found = [(p.batch_size, p.lr, p.at_edge) for p in points if p.lr is not None]
-    axes.set(xscale="log", yscale="log", title=name)
+    axes.set(xscale="log", yscale="log", title=label(name))
     axes.grid(True, which="major", color=GRID, linewidth=0.6)
     if not found:
         axes.text(0.5, 0.5, "target missed at every rate", transform=axes.transAxes, ha="center")
         return
     batches = [batch for batch, _, _ in found]
     rates = [lr for _, lr, _ in found]
-    middle = math.sqrt(min(rates) * max(rates))
+    middle = math.sqrt(min(rates)) * math.sqrt(max(rates))
     axes.set_ylim(middle / half_span, middle * half_span)
     ends = np.array([batches[0], batches[-1] * 1.01])
     for power, linestyle in ((0.5, "--"), (1.0, ":")):

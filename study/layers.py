@@ -4,8 +4,6 @@ Layers are rows, in the model's order, and the run goes from left to right: a la
 optimizer holds back, or drives, stands out as a band. Runs record it with `record.layers=true`.
 """
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,12 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from largebatch.records.columns import read_columns
+from largebatch.records.fields import Check, Fields, number, within
+from largebatch.records.names import METRICS
+from largebatch.study.labels import label
+
+counted = within(0, 2**53)
 PREFIX = "trust_ratio/"
 TALLEST = 14.0  # inches
 
@@ -31,40 +35,46 @@ class LayerHistory:
 
 def is_run(folder: Path) -> bool:
     """Whether the folder is that of one run rather than of many."""
-    return (folder / "metrics.jsonl").is_file()
+    return (folder / METRICS).is_file()
 
 
-def read_lines(folder: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a run's record; that of a run that was killed may end in half of one."""
-    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
-        for text in file:
-            try:
-                yield json.loads(text)
-            except json.JSONDecodeError:
-                return
-
-
-def read_layers(folder: Path) -> LayerHistory:
-    """The trust ratios that a run recorded.
+def read_layers(folder: Path, problems: list[str]) -> LayerHistory:
+    """The trust ratios that a run recorded; what is damaged is noted.
 
     Raises:
         ValueError: it recorded none.
     """
-    lines = [line for line in read_lines(folder) if any(key.startswith(PREFIX) for key in line)]
-    if not lines:
+
+    def wanted(key: str) -> Check[Any] | None:
+        return counted if key == "samples" else number if key.startswith(PREFIX) else None
+
+    def has_ratios(line: Fields) -> bool:
+        return any(key.startswith(PREFIX) for key in line)
+
+    columns = read_columns(folder / METRICS, wanted, problems, has_ratios)
+    layers = [key for key in columns if key.startswith(PREFIX)]
+    if not layers or "samples" not in columns:
         raise ValueError(
             f"{folder} holds one run, and no trust ratios by layer: train it with "
             "record.layers=true and an optimizer that has them (optim=lars, optim=lamb), or give "
             "the folder of a sweep"
         )
-    layers = list(dict.fromkeys(key for line in lines for key in line if key.startswith(PREFIX)))
-    none = float("nan")
-    ratios = [[none if line.get(key) is None else line[key] for line in lines] for key in layers]
+    samples, ratios = np.array(columns["samples"]), np.array([columns[key] for key in layers])
+    shown = increasing(samples)
+    if not shown.any():
+        raise ValueError(f"{folder / METRICS} holds no line with samples and a trust ratio")
     return LayerHistory(
-        layers=[key.removeprefix(PREFIX) for key in layers],
-        samples=np.array([line["samples"] for line in lines], dtype=np.float64),
-        ratios=np.array(ratios, dtype=np.float64),
+        [key.removeprefix(PREFIX) for key in layers], samples[shown], ratios[:, shown]
     )
+
+
+def increasing(samples: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """The lines whose samples are more than those of all lines before: others have no place on an
+    axis.
+    """
+    known = np.where(np.isnan(samples), -np.inf, samples)
+    before = np.maximum.accumulate(np.concatenate([[0.0], known]))[:-1]
+    return known > before
 
 
 def layers_figure(history: LayerHistory, title: str) -> Figure:
@@ -87,20 +97,22 @@ def layers_figure(history: LayerHistory, title: str) -> Figure:
     )
     every = max(1, -(-num_layers // 60))  # a label a row, as long as they can be read
     rows = range(0, num_layers, every)
-    axes.set_yticks([row + 0.5 for row in rows], [history.layers[row] for row in rows], fontsize=7)
+    names = [label(history.layers[row]) for row in rows]
+    axes.set_yticks([row + 0.5 for row in rows], names, fontsize=7)
     axes.invert_yaxis()
-    axes.set(title=title, xlabel="Samples seen")
+    axes.set(title=label(title), xlabel="Samples seen")
     figure.colorbar(mesh, ax=axes, label="Trust ratio")
     return figure
 
 
-def write_layers(folder: Path, out: Path | None = None) -> Path:
+def write_layers(folder: Path, problems: list[str], out: Path | None = None) -> Path:
     """Draw a run's trust ratios into `out` (default: its own folder); returns the picture's path.
+    What is damaged is noted.
 
     Raises:
         ValueError: it recorded none.
     """
-    history = read_layers(folder)
+    history = read_layers(folder, problems)
     target = folder if out is None else out
     target.mkdir(parents=True, exist_ok=True)
     path = target / "layers.png"

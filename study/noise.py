@@ -18,10 +18,15 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
+from largebatch.records.columns import read_columns
+from largebatch.records.fields import Check, flag, within
+from largebatch.records.names import METRICS
 from largebatch.study.figures import COLOURS, DPI, GRID, INK, _paper_style, _plain
-from largebatch.study.layers import read_lines
+from largebatch.study.labels import label
+from largebatch.study.layers import counted, increasing
 
 FIELD = "noise_scale"
+_SCALE = within(-1e30, 1e30)
 LAYER = "noise_scale/"
 MOST_NAMED = 6  # layers that a legend can still tell apart
 WHOLE, PRECONDITIONED = COLOURS[0], COLOURS[1]
@@ -57,40 +62,47 @@ class NoiseHistory:
     """Each layer's, where it is resolved."""
 
 
-def read_noise(folder: Path) -> NoiseHistory:
-    """The noise scales that a run recorded.
+def read_noise(folder: Path, problems: list[str]) -> NoiseHistory:
+    """The noise scales that a run recorded; what is damaged is noted.
 
     Raises:
         ValueError: it recorded none.
     """
-    lines = [line for line in read_lines(folder) if FIELD in line]
-    if not lines:
+    columns = read_columns(folder / METRICS, _wanted, problems, lambda line: FIELD in line)
+    if not columns:
         raise ValueError(
             f"{folder} holds one run, and no noise scale: train it with noise.small=auto"
         )
-    keys = list(dict.fromkeys(key for line in lines for key in line))
+    rows = len(columns[FIELD])
+    samples = np.array(columns.get("samples", np.full(rows, np.nan)))
+    shown = increasing(samples)
+    if not shown.any():
+        raise ValueError(
+            f"{folder / METRICS} says of no line after how many samples it was written"
+        )
+
+    def series(key: str) -> Series:
+        return np.array(columns.get(key, np.full(rows, np.nan)))[shown]
+
+    def curve(kind: str) -> Curve:
+        name = f"{FIELD}{kind}"
+        return Curve(series(name), series(f"{name}_error"), series(f"noise{kind}_resolved") == 1)
+
     return NoiseHistory(
-        samples=_series(lines, "samples"),
-        batch_size=_series(lines, "global_batch_size"),
-        whole=_curve(lines, ""),
-        preconditioned=_curve(lines, "_preconditioned")
-        if f"{FIELD}_preconditioned" in keys
-        else None,
-        layers={
-            key.removeprefix(LAYER): _series(lines, key) for key in keys if key.startswith(LAYER)
-        },
+        samples=samples[shown],
+        batch_size=series("global_batch_size"),
+        whole=curve(""),
+        preconditioned=curve("_preconditioned") if f"{FIELD}_preconditioned" in columns else None,
+        layers={key.removeprefix(LAYER): series(key) for key in columns if key.startswith(LAYER)},
     )
 
 
-def _curve(lines: list[dict[str, Any]], kind: str) -> Curve:
-    resolved = [line.get(f"noise{kind}_resolved") is True for line in lines]
-    name = f"{FIELD}{kind}"
-    return Curve(_series(lines, name), _series(lines, f"{name}_error"), np.array(resolved))
-
-
-def _series(lines: list[dict[str, Any]], key: str) -> Series:
-    values = (line.get(key) for line in lines)
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+def _wanted(key: str) -> Check[Any] | None:
+    if key in ("samples", "global_batch_size"):
+        return counted
+    if key.endswith("_resolved"):
+        return flag
+    return _SCALE if key.startswith(FIELD) else None
 
 
 def noise_figure(history: NoiseHistory, title: str) -> Figure:
@@ -98,7 +110,8 @@ def noise_figure(history: NoiseHistory, title: str) -> Figure:
     with _paper_style():
         figure = Figure(figsize=(7.0, 4.6), layout="constrained")
         axes = figure.subplots()
-        axes.set(title=title, xlabel="Samples seen", ylabel="Samples", xscale="log", yscale="log")
+        axes.set(title=label(title), xlabel="Samples seen", ylabel="Samples")
+        axes.set(xscale="log", yscale="log")
         axes.grid(True, which="major", color=GRID, linewidth=0.6)
         handles = _draw_layers(axes, history)
         if history.preconditioned is not None:
@@ -146,8 +159,8 @@ def _draw_layers(axes: Axes, history: NoiseHistory) -> list[Line2D]:
             history.samples, scale, color=colour, linewidth=0.7, alpha=0.8, label=f"_layer {name}"
         )
     if count <= MOST_NAMED:
-        return [_handle(n, c, 0.9) for n, c in zip(history.layers, colours, strict=False)]
-    names = [*history.layers]
+        return [_handle(label(n), c, 0.9) for n, c in zip(history.layers, colours, strict=False)]
+    names = [label(name) for name in history.layers]
     return [_handle(f"{names[0]} (first layer)", colours[0], 0.9),
             _handle(f"{names[-1]} (last)", colours[-1], 0.9)]  # fmt: skip
 
@@ -161,18 +174,20 @@ def _set_limits(axes: Axes, history: NoiseHistory) -> None:
             shown += [values[curve.resolved] for values in (curve.scale, *curve.ends)]
     values = np.concatenate(shown)
     values = values[np.isfinite(values) & (values > 0)]
-    axes.set_ylim(values.min() / 1.5, values.max() * 1.5)
+    if values.size:
+        axes.set_ylim(values.min() / 1.5, values.max() * 1.5)
     if history.samples[0] < history.samples[-1]:
         axes.set_xlim(history.samples[0], history.samples[-1])
 
 
-def write_noise(folder: Path, out: Path | None = None) -> Path:
+def write_noise(folder: Path, problems: list[str], out: Path | None = None) -> Path:
     """Draw a run's noise scale into `out` (default: its own folder); returns the picture's path.
+    What is damaged is noted.
 
     Raises:
         ValueError: it recorded none.
     """
-    history = read_noise(folder)
+    history = read_noise(folder, problems)
     target = folder if out is None else out
     target.mkdir(parents=True, exist_ok=True)
     path = target / "noise.png"

@@ -20,7 +20,9 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from largebatch.records import printable
 from largebatch.study.fit import FEWEST_POINTS, Fit, fit_points
+from largebatch.study.labels import cell
 from largebatch.study.points import Point, RulePoint, curve_points, rule_points, tuned_optimizers
 from largebatch.study.runs import RunSummary, check_one_study, read_runs, recorded
 
@@ -124,8 +126,9 @@ def write_report(folder: Path | str, out: Path | str | None = None) -> Report:
     return report
 
 
-def write_pictures(folder: Path, out: Path | None = None) -> dict[str, Path]:
+def write_pictures(folder: Path, problems: list[str], out: Path | None = None) -> dict[str, Path]:
     """The pictures of a single run, of what it recorded, written into `out` (default: its folder).
+    What is damaged is noted.
 
     Raises:
         ValueError: it recorded nothing that there is a picture of.
@@ -136,7 +139,7 @@ def write_pictures(folder: Path, out: Path | None = None) -> dict[str, Path]:
     pictures, missing = {}, []
     for what, write in (("layers", write_layers), ("noise", write_noise)):
         try:
-            pictures[what] = write(folder, out)
+            pictures[what] = write(folder, problems, out)
         except ValueError as error:
             missing.append(str(error))
     if not pictures:
@@ -187,11 +190,11 @@ def print_report(report: Report, console: "Console | None" = None) -> None:
     study = report.study
     console.print(_terminal_table(study.title, POINT_HEADS, map(_point_cells, study.points)))
     for line in headlines(study):
-        console.print(line, highlight=False, markup=False)
+        console.print(printable(line), highlight=False, markup=False)
     if study.rules:
         console.print(_terminal_table("scaling rules", RULE_HEADS, map(_rule_cells, study.rules)))
     for problem in study.problems:
-        console.print(f"note: {problem}", style="yellow", highlight=False, markup=False)
+        console.print(f"note: {printable(problem)}", style="yellow", highlight=False, markup=False)
     console.print(f"report: {report.html}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -209,8 +212,13 @@ def main(argv: Sequence[str]) -> int:
         from largebatch.study.layers import is_run
 
         if is_run(arguments.folder):
-            for what, picture in write_pictures(arguments.folder, arguments.out).items():
-                print(f"{what}: {picture}")
+            problems: list[str] = []
+            try:
+                for what, path in write_pictures(arguments.folder, problems, arguments.out).items():
+                    print(f"{what}: {path}")
+            finally:
+                for problem in dict.fromkeys(problems):
+                    print(f"note: {printable(problem)}")
         else:
             print_report(write_report(arguments.folder, arguments.out))
     except ModuleNotFoundError as error:
@@ -218,7 +226,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"largebatch report needs {error.name}; {advice}", file=sys.stderr)
         return 2
     except (OSError, ValueError) as error:
-        print(f"largebatch report: {error}", file=sys.stderr)
+        print(f"largebatch report: {printable(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -227,15 +235,7 @@ def _write_csv(path: Path, columns: str, rows: Iterable[Sequence[object]]) -> No
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns.split(","))
-        writer.writerows([_csv_cell(value) for value in row] for row in rows)
-
-
-def _csv_cell(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        writer.writerows([cell(value) for value in row] for row in rows)
 
 
 def _row(record: Point | RulePoint, columns: str) -> list[object]:

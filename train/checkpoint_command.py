@@ -4,16 +4,20 @@ made of it.
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from largebatch.records import Fields, printable
+from largebatch.records.fields import moment, text, whole
 from largebatch.train.checkpoint_files import (
     CHECKPOINTS,
     STATE,
     UNIVERSAL,
+    is_name,
     listed,
     problem,
     read_state,
@@ -40,7 +44,7 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
     except (OSError, ValueError) as error:
-        print(f"largebatch: {error}", file=sys.stderr)
+        print(f"largebatch: {printable(error)}", file=sys.stderr)
     return REFUSED
 
 
@@ -75,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _workers(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
     return int(text)
 
@@ -97,9 +101,9 @@ def ls(options: argparse.Namespace) -> int:
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row[:6], widths, strict=True)]
-        print("  ".join((*cells, row[6])).rstrip())
+        print(printable("  ".join((*cells, row[6])).rstrip()))
     if refusal:
-        print(f"resume=auto takes none: {refusal}")
+        print(printable(f"resume=auto takes none: {refusal}"))
     return 0
 
 
@@ -119,17 +123,25 @@ def resumed_from(run: Path) -> tuple[Path | None, str]:
 def _about(checkpoint: Path) -> tuple[str, str, str, str, str]:
     """Step, time, size, engine and ranks of a checkpoint that may be broken."""
     try:
-        state = read_state(checkpoint)
+        state = Fields(read_state(checkpoint), f"{checkpoint / STATE}")
         size = told_size(size_of(checkpoint))
     except (OSError, ValueError):
         return "?", "?", "?", "?", "?"
-    saved = state.get("saved_by", {})
-    engine = saved.get("kind", "dcp")
-    if "zero_stage" in saved:
-        engine += f" ZeRO-{saved['zero_stage']}"
-    at = saved.get("time", (checkpoint / STATE).stat().st_mtime)
+    steps = state.find_inside("progress").find("steps", whole())
+    saved = state.find_inside("saved_by")
+    engine, zero = saved.find("kind", text) or "dcp", saved.find("zero_stage", whole())
+    if zero is not None:
+        engine += f" ZeRO-{zero}"
+    at = saved.find("time", moment) or (checkpoint / STATE).stat().st_mtime
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-    return str(state["progress"]["steps"]), stamp, size, engine, str(saved.get("world", "?"))
+    world = saved.find("world", whole(1))
+    for what in state.problems:
+        print(f"largebatch: {printable(what)}", file=sys.stderr)
+    return _or_unknown(steps), stamp, size, engine, _or_unknown(world)
+
+
+def _or_unknown(value: int | None) -> str:
+    return "?" if value is None else str(value)
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -144,7 +156,7 @@ def verify(options: argparse.Namespace) -> int:
             print(f"{path.name}: whole ({told_size(size)}, {rate:.2f} GB/s)", flush=True)
         else:
             broken += 1
-            print(f"{path.name}: broken: {what}", flush=True)
+            print(printable(f"{path.name}: broken: {what}"), flush=True)
     return BROKEN if broken else 0
 
 
@@ -183,7 +195,7 @@ def those_of(run: Path) -> list[Path]:
     Raises:
         ValueError: there are none.
     """
-    if run.name.startswith("samples-") and run.is_dir():
+    if is_name(run.name) and run.is_dir():
         return [run]
     found = listed(run)
     if not found:

@@ -13,7 +13,9 @@ under `samples-N` is therefore complete; whether the disk has kept it is what `p
 import io
 import json
 import os
+import re
 import shutil
+import stat
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -102,7 +104,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         written, progress = state.get("format", 0), state["progress"]
         known = [int(written), int(progress["samples"]), int(progress["steps"])]
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         raise ValueError(f"{path} cannot be read: {error!r}") from error
     if written > FORMAT:
         raise ValueError(
@@ -116,6 +125,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def name_of(samples: int) -> str:
     return f"samples-{samples:015d}"
+
+
+def is_name(name: str) -> bool:
+    """Say whether a folder of this name is a checkpoint."""
+    return re.fullmatch(r"samples-[0-9]{1,18}", name) is not None
 
 
 def samples_of(checkpoint: Path) -> int:
@@ -145,12 +159,7 @@ def listed(run: Path) -> list[Path]:
         names = os.listdir(run / CHECKPOINTS)
     except FileNotFoundError:
         return []
-    found = [
-        run / CHECKPOINTS / name
-        for name in names
-        if name.startswith("samples-") and name.removeprefix("samples-").isdigit()
-    ]
-    return sorted(found, key=samples_of)
+    return sorted((run / CHECKPOINTS / name for name in names if is_name(name)), key=samples_of)
 
 
 def publish(draft: Path, final: Path, files: Mapping[str, File], state: Mapping[str, Any]) -> None:
@@ -296,11 +305,13 @@ def _of_listing(checkpoint: Path, files: Files) -> str | None:
 def _of_sizes(checkpoint: Path, files: Files) -> str | None:
     for name, file in files.items():
         try:
-            size = (checkpoint / name).stat().st_size
+            about = (checkpoint / name).stat()
         except FileNotFoundError:
             return f"{name} is missing"
-        if size != file.size:
-            return f"{name} has {size} bytes of {file.size}"
+        if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for
+            return f"{name} is no file"
+        if about.st_size != file.size:
+            return f"{name} has {about.st_size} bytes of {file.size}"
     return None
 
 

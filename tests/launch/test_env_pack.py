@@ -1,19 +1,24 @@
 """A packed environment runs from wherever it is unpacked, and says what it holds."""
 
+import hashlib
+import io
 import json
 import os
 import shutil
+import stat
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import env_small
 import pytest
 
 from largebatch.launch.env import EnvError, main
-from largebatch.launch.env_manifest import NAME, Manifest
+from largebatch.launch.env_manifest import NAME, Entry, Manifest
 from largebatch.launch.env_pack import pack, site_packages
-from largebatch.launch.env_unpack import Damaged, is_there, manifest_of, unpack
+from largebatch.launch.env_unpack import Damaged, check_ours, is_there, manifest_of, unpack
 
 SUFFIXES = [".tar.gz", *([".tar.zst"] if shutil.which("zstd") else [])]
 
@@ -146,6 +151,107 @@ def test_the_same_environment_is_known_again_and_another_is_not_overwritten(
     (site_packages(there) / "pebble" / "weights.bin").unlink()
     with pytest.raises(FileExistsError, match="is not this environment"):
         is_there(there, total)
+
+
+def crafted(archive: Path, rows: Sequence[Any], name: str) -> Path:
+    """An archive whose manifest and hashes are right, whatever it holds."""
+    manifest = Manifest(name, "3.11", "/usr/bin", {}, [entry for entry, _, _ in rows])
+    with tarfile.open(archive, "w:gz") as tar:
+        first = tarfile.TarInfo(NAME)
+        first.size = len(manifest.to_bytes())
+        tar.addfile(first, io.BytesIO(manifest.to_bytes()))
+        for _, info, data in rows:
+            tar.addfile(info, io.BytesIO(data))
+    return archive
+
+
+def a_file(path: str, mode: int = 0o644) -> Any:
+    data, info = b"evil", tarfile.TarInfo(path)
+    info.size, info.mode = len(data), mode
+    return Entry(path, "file", mode, len(data), hashlib.sha256(data).hexdigest()), info, data
+
+
+def a_link(path: str, target: str, kind: bytes = tarfile.SYMTYPE) -> Any:
+    info = tarfile.TarInfo(path)
+    info.type, info.linkname = kind, target
+    return Entry(path, "link", target=target), info, b""
+
+
+def a_folder(path: str) -> Any:
+    info = tarfile.TarInfo(path)
+    info.type = tarfile.DIRTYPE
+    return Entry(path, "folder"), info, b""
+
+
+X = "../elsewhere/x"
+HOSTILE = {
+    "below a link": [a_link("lib", "../elsewhere"), a_file("lib/x")],
+    "far below a link": [a_link("lib", "../elsewhere"), a_file("lib/a/b/x")],
+    "a folder below a link": [a_link("lib", "../elsewhere"), a_folder("lib/x")],
+    "a link below a link": [a_link("lib", "../elsewhere"), a_link("lib/x", "y")],
+    "a folder over a link": [a_link("lib", "../elsewhere"), a_folder("lib"), a_file("lib/x")],
+    "the same name": [a_link("f", X), a_file("./f")],
+    "an unlike name": [a_link("f", X), a_file("a/../f")],
+    "an empty part": [a_link("f", X), a_file("a//f")],
+    "above": [a_file("../elsewhere/x")],
+    "absolute": [a_file("/tmp/x")],
+    "the manifest itself": [a_link(NAME, X)],
+    "a hard link": [a_link("f", X, tarfile.LNKTYPE)],
+    "a pipe": [(a_file("f")[0], a_link("f", "", tarfile.FIFOTYPE)[1], b"")],
+    "another kind": [(a_file("f")[0], a_link("f", X)[1], b"")],
+    "a control sequence": [a_file("\x1b[2Jf")],
+}
+
+
+@pytest.mark.parametrize("rows", HOSTILE.values(), ids=[*HOSTILE])
+def test_nothing_is_written_outside_or_through_a_link(rows: Any, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "there" / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "x").write_text("mine")
+    archive = crafted(tmp_path / "small.tar.gz", rows, "env")
+    with pytest.raises((Damaged, OSError)) as refusal:
+        unpacked(archive, tmp_path / "there" / "env")
+    assert str(refusal.value).isprintable()
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["elsewhere"]
+    assert [path.name for path in elsewhere.iterdir()] == ["x"]
+    assert (elsewhere / "x").read_text() == "mine"
+
+
+def test_modes_are_those_of_reading_writing_and_running_alone(tmp_path: Path) -> None:
+    archive = crafted(tmp_path / "small.tar.gz", [a_file("bin/x", 0o6755)], "env")
+    there = unpacked(archive, tmp_path / "env")
+    assert stat.S_IMODE((there / "bin" / "x").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", "", "a\nb"])
+def test_an_archives_name_leads_to_no_other_folder(name: str, tmp_path: Path) -> None:
+    archive = crafted(tmp_path / "small.tar.gz", [a_file("f")], name)
+    with pytest.raises(EnvError, match="is no name of"):
+        manifest_of(archive, False)
+
+
+def test_a_folder_that_another_user_could_change_is_not_taken(tmp_path: Path) -> None:
+    archive = crafted(tmp_path / "small.tar.gz", [a_file("f")], "env")
+    total = manifest_of(archive, False).total
+    there = unpacked(archive, tmp_path / "user" / "there")
+    assert is_there(there, total)
+    with pytest.raises(PermissionError, match="there belongs to another user"):
+        check_ours(there, os.getuid() + 1)
+    for path, mode in ((there, 0o777), (there, 0o775), (there.parent, 0o777)):
+        path.chmod(mode)
+        with pytest.raises(PermissionError, match=rf"{path} may be written to by others"):
+            is_there(there, total)
+        path.chmod(0o755)
+    there.parent.chmod(0o1777)  # as /tmp is
+    assert is_there(there, total)
+    (tmp_path / "link").symlink_to(there)
+    with pytest.raises(PermissionError, match="link is no folder"):
+        is_there(tmp_path / "link", total)
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(PermissionError, match="open may be written to by others"):
+        unpacked(archive, tmp_path / "open" / "env")
+    assert list((tmp_path / "open").iterdir()) == []
 
 
 def refused(prefix: Path, output: Path) -> str:

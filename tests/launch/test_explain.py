@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,27 @@ def test_a_run_that_was_only_asked_where_it_stands_did_not_stand_still(tmp_path:
     held = {"reason": "run: step 3 (24 samples)", "culprits": [1], "silent": [], "findings": []}
     (answers / "report.json").write_text(json.dumps(held))
     assert causes_of(tmp_path) == []
+
+
+def test_a_long_record_is_streamed(tmp_path: Path) -> None:
+    lines = steps_of(0, 60)
+    write_run(tmp_path, lines, {"status": "diverged", "steps": 20_000})
+    names = {f"trust_ratio/{layer}": 0.5 for layer in range(40)}
+    text = "".join(
+        json.dumps(lines[-1] | {"step": step, "seconds": float(step)} | names) + "\n"
+        for step in range(1, 8001)
+    )
+    (tmp_path / "metrics.jsonl").write_text(text)
+    event = {"time": BEGIN, "step": 1, "samples": 1, "kind": "skip", "reason": "large"}
+    (tmp_path / "events.jsonl").write_text((json.dumps(event) + "\n") * 8000)
+    tracemalloc.start()
+    try:
+        skips, *_ = [cause for cause in causes_of(tmp_path) if "skipped" in cause.what]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "8000 times" in skips.what
+    assert peak < len(text) / 4
 
 
 def test_programs_read_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,16 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from largebatch.conf.cluster_config import ClusterConfig, SettingsConfig, SubmitConfig
+from largebatch.conf.errors import ConfigError
 from largebatch.launch.cluster import check_queue
 from largebatch.launch.script import Job, script
 from largebatch.launch.script_words import quoted
@@ -108,12 +114,89 @@ def test_words_reach_the_command_as_they_were_given(tmp_path: Path) -> None:
     assert not [line for line in text.splitlines() if line.startswith("lines")][1:]
 
 
-@pytest.mark.parametrize("value", ["plain", "with 'one' and \"two\"", "a`b`", "back\\slash", ""])
+STRANGE = [
+    "plain", "with 'one' and \"two\"", "a`b`", "back\\slash", "", "$(echo ran)", "$((1+1))",
+    "$[1+1]", "${X:-$(echo ran)}", "${!X}", "${#X}", "$$", "$1", "$@", "$?", "$",
+    "\\$(echo ran)", "\\\\$(echo ran)", '"; echo ran; "', "two\nlines", "a\n$(echo ran)\n", "!!",
+    "données $(echo ran)", "$é",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", STRANGE)
 def test_a_value_is_one_word_of_the_shell(value: str) -> None:
     done = subprocess.run(
-        ["bash", "-c", f"printf %s {quoted(value)}"], capture_output=True, text=True, check=True
+        ["bash", "-c", f"printf '%s|' {quoted(value)}"], capture_output=True, text=True, check=True
     )
-    assert done.stdout == value
+    assert done.stdout == f"{value}|"
+
+
+def test_plain_variables_are_expanded_in_a_value_and_nothing_in_them() -> None:
+    text = f"printf '%s|' {quoted('$X/${X}y$(echo ran)')}"
+    done = subprocess.run(
+        ["bash", "-c", text], capture_output=True, text=True, check=True,
+        env=os.environ | {"X": "$(echo ran) `id`"},
+    )  # fmt: skip
+    assert done.stdout == "$(echo ran) `id`/$(echo ran) `id`y$(echo ran)|"
+
+
+@cache
+def local_job() -> SubmitConfig:
+    return composed(["cluster=local", "folder=jobs/own"])
+
+
+@settings(derandomize=True, deadline=None, max_examples=25, database=None)
+@given(
+    st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), max_size=6)
+)
+def test_any_words_reach_the_command_as_they_were_given(words: list[str]) -> None:
+    config = local_job()
+    text = script(Job(config, *completed(config, ["train", *words]), words))
+    begin = text.index("\ncommand=(") + 1
+    command = text[begin : text.index("\n)\n", begin) + 3]
+    done = subprocess.run(
+        ["bash"], input=f"{command}printf '%s\\0' \"${{command[@]}}\"".encode(),
+        capture_output=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.decode().split("\0")[4 : 4 + len(words)] == words
+
+
+NOT_PLAIN = ["a\nrm -rf x", "a;b", "a b", "$(id)", "`id`", "a'b", "-o", "", "a|b", "a>b", "a\r"]
+PLAIN = (
+    "queue", "account", "place", "place_group", "daos_filesystem", "hsn_suffix", "filesystems",
+    "modules",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", PLAIN)
+def test_a_plain_name_is_refused_where_it_is_none(key: str) -> None:
+    for value in NOT_PLAIN:
+        told: Any = {"filesystems": [value], "modules": [f"{value}/ 1"]}.get(key, value)
+        with pytest.raises(ConfigError, match=f"cluster.{key} must be a plain name"):
+            ClusterConfig(name="x", **{key: told})
+
+
+def test_names_of_a_cluster_and_of_its_settings_stay_in_their_comments() -> None:
+    config = composed(["cluster=local", "folder=jobs/own"])
+    text = script(Job(config, *completed(config, TRAIN), TRAIN))
+    config.cluster.name = "local\necho ran"
+    config.cluster.settings = {"a\necho ran": SettingsConfig(source="b\necho ran")}
+    strange = script(Job(config, *completed(config, TRAIN), TRAIN))
+    assert strange.count("\n") == text.count("\n") + 2  # an empty line and a comment
+    assert [line for line in strange.splitlines() if line.startswith("echo ran")] == []
+
+
+@pytest.mark.parametrize("key", ["directives", "setup", "shell_options"])
+def test_a_line_of_the_script_is_one_line(key: str) -> None:
+    value: Any = "-l\necho ran"
+    with pytest.raises(ConfigError, match=f"cluster.{key} must be lines of text"):
+        ClusterConfig(name="x", **{key: value if key == "shell_options" else [value]})
+
+
+@pytest.mark.parametrize("folder", ["a$(id)", "a`id`", "a;b", "a\nb", "-p", "a'b", 'a"b', "a|b"])
+def test_a_jobs_folder_is_a_plain_path(folder: str) -> None:
+    with pytest.raises(ConfigError, match="folder must have no spaces and no signs of the shell"):
+        SubmitConfig(folder=folder)
+    assert SubmitConfig(folder="jobs/données=1").folder == "jobs/données=1"
 
 
 def test_without_an_environment_of_its_own_a_job_has_that_of_the_user(

@@ -25,7 +25,7 @@ LINES: list[dict[str, float | None]] = [
 
 def test_layers_are_read_in_order_with_what_a_line_lacks_left_open(tmp_path: Path) -> None:
     write_run(tmp_path / "run", LINES, cut='{"samples": 256, "trust_ra')
-    history = read_layers(tmp_path / "run")
+    history = read_layers(tmp_path / "run", [])
     assert history.layers == ["a.weight", "a.bias", "b.weight"]
     assert history.samples.tolist() == [64, 192]
     nan = float("nan")
@@ -34,7 +34,7 @@ def test_layers_are_read_in_order_with_what_a_line_lacks_left_open(tmp_path: Pat
 
 def test_each_rectangle_of_the_picture_is_a_layer_between_two_lines(tmp_path: Path) -> None:
     write_run(tmp_path / "run", LINES)
-    figure = layers_figure(read_layers(tmp_path / "run"), "run")
+    figure = layers_figure(read_layers(tmp_path / "run", []), "run")
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         "a.weight",

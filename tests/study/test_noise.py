@@ -51,7 +51,7 @@ def drawn(axes: Axes, label: str) -> tuple[list[float], list[float]]:
 
 
 def test_lines_are_read_with_what_they_lack_left_open(tmp_path: Path) -> None:
-    history = read_noise(write_run(tmp_path / "run", LINES, cut='{"samples": 512, "noise_sc'))
+    history = read_noise(write_run(tmp_path / "run", LINES, cut='{"samples": 512, "noise_sc'), [])
     assert history.samples.tolist() == [64, 192, 320, 448]
     assert history.batch_size.tolist() == [64, 64, 128, 128]
     np.testing.assert_array_equal(history.whole.scale, [90, NAN, 100, 200])
@@ -65,7 +65,7 @@ def test_lines_are_read_with_what_they_lack_left_open(tmp_path: Path) -> None:
 def test_what_is_resolved_is_solid_with_its_band_and_the_batch_is_a_staircase(
     tmp_path: Path,
 ) -> None:
-    axes = noise_figure(read_noise(write_run(tmp_path / "run", LINES)), "run").axes[0]
+    axes = noise_figure(read_noise(write_run(tmp_path / "run", LINES), []), "run").axes[0]
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     samples = [64, 192, 320, 448]
     assert drawn(axes, "_solid")[0] == samples
@@ -90,7 +90,7 @@ def test_what_is_resolved_is_solid_with_its_band_and_the_batch_is_a_staircase(
 def test_the_preconditioned_scale_is_a_curve_of_its_own(tmp_path: Path) -> None:
     lines = [LINES[0], LINES[3] | PRECONDITIONED | {"noise_preconditioned_resolved": True},
              LINES[4] | PRECONDITIONED | {"noise_preconditioned_resolved": False}]  # fmt: skip
-    history = read_noise(write_run(tmp_path / "run", lines))
+    history = read_noise(write_run(tmp_path / "run", lines), [])
     assert history.preconditioned is not None
     np.testing.assert_array_equal(history.preconditioned.scale, [NAN, 4000, 4000])
     assert history.preconditioned.resolved.tolist() == [False, True, False]
@@ -105,7 +105,7 @@ def test_the_preconditioned_scale_is_a_curve_of_its_own(tmp_path: Path) -> None:
 def test_many_layers_are_named_by_the_first_and_the_last(tmp_path: Path) -> None:
     layers = {f"noise_scale/{n}.weight": 10.0 + n for n in range(20)}
     run = write_run(tmp_path / "run", [line(64 * n, 64, 9.0, 1.0, True) | layers for n in (1, 2)])
-    figure = noise_figure(read_noise(run), "run")
+    figure = noise_figure(read_noise(run, []), "run")
     (legend,) = figure.legends
     named = [text.get_text() for text in legend.get_texts() if "weight" in text.get_text()]
     assert named == ["0.weight (first layer)", "19.weight (last)"]

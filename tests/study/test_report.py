@@ -309,6 +309,10 @@ def test_broken_and_unfinished_folders_are_named_and_skipped(tmp_path: Path) -> 
         ({"steps_to_target": None}, "must both be given"),
         ({"scaling": "none"}, "scaling must be an object"),
         ({"seed": True}, "seed must be a whole number"),
+        ({"steps": 10**400}, "steps must be a whole number >= 0, got 1000"),
+        ({"lr": 1e300}, "lr must be a learning rate from"),
+        ({"target_loss": [2]}, "target_loss must be a finite number, got [2]"),
+        ({"provenance": {"data_hash": {}}}, "provenance: data_hash must be text, got {}"),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(
@@ -318,6 +322,46 @@ def test_an_impossible_value_is_refused_by_name(
     runs, problems = read_runs(tmp_path)
     assert not runs
     assert complaint in problems[0]
+
+
+def test_one_damaged_run_of_a_study_is_named_and_the_others_are_reported(tmp_path: Path) -> None:
+    record(tmp_path / "good", 100)
+    record(tmp_path / "bad", 100, provenance={"data_hash": ["x"]})
+    record(tmp_path / "odd\x1b[2J", 100, steps=None)
+    study = read_study(tmp_path)
+    assert [run.folder.name for run in study.runs] == ["good"]
+    assert study.problems == [
+        "bad/summary.json: provenance: data_hash must be text, got ['x']: this run is left out",
+        r"odd\x1b[2J/summary.json: steps must be a whole number >= 0, got None: this run is left "
+        "out",
+    ]
+
+
+STRANGE = {  # as it is in a record, and in a cell
+    "$x^{$": "$x^{$", "$\\frac$": "$\\frac$", r"\$a$": r"\$a$", "_hidden": "_hidden",
+    "=1+1": "'=1+1", "-2": "'-2", "@sum": "'@sum", "+3": "'+3", "\x1b[2Jred": r"\x1b[2Jred",
+    "a" * 999: "a" * 999,
+}  # fmt: skip
+
+
+def test_names_are_text_in_pictures_tables_and_on_the_terminal(tmp_path: Path) -> None:
+    for number, name in enumerate(STRANGE):
+        record(tmp_path / "runs" / f"{number}", 100, optimizer=name, task="$t$ {}")
+    shown = io.StringIO()
+    found = write_report(tmp_path / "runs", tmp_path / "out")
+    print_report(found, Console(file=shown, width=200))
+    assert all(line.isprintable() for line in shown.getvalue().splitlines())
+    page = found.html.read_text()
+    assert "\x1b" not in page
+    assert all(text in page for text in ("$x^{$", r"\x1b[2Jred", "_hidden", "$t$ {}"))
+    cells = [row["optimizer"] for row in rows(found.curve_csv)]
+    assert sorted(cells) == sorted(STRANGE.values())
+    figure = curve_figure(found.study.points, {}, "$t$")
+    (legend,) = [axes.get_legend() for axes in figure.axes]
+    figure.canvas.draw()
+    drawn = [text.get_text() for text in legend.get_texts()]
+    assert r"\$x^{\$" in drawn  # matplotlib's way to write $x^{$
+    assert " _hidden" in drawn
 
 
 @pytest.mark.parametrize(
