@@ -50,7 +50,7 @@ def test_a_worker_trains_a_trial(tmp_path: Path) -> None:
     marks = {"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "3", "PMI_RANK": "3", "LARGEBATCH_RANKS": "4"}
     words = ("batch.size=64", "budget.samples=640", "engine.device=cpu")
     sweep = start(tmp_path, *words, **marks)
-    said, _ = sweep.communicate(timeout=100)
+    said, _ = sweep.communicate(timeout=250)
     assert sweep.returncode == 0, said
     assert "1 of 1 trials done" in said
     summary = json.loads((tmp_path / "sweep" / "0" / "summary.json").read_text())
@@ -77,7 +77,7 @@ def test_workers_of_a_killed_sweep_make_room_for_the_next(
         time.sleep(0.05)
     first.kill()
     second = start(tmp_path, *words)
-    said, _ = second.communicate(timeout=100)
+    said, _ = second.communicate(timeout=250)
     assert second.returncode == 0, said
     lines = [line.split() for line in notes.read_text().splitlines()]
     for trial in "01":
@@ -121,7 +121,7 @@ def test_a_node_that_falls_silent_is_left_out_and_its_trial_made_elsewhere(
         assert sweep.poll() is None, sweep.communicate()[0]
         time.sleep(0.05)
     (tmp_path / "n2.site.dead").touch()
-    said, _ = sweep.communicate(timeout=100)
+    said, _ = sweep.communicate(timeout=250)
     assert sweep.returncode == 0, said
     lines = [line.split() for line in notes.read_text().splitlines()]
     assert sorted(line[1] for line in lines if line[0] == "reached") == ["0", "1", "2", "3"]
@@ -131,14 +131,14 @@ def test_a_node_that_falls_silent_is_left_out_and_its_trial_made_elsewhere(
 
 
 def test_folders_and_trials_may_be_called_anything(tmp_path: Path) -> None:
-    at = tmp_path / "it's données {a} b"
+    at = tmp_path / "données {a} & (b)"
     at.mkdir()
     words = (
         f"hydra.launcher.command=[{sys.executable},-S,{HERE / 'parsl_trial.py'}]", "seed=0",
         "hydra.sweep.subdir='try ${hydra.job.num}'",
     )  # fmt: skip
     sweep = start(at, *words)
-    said, _ = sweep.communicate(timeout=100)
+    said, _ = sweep.communicate(timeout=250)
     assert sweep.returncode == 0, said
     summary = json.loads((at / "sweep" / "try 0" / "summary.json").read_text())
     assert summary["status"] == "reached"

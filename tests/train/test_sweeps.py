@@ -106,7 +106,7 @@ def sweep(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A sweep of two slow runs, both under way."""
     (tmp_path / "gate").touch()
     started = start(tmp_path)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while not all((tmp_path / "s" / name / "metrics.jsonl").exists() for name in "01"):
         assert started.poll() is None, started.communicate()
         assert time.monotonic() < deadline
@@ -141,7 +141,7 @@ def test_sigterm_ends_a_sweep_with_its_runs_and_the_same_command_goes_on(
     at_work = workers(tmp_path)
     assert len(at_work) == 2
     sweep.send_signal(signal.SIGTERM)
-    _, said = sweep.communicate(timeout=100)
+    _, said = sweep.communicate(timeout=250)
     assert sweep.returncode == 130
     assert said.splitlines()[-1] == ("largebatch: interrupted; the same command goes on from here")
     assert are_gone(at_work)
@@ -149,7 +149,7 @@ def test_sigterm_ends_a_sweep_with_its_runs_and_the_same_command_goes_on(
     assert {line["status"] for line in ended.values()} == {"interrupted"}
     (tmp_path / "gate").unlink()
     again = start(tmp_path)
-    _, said = again.communicate(timeout=100)
+    _, said = again.communicate(timeout=250)
     assert again.returncode == 0, said
     assert {line["status"] for line in summaries(tmp_path / "s").values()} == {"exhausted"}
 
