@@ -88,14 +88,14 @@ def ls(options: argparse.Namespace) -> int:
     """One line a checkpoint."""
     checkpoints = those_of(options.run)
     problems = {path: problem(path, "size") or universal_problem(path) for path in checkpoints}
-    taken, refusal = resumed_from(checkpoints[0].parents[1])
+    taken, refusal = resumed_from(checkpoints[0].absolute().parents[1])
     rows = [("samples", "step", "saved", "size", "by", "ranks", "")]
     for path in checkpoints:
         about = _about(path)
         state = "whole" if problems[path] is None else f"broken: {problems[path]}"
         if (path / UNIVERSAL).exists():
             state += ", and converted for worlds of any size"
-        if path == taken:
+        if taken is not None and path.name == taken.name:
             state += "  <- resume=auto"
         rows.append((str(samples_of(path)), *about, state))
     widths = [max(len(row[column]) for row in rows) for column in range(6)]

@@ -301,7 +301,7 @@ def test_a_run_without_checkpoints_is_not_lengthened_by_beginning_again(
 
 
 def test_ls_offers_what_resume_takes_and_no_more(
-    run: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offered(path: Path = run) -> tuple[list[str], str]:
         assert main(["ls", str(path)]) == 0
@@ -319,6 +319,9 @@ def test_ls_offers_what_resume_takes_and_no_more(
     assert offered()[0] == ["1280"]
     assert offered(checkpoint(run, 20))[0] == ["1280"]
     assert offered(checkpoint(run, 15))[0] == []
+    monkeypatch.chdir(run / "checkpoints")
+    assert offered(Path(checkpoint(run, 20).name))[0] == ["1280"]
+    assert offered(Path(".."))[0] == ["1280"]
     (run / ".hydra" / "config.yaml").unlink()
     assert offered()[0] == []
     assert "lacks .hydra/config.yaml" in offered()[1]
