@@ -25,6 +25,7 @@ from torch import nn
 
 from largebatch.benchmarks.arguments import Record, add_options, check, device_named, run
 from largebatch.conf.config import CheckpointConfig
+from largebatch.optim.messages import broadcast_json
 from largebatch.train.checkpoint import Checkpoints
 from largebatch.train.checkpoint_tensors import DistributedTensors
 from largebatch.train.ranks import Ranks, find_ranks, meet, process_group
@@ -84,10 +85,8 @@ def measure(
     ranks: Ranks, device: torch.device, seconds: float, gigabytes: float, folder: Path
 ) -> Record:
     """Medians over rounds for so many seconds, two rounds at least."""
-    told: list[Any] = [tempfile.mkdtemp(prefix="checkpoint-", dir=folder) if ranks.is_first else ""]
-    if ranks.size > 1:
-        dist.broadcast_object_list(told, 0)
-    here = Path(told[0])
+    told = tempfile.mkdtemp(prefix="checkpoint-", dir=folder) if ranks.is_first else ""
+    here = Path(broadcast_json(told) if ranks.size > 1 else told)
     samples: dict[str, list[float]] = {}
     try:
         contest = Contest(ranks, device, int(gigabytes * 1e9), here)

@@ -14,6 +14,29 @@ class ConfigError(ValueError):
     """The user's configuration cannot be run; the message is one sentence for them."""
 
 
+class RanksEnded(RuntimeError):
+    """A fault has ended all ranks of the run. It has been told, by the rank that it is of.
+
+    Args:
+        told: in one sentence, with the rank where it is not rank 0.
+        code: every rank's exit code.
+    """
+
+    def __init__(self, told: str, code: int = 1) -> None:
+        super().__init__(told, code)
+        self.code = code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class RanksRefused(RanksEnded, ConfigError):
+    """The fault is the user's configuration."""
+
+    def __init__(self, told: str, code: int = 2) -> None:
+        super().__init__(told, code)
+
+
 class RunFailed(Exception):
     """One run of a sweep has no result.
 

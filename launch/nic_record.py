@@ -12,7 +12,6 @@ file begins again with names. A difference is what was seen, negative where a co
 """
 
 import errno
-import fcntl
 import json
 import os
 import time
@@ -29,6 +28,7 @@ from largebatch.records import RecordError, printable
 from largebatch.records.fields import list_of, moment, text
 from largebatch.records.reading import MOST_LINE_BYTES, open_file
 from largebatch.records.text import shown
+from largebatch.train.locks import lock
 
 FORMAT: Final = 1
 MOST_BYTES: Final = 64  # of a counter's text
@@ -56,7 +56,7 @@ class Recorder:
         self._names = list(counters)
         self._last: list[int | None] | None = None
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        if not _locked(self._file):
+        if lock(self._file) is False:
             os.close(self._file)
             raise ValueError(f"another recorder is at work on {path}: one a node is enough")
         # What another recorder was killed in is left as half a line.
@@ -119,17 +119,6 @@ def _change(
         else:
             line["d"].extend((place, new - old))
     return line
-
-
-def _locked(file: int) -> bool:
-    """Take the file's lock; False where another process has it. Some mounts have no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _ends_in_half_a_line(file: int) -> bool:

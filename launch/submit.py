@@ -132,6 +132,12 @@ def completed(config: SubmitConfig, words: Sequence[str]) -> tuple[list[str], st
             "say after -- what the job is to run, train or sweep and its words, got "
             f"{' '.join(words) or 'nothing'}"
         )
+    sweeps = [word for word in words[1:] if word in ("-m", "--multirun")]
+    if words[0] == "train" and (sweeps or "hydra.mode=MULTIRUN" in words):
+        raise ConfigError(
+            f"train {' '.join(sweeps) or 'hydra.mode=MULTIRUN'} is many runs, and the ranks of a "
+            "job's launcher are for one: use -- sweep …"
+        )
     keys = {word.partition("=")[0].lstrip("+"): word.partition("=")[2] for word in words[1:]}
     if keys.get("engine.nproc", "1") != "1":
         raise ConfigError(

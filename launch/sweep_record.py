@@ -18,7 +18,8 @@ from largebatch.records.fields import whole
 from largebatch.records.names import METRICS, SUMMARY, UNFINISHED
 from largebatch.records.summary import status
 from largebatch.records.text import shown
-from largebatch.train.record import lock, telling, words_of
+from largebatch.train.locks import lock, lock_or_warn
+from largebatch.train.record import telling, words_of
 
 TRIALS: Final = "trials.jsonl"
 
@@ -68,10 +69,7 @@ def is_busy(folder: Path) -> bool:
     if not metrics.exists():
         return False
     with metrics.open("a") as handle:
-        try:
-            return not lock(handle.fileno())
-        except OSError:  # no locks on this file system
-            return False
+        return lock(handle.fileno()) is False
 
 
 @dataclass
@@ -97,11 +95,7 @@ class Record:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = (self.folder / TRIALS).open("a+", encoding="utf-8")
-        try:
-            owned = lock(self._file.fileno())
-        except OSError:  # no locks on this file system
-            owned = True
-        if not owned:
+        if not lock_or_warn(self._file.fileno(), self.folder / TRIALS):
             self._file.close()
             raise ConfigError(
                 f"another sweep is running in {self.folder}; wait for it, or choose another folder "

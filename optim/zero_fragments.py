@@ -10,7 +10,7 @@ refused where it is not understood.
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from largebatch.optim.messages import all_gather_json
 
 Group = dict[str, Any]
 Names = dict[Tensor, str]
@@ -186,8 +188,11 @@ def _agreed(read: Callable[[], Iterable[Flat]], ranks: ProcessGroup) -> list[Fla
         problem = next(filter(None, map(_misfit, flats)), None)
     except Exception as error:  # of any kind: the other ranks wait for this one's report
         problem = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-    reports: list[Any] = [None] * ranks.size()
-    dist.all_gather_object(reports, (problem, [flat.fragments for flat in flats]), group=ranks)
+    own = [[astuple(fragment) for fragment in flat.fragments] for flat in flats]
+    reports = [
+        (found, [tuple(Fragment(*numbers) for numbers in one) for one in there])
+        for found, there in all_gather_json((problem, own), ranks)
+    ]
 
     for rank, (found, _) in enumerate(reports):
         if found is not None:

@@ -22,7 +22,8 @@ from largebatch.records.summary import status
 from largebatch.study.progress import StudyProgress
 from largebatch.study.protocol import Job, Protocol
 from largebatch.study.search import Result
-from largebatch.train.record import lock, telling, words_of, write_whole
+from largebatch.train.locks import lock, lock_or_warn
+from largebatch.train.record import telling, words_of, write_whole
 
 IDENTITY: Final = "study.json"
 
@@ -39,7 +40,7 @@ def owned(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as handle:
-        if not lock(handle.fileno()):
+        if not lock_or_warn(handle.fileno(), folder):
             raise ConfigError(
                 f"another study is running in {folder}; wait for it, or choose another folder with "
                 "hydra.sweep.dir=…"
@@ -148,7 +149,7 @@ def make_room(folder: Path, words: Sequence[str]) -> None:
     if not metrics.exists():
         return
     with metrics.open("a") as handle:
-        while not lock(handle.fileno()):
+        while lock(handle.fileno()) is False:
             time.sleep(0.1)
     same = telling(words_of(folder) or ()) == telling(words)
     if not same or not any((folder / CHECKPOINTS).glob("samples-*")):

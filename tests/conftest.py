@@ -1,6 +1,14 @@
 """Lets all tests, and the processes they spawn, import the modules in shared/."""
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "shared"))
+
+# What a launcher, a batch system, a tracker or a user has left in the shell decides nothing here.
+_LEFT_OVER = ("LARGEBATCH_", "LOCAL_", "MASTER_", "OMPI_", "PALS_", "PBS_", "PMI", "RANK", "SLURM_",
+              "TORCHELASTIC_", "WANDB_", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK",
+              "ROCR_VISIBLE_DEVICES", "HYDRA_FULL_ERROR", "PYTHONIOENCODING")  # fmt: skip
+for _name in [name for name in os.environ if name.startswith(_LEFT_OVER)]:
+    del os.environ[_name]

@@ -54,6 +54,8 @@ class Checkpoints:
     Args:
         failed: on rank 0, takes the samples and the words of one that could not be written.
         about: on rank 0, what goes into `state.json` besides the loop's state.
+        flush: on rank 0, before one is begun: brings to disk what it must not outlive, or raises
+            OSError.
 
     Attributes:
         last: the one that was last saved or loaded, once it is known to be complete.
@@ -69,7 +71,9 @@ class Checkpoints:
         config: CheckpointConfig,
         failed: Callable[[int, str], None] = lambda samples, what: None,
         about: Callable[[], Mapping[str, Any]] = dict,
+        flush: Callable[[], None] = lambda: None,
     ) -> None:
+        self._flush = flush
         self._run, self._folder = folder, folder / CHECKPOINTS
         self._ranks, self._tensors, self._config = ranks, tensors, config
         self._failed, self._about = failed, about
@@ -193,6 +197,7 @@ class Checkpoints:
             self._tell({CHECKPOINTS: str(error)})
 
     def _make_draft(self, final: Path) -> str:
+        self._flush()
         self._folder.mkdir(exist_ok=True)
         self._tell(clear_drafts(self._run))  # by a job that was killed meanwhile
         draft = draft_of(final)

@@ -59,7 +59,7 @@ class Part(NamedTuple):
 
     files: Files
     results: Any = None
-    """For rank 0, which describes the whole; can be pickled."""
+    """For rank 0, which describes the whole: values of JSON."""
 
 
 class CheckedFile(io.FileIO):

@@ -6,6 +6,7 @@ no more.
 """
 
 import enum
+import io
 import os
 import pickle
 import re
@@ -56,10 +57,29 @@ class PlainReader(FileSystemReader):
         Raises:
             ValueError: the file cannot be read, or names more than such a file does.
         """
+        return self.describe(self.read_bytes())
+
+    def read_bytes(self) -> bytes:
+        """The file as it is.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
         path = Path(self.path) / ".metadata"
         try:
-            with path.open("rb") as file:
-                found = AllowListUnpickler(file, _describes).load()
+            return path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+
+    def describe(self, data: bytes) -> Metadata:
+        """What the file's bytes describe.
+
+        Raises:
+            ValueError: they name more than such a file does.
+        """
+        path = Path(self.path) / ".metadata"
+        try:
+            found = AllowListUnpickler(io.BytesIO(data), _describes).load()
             assert isinstance(found, Metadata)
             names = {info.relative_path for info in (found.storage_data or {}).values()}
         except Exception as error:  # unpickling raises whatever the bytes say

@@ -4,7 +4,7 @@ Ranks tell each other through the store in which they met, a message each: no co
 rank whose disk is full leaves nobody waiting, and so that it may happen while training goes on.
 """
 
-import pickle
+import json
 import socket
 import threading
 import time
@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from torch.distributed.distributed_c10d import _get_default_store
 
-from largebatch.train.checkpoint_files import Part
+from largebatch.train.checkpoint_files import File, Part
 from largebatch.train.checkpoint_tensors import Writing
 from largebatch.train.ranks import Ranks
 
@@ -102,6 +102,14 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def _part(told: Any) -> Part | str:
+    """From JSON, which knows lists alone."""
+    if isinstance(told, str):
+        return told
+    files, results = told
+    return Part({name: File(*file) for name, file in files.items()}, results)
+
+
 class Post:
     """What ranks tell each other in one save: a part to rank 0 from each, an outcome from it."""
 
@@ -126,10 +134,7 @@ class Post:
             self._own.append(part)
         else:
             assert self._store is not None
-            data: Any = pickle.dumps(
-                part
-            )  # bytes, which the store takes without its types saying so
-            self._store.set(self._part_of(self.ranks.rank), data)
+            self._store.set(self._part_of(self.ranks.rank), json.dumps(part))
             self._store.add(self._key("count"), 1)
 
     def collect(self) -> list[Part | str]:
@@ -145,9 +150,9 @@ class Post:
         if self._store.has_extended_api():  # type: ignore[attr-defined] # many in one message
             for start in range(0, len(keys), _KEYS_AT_ONCE):
                 found = self._store.multi_get(keys[start : start + _KEYS_AT_ONCE])
-                parts += [pickle.loads(data) for data in found]
+                parts += [_part(json.loads(data)) for data in found]
         else:
-            parts += [pickle.loads(self._store.get(key)) for key in keys]
+            parts += [_part(json.loads(self._store.get(key))) for key in keys]
         return parts
 
     def announce(self, outcome: str) -> None:

@@ -7,22 +7,23 @@ written waits in a `PlannedWriting`, staged or not.
 import io
 import os
 import warnings
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from largebatch.optim.bias_correction import SUFFIX
+from largebatch.optim.messages import broadcast_json
 from largebatch.optim.state_memory import DROPPED
 from largebatch.train.checkpoint_files import CheckedFile, Files, Part
 from largebatch.train.checkpoint_reading import PlainReader
@@ -44,23 +45,28 @@ COUNTED: Final = (SUFFIX, DROPPED)
 
 def of_first(ranks: Ranks, act: Callable[[], T]) -> T:
     """What `act` returns on rank 0, which alone calls it, on every rank: so one rank asks the file
-    system what all need to know.
+    system what all need to know. It returns what JSON holds.
 
     Raises:
         OSError, ValueError: it has raised that, on every rank.
     """
-    told: list[Any] = [None]
+    told: dict[str, Any] = {}
     if ranks.is_first:
         try:
-            told = [act()]
-        except (OSError, ValueError) as error:
-            told = [error]
+            told = {"value": act()}
+        except OSError as error:
+            name = error.filename and str(error.filename)
+            known = error.errno is not None
+            told = {"system": [error.errno, error.strerror, name] if known else [str(error)]}
+        except ValueError as error:
+            told = {"wrong": str(error)}
     if ranks.size > 1:
-        dist.broadcast_object_list(told, 0)
-    (result,) = told
-    if isinstance(result, Exception):
-        raise result
-    return cast(T, result)
+        told = broadcast_json(told)
+    if "system" in told:
+        raise OSError(*told["system"])
+    if "wrong" in told:
+        raise ValueError(told["wrong"])
+    return cast(T, told["value"])
 
 
 class DeferredWriter(FileSystemWriter):
@@ -96,13 +102,29 @@ class DeferredWriter(FileSystemWriter):
             return Part({}, [])
         results = super().write_data(self._plan, self._planner).value()
         self._planner.forget()
-        return Part(dict(self.fs.written), results)
+        return Part(dict(self.fs.written), [_row(result) for result in results])
 
-    def describe_whole(self, results: Sequence[list[WriteResult]]) -> Files:
+    def describe_whole(self, results: Sequence[list[list[Any]]]) -> Files:
         """What `finish` was told to do."""
         self.fs.written.clear()
-        super().finish(self._metadata, list(results))
+        super().finish(self._metadata, [[_result(*row) for row in rows] for rows in results])
         return self.fs.written
+
+
+def _row(result: WriteResult) -> list[Any]:
+    """In values of JSON: ranks tell rank 0 nothing else."""
+    index, place = result.index, result.storage_data
+    offset = None if index.offset is None else list(index.offset)
+    return [
+        index.fqn, offset, index.index, result.size_in_bytes,
+        place.relative_path, place.offset, place.length, place.transform_descriptors,
+    ]  # fmt: skip
+
+
+def _result(
+    fqn: str, offset: list[int] | None, index: int | None, size_in_bytes: int, *place: Any
+) -> WriteResult:
+    return WriteResult(MetadataIndex(fqn, offset, index), size_in_bytes, _StorageInfo(*place))
 
 
 class PlannedWriting:
@@ -185,7 +207,11 @@ class ToldReader(PlainReader):
 
     def __init__(self, path: Path, ranks: Ranks) -> None:
         super().__init__(path)
-        self._told = of_first(ranks, super().read_metadata)
+
+        def read() -> str:
+            return b64encode(self.read_bytes()).decode()
+
+        self._told = self.describe(b64decode(of_first(ranks, read)))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._told

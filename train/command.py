@@ -7,6 +7,7 @@ configuration and the folder. (Left alone, every rank's `hydra.main` would make 
 
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,14 +15,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from largebatch.conf.errors import ConfigError, RunFailed, SweepFailed
+from largebatch.conf.errors import ConfigError, RanksEnded, RunFailed, SweepFailed
 from largebatch.records.summary import objective
 from largebatch.train.folders import again
-from largebatch.train.hydra_app import import_from_here, run_hydra
-from largebatch.train.order import Order, prepare
-from largebatch.train.ranks import Ranks, die_with_parent, find_ranks, started_ranks
+from largebatch.train.hydra_app import import_from_here, parse_options, run_hydra
+from largebatch.train.order import Order, order_of, prepare
+from largebatch.train.ranks import Ranks, die_with_parent
 from largebatch.train.record import RunEnded
 from largebatch.train.sweeps import failure_of, shown_folder, told
+from largebatch.train.team import Team, find_team, started_team
 from largebatch.train.user_code import of_user
 
 FAILED: Final = 1
@@ -42,14 +44,6 @@ _outcome: list[dict[str, Any] | ConfigError] = []
 
 def main(arguments: list[str]) -> int:
     """Run `largebatch train ARGUMENTS`; returns the exit code."""
-    try:
-        import_from_here()
-        ranks = find_ranks()
-        if not ranks.is_first:
-            return follow(ranks)
-    except ConfigError as error:
-        print(f"largebatch: {error}", file=sys.stderr)
-        return REFUSED
     return run_command("train", arguments)
 
 
@@ -58,11 +52,11 @@ def run_command(command: str, arguments: list[str]) -> int:
     _outcome.clear()
     again.clear()
     try:
-        run_hydra(task, command, arguments)
-        for outcome in _outcome:
-            if isinstance(outcome, ConfigError):
-                raise outcome
-            return exit_code(outcome)
+        import_from_here()
+        with find_team() as team:
+            return lead(team, command, arguments) if team.ranks.is_first else follow(team)
+    except RanksEnded as ended:  # which has been told
+        return ended.code
     except ConfigError as error:
         print(f"largebatch: {error}", file=sys.stderr)
         return REFUSED
@@ -80,7 +74,38 @@ def run_command(command: str, arguments: list[str]) -> int:
         return INTERRUPTED
     except Exception as error:
         return failed(error)
+
+
+def lead(team: Team, command: str, arguments: list[str]) -> int:
+    """Compose the configuration as rank 0, and train; returns the exit code.
+
+    Raises:
+        ConfigError: the run is refused.
+    """
+    if team.ranks.size > 1:
+        check_single(team.ranks, command, arguments)
+    run_hydra(task, command, arguments)
+    for outcome in _outcome:
+        if isinstance(outcome, ConfigError):
+            raise outcome
+        return exit_code(outcome)
     return 0  # --help, --cfg and their like; a sweep all of whose runs have ended
+
+
+def check_single(ranks: Ranks, command: str, arguments: list[str]) -> None:
+    """Refuse a sweep by ranks that a launcher has started: they are for one run.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    options = parse_options(arguments)
+    modes = [word.lstrip("+") for word in options.overrides]
+    if command == "sweep" or options.multirun or "hydra.mode=MULTIRUN" in modes:
+        raise ConfigError(
+            f"{ranks.launcher} has started {ranks.size} ranks for one run, and a sweep is many: "
+            "use `largebatch sweep …` without a launcher, with hydra/launcher=parsl for the nodes "
+            "of a job, or engine.nproc for several ranks a run"
+        )
 
 
 def failed(error: Exception) -> int:
@@ -141,26 +166,20 @@ def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError: before anything is written.
     """
+    team = find_team()
     die_with_parent()
-    ranks = find_ranks()
     try:
-        order = prepare(composed, ranks)
-    except ConfigError as error:
-        if ranks.size > 1:
-            train(ranks, None)
-        elif isinstance(error, RunEnded) and not display:
-            return error.summary  # a sweep that goes on with resume=auto passes it by
-        raise
-    try:
-        if order.config.engine.nproc == 1:
-            summary = train(ranks, order, display)
-        else:
-            with started_ranks(order.config.engine.nproc) as ranks:
-                summary = train(ranks, order, display)
-    finally:
+        order = prepare(composed, team.ranks)
+    except RunEnded as ended:
+        if display or team.ranks.size > 1:
+            raise
+        return ended.summary  # a sweep that goes on with resume=auto passes it by
+    with ExitStack() as stack:
         if order.resumption is not None:
-            order.resumption.release()
-    assert summary is not None
+            stack.callback(order.resumption.release)
+        if order.config.engine.nproc > 1:
+            team = stack.enter_context(started_team(order.config.engine.nproc))
+        summary = train(team, order, display)
     if not display and order.config.study is None:  # a study has a display of its own
         from largebatch.train.display import outcome
 
@@ -170,33 +189,27 @@ def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
     return summary
 
 
-def follow(ranks: Ranks) -> int:
+def follow(team: Team) -> int:
     """A rank other than the first: do as it says, and leave it the word.
 
     How the run has ended is rank 0's to say, with its exit code, when its record is written:
     launchers end all ranks, rank 0 too, as soon as one leaves with another code than 0.
     """
     die_with_parent()
-    try:
-        summary = train(ranks, None)
-    except ConfigError:
-        return REFUSED
-    except Exception as error:
-        return failed(error)
-    return REFUSED if summary is None else 0
+    train(team, None)
+    return 0
 
 
-def train(ranks: Ranks, order: Order | None, display: bool = False) -> dict[str, Any] | None:
-    """Train as rank 0 orders; returns the summary, or None where it ordered nothing."""
+def train(team: Team, order: Order | None, display: bool = False) -> dict[str, Any]:
+    """Train as rank 0 orders; returns the summary."""
     from largebatch.train.display import Display
-    from largebatch.train.ranks import meet, pick_device, process_group, set_threads, tell
+    from largebatch.train.ranks import pick_device, process_group, set_threads
     from largebatch.train.run import run
     from largebatch.train.stacks import answering
 
-    store = meet(ranks)
-    order = tell(store, ranks, order)
-    if order is None:
-        return None
+    ranks = team.ranks
+    words = team.tell(None if order is None else order.words)
+    order = order or order_of(words)
     if order.current is not None:
         os.chdir(order.current)
     set_threads(ranks)
@@ -204,12 +217,13 @@ def train(ranks: Ranks, order: Order | None, display: bool = False) -> dict[str,
         device = pick_device(order.config.engine.device, ranks, order.config.engine.ipex)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    group = process_group(store, ranks, device, always=order.config.engine.needs_group)
+    always = order.config.engine.needs_group
+    group = process_group(team.store, ranks, device, always=always)
     with answering(order.folder, ranks.rank, ranks.size), group:
         if not display:
-            return run(order, ranks, device)
+            return run(order, team, device)
         with Display(order) as shown:
-            return run(order, ranks, device, shown)
+            return run(order, team, device, shown)
 
 
 def exit_code(summary: dict[str, Any]) -> int:

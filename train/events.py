@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from largebatch.train.record import finite
+from largebatch.train.record import finite, say
 
 EVENTS: Final = "events.jsonl"
 
@@ -20,7 +20,8 @@ class Events:
         self._path = folder / EVENTS
 
     def write(self, kind: str, *, step: int, samples: int, reason: str, **more: Any) -> None:
-        """One event, out of this process's hands when this returns.
+        """One event, out of this process's hands when this returns; one that the disk does not take
+        is told on stderr.
 
         Args:
             kind: "skip", "rollback", "stop", …
@@ -29,8 +30,11 @@ class Events:
         event = {"time": time.time(), "step": step, "samples": samples, "kind": kind}
         event |= {"reason": reason} | more
         text = json.dumps({name: finite(value) for name, value in event.items()}) + "\n"
-        with self._path.open("ab+") as file:
-            if file.tell() > 0:  # a writer killed half-way leaves half a line
-                file.seek(-1, 2)
-                text = text if file.read(1) == b"\n" else "\n" + text
-            file.write(text.encode())
+        try:
+            with self._path.open("ab+", buffering=0) as file:
+                if file.tell() > 0:  # a writer killed half-way leaves half a line
+                    file.seek(-1, 2)
+                    text = text if file.read(1) == b"\n" else "\n" + text
+                file.write(text.encode())
+        except OSError as error:
+            say(f"{self._path} could not be written ({error}): {text.strip()}")

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -47,7 +48,8 @@ class Heartbeat:
     def __enter__(self) -> Self:
         # Made before the ranks look into it: a file system's clients keep in mind that a folder
         # holds no question, as long as nothing is written there.
-        (self._path.parent / WATCH).mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            (self._path.parent / WATCH).mkdir(parents=True, exist_ok=True)
         self._write()
         return self
 
@@ -72,7 +74,8 @@ class Heartbeat:
 
     def _write(self, **changed: Any) -> None:
         self._beat |= changed | {"time": time.time()}
-        write_whole(self._path, json.dumps(self._beat) + "\n", durable=False)
+        with suppress(OSError):  # a full disk ends no run; that the file grows old is what it says
+            write_whole(self._path, json.dumps(self._beat) + "\n", durable=False)
         self._written = time.monotonic()
 
 

@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import wraps
 from importlib.resources import files
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 import largebatch.conf.unique  # noqa: F401 — in names of folders
 from largebatch.conf.errors import ConfigError, sentence
 from largebatch.conf.user_configs import first, tell_replaced
+from largebatch.train.record import unwritable
 from largebatch.train.user_code import keep_request
 
 _WITH_VALUE: Final = ("cfg", "package", "info", "config_path", "config_name", "experimental_rerun")
@@ -43,11 +45,23 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: Sequen
     keep_request()
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [f"largebatch {command}", *_canonical(options), *options.overrides]
+    begun = False
+
+    @wraps(task)
+    def begin(composed: DictConfig) -> Any:
+        nonlocal begun
+        begun = True
+        return task(composed)
+
     entry = hydra.main(version_base="1.3", config_path="pkg://largebatch.conf", config_name="train")
     try:
         with first(options.config_dir):
             tell_replaced(options.config_dir)
-            entry(task)()
+            entry(begin)()
+    except OSError as error:
+        if begun:
+            raise
+        raise ConfigError(unwritable(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(sentence(error)) from error
     except ValueError as error:

@@ -16,15 +16,17 @@ would train as many runs, over one another. Whoever knows the size beforehand (a
 `largebatch submit` writes) says it in LARGEBATCH_RANKS, and every rank holds the world against it.
 """
 
-import random
+import os
 import re
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from largebatch.conf.errors import ConfigError
+from largebatch.conf.errors import ConfigError, RanksRefused
+from largebatch.train.addresses import check_is_here, listen
 
 _MPI_MARKERS: Final = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 
@@ -49,10 +51,29 @@ class Ranks:
     local_size: int = 1
     master_addr: str = "127.0.0.1"
     master_port: int = 0
+    listener: socket.socket | None = field(default=None, compare=False, repr=False)
+    """On rank 0, where it has already taken the port that all meet at."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def on_one_node(self) -> bool:
+        return self.local_size == self.size
+
+
+_MARKS: Final = {
+    "torchrun": ("RANK", "WORLD_SIZE"),
+    "pals": ("PALS_RANKID",),
+    "mpi": _MPI_MARKERS,
+    "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+}
+
+
+def marks_of(launcher: str, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The variables that say that `launcher` has started this process."""
+    return [name for name in _MARKS.get(launcher, ()) if name in environment]
 
 
 def launcher_of(environment: Mapping[str, str]) -> str:
@@ -77,29 +98,69 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
     """
     launcher = launcher_of(environment)
     if launcher in ("pals", "mpi"):
-        ranks = _from_mpi(launcher, environment)
-    elif launcher == "slurm":
+        return _from_mpi(launcher, environment)
+    if launcher == "slurm":
         ranks = _from_slurm(environment)
     elif launcher == "none":
         ranks = Ranks()
     else:
-        ranks = Ranks(
-            launcher=launcher,
-            rank=int(environment["RANK"]),
-            size=int(environment["WORLD_SIZE"]),
-            local_rank=int(environment.get("LOCAL_RANK", environment["RANK"])),
-            local_size=int(environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"])),
-            master_addr=environment.get("MASTER_ADDR", "127.0.0.1"),
-            master_port=int(environment.get("MASTER_PORT", "0")),
-        )
-    promised = environment.get("LARGEBATCH_RANKS")
-    if promised is not None and int(promised) != ranks.size:
-        raise ConfigError(
-            f"LARGEBATCH_RANKS={promised} ranks were to be started, but this process "
-            f"({socket.gethostname()}, launcher: {launcher}) sees {ranks.size}: start it with the "
-            "job's mpiexec, srun or torchrun, or unset LARGEBATCH_RANKS"
-        )
+        ranks = _from_torchrun(launcher, environment)
+    _check_promise(ranks.size, launcher, environment)
     return ranks
+
+
+def whole(
+    environment: Mapping[str, str], name: str, default: int | None = None, most: int = 2**31
+) -> int:
+    """A variable that holds a whole number.
+
+    Raises:
+        ConfigError: it is missing, or holds something else.
+    """
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.strip().isdecimal() or int(text) > most:
+        got = "it is missing" if text is None else f"got {text!r}"
+        raise ConfigError(
+            f"the environment variable {name} must be a whole number from 0 to {most:,}, {got}: a "
+            "launcher sets it; to begin alone, unset it and its like "
+            f"({', '.join(marks_of(launcher_of(environment), environment)) or name})"
+        )
+    return int(text)
+
+
+def _check_promise(size: int, launcher: str, environment: Mapping[str, str]) -> None:
+    if "LARGEBATCH_RANKS" in environment and whole(environment, "LARGEBATCH_RANKS") != size:
+        raise ConfigError(
+            f"LARGEBATCH_RANKS={environment['LARGEBATCH_RANKS']} ranks were to be started, but "
+            f"this process ({socket.gethostname()}, launcher: {launcher}) sees {size}: start it "
+            "with the job's mpiexec, srun or torchrun, or unset LARGEBATCH_RANKS"
+        )
+
+
+def _from_torchrun(launcher: str, environment: Mapping[str, str]) -> Ranks:
+    rank, size = whole(environment, "RANK"), whole(environment, "WORLD_SIZE")
+    if rank >= size:
+        raise ConfigError(
+            f"RANK must be less than WORLD_SIZE, got RANK={rank} WORLD_SIZE={size}: torchrun sets "
+            "them; to begin alone, unset RANK and WORLD_SIZE"
+        )
+    port = whole(environment, "MASTER_PORT", 0, most=65_535)
+    if size > 1 and port == 0:
+        raise ConfigError(
+            f"RANK={rank} and WORLD_SIZE={size} are in the environment, and no MASTER_PORT to meet "
+            "at: start with torchrun or engine.nproc; to begin alone, unset RANK and WORLD_SIZE"
+        )
+    return Ranks(
+        launcher=launcher,
+        rank=rank,
+        size=size,
+        local_rank=whole(environment, "LOCAL_RANK", rank),
+        local_size=whole(environment, "LOCAL_WORLD_SIZE", size),
+        master_addr=environment.get("MASTER_ADDR") or "127.0.0.1",
+        master_port=port,
+    )
 
 
 def _from_mpi(launcher: str, environment: Mapping[str, str]) -> Ranks:
@@ -107,28 +168,71 @@ def _from_mpi(launcher: str, environment: Mapping[str, str]) -> Ranks:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no MPI library
         if launcher == "pals" and "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
-            return _from_pals_alone(environment)
-        if "SLURM_STEP_NUM_TASKS" in environment:
-            return _from_slurm(environment)
-        raise ConfigError(
-            f"started by an MPI launcher, but mpi4py does not load ({_first_line(error)}): "
-            "pip install 'largebatch[mpi]', or start with torchrun or engine.nproc"
-        ) from None
+            ranks = _from_pals_alone(environment)
+        elif "SLURM_STEP_NUM_TASKS" in environment:
+            ranks = _from_slurm(environment)
+        else:
+            raise ConfigError(
+                f"started by an MPI launcher, but mpi4py does not load ({_first_line(error)}): "
+                "pip install 'largebatch[mpi]', or start with torchrun or engine.nproc"
+            ) from None
+        _check_promise(ranks.size, launcher, environment)
+        return ranks
     world = MPI.COMM_WORLD
     rank, size = world.Get_rank(), world.Get_size()
-    _check_size(size, environment)
-    if launcher == "pals":
-        _check_rank(rank, environment)
-        local_rank, local_size = _pals_local(environment)
-    else:
+    local_rank, local_size = 0, 1
+    if launcher == "mpi":  # before anything that one rank alone may be refused for
         node = world.Split_type(MPI.COMM_TYPE_SHARED)
         local_rank, local_size = node.Get_rank(), node.Get_size()
-    # Rank 0's failure is told, so that the others do not wait for it.
-    master: Any = _master(environment, one_node=local_size == size) if rank == 0 else None
-    master = world.bcast(master)
-    if isinstance(master, ConfigError):
-        raise master
-    return Ranks(launcher, rank, size, local_rank, local_size, *master)
+
+    def check() -> tuple[str, socket.socket] | None:
+        nonlocal local_rank, local_size
+        _check_size(size, environment)
+        if launcher == "pals":
+            _check_rank(rank, environment)
+            local_rank, local_size = _pals_local(environment)
+        _check_promise(size, launcher, environment)
+        return _master(environment, one_node=local_size == size) if rank == 0 else None
+
+    found = _agreed(world, MPI, check)
+    master = found and f"{found[0]} {found[1].getsockname()[1]}"
+    addr, _, port = _told(world, MPI, master or "", 0).partition(" ")
+    return Ranks(launcher, rank, size, local_rank, local_size, addr, int(port), found and found[1])
+
+
+T = TypeVar("T")
+
+
+def _agreed(world: Any, mpi: Any, check: Callable[[], T]) -> T:
+    """What `check` returns, once it has on every rank; one that is refused ends all.
+
+    Raises:
+        ConfigError: that of this rank, or that of the first rank with one.
+    """
+    own: ConfigError | None = None
+    try:
+        found = check()
+    except ConfigError as error:
+        own = error
+    first = array("q", [world.size if own is None else world.rank])
+    world.Allreduce(mpi.IN_PLACE, [first, mpi.INT64_T], op=mpi.MIN)
+    if first[0] == world.size:
+        return found
+    where = f"rank {first[0]} on {socket.gethostname()}: " if first[0] > 0 else ""
+    text = _told(world, mpi, f"{where}{own}", first[0])
+    if first[0] == world.rank:
+        raise ConfigError(text) from own
+    raise RanksRefused(text)
+
+
+def _told(world: Any, mpi: Any, text: str, root: int) -> str:
+    """The text of rank `root`, on every rank."""
+    data = bytearray(text.encode())
+    length = array("q", [len(data)])
+    world.Bcast([length, mpi.INT64_T], root=root)
+    data = data if world.rank == root else bytearray(length[0])
+    world.Bcast([data, mpi.BYTE], root=root)
+    return data.decode()
 
 
 def _first_line(error: Exception) -> str:
@@ -141,25 +245,25 @@ def _from_pals_alone(environment: Mapping[str, str]) -> Ranks:
     Raises:
         ConfigError: nothing says the size.
     """
-    rank, (local_rank, local_size) = int(environment["PALS_RANKID"]), _pals_local(environment)
-    size = _said_size(environment)
+    rank, (local_rank, local_size) = whole(environment, "PALS_RANKID"), _pals_local(environment)
+    size = said_size(environment)
     if size is None or rank >= size:
         raise ConfigError(
             f"rank {rank} of PALS finds no size of the world (got {size}): pip install "
             "'largebatch[mpi]', or export LARGEBATCH_RANKS with the number of ranks"
         )
-    addr, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    addr, port = environment["MASTER_ADDR"], whole(environment, "MASTER_PORT", most=65_535)
     if rank == 0:
         check_is_here(addr)
     return Ranks("pals", rank, size, local_rank, local_size, addr, port)
 
 
 def _pals_local(environment: Mapping[str, str]) -> tuple[int, int]:
-    return int(environment["PALS_LOCAL_RANKID"]), int(environment["PALS_LOCAL_SIZE"])
+    return whole(environment, "PALS_LOCAL_RANKID"), whole(environment, "PALS_LOCAL_SIZE")
 
 
 def _check_rank(rank: int, environment: Mapping[str, str]) -> None:
-    if rank != int(environment["PALS_RANKID"]):
+    if rank != whole(environment, "PALS_RANKID"):
         raise ConfigError(
             f"PALS started this process as rank {environment['PALS_RANKID']}, but mpi4py says "
             f"{rank}: its MPI library is not the launcher's; install an mpi4py built for it"
@@ -172,7 +276,7 @@ def _check_size(size: int, environment: Mapping[str, str]) -> None:
     A world of one needs a proof, that of more than one only no contradiction: a job may well use
     fewer nodes than its PBS_NODEFILE has.
     """
-    said = _said_size(environment, exact=size != 1)
+    said = said_size(environment, exact=size != 1)
     if said is None and size == 1 and "PALS_RANKID" in environment:
         said = "an unknown number of"
     if said is not None and said != size:
@@ -185,7 +289,7 @@ def _check_size(size: int, environment: Mapping[str, str]) -> None:
         )
 
 
-def _said_size(environment: Mapping[str, str], exact: bool = False) -> Any:
+def said_size(environment: Mapping[str, str], exact: bool = False) -> Any:
     """The size of the world by the environment; None where nothing says it.
 
     Args:
@@ -193,12 +297,12 @@ def _said_size(environment: Mapping[str, str], exact: bool = False) -> Any:
     """
     for name in _SIZES:
         if name in environment:
-            return int(environment[name])
+            return whole(environment, name)
     nodefile = Path(environment.get("PBS_NODEFILE", ""))
     if exact or "PALS_LOCAL_SIZE" not in environment or not nodefile.is_file():
         return None
     nodes = set(nodefile.read_text(encoding="utf-8").split())
-    return len(nodes) * int(environment["PALS_LOCAL_SIZE"])
+    return len(nodes) * whole(environment, "PALS_LOCAL_SIZE")
 
 
 def _from_slurm(environment: Mapping[str, str]) -> Ranks:
@@ -207,8 +311,8 @@ def _from_slurm(environment: Mapping[str, str]) -> Ranks:
     Raises:
         ConfigError: several ranks without MASTER_ADDR and MASTER_PORT.
     """
-    rank, size = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
-    local_rank = int(environment["SLURM_LOCALID"])
+    rank, size = whole(environment, "SLURM_PROCID"), whole(environment, "SLURM_STEP_NUM_TASKS")
+    local_rank = whole(environment, "SLURM_LOCALID")
     # "2(x3),1": two tasks on each of three nodes, one on the fourth.
     counts = [
         int(tasks)
@@ -217,7 +321,7 @@ def _from_slurm(environment: Mapping[str, str]) -> Ranks:
         )
         for _ in range(int(times or 1))
     ]
-    local_size = counts[int(environment.get("SLURM_NODEID", "0"))]
+    local_size = counts[whole(environment, "SLURM_NODEID", 0)]
     if size == 1:
         return Ranks("slurm", rank, size, local_rank, local_size)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
@@ -227,14 +331,15 @@ def _from_slurm(environment: Mapping[str, str]) -> Ranks:
             "them before srun (largebatch submit cluster=slurm does), the address that of the "
             'first node: $(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
         )
-    addr, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    addr, port = environment["MASTER_ADDR"], whole(environment, "MASTER_PORT", most=65_535)
     if rank == 0:
         check_is_here(addr)
     return Ranks("slurm", rank, size, local_rank, local_size, addr, port)
 
 
-def _master(environment: Mapping[str, str], one_node: bool) -> tuple[str, int] | ConfigError:
-    """Where the ranks meet: MASTER_ADDR and MASTER_PORT where exported, else this node.
+def _master(environment: Mapping[str, str], one_node: bool) -> tuple[str, socket.socket]:
+    """Where the ranks meet: MASTER_ADDR and MASTER_PORT where exported, else this node. The port is
+    taken from now on.
 
     On several nodes this node goes by its name on the high-speed network, where the site has one:
     the suffix in LARGEBATCH_HSN_SUFFIX.
@@ -243,55 +348,5 @@ def _master(environment: Mapping[str, str], one_node: bool) -> tuple[str, int] |
     suffix = environment.get("LARGEBATCH_HSN_SUFFIX")
     on_network = f"{host.split('.')[0]}.{suffix}" if suffix else host
     addr = environment.get("MASTER_ADDR") or ("127.0.0.1" if one_node else on_network)
-    try:
-        check_is_here(addr)
-    except ConfigError as error:
-        return error
-    return addr, int(environment.get("MASTER_PORT") or free_port())
-
-
-def check_is_here(addr: str) -> None:
-    """Refuse, on rank 0, an address at which the others would not find it.
-
-    Raises:
-        ConfigError: naming the address and this node.
-    """
-    way_out = (
-        "MASTER_ADDR must be a name of rank 0's node; the suffix of the high-speed network is "
-        "LARGEBATCH_HSN_SUFFIX, or cluster.hsn_suffix of largebatch submit"
-    )
-    try:
-        found = socket.getaddrinfo(addr, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ConfigError(
-            f"the master address {addr} does not resolve on {socket.gethostname()} "
-            f"({error.strerror}): {way_out}"
-        ) from error
-    for family, kind, protocol, _, address in found:
-        with socket.socket(family, kind, protocol) as probe:
-            try:
-                probe.bind((address[0], 0))
-            except OSError:
-                continue
-            return
-    raise ConfigError(f"the master address {addr} is not of {socket.gethostname()}: {way_out}")
-
-
-# Below those that systems hand out for outgoing connections (32768 and up on Linux).
-_PORTS: Final = range(20_000, 32_768)
-
-
-def free_port() -> int:
-    """A TCP port that is free, and that no outgoing connection is given before the store takes it,
-    which may be seconds later: MPI opens some meanwhile.
-    """
-    # Not the generator that a user may have seeded: all runs would try the same ports.
-    for port in (*random.SystemRandom().sample(_PORTS, 100), 0):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            found: int = probe.getsockname()[1]
-            return found
-    raise OSError("no TCP port is free")
+    port = whole(environment, "MASTER_PORT", 0, 65_535) if environment.get("MASTER_PORT") else 0
+    return addr, listen(addr, port, one_node)

@@ -5,7 +5,6 @@ what was found at another batch size, world or seed stays. Imports matplotlib to
 """
 
 import csv
-import fcntl
 import io
 import os
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from largebatch.conf.errors import ConfigError
+from largebatch.train.locks import lock_or_warn
 from largebatch.train.lr_find import FRACTION, LRFinder
 
 TABLE: Final = "lr_find.csv"
@@ -70,7 +70,7 @@ def check_table(folder: Path) -> None:
 def append(path: Path, found: Mapping[str, Any]) -> None:
     """Add one row, whole; the columns' names first where the file is new."""
     with path.open("ab") as table:
-        fcntl.flock(table.fileno(), fcntl.LOCK_EX)  # waits; closing the file lets go
+        lock_or_warn(table.fileno(), path, wait=True)  # closing the file lets go
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         if os.fstat(table.fileno()).st_size == 0:

@@ -1,9 +1,11 @@
 """What rank 0 orders of a run, checked as far as it can be without torch."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -47,6 +49,29 @@ class Order:
     """Of the run that is in the folder already."""
     current: Path | None = None
     """Where paths are relative to, with hydra.job.chdir; None: where each rank was started."""
+    words: Mapping[str, Any] = field(default_factory=dict)
+    """What the other ranks are told, in values of JSON."""
+
+
+def order_of(words: Mapping[str, Any]) -> Order:
+    """The order that rank 0 has told in its `words`; without what rank 0 alone has to do with."""
+    if words["begun_in"] not in sys.path:  # where the user's own classes are
+        sys.path.insert(0, words["begun_in"])
+    config = typed(OmegaConf.create(words["config"]))
+    plan = make_plan(config)
+    if config.mode is not None:
+        config = as_sweep(config, plan)
+    resumed = words["resumed"]
+    return Order(
+        config=config,
+        plan=plan,
+        folder=Path(words["folder"]),
+        **words["names"],
+        noise_seam=words["noise_seam"],
+        current=words["current"] and Path(words["current"]),
+        resumption=resumed and Resumption(resumed[0] and Path(resumed[0]), resumed[1]),
+        words=words,
+    )
 
 
 def prepare(composed: DictConfig, ranks: Ranks) -> Order:
@@ -86,18 +111,32 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
         resumption = find_resumption(folder, hydra_files["config.yaml"], world, plan)
     if resumption is None:
         check_free(folder)
+    names: dict[str, Any] = {
+        "optimizer": str(settings.runtime.choices["optim"]),
+        "task": str(settings.runtime.choices["task"]),
+        "model": _model(config, str(settings.runtime.choices["model"])),
+        "sweep": None if single else Path(settings.sweep.dir).name,
+    }
+    checkpoint = None if resumption is None else resumption.checkpoint
+    words = {
+        "config": OmegaConf.to_container(composed, resolve=True),
+        "current": str(Path.cwd()) if settings.job.chdir else None,
+        "begun_in": settings.runtime.cwd,
+        "folder": str(folder),
+        "names": names,
+        "noise_seam": seam,
+        "resumed": resumption and [checkpoint and str(checkpoint), resumption.samples],
+    }
     return Order(
         config=config,
         plan=plan,
         folder=folder,
-        optimizer=str(settings.runtime.choices["optim"]),
-        task=str(settings.runtime.choices["task"]),
-        model=_model(config, str(settings.runtime.choices["model"])),
-        sweep=None if single else Path(settings.sweep.dir).name,
+        **names,
         hydra_files=hydra_files,
         noise_seam=seam,
         resumption=resumption,
         current=Path.cwd() if settings.job.chdir else None,
+        words=words,
     )
 
 

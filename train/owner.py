@@ -8,8 +8,6 @@ Two jobs of one chain that wrote into one folder have cost checkpoints: hence th
 anything in the folder is read to be gone on from.
 """
 
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from largebatch.conf.errors import ConfigError
+from largebatch.train.locks import lock
 
 OWNER: Final = "owner.json"
 
@@ -27,7 +26,6 @@ BEAT_SECONDS: Final = 20.0
 STALE_SECONDS: Final = 180.0
 """Without a lock: an owner that has not shown itself for so long is gone."""
 
-_NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 _JOB_IDS: Final = ("PBS_JOBID", "SLURM_JOB_ID", "LSB_JOBID")
 
 
@@ -62,7 +60,7 @@ class Owner:
             "world": world,
             "begun": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        locked = _locked(file.fileno())
+        locked = lock(file.fileno())
         if locked is False:
             raise self._refusal()
         if locked is None:
@@ -166,18 +164,3 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _text(words: dict[str, Any]) -> str:
     return json.dumps(words, indent=1) + "\n"
-
-
-def _locked(descriptor: int) -> bool | None:
-    """Take the lock of an open file; False where another process holds it, None where the file
-    system has no locks.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return None
-        raise
-    return True

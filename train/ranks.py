@@ -8,24 +8,34 @@ variables.
 
 import importlib
 import os
-import pickle
 import resource
+import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
+from weakref import WeakValueDictionary
 
 from largebatch.conf.errors import ConfigError
-from largebatch.train.launchers import Ranks, free_port, launcher_of, ranks_from
+from largebatch.train.addresses import free_port, listen
+from largebatch.train.launchers import (
+    Ranks,
+    launcher_of,
+    marks_of,
+    ranks_from,
+    said_size,
+    whole,
+)
 
 if TYPE_CHECKING:
     import torch
-    from torch._C._distributed_c10d import Store
+    from torch._C._distributed_c10d import Store, TCPStore
 
 __all__ = [
     "Ranks",
@@ -33,13 +43,14 @@ __all__ = [
     "find_ranks",
     "free_port",
     "launcher_of",
+    "marks_of",
     "meet",
+    "open_store",
     "pick_device",
     "process_group",
     "ranks_from",
     "set_threads",
     "started_ranks",
-    "tell",
 ]
 
 # With one of these a launcher shows a rank some of its node's devices.
@@ -56,12 +67,19 @@ def find_ranks() -> Ranks:
 
 
 @contextmanager
-def started_ranks(nproc: int) -> Iterator[Ranks]:
+def started_ranks(
+    nproc: int, died: Callable[[int, str], None] = lambda rank, how: None
+) -> Iterator[Ranks]:
     """This process as rank 0 of `nproc`, the others started on this node for as long as it lasts.
 
     They run `python -m largebatch train` and take the configuration from rank 0.
+
+    Args:
+        died: takes the rank of one that has ended with another code than 0, and how; called in a
+            thread of its own, once for each.
     """
-    port = free_port()
+    listener = listen("127.0.0.1", 0, one_node=True)
+    port = listener.getsockname()[1]
     others = []
     for rank in range(1, nproc):
         environment = _without("LARGEBATCH_RANKS") | {
@@ -85,14 +103,41 @@ def started_ranks(nproc: int) -> Iterator[Ranks]:
                 stdout=subprocess.DEVNULL,
             )
         )
+    ended = threading.Event()
+
+    def look() -> None:
+        living = dict(enumerate(others, start=1))
+        while living and not ended.wait(0.1):
+            for rank in [rank for rank, process in living.items() if process.poll() is not None]:
+                code = living.pop(rank).returncode
+                if code != 0 and not ended.is_set():
+                    died(rank, how_it_ended(code))
+
+    watcher = threading.Thread(target=look, name="started-ranks", daemon=True)
+    watcher.start()
     try:
-        yield Ranks("nproc", 0, nproc, 0, nproc, "127.0.0.1", port)
+        yield Ranks("nproc", 0, nproc, 0, nproc, "127.0.0.1", port, listener)
         for other in others:
             other.wait(timeout=60)
     finally:
+        ended.set()
         for other in others:
             other.kill()
             other.wait()
+        watcher.join()
+        listener.close()
+
+
+def how_it_ended(code: int) -> str:
+    """In words, from what `Popen.returncode` says."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = "a signal without a name"
+    memory = ", as the system does when memory runs out" * (-code == signal.SIGKILL)
+    return f"was killed by signal {-code} ({name}){memory}"
 
 
 def _without(name: str) -> dict[str, str]:
@@ -102,9 +147,10 @@ def _without(name: str) -> dict[str, str]:
 def die_with_parent(environment: Mapping[str, str] = os.environ) -> None:
     """End this process when the one that started it is gone, SIGKILL included.
 
-    A launcher's ranks watch the process above them: torchrun's agent, mpiexec's proxy, Slurm's step
-    daemon. Others watch the process id in `LARGEBATCH_PARENT`; without one this does nothing. An
-    orphan that trained on would hold its device, and write into a folder that a restarted run owns.
+    That is the process that `LARGEBATCH_PARENT` names, and for a rank of several the one above it:
+    torchrun's agent, mpiexec's proxy, Slurm's step daemon. An orphan that trained on would hold its
+    device, and write into a folder that a restarted run owns. One rank alone is nobody's: variables
+    of a launcher that are left over in a shell must not end a run with that shell.
     """
     parent = _parent(environment)
     if parent is None or parent == os.getpid():
@@ -119,10 +165,13 @@ def die_with_parent(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _parent(environment: Mapping[str, str]) -> int | None:
-    if launcher_of(environment) not in ("none", "nproc"):
-        return os.getppid()  # LARGEBATCH_PARENT, if any, is that of the launcher
+    launcher, above = launcher_of(environment), os.getppid()
     named = environment.get("LARGEBATCH_PARENT")
-    return None if named is None else int(named)
+    if launcher in ("none", "nproc") or named == str(above):
+        return None if named is None else int(named)
+    # LARGEBATCH_PARENT, if any, is that of the launcher.
+    size = whole(environment, "WORLD_SIZE") if launcher == "torchrun" else said_size(environment)
+    return None if size == 1 else above
 
 
 def pick_device(name: str | None, ranks: Ranks, ipex: bool = False) -> "torch.device":
@@ -180,33 +229,75 @@ def set_threads(ranks: Ranks) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_size))
 
 
-def meet(ranks: Ranks) -> "Store | None":
-    """The store in which all ranks meet before they know anything else; None for one rank.
+_servers: "WeakValueDictionary[tuple[str, int], TCPStore]" = WeakValueDictionary()
+"""Of this process, by address: what meets again in it (a preflight, then the run) shares one."""
+
+MEETING: Final = timedelta(minutes=30)
+"""How long ranks wait for one another before there is a run."""
+
+
+def meet(ranks: Ranks, timeout: timedelta = MEETING) -> "Store | None":
+    """The store in which all ranks meet before they know anything else; None for one rank. Rank 0
+    does not wait for the others here.
 
     Raises:
-        ConfigError: this process may not open as many files as it needs sockets.
+        ConfigError: rank 0's address is not of its node, its port is taken, there is no rank 0 in
+            time, or this process may not open as many files as it needs sockets.
     """
     if ranks.size == 1:
         return None
-    _allow_sockets(ranks.size)
     from torch._C._distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
+    from torch.distributed import DistError
 
-    # torchrun's agent may keep the store itself; env:// knows.
-    address = f"tcp://{ranks.master_addr}:{ranks.master_port}"
-    url = "env://" if ranks.launcher == "torchrun" else address
-    store: Store = next(iter(rendezvous(url, ranks.rank, ranks.size)))[0]
+    _allow_sockets(ranks.size)
+    try:
+        store = open_store(ranks, timeout)
+    except DistError as error:
+        raise ConfigError(
+            f"rank {ranks.rank} finds no rank 0 at {ranks.master_addr}:{ranks.master_port} "
+            f"({str(error).partition(chr(10))[0]})"
+        ) from error
     # torchrun's agent keeps one store through all restarts, with the words of those that failed.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"largebatch/attempt-{attempt}", store)
 
 
+def open_store(ranks: Ranks, timeout: timedelta) -> "TCPStore":
+    """A store on rank 0's node that listens at the master address alone, or that of torchrun's
+    agent, which listens at every address.
+
+    Raises:
+        ConfigError: on rank 0, the address is not of its node or the port is taken.
+        DistError: no store there before the time is over.
+    """
+    from torch._C._distributed_c10d import TCPStore
+
+    address = ranks.master_addr, ranks.master_port
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = ranks.is_first and not (agent and ranks.launcher == "torchrun")
+    if not serves or address in _servers:
+        return TCPStore(*address, timeout=timeout, wait_for_workers=False)
+    listener = ranks.listener
+    if listener is None or listener.fileno() < 0:
+        listener = listen(*address, ranks.on_one_node)
+    server = TCPStore(
+        *address,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    _servers[address] = server
+    return server
+
+
 def _allow_sockets(size: int) -> None:
-    """Let this process open a file for each of `size` ranks: rank 0 keeps the store, gloo is a
-    full mesh. What a job's script asked of the system need not have reached its ranks.
+    """Let this process open the files that `size` ranks need: rank 0 keeps the store, to which each
+    connects twice, gloo is a full mesh. What a job's script asked of the system need not have
+    reached its ranks.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = size + _OTHER_FILES
+    needed = 2 * size + _OTHER_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
@@ -216,23 +307,6 @@ def _allow_sockets(size: int) -> None:
             "ranks"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def tell(store: "Store | None", ranks: Ranks, value: Any) -> Any:
-    """Rank 0's `value` on every rank, before there is a process group to ask.
-
-    Rank 0 returns when all have it: the store ends with rank 0, which may have nothing more to do.
-    """
-    if store is None:
-        return value
-    if ranks.is_first:
-        store.set("told", pickle.dumps(value))  # type: ignore[arg-type] # takes bytes
-        store.wait(["heard"])
-        return value
-    heard = pickle.loads(store.get("told"))
-    if store.add("listeners", 1) == ranks.size - 1:
-        store.set("heard", "by all")
-    return heard
 
 
 @contextmanager
@@ -257,6 +331,9 @@ def process_group(
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore, PrefixStore
 
+    if ranks.master_addr == "127.0.0.1":
+        # Gloo would listen at the address of the host's name, where others come in.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
         store=PrefixStore("group", store or HashStore()),
@@ -270,3 +347,8 @@ def process_group(
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _loopback() -> str:
+    names = [name for _, name in socket.if_nameindex()]
+    return "lo" if "lo" in names else "lo0"

@@ -5,11 +5,11 @@ A folder belongs to the run that created its metrics.jsonl, and to one process a
 `resume=auto` goes on in it, from a checkpoint.
 """
 
-import fcntl
 import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -153,6 +153,14 @@ def claim(folder: Path, world: int = 1) -> Owner:
         raise
 
 
+def unwritable(error: OSError) -> str:
+    """What keeps a run from making its folder."""
+    return (
+        f"the run's folder cannot be written: {error}: choose another with hydra.run.dir=… (of a "
+        "sweep hydra.sweep.dir=…)"
+    )
+
+
 class RunFolder:
     """The record of one run, open for as long as the run lasts. The folder is this process's until
     then (`train/owner.py`).
@@ -180,6 +188,8 @@ class RunFolder:
         world: int = 1,
     ) -> None:
         self.path, self.last = folder, Kept()
+        self._kept = bytearray()
+        self._is_full = False
         if resumed_samples is None:
             check_free(folder)
             (folder / ".hydra").mkdir(parents=True, exist_ok=True)
@@ -221,20 +231,39 @@ class RunFolder:
         self.last = kept
         self._lines.seek(self.last.size)
         self._lines.truncate()
+        os.lseek(
+            self._lines.fileno(), kept.size, os.SEEK_SET
+        )  # from here on it is written without it
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """One line, on disk before the next step is recorded."""
+        """One line, on disk before the next step is recorded. Lines that a full disk does not take
+        are kept, and written once it does.
+        """
         text = json.dumps({key: finite(value) for key, value in line.items()}) + "\n"
-        self._lines.write(text)
-        self._lines.flush()
         size, step = self.last.size + len(text), line.get("step", self.last.step)
         self.last = Kept(size, step, line.get("seconds", self.last.seconds))
+        self._kept += text.encode()
+        try:
+            self._write_kept()
+        except OSError as error:
+            if not self._is_full:
+                say(f"{self.path / METRICS} takes no lines ({error}): they are kept until it does")
+            self._is_full = True
+        else:
+            if self._is_full:
+                say(f"{self.path / METRICS} takes lines again; none is lost")
+            self._is_full = False
+
+    def _write_kept(self) -> None:
+        """Write what is kept, and forget as much of it as is on disk."""
+        while self._kept:
+            del self._kept[: os.write(self._lines.fileno(), self._kept)]
 
     def rewind(self, samples: int) -> None:
         """Move the lines of steps after `samples` samples to `rolled_back.jsonl`: the run has gone
         back to before them.
         """
-        self._lines.flush()
+        self._write_kept()
         kept = kept_lines(self.path, samples)
         with (self.path / METRICS).open("rb") as lines:
             lines.seek(kept.size)
@@ -247,17 +276,25 @@ class RunFolder:
 
         Raises:
             Owned: another process has taken the folder for abandoned, and over.
+            OSError: the disk is full, or gone.
         """
         self._owner.check()
-        self._lines.flush()
+        self._write_kept()
         os.fsync(self._lines.fileno())
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        """Write the summary: whole, or not at all."""
+        """Write the summary: whole, or not at all.
+
+        Raises:
+            OSError: it, or lines before it, could not be written.
+        """
         assert summary["status"] in STATUSES
         text = json.dumps({key: finite(value) for key, value in summary.items()}, indent=1)
-        write_whole(self.path / SUMMARY, text + "\n")
-        self._owner.release()
+        try:
+            self._write_kept()
+        finally:
+            write_whole(self.path / SUMMARY, text + "\n")
+            self._owner.release()
 
     def __enter__(self) -> Self:
         return self
@@ -272,18 +309,21 @@ class RunFolder:
 
 
 def write_whole(path: Path, text: str, durable: bool = True) -> None:
-    """Replace `path` in one step, so that no reader and no crash sees half of it.
+    """Replace `path` in one step, so that no reader and no crash sees half of it. The draft of a
+    writer that was killed is the next one's.
 
     Args:
-        durable: wait until the disk has it. Without, a crash of the machine may leave an empty
-            file: for what is written anew every second.
+        durable: wait until it would survive a crash of the machine.
+
+    Raises:
+        OSError: the disk is full, or gone; `path` is as it was.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.draft")
     try:
         with draft.open("w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
             if durable:
-                file.flush()
                 os.fsync(file.fileno())
         draft.replace(path)
     except OSError:
@@ -291,10 +331,6 @@ def write_whole(path: Path, text: str, durable: bool = True) -> None:
         raise
 
 
-def lock(descriptor: int) -> bool:
-    """Take the lock of an open file; False where another process holds it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def say(what: str) -> None:
+    """One line on stderr."""
+    print(f"largebatch: {what}", file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ class Silence:
     def event(self, event: dict[str, Any]) -> None: ...
     def rewind(self, samples: int) -> None: ...
     def phase(self, name: str) -> None: ...
+    def flush_to_disk(self) -> None: ...
     def checkpoint_failed(self, samples: int, reason: str) -> None: ...
     def rates(self) -> dict[str, Any]:
         return {}
@@ -101,8 +102,14 @@ class Reporter(Silence):
     def phase(self, name: str) -> None:
         """Something else than steps begins."""
         self._heartbeat.enter(name)
-        if name == "save":
-            self._folder.flush_to_disk()  # a checkpoint must not outlive the lines before it
+
+    def flush_to_disk(self) -> None:
+        """The lines so far, before a checkpoint that must not outlive them.
+
+        Raises:
+            OSError: the disk is full, or gone.
+        """
+        self._folder.flush_to_disk()
 
     def checkpoint_failed(self, samples: int, reason: str) -> None:
         self.event(

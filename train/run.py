@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from largebatch.conf.config import EngineConfig
-from largebatch.conf.errors import ConfigError
+from largebatch.conf.errors import ConfigError, RanksEnded
 from largebatch.schedules.counts import real_number
 from largebatch.train.annotations import in_yaml
 from largebatch.train.build import build, call, check_arguments, check_kind
@@ -36,9 +36,10 @@ from largebatch.train.peaks import chosen, peaks_of
 from largebatch.train.precision import Precision
 from largebatch.train.provenance import device_name, provenance
 from largebatch.train.ranks import Ranks
-from largebatch.train.record import RunFolder
+from largebatch.train.record import RunFolder, unwritable
 from largebatch.train.reporter import Reporter, Silence
 from largebatch.train.tasks import Task, check_task, sampler_of
+from largebatch.train.team import Team
 from largebatch.train.throughput import Throughput
 from largebatch.train.trial import MOST_TRIED, check_batches, try_one_pass
 
@@ -203,7 +204,7 @@ def build_optimizer(node: Mapping[str, Any], model: nn.Module, ranks: Ranks) -> 
 
 def run(
     order: Order,
-    ranks: Ranks,
+    team: Team,
     device: torch.device,
     watch: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -214,50 +215,73 @@ def run(
 
     Raises:
         ConfigError: before anything is written.
+        RanksEnded: a fault of another rank.
     """
+    ranks = team.ranks
     parts = build_parts(order, ranks, device)
     if not ranks.is_first:
-        (opened,) = parts.engine.as_first_rank([0.0])
-        if not opened:
-            raise ConfigError("rank 0 was refused the run's folder")
+        parts.engine.as_first_rank([0.0])  # when rank 0 has opened the record
         return _train(order, parts, ranks, device, Silence())
     throughput = build_throughput(order, parts.task, ranks, device)
-    folder, logger = _opened(order, parts.task, parts.engine)
-    with folder:
-        every = order.config.record.every
-        reporter = Reporter(folder, logger, throughput, ranks.size, every, watch)
+    folder, logger = _opened(order, parts.task, parts.engine.data_parallel_size)
+    parts.engine.as_first_rank([0.0])
+    every = order.config.record.every
+    reporter = Reporter(folder, logger, throughput, ranks.size, every, watch)
+
+    def failed(error: BaseException) -> dict[str, Any]:
+        parts.progress.status = "failed"
+        told = str(error) if isinstance(error, RanksEnded) else f"{type(error).__name__}: {error}"
+        return _summary(order, parts, ranks, device, reporter) | {"error": told}
+
+    def abandon(ended: RanksEnded) -> None:
+        folder.close(failed(ended))
+        reporter.__exit__(type(ended), ended, None)
+
+    with folder, team.closing(abandon):
         try:
             with reporter:
                 summary = _train(order, parts, ranks, device, reporter)
         except BaseException as error:
-            parts.progress.status = "failed"
-            failed = _summary(order, parts, ranks, device, reporter)
-            summary = failed | {"error": f"{type(error).__name__}: {error}"}
-            folder.close(summary)
+            cause = team.cause(error)
+            summary = failed(cause)
+            close_record(folder, summary)
             logger.finish(summary)
-            raise
-        folder.close(summary)
+            if cause is error:
+                raise
+            raise cause from error
+        close_record(folder, summary)
         logger.finish(summary)
-        return summary
+    return summary
 
 
-def _opened(order: Order, task: Task, engine: Engine) -> tuple[RunFolder, SafeLogger]:
-    """The run's folder and logger, on rank 0; the others hear whether there are any."""
-    resumed, owner, before = None, None, None
+def close_record(folder: RunFolder, summary: dict[str, Any]) -> None:
+    """Write the summary; where that cannot be, the summary says so of itself."""
+    try:
+        folder.close(summary)
+    except OSError as error:
+        told = f"the record in {folder.path} could not be completed: {error}"
+        summary |= {
+            "status": "failed",
+            "error": f"{summary['error']}; {told}" if "error" in summary else told,
+        }
+
+
+def _opened(order: Order, task: Task, world: int) -> tuple[RunFolder, SafeLogger]:
+    """The run's folder and logger, on rank 0.
+
+    Raises:
+        ConfigError: the folder holds another run, or cannot be written.
+    """
+    resumed, owner = None, None
     if order.resumption is not None:
         resumed, owner = order.resumption.samples, order.resumption.owner
-        before = order.resumption.checkpoint
+        if order.resumption.checkpoint is not None:
+            check_data(order.resumption.checkpoint, task)
+    logger = _logger(order)  # first: what is refused leaves a folder as it was
     try:
-        if before is not None:
-            check_data(before, task)
-        logger = _logger(order)  # first: what is refused leaves a folder as it was
-        world = engine.data_parallel_size
-        folder = RunFolder(order.folder, order.hydra_files, resumed, owner, world)
-    except BaseException:
-        engine.as_first_rank([0.0])
-        raise
-    engine.as_first_rank([1.0])
-    return folder, logger
+        return RunFolder(order.folder, order.hydra_files, resumed, owner, world), logger
+    except OSError as error:
+        raise ConfigError(unwritable(error)) from error
 
 
 def _train(
@@ -317,7 +341,10 @@ def _train(
     if finder is not None:
         summary |= finder.outcome(parts.progress.status)
         if ranks.is_first:
-            publish(order.folder, summary, finder)
+            try:
+                publish(order.folder, summary, finder)
+            except OSError as error:
+                summary |= {"status": "failed", "error": f"what was found was not kept: {error}"}
     return summary
 
 
@@ -331,7 +358,9 @@ def _checkpoints(order: Order, parts: Parts, ranks: Ranks, tell: Silence) -> "Ch
     def about() -> dict[str, Any]:
         return {"data": data, "recorded_steps": tell.recorded_steps()}
 
-    return Checkpoints(order.folder, ranks, tensors, config, tell.checkpoint_failed, about)
+    return Checkpoints(
+        order.folder, ranks, tensors, config, tell.checkpoint_failed, about, tell.flush_to_disk
+    )
 
 
 def _summary(

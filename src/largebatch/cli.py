@@ -1,6 +1,7 @@
 """`largebatch COMMAND …`: a table from command to the module that runs it."""
 
 import importlib
+import io
 import os
 import sys
 from difflib import get_close_matches
@@ -61,6 +62,9 @@ def version() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an encoding need not have every letter
+            stream.reconfigure(errors="replace")
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--version" in arguments[:2]:
         print(f"largebatch {version()}")

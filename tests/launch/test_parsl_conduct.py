@@ -156,7 +156,7 @@ def test_a_record_that_was_cut_off_within_a_line_goes_on(tmp_path: Path) -> None
 
 
 def test_a_run_that_somebody_is_at_is_busy(tmp_path: Path) -> None:
-    from largebatch.train.record import lock
+    from largebatch.train.locks import lock
 
     assert not is_busy(tmp_path)
     with (tmp_path / "metrics.jsonl").open("w") as file:

@@ -14,6 +14,7 @@ import pytest
 
 from largebatch.launch.watch_processes import Process, running
 from largebatch.launch.watch_progress import Progress
+from largebatch.records.heartbeat import find_beat
 from largebatch.train.heartbeat import HEARTBEAT, WATCH, Heartbeat, process_start
 
 
@@ -120,7 +121,7 @@ def test_progress_is_the_step_and_not_the_time(tmp_path: Path) -> None:
 def test_the_heartbeat_of_a_process_before_is_none(tmp_path: Path) -> None:
     with Heartbeat(tmp_path, 1) as heartbeat:
         heartbeat.beat(7, 56)
-        stale = read_beat(tmp_path)
+        stale = find_beat(tmp_path, [])
         progress = Progress(tmp_path, stale)
         progress.look()
         assert progress.beat is None

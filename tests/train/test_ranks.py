@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from largebatch.conf.errors import ConfigError
-from largebatch.train.launchers import check_is_here, free_port
+from largebatch.train.addresses import check_is_here, free_port
 from largebatch.train.ranks import (
     Ranks,
     pick_device,

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from largebatch.train.data.megatron import DTYPES, HEADER, MAGIC
 from largebatch.train.data.token_files import FORMAT
-from largebatch.train.record import lock, write_whole
+from largebatch.train.locks import lock_or_warn
+from largebatch.train.record import write_whole
 
 FORMATS: Final = ("bin", "megatron")
 
@@ -70,7 +71,7 @@ class TokenWriter:
         path = self.path(f"{ending}.part")
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
-            if not lock(file.fileno()):
+            if not lock_or_warn(file.fileno(), path):
                 raise ValueError(f"another process is writing {self.path(ending)}")
             # One that has just finished may have given this very file its final name.
             self._check_free()

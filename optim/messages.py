@@ -1,0 +1,52 @@
+"""What ranks tell one another in words, over a process group: JSON.
+
+Torch's own collectives of objects unpickle what comes in, so that whoever can write to a rank's
+socket runs code in it.
+"""
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def broadcast_json(value: Any = None) -> Any:
+    """Return the `value` of rank 0 of the default group on every rank: anything that JSON holds."""
+    data = _tensor(value, None)
+    length = torch.tensor([len(data)], device=data.device)
+    dist.broadcast(length, 0)
+    if dist.get_rank() != 0:
+        data = torch.empty(int(length), dtype=torch.uint8, device=data.device)
+    dist.broadcast(data, 0)
+    return _value(data)
+
+
+def all_gather_json(value: Any, group: ProcessGroup) -> list[Any]:
+    """Return the `value` of each rank of `group`, on every rank of it."""
+    data = _tensor(value, group)
+    lengths = torch.zeros(group.size(), dtype=torch.int64, device=data.device)
+    lengths[group.rank()] = len(data)
+    dist.all_reduce(lengths, group=group)
+    most = int(lengths.max())
+    padded = torch.zeros(most, dtype=torch.uint8, device=data.device)
+    padded[: len(data)] = data
+    found = [torch.empty_like(padded) for _ in range(group.size())]
+    dist.all_gather(found, padded, group=group)
+    return [_value(one[:length]) for one, length in zip(found, lengths.tolist(), strict=True)]
+
+
+def _tensor(value: Any, group: ProcessGroup | None) -> Tensor:
+    """As bytes, on the device whose tensors the group takes."""
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    if "cpu" in dist.get_backend_config(group):
+        return text
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    return text.to(torch.device(accelerator.type, torch.accelerator.current_device_index()))
+
+
+def _value(data: Tensor) -> Any:
+    return json.loads(data.cpu().numpy().tobytes())
