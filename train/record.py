@@ -231,9 +231,7 @@ class RunFolder:
         self.last = kept
         self._lines.seek(self.last.size)
         self._lines.truncate()
-        os.lseek(
-            self._lines.fileno(), kept.size, os.SEEK_SET
-        )  # from here on it is written without it
+        os.lseek(self._lines.fileno(), kept.size, os.SEEK_SET)  # it is written by number
 
     def write(self, line: Mapping[str, Any]) -> None:
         """One line, on disk before the next step is recorded. Lines that a full disk does not take
