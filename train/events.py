@@ -35,6 +35,8 @@ class Events:
                 if file.tell() > 0:  # a writer killed half-way leaves half a line
                     file.seek(-1, 2)
                     text = text if file.read(1) == b"\n" else "\n" + text
-                file.write(text.encode())
+                data = text.encode()
+                while data:  # a disk may take a part before it takes nothing
+                    data = data[file.write(data) :]
         except OSError as error:
             say(f"{self._path} could not be written ({error}): {text.strip()}")
