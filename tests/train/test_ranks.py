@@ -308,7 +308,7 @@ def test_a_rank_sees_to_its_sockets(tmp_path: Path) -> None:
         "import resource\n"
         "from largebatch.train.ranks import _allow_sockets\n"
         "from largebatch.conf.config import ConfigError\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 1000))\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 2000))\n"
         "_allow_sockets(500)\n"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
         "_allow_sockets(10)\n"
@@ -319,8 +319,8 @@ def test_a_rank_sees_to_its_sockets(tmp_path: Path) -> None:
         "    print(error)\n"
     )
     raised, kept, refused = python(allow, tmp_path).splitlines()
-    assert (raised, kept) == ("(756, 1000)", "(756, 1000)")  # 500 ranks and 256 other files
-    assert "98304 ranks need 98560 open files, and this process may open 1000" in refused
+    assert (raised, kept) == ("(1256, 2000)", "(1256, 2000)")  # 500 ranks twice, 256 files
+    assert "98304 ranks need 196864 open files, and this process may open 2000" in refused
 
 
 def fake_accelerator(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
