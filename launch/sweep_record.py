@@ -102,19 +102,20 @@ class Record:
                 "with hydra.sweep.dir=…"
             )
         self._file.seek(0)
-        text = self._file.read()
-        whole = text.rpartition("\n")[0] + "\n" if "\n" in text else ""
-        if whole != text:  # killed within a line
-            self._file.truncate(len(whole.encode()))
-        for line in whole.splitlines():
-            try:
+        line = "?"
+        try:
+            text = self._file.read()
+            whole = text.rpartition("\n")[0] + "\n" if "\n" in text else ""
+            if whole != text:  # killed within a line
+                self._file.truncate(len(whole.encode()))
+            for line in whole.splitlines():
                 self._take(json.loads(line))
-            except (LookupError, RecursionError, TypeError, ValueError):
-                self._file.close()
-                raise ConfigError(
-                    f"{self.folder / TRIALS}: the line {shown(line)} is none of a sweep's: restore "
-                    "it, or begin in another folder with hydra.sweep.dir=…"
-                ) from None
+        except (LookupError, RecursionError, TypeError, ValueError, AttributeError):
+            self._file.close()
+            raise ConfigError(
+                f"{self.folder / TRIALS} is damaged (after {shown(line)}): restore it, or begin in "
+                "another folder with hydra.sweep.dir=…"
+            ) from None
 
     def _take(self, line: Mapping[str, Any]) -> None:
         event, trial = line["event"], line.get("trial", "")

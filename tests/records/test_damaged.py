@@ -236,7 +236,7 @@ READ_BY = {
 }
 
 
-@settings(derandomize=True, deadline=None, max_examples=12, database=None)
+@settings(derandomize=True, deadline=None, max_examples=120, database=None)
 @given(data=st.data())
 def test_a_damaged_file_takes_no_reader_down(
     study: Path, files: Files, data: st.DataObject
