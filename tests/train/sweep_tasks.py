@@ -23,5 +23,5 @@ class Moody(Digits):
         if len(indices) > 1 and self._mood == "breaks":
             raise RuntimeError("the data is gone")
         if self._gate.exists():
-            time.sleep(0.1)
+            time.sleep(0.3)
         return super().train_batch(indices)

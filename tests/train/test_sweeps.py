@@ -117,7 +117,13 @@ def sweep(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    words = (*MOODY, "seed=0,1", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=s")
+    words = (
+        *MOODY,
+        "budget.samples=64000",
+        "seed=0,1",
+        "hydra.launcher.n_jobs=2",
+        "hydra.sweep.dir=s",
+    )
     path = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
     return subprocess.Popen(
         [sys.executable, "-m", "largebatch", "sweep", *words], cwd=folder, text=True,
