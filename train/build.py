@@ -42,7 +42,7 @@ def build(node: Mapping[str, Any], name: str, kind: Any = object, **more: Any) -
         )
     try:
         make: partial[Any] = instantiate(dict(node) | {"_partial_": True}, _convert_="all")
-    except InstantiationException as error:
+    except (InstantiationException, TypeError) as error:  # TypeError: of its own flags
         raise ConfigError(f"{name}: {sentence(error)}") from error
     check_arguments(make.func, make.args, make.keywords | more, name, partly=True)
     make = partial(make.func, *make.args, **fit_arguments(make.func, make.keywords, name))
