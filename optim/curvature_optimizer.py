@@ -18,6 +18,8 @@ from largebatch.optim.base import MaskedOptimizer
 from largebatch.optim.chunks import compute_dtype
 from largebatch.optim.curvature import Curvature
 from largebatch.optim.curvature_layers import Layer, find_layers, signature, without_bias
+from largebatch.optim.failure_notice import FailureNotice, counts_of
+from largebatch.optim.kfac_coverage import coverage, say_coverage, warn_of_blind
 from largebatch.optim.kfac_factors import FACTOR_STATE, make_factor_state, state_shapes
 from largebatch.optim.kfac_options import check_group, check_whole
 from largebatch.optim.kfac_teams import Team, make_teams
@@ -25,8 +27,9 @@ from largebatch.optim.kfac_turns import Turns
 from largebatch.optim.layout import Name, is_dtensor, local
 from largebatch.optim.loading import in_own_order, of_no_parameter
 from largebatch.optim.options import require
-from largebatch.optim.roots import Failures
+from largebatch.optim.roots import REASONS, Failures
 from largebatch.optim.spread import Spread, spread_of
+from largebatch.optim.state_memory import DROPPED
 from largebatch.optim.tensors import on_device, write
 
 if TYPE_CHECKING:
@@ -80,6 +83,8 @@ class CurvatureOptimizer(MaskedOptimizer):
     def _begin(self) -> None:
         """Watch the model; what has been here before is in groups and state."""
         self._stats: dict[Name, dict[str, Tensor]] = {}
+        self._notices: list[FailureNotice] = []
+        self._unsaid = True
         self._layers: list[Layer] = []
         self._teams: list[Team] = []
         self._seen: list[tuple[Any, ...]] = []
@@ -288,6 +293,43 @@ class CurvatureOptimizer(MaskedOptimizer):
         scale = scale if grad_scale is None else grad_scale
         return self.loss_scale if scale is None else scale
 
+    def _heed_failures(self) -> None:
+        """Raise, on every rank, what failed for good on one of them at the step before."""
+        notices, self._notices = self._notices, []
+        for notice in notices:
+            notice.check()
+
+    def _exhausted(self, team: Team) -> Tensor:
+        """What failed for good on this rank, for the others to know; empty where there are none."""
+        if team.group is None:
+            return torch.empty(0, device=team.device)
+        names = [layer.name for layer in team.layers]
+        if not self.failures.exhausted:  # made there: a copy would wait for the device
+            return torch.zeros(len(names) * len(REASONS), device=team.device)
+        return torch.tensor(counts_of(self.failures, names), device=team.device)
+
+    def _tell_failures(self, team: Team, counts: Tensor) -> None:
+        if counts.numel():
+            names = [layer.name for layer in team.layers]
+            self._notices.append(FailureNotice(self.failures, names, counts))
+
+    def _say_once(self) -> None:
+        """Say how much of the model has curvature and which layers go unseen: at the first step."""
+        if self._unsaid:
+            self._unsaid = False
+            say_coverage(self._names, self._layers)
+            moved = [layer for layer in self._layers if layer.weight.grad is not None]
+            warn_of_blind([layer for layer in moved if layer not in self._curvature.passes])
+
+    def __repr__(self) -> str:
+        options = {**self._options, **self._essentials()}
+        said = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return f"{super().__repr__()}\n{said}\n{coverage(self._names, self._layers)[0]}"
+
+    def _essentials(self) -> dict[str, Any]:
+        """Options of the whole optimizer, beside those that every subclass has."""
+        return {}
+
     def _count_step(self, skip: Tensor | None) -> None:
         """Make what state is missing, and advance the step of every parameter with a gradient."""
         for team in self._teams:
@@ -309,6 +351,8 @@ class CurvatureOptimizer(MaskedOptimizer):
                 state[key] = torch.zeros_like(param, dtype=compute_dtype(param))
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=local(param).device)
+        if DROPPED not in state:
+            state[DROPPED] = torch.zeros_like(state["step"])
         return state
 
     def _new_factor_state(self, team: Team, layer: Layer) -> dict[str, Tensor]:
@@ -410,7 +454,7 @@ class CurvatureOptimizer(MaskedOptimizer):
         forms, layers = self._forms(), {layer.weight: layer for layer in self._forms()}
         ready = {}
         for param, state in found.items():
-            keys = {"step", *self._keys(param, self._group_of[param])}
+            keys = {"step", DROPPED, *self._keys(param, self._group_of[param])}
             layer = layers.get(param)  # type: ignore[call-overload] # by identity
             form = "" if layer is None else forms[layer]
             ready[param] = saving.checked(param, self._names[param], state, keys, layer, form)

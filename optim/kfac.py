@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +37,14 @@ from largebatch.optim.grafting import WITH_SQUARES, grafted_step, next_squares
 from largebatch.optim.kfac_damping import Damping
 from largebatch.optim.kfac_factors import average, new_roots, roots_of
 from largebatch.optim.kfac_options import rule_of
-from largebatch.optim.kfac_rules import Rule
+from largebatch.optim.kfac_rules import RULES, Rule
 from largebatch.optim.kfac_teams import Numbers, Team
 from largebatch.optim.layerwise import evaluate
 from largebatch.optim.layout import Name, local
 from largebatch.optim.options import require
 from largebatch.optim.roots import TOLERATED_FAILURES
-from largebatch.optim.tensors import gradient_of, root, scalar, write
+from largebatch.optim.state_memory import DROPPED
+from largebatch.optim.tensors import gradient_of, root, scalar, without_too_large, write
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,10 +56,10 @@ class Move:
 
     team: Team
     parts: Mapping[Tensor, Tensor]
-    """U of each parameter, as far as it lies here."""
+    """U of each parameter by its layer's scale, as far as it lies here."""
     numbers: Numbers
     ratios: Mapping[Layer, Tensor]
-    """r of each layer."""
+    """r of each layer, times its scale."""
 
 
 class KFAC(CurvatureOptimizer):
@@ -76,7 +77,8 @@ class KFAC(CurvatureOptimizer):
 
     - `betas`, `eps`: of the rules "average" and "adam", and of grafting to Adam.
     - `weight_decay`: λ, decoupled: w ← w - lr λ w beside the step.
-    - `momentum`, `nesterov`: of the rule "sgd".
+    - `momentum`, `nesterov`: of the rule "sgd". OneCycleLR and CyclicLR cycle `betas[0]`, which
+      "sgd" does not read: give them `cycle_momentum=False`, or cycle `momentum` yourself.
     - `damping`: λ of the Kronecker factors; `relative_damping`: times their mean eigenvalues, so
       that it means the same whatever the scale of gradients. `final_damping`: where it is after
       `damping_items` items, moving geometrically; None: it stays. `ridge`: the least damping,
@@ -104,9 +106,11 @@ class KFAC(CurvatureOptimizer):
     - `process_group`: whose ranks average the gradients of parameters that are plain tensors, as
       DDP does; that of a model wrapped in DDP is known, as are the meshes of DTensors.
 
-    State of a parameter: `step` and what its rule keeps; `graft_exp_avg`, `graft_exp_avg_sq`. Of a
-    layer's weight, on the rank that works on it: `factor_in`, `factor_out`, `factor_weight`,
-    `items`, what the form makes of them, `condition`.
+    State of a parameter: `step` and what its rule keeps; `graft_exp_avg`, `graft_exp_avg_sq`; how
+    many elements of its gradients were above 1.8e16, whose squares FP32 cannot add up, and counted
+    as 0, `dropped_elements` (of this rank's part). Of a layer's weight, on the rank that works on
+    it: `factor_in`, `factor_out`, `factor_weight`, `items`, what the form makes of them,
+    `condition`, and `dropped_updates`, of the averages by sums that were not finite.
 
     Raises ValueError for an option out of range or a parameter it cannot treat, RuntimeError at
     `step` for a sparse gradient, and RootError for a layer that keeps failing.
@@ -174,6 +178,12 @@ class KFAC(CurvatureOptimizer):
         self._fallback_lr_ratio = fallback_lr_ratio
         super().__init__(model, params, defaults, options, tolerated_failures, process_group)
 
+    def _essentials(self) -> dict[str, Any]:
+        ours = {"rule": self._rule, "fallback": self._fallback}
+        known = {id(rule): name for name, rule in RULES.items()}
+        names = {option: known.get(id(rule), rule) for option, rule in ours.items()}
+        return {**names, "fallback_lr_ratio": self._fallback_lr_ratio}
+
     def layer_stats(self) -> dict[Name, dict[str, Tensor]]:
         """Numbers of the layers with curvature in the last step, by the name of their weight.
 
@@ -197,7 +207,9 @@ class KFAC(CurvatureOptimizer):
         loss = evaluate(closure)
         self._find()
         self._share()
+        self._heed_failures()
         self._refuse_sparse()
+        self._say_once()
         self._stats = {}
         takes_factors = self._turns.begin()
         skip = self._agreed_skip()
@@ -253,7 +265,9 @@ class KFAC(CurvatureOptimizer):
         if not due or (skip is not None and bool(skip)):
             return
         for layer in due:
-            found = self.failures.attempt(partial(self._decompose, layer), layer.name)
+            alone = self._spreads[layer.weight].group is None  # else all raise, at the next step
+            attempt = partial(self._decompose, layer)
+            found = self.failures.attempt(attempt, layer.name, raises=alone)
             self.state[layer.weight].update(found or {})
             self._turns.had(layer)
 
@@ -270,7 +284,7 @@ class KFAC(CurvatureOptimizer):
     def _precondition(self, team: Team, skip: Tensor | None) -> Move:
         """U of every layer of a team, as far as it lies here, and the norms over all ranks."""
         gradients: dict[Tensor, Tensor | None] = {
-            param: self._gradient(param) for param in team.params
+            param: self._gradient(param, skip) for param in team.params
         }
         numbers = team.numbers()
         for layer in team.layers:
@@ -286,23 +300,31 @@ class KFAC(CurvatureOptimizer):
                 state = self.state[layer.weight]
                 roots[layer] = roots_of(layer, state)
                 numbers.add(layer, "condition", state["condition"][0])
-        parts = team.precondition(gradients, roots, numbers)
+        failed = self._exhausted(team)
+        parts, failed = team.precondition(gradients, roots, numbers, failed)
+        self._tell_failures(team, failed)
         ratios = {}
         for layer in team.layers:
             found = numbers.of(layer)
             grafts = self._group_of[layer.weight]["graft"] != "none"
-            wanted = found["grafted" if grafts else "update"]
-            ratios[layer] = torch.where(found["update"] > 0, root(wanted / found["update"]), 1.0)
+            ratio = root(found["grafted"]) / root(found["update"]) if grafts else found["scale"]
+            ratios[layer] = torch.where(found["update"] > 0, ratio, 1.0)
         return Move(team, parts, numbers, ratios)
 
-    def _gradient(self, param: Tensor) -> Tensor | None:
-        """The local part of the gradient to descend along, unscaled, FP32 or wider."""
+    def _gradient(self, param: Tensor, skip: Tensor | None) -> Tensor | None:
+        """The local part of the gradient to descend along, unscaled, FP32 or wider.
+
+        Without elements whose squares overflow, which are counted.
+        """
         if param.grad is None:
             return None
         gradient = gradient_of(param).to(compute_dtype(param))
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         if grad_scale is not None:
             gradient = gradient / scalar(grad_scale, gradient)
+        gradient, dropped = without_too_large(gradient)
+        total = self.state[param][DROPPED]
+        write([total], [total + dropped], skip)
         return -gradient if self._group_of[param]["maximize"] else gradient
 
     def _graft(self, param: Tensor, gradient: Tensor, skip: Tensor | None) -> Tensor:
@@ -346,7 +368,7 @@ class KFAC(CurvatureOptimizer):
     def _move_others(self, skip: Tensor | None) -> None:
         for _, param in self._moved():
             if param not in self._preconditioned:
-                gradient = self._gradient(param)
+                gradient = self._gradient(param, skip)
                 assert gradient is not None
                 self._descend(param, gradient, self._fallback, self._fallback_lr_ratio, skip)
 
@@ -379,7 +401,7 @@ def stats_of(numbers: Mapping[str, Tensor], ratio: Tensor) -> dict[str, Tensor]:
     return {
         "weight_norm": root(numbers["weight"]),
         "update_norm": ratio * root(numbers["update"]),
-        "trust_ratio": ratio,
+        "trust_ratio": ratio / torch.where(numbers["scale"] > 0, numbers["scale"], 1.0),
         "cosine": torch.where(norms > 0, numbers["product"] * norms.rsqrt(), 0.0),
         "condition_number": numbers["condition"],
     }

@@ -23,7 +23,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from largebatch.optim.roots import RootError, full_precision, of_eigen, symmetric_eigen
+from largebatch.optim.roots import (
+    LEFT,
+    RootError,
+    full_precision,
+    of_eigen,
+    smallest_square,
+    symmetric_eigen,
+)
 
 FORMS = ("eigen", "inverse", "exact")
 
@@ -53,15 +60,22 @@ def split(
         shift_in, shift_out = root * mean_in, root * mean_out
         total = damping.value * mean_in * mean_out
     else:
-        both = (mean_in > 0) & (mean_out > 0)
-        pi = torch.where(both, (mean_in / mean_out).sqrt(), 1.0)
+        least = smallest_square(mean_in.dtype)
+        both = (mean_in >= least) & (mean_out >= least)
+        pi = torch.where(both, mean_in.sqrt() / mean_out.sqrt(), 1.0)
         shift_in, shift_out = pi * damping.value**0.5, damping.value**0.5 / pi
         total = torch.zeros_like(mean_in) + damping.value
-    floor_in, floor_out = (
-        damping.ridge * torch.linalg.vector_norm(factor, dim=[*range(1, factor.dim())])
-        for factor in (factor_in, factor_out)
-    )
+    floor_in, floor_out = (damping.ridge * _norm(factor) for factor in (factor_in, factor_out))
     return torch.maximum(shift_in, floor_in), torch.maximum(shift_out, floor_out), total
+
+
+def _norm(factor: Tensor) -> Tensor:
+    """‖F‖_F of each group's factor, whose squares may neither underflow nor overflow."""
+    dims = [*range(1, factor.dim())]
+    largest = factor.abs().amax(dim=dims, keepdim=True)
+    scaled = factor / torch.where(largest > 0, largest, 1.0)
+    norms: Tensor = torch.linalg.vector_norm(scaled, dim=dims) * largest.reshape(-1)
+    return norms
 
 
 Roots = dict[str, Tensor]
@@ -83,7 +97,7 @@ def decomposed(
         and "inverse_out", else bases (none of a diagonal), eigenvalues and "shift", λ.
 
     Raises:
-        RootError: a factor has no decomposition, in FP64 neither.
+        RootError: a factor has no decomposition, in FP64 neither, or its dtype does not hold it.
     """
     factors = {"in": factor_in, "out": factor_out}
     shift_in, shift_out, total = split(damping, factor_in, factor_out, diagonal)
@@ -96,6 +110,7 @@ def decomposed(
                 roots[f"basis_{side}"] = basis
         roots["shift"] = torch.maximum(total, damping.ridge * _largest_product(roots))
         denominators = _denominators(roots)
+        _require_finite(1 / denominators)
         extremes = denominators.amax(dim=(1, 2)) / denominators.amin(dim=(1, 2))
         return roots | {"condition": extremes.max()}
     conditions = []
@@ -137,13 +152,36 @@ def _denominators(roots: Roots) -> Tensor:
     """The eigenvalues of A ⊗ G + λ, (groups, out, in); 1 where there is nothing to divide by."""
     products = roots["eigenvalues_out"].unsqueeze(2) * roots["eigenvalues_in"].unsqueeze(1)
     damped = products + roots["shift"].reshape(-1, 1, 1)
-    return torch.where((_largest_product(roots) > 0).reshape(-1, 1, 1), damped, 1.0)
+    largest = _largest_product(roots)
+    empty = largest < smallest_square(largest.dtype)
+    return torch.where(empty.reshape(-1, 1, 1), 1.0, damped)
 
 
 def _inverse(form: str, factor: Tensor, diagonal: bool, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """(factor + shift)⁻¹ and the condition number, of each group."""
-    empty = ~(factor.abs().amax(dim=[*range(1, factor.dim())]) > 0)
-    shift = torch.where(empty, 1.0, shift).unsqueeze(1)  # (groups, 1)
+    """(factor + shift)⁻¹ and the condition number, of each group.
+
+    By factors scaled by their largest entry; one whose largest is below 1e-36 is zero.
+    """
+    dims = [*range(1, factor.dim())]
+    largest = factor.abs().amax(dim=dims, keepdim=True)
+    empty = largest < smallest_square(factor.dtype)
+    scale = torch.where(empty, 1.0, largest)
+    shift = torch.where(empty, 1.0, shift.reshape(scale.shape) / scale).reshape(-1, 1)
+    scaled = torch.where(empty, 0.0, factor / scale)
+    inverse, condition = _scaled_inverse(form, scaled, diagonal, shift)
+    inverse = inverse / scale
+    _require_finite(inverse)
+    return inverse, condition
+
+
+def _require_finite(inverse: Tensor) -> None:
+    if not bool(inverse.isfinite().all()):
+        raise RootError("a damped inverse has left non-finite numbers", LEFT)
+
+
+def _scaled_inverse(
+    form: str, factor: Tensor, diagonal: bool, shift: Tensor
+) -> tuple[Tensor, Tensor]:
     if diagonal:
         damped = factor + shift
         return 1 / damped, damped.amax(dim=1) / damped.amin(dim=1)

@@ -21,7 +21,7 @@ ROOTS = (
     *("inverse_in", "inverse_out"),  # of the factored forms
     *("basis_in", "basis_out", "eigenvalues_in", "eigenvalues_out", "shift"),  # of "exact"
 )
-SCALARS = ("factor_weight", "items", "condition")
+SCALARS = ("factor_weight", "items", "condition", "dropped_updates")
 FACTOR_STATE = frozenset((*FACTORS, *ROOTS, *SCALARS))
 
 
@@ -60,7 +60,8 @@ def average(
 ) -> None:
     """F ← d F + (1 - d) F̂ for both factors, d the decay, where the layer has seen anything.
 
-    The sum of the weights is kept beside them: F divided by it is the average whatever d was.
+    The sum of the weights is kept beside them: F divided by it is the average whatever d was. Sums
+    that are not finite, as of gradients whose squares overflow, are dropped and counted.
 
     Args:
         items: N, 0-d.
@@ -69,6 +70,10 @@ def average(
     idle = ~(sums.positions > 0)
     idle = idle if skip is None else idle | skip
     found = (sums.inputs / sums.positions, sums.outputs * scale)
+    finite = found[0].isfinite().all() & found[1].isfinite().all()
+    dropped = state["dropped_updates"]
+    write([dropped], [dropped + 1], idle | finite)
+    idle = idle | ~finite
     before = [in_groups(layer, state[key]) for key in FACTORS]
     after = [old.lerp(new, 1 - decay) for old, new in zip(before, found, strict=True)]
     weight, seen = state["factor_weight"], state["items"]

@@ -6,15 +6,17 @@ As in `largebatch.optim.portable`: in a state dict it is a DTensor, of which eve
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from largebatch.optim.curvature_layers import Layer
 from largebatch.optim.kfac_factors import state_shapes
 from largebatch.optim.kfac_teams import Team
 from largebatch.optim.layout import Name, local
-from largebatch.optim.loading import as_state
+from largebatch.optim.loading import as_kept, as_state
 from largebatch.optim.portable import Key, Portable
 from largebatch.optim.spread import Spread
+from largebatch.optim.state_memory import DROPPED
 from largebatch.optim.teams import Layer as Spreading
 
 States = Mapping[Tensor, Mapping[str, Any]]
@@ -78,10 +80,12 @@ def checked(
         keys: what there has to be, apart from the layer's own.
 
     Raises:
-        ValueError: an entry that is missing, unknown or of another shape.
+        ValueError: an entry that is missing or of another shape; one that is unknown is kept.
     """
     shapes = {} if layer is None else state_shapes(layer, form)
-    if found.keys() != keys | shapes.keys():
+    zeros = {"dropped_updates": torch.zeros(1)} if layer is not None else {}
+    found = {DROPPED: torch.zeros(()), **zeros, **found}  # of before these were counted
+    if (keys | shapes.keys()) - found.keys():
         wrong = sorted(found.keys() ^ (keys | shapes.keys()))
         raise ValueError(
             f"state of parameter {name!r} must have the entries that its options make, got or "
@@ -91,7 +95,8 @@ def checked(
     ready = {}
     for key, value in found.items():
         if key not in shapes:
-            ready[key] = as_state(key, value, name, param)
+            known = key in keys and key != DROPPED
+            ready[key] = as_state(key, value, name, param) if known else as_kept(value, param)
             continue
         assert layer is not None
         if tuple(value.shape) != shapes[key]:

@@ -29,7 +29,7 @@ class Totals:
     """0-d."""
 
 
-NUMBERS = ("weight", "grafted", "gradient", "update", "product", "condition")
+NUMBERS = ("weight", "grafted", "gradient", "update", "product", "scale", "condition")
 
 
 class Numbers:
@@ -114,13 +114,16 @@ class Team:
         gradients: Mapping[Tensor, Tensor | None],
         roots: Mapping[Layer, Roots],
         numbers: Numbers,
-    ) -> dict[Tensor, Tensor]:
-        """This rank's part of every layer's preconditioned gradient, in two collectives.
+        failed: Tensor,
+    ) -> tuple[dict[Tensor, Tensor], Tensor]:
+        """This rank's part of every layer's preconditioned gradient by its `scale`, a power of two
+        that keeps its squares from under- and overflow, in two collectives.
 
         Args:
             gradients: the local part of each of `params`; None counts as zeros.
             roots: of the owned layers; one that is missing has zeros for a result.
             numbers: of this rank alone; afterwards, with the layers' own, of all.
+            failed: counts that are to be added up over the ranks.
         """
         whole, _ = self.exchange.to_owners([gradients[param] for param in self.params])
         blocks = dict(zip(self.params, whole, strict=True))
@@ -128,15 +131,31 @@ class Team:
         for layer in roots:
             gradient = layer.matrices([blocks[param][0] for param in layer.params])
             update = precondition(roots[layer], gradient)
+            # What FP32 does not hold is no step; a gradient that is no number stays one.
+            usable = update.isfinite().all() | ~gradient.isfinite().all()
+            update, scale = normalised(torch.where(usable, update, 0.0))
+            numbers.add(layer, "scale", scale)
             numbers.add(layer, "gradient", gradient.square().sum())
             numbers.add(layer, "update", update.square().sum())
             numbers.add(layer, "product", (update * gradient).sum())
             for param, tensor in zip(layer.params, layer.tensors(update), strict=True):
                 results[param] = {0: tensor}
-        parts, sums = self.exchange.to_holders([*results.values()], numbers.table.view(-1))
+        ours = torch.cat([numbers.table.view(-1), failed.to(numbers.table)])
+        parts, sums = self.exchange.to_holders([*results.values()], ours)
         assert sums is not None
-        numbers.table = sums.view_as(numbers.table)
-        return dict(zip(self.params, parts, strict=True))
+        table, failed = torch.split(sums, [numbers.table.numel(), failed.numel()])
+        # A sum of squares that has overflown is large and not infinite: ratios stay numbers.
+        numbers.table = table.view_as(numbers.table).clamp(max=torch.finfo(table.dtype).max)
+        return dict(zip(self.params, parts, strict=True)), failed
+
+
+def normalised(update: Tensor) -> tuple[Tensor, Tensor]:
+    """The tensor divided by a power of two such that its largest element is between 1/2 and 1, and
+    that power, 0-d: 1 for one of zeros or with numbers that are none."""
+    _, exponent = torch.frexp(update.abs().amax())
+    scale = torch.ldexp(torch.ones_like(update[0, 0, 0]), exponent)
+    scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+    return update / scale, scale
 
 
 def make_teams(

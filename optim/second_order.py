@@ -46,7 +46,7 @@ from largebatch.optim.roots import REASONS, TOLERATED_FAILURES, full_precision
 from largebatch.optim.state_memory import DROPPED
 from largebatch.optim.step_stats import DROPPED_ROW, Stats, Tally, Worked
 from largebatch.optim.teams import Layer, Team
-from largebatch.optim.tensors import gradient_of, on_device, write
+from largebatch.optim.tensors import gradient_of, on_device, without_too_large, write
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -207,9 +207,7 @@ class SecondOrderOptimizer(OwnedState):
             grad = -grad
         if group["decay"] == "l2" and group["weight_decay"]:
             grad = grad.add(local(param), alpha=group["weight_decay"])
-        size = grad.abs()
-        too_large = (size > largest_element(grad.dtype)) & (size < math.inf)
-        return torch.where(too_large, 0.0, grad), too_large.sum()
+        return without_too_large(grad)
 
     def _work(self, gathered: Gathered, agreed: Agreed) -> Directions:
         """The directions of the blocks owned here, and of this rank's part of what has none."""
@@ -335,8 +333,3 @@ class SecondOrderOptimizer(OwnedState):
         After a step masked by `found_inf` they are void.
         """
         return {name: layer for stats in self._stats for name, layer in stats.by_layer()}
-
-
-def largest_element(dtype: torch.dtype) -> float:
-    """Of a gradient: its square leaves room for sums of a million of them."""
-    return 1e-3 * math.sqrt(torch.finfo(dtype).max)

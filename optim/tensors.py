@@ -101,6 +101,19 @@ def write(targets: Tensors, values: Tensors, skip: Tensor | None) -> None:
         torch.where(skip, target, value.to(target.dtype), out=target)
 
 
+def largest_element(dtype: torch.dtype) -> float:
+    """Of a gradient: its square leaves room for sums of a million of them."""
+    return 1e-3 * math.sqrt(torch.finfo(dtype).max)
+
+
+def without_too_large(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient with zeros for elements that are finite and above `largest_element`, and how
+    many of them there were, 0-d."""
+    size = gradient.abs()
+    too_large = (size > largest_element(gradient.dtype)) & (size < math.inf)
+    return torch.where(too_large, 0.0, gradient), too_large.sum()
+
+
 def in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The tensors in a dtype; themselves where they have it."""
     if all(tensor.dtype == dtype for tensor in tensors):

@@ -510,8 +510,8 @@ def test_the_state_of_many_layers_is_small_in_names() -> None:
     run.train(0, 1)
     found = {name: {*run.optimizer.state[param]} for name, param in run.model.named_parameters()}
     graft = {"graft_exp_avg", "graft_exp_avg_sq"}
-    layer = {"factor_in", "factor_out", "factor_weight", "items", "condition"}
-    inverses = {"inverse_in", "inverse_out"}
-    assert found["norm.weight"] == {"step", "exp_avg", "exp_avg_sq"}
-    assert found["conv.bias"] == {"step", "exp_avg"} | graft
-    assert found["conv.weight"] == {"step", "exp_avg"} | graft | layer | inverses
+    layer = {"factor_in", "factor_out", "factor_weight", "items", "condition", "dropped_updates"}
+    inverses, every = {"inverse_in", "inverse_out"}, {"step", "exp_avg", "dropped_elements"}
+    assert found["norm.weight"] == every | {"exp_avg_sq"}
+    assert found["conv.bias"] == every | graft
+    assert found["conv.weight"] == every | graft | layer | inverses
