@@ -44,7 +44,8 @@ def read_bytes(path: Path) -> bytes:
     """
     try:
         with open_file(path) as file:
-            data = file.read(MOST_BYTES + 1)
+            # Room is made for as much as is asked for.
+            data = file.read(min(os.fstat(file.fileno()).st_size, MOST_BYTES) + 1)
     except RecordError:
         raise
     except FileNotFoundError:

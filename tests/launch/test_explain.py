@@ -359,7 +359,7 @@ def test_a_long_record_is_streamed(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert "8000 times" in skips.what
-    assert peak < len(text) / 4
+    assert peak < len(text) / 2  # each line held would be ten times the text
 
 
 def test_programs_read_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
