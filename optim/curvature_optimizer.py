@@ -315,7 +315,7 @@ class CurvatureOptimizer(MaskedOptimizer):
 
     def _say_once(self) -> None:
         """Say how much of the model has curvature and which layers go unseen: at the first step."""
-        if self._unsaid:
+        if self._unsaid and self._curvature.active:  # so that the passes were seen
             self._unsaid = False
             say_coverage(self._names, self._layers)
             moved = [layer for layer in self._layers if layer.weight.grad is not None]
