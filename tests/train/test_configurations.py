@@ -38,9 +38,7 @@ PARTS: dict[str, tuple[tuple[str, ...], str]] = {
     "task=bytes": (SMALL, "task"),
     "task=dpo": (("task=dpo", "task.pairs.num_train=256", "task.pairs.num_eval=64"), "task"),
     "model=byte_mlp": (SMALL, "model"),
-    "model=transformer": ((*SMALL, "task=text", "model=transformer_tiny"), "model"),
-    "model=image_mlp": (("task=digits", "model=image_mlp"), "model"),
-    "model=cnn": (("task=digits", "model=cnn"), "model"),
+    "model=transformer": (("task=text", *SMALL[1:], "model=transformer_tiny"), "model"),
     "mode=lr_find": (("task=digits", "mode=lr_find"), "mode"),
     **{f"optim={name}": ((*SMALL, f"optim={name}"), "optim")
        for name in ("adamw", "sgd", "lamb", "lars", "shampoo", "soap", "kfac", "muon")},
