@@ -71,6 +71,10 @@ class DPO:
         sequence_length: int,
         beta: float = 0.1,
     ) -> None:
+        if not isinstance(pairs, Mapping) or not isinstance(reference, Mapping):
+            raise ValueError(
+                "task._recursive_ must be false: the task makes pairs and reference itself"
+            )
         self.pairs: Pairs = build(pairs, "task.pairs")
         self.beta = real_number(beta, "task.beta", above=0.0)
         for key, value, needed in (
