@@ -10,5 +10,6 @@ sys.path.insert(0, str(Path(__file__).parent / "shared"))
 _LEFT_OVER = ("LARGEBATCH_", "LOCAL_", "MASTER_", "OMPI_", "PALS_", "PBS_", "PMI", "RANK", "SLURM_",
               "TORCHELASTIC_", "WANDB_", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK",
               "ROCR_VISIBLE_DEVICES", "HYDRA_FULL_ERROR", "PYTHONIOENCODING")  # fmt: skip
-for _name in [name for name in os.environ if name.startswith(_LEFT_OVER)]:
+_KEPT = ("LARGEBATCH_TEST_SLURM",)  # which CI sets for the tests themselves
+for _name in [name for name in os.environ if name.startswith(_LEFT_OVER) and name not in _KEPT]:
     del os.environ[_name]
