@@ -101,6 +101,8 @@ def _no_such_choice(error: BaseException) -> str | None:
     """Of Hydra's `MissingConfigException`, which would list where it looked."""
     group, _, choice = (getattr(error, "missing_cfg_file", None) or "").rpartition("/")
     options = getattr(error, "options", None)
+    if choice and not group:
+        return f"--config-name must be a file of yours with --config-dir, got {choice!r}"
     if not group or not options:
         return None
     return (
@@ -137,8 +139,9 @@ def _unreadable(error: BaseException) -> str | None:
     if re.search(r"^\s*,|,\s*(,|$)", value):
         least = ",".join(part.strip() for part in value.split(",") if part.strip())
         return f"{told}: a value is missing beside a comma; type {key}={least}"
-    for opened, closed in ("[]", "{}"):
-        if value[:1] == opened and value.count(opened) != value.count(closed):
+    for opened, closed in ("[]", "{}", "()"):
+        begins = re.match(r"\w+\(" if opened == "(" else re.escape(opened), value)
+        if begins and value.count(opened) != value.count(closed):
             return f"{told}: {value} has a bracket without its other half"
     if value[:1] == "~":
         line = _shell_word(f"{key}={hydra_word(os.path.expanduser(value))}")
@@ -171,8 +174,8 @@ def _several_values(error: BaseException) -> str | None:
         return None
     key, values = found.groups()
     return (
-        f"{key}={values} are values of a sweep: use largebatch sweep, or {key}=[{values}] where a "
-        "list is meant"
+        f"{key}={values} are values of a sweep, not of one run, nor of --cfg: use largebatch "
+        f"sweep, or {key}=[{values}] where a list is meant"
     )
 
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
+from yaml import YAMLError
+
 from largebatch.conf.errors import ConfigError
 
 _folders: list[Path] = []
@@ -46,3 +48,20 @@ def tell_replaced(folder: str | None) -> None:
     )
     if names:
         print(f"largebatch: from {folder}, not the package: {', '.join(names)}", file=sys.stderr)
+
+
+def unreadable_file(error: YAMLError | UnicodeDecodeError, folder: str | None) -> str:
+    """Say which file of `folder` is no YAML, and where, as the parser found it."""
+    if isinstance(error, UnicodeDecodeError):  # does not say which
+        for path in sorted(Path(folder or "").rglob("*.yaml")) if folder else ():
+            try:
+                path.read_text("utf-8")
+            except UnicodeDecodeError:
+                return f"{path} is not UTF-8 text: convert it"
+            except OSError:
+                continue
+        return f"a file of the configuration is not UTF-8 text: {error}"
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"a file of the configuration is no YAML: {' '.join(str(error).split())}"
+    return f"{mark.name}:{mark.line + 1} is no YAML: {getattr(error, 'problem', None) or error}"

@@ -16,11 +16,12 @@ from typing import Final
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import largebatch.conf.unique  # noqa: F401 — in names of folders
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, typed_submit
 from largebatch.conf.errors import ConfigError, sentence
-from largebatch.conf.user_configs import first, tell_replaced
+from largebatch.conf.user_configs import first, tell_replaced, unreadable_file
 from largebatch.launch.cluster import Scheduler, check_queue
 from largebatch.launch.script import Job, script
 from largebatch.records.fields import LARGEST
@@ -119,6 +120,8 @@ def composed(overrides: Sequence[str], config_dir: str | None = None) -> SubmitC
             return typed_submit(compose("submit", list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(sentence(error).partition(" Config search path:")[0]) from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(unreadable_file(error, config_dir)) from error
 
 
 def completed(config: SubmitConfig, words: Sequence[str]) -> tuple[list[str], str]:

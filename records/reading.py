@@ -35,7 +35,7 @@ def open_file(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "rb")
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """Read a small file whole.
 
     Raises:
@@ -45,15 +45,15 @@ def read_bytes(path: Path) -> bytes:
     try:
         with open_file(path) as file:
             # Room is made for as much as is asked for.
-            data = file.read(min(os.fstat(file.fileno()).st_size, MOST_BYTES) + 1)
+            data = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
     except RecordError:
         raise
     except FileNotFoundError:
         raise
     except OSError as error:
         raise RecordError(f"{printable(path)} cannot be read: {error.strerror}") from None
-    if len(data) > MOST_BYTES:
-        raise RecordError(f"{printable(path)} has over {MOST_BYTES >> 20} MiB: it is no record")
+    if len(data) > most:
+        raise RecordError(f"{printable(path)} has over {most >> 20} MiB: it is no record")
     return data
 
 

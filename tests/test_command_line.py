@@ -106,6 +106,16 @@ def test_the_user_s_cluster_wins_over_the_package_s(
         (["train", "--config-dir", "nowhere"], "--config-dir must be a folder, got 'nowhere'"),
         (["train", "seed=1", "--seed=2"], "keys are given as KEY=VALUE, without dashes"),
         (["train", "~target.loss"], "target.loss"),
+        (["train", "optim=lam"], "optim must be one of adamw, kfac"),
+        (["train", "batch=512"], "batch=512: a group takes the name of a choice"),
+        (["train", "batch=true"], "batch=true: a group takes the name of a choice"),
+        (["train", "task=[0.9,nan]"], "task=[0.9,nan]: a group takes the name of a choice"),
+        (["train", "--config-name", "x"], "--config-name must be a file of yours"),
+        (["train", "seed=range(0,3"], "a bracket without its other half"),
+        (["sweep", "seed=0,1", "optim=lam"], "optim must be one of adamw, kfac"),
+        (["sweep", "seed=0,1", "hydra/launcher=x"], "hydra/launcher must be one of basic"),
+        (["sweep", "seed=range(3,0)"], "seed=range(3,0) has no values"),
+        (["sweep", "seed=1", "optim=glob(zz*)"], "optim=glob(zz*) has no values"),
         (["trian"], "no command 'trian': did you mean train?"),
         (["bench", "optimm"], "no benchmark 'optimm': did you mean optim?"),
     ],
@@ -119,6 +129,21 @@ def test_what_is_misspelt_is_told_in_one_line(
     said = capsys.readouterr().err
     assert told in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b"lr: [\n", "broken.yaml:2 is no YAML"), (b"name: \xe9\n", "broken.yaml is not UTF-8 text")],
+)
+@pytest.mark.parametrize("words", [["train", "optim=broken"], ["submit", "cluster=broken"]])
+def test_a_file_of_the_user_s_that_is_no_configuration_is_named(
+    words: list[str], content: bytes, told: str, mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for group in ("optim", "cluster"):
+        (mine / group / "broken.yaml").write_bytes(content)
+    more = ["--", "train"] * (words[0] == "submit")
+    assert cli.main([*words, "--config-dir", str(mine), *more]) == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("words", [["--version"], ["train", "--version"]])

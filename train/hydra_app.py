@@ -5,6 +5,7 @@ sentence, the user's own files before the package's.
 import os
 import re
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -17,10 +18,11 @@ from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import largebatch.conf.unique  # noqa: F401 — in names of folders
 from largebatch.conf.errors import ConfigError, sentence
-from largebatch.conf.user_configs import first, tell_replaced
+from largebatch.conf.user_configs import first, tell_replaced, unreadable_file
 from largebatch.train.record import unwritable
 from largebatch.train.user_code import keep_request
 
@@ -42,6 +44,9 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: Sequen
     """
     import_from_here()
     options = parse_options(arguments)
+    # Else Hydra takes a sweep with a mistake in it for one run, and words it as one.
+    shows = options.cfg or options.info or options.shell_completion
+    options.multirun = options.multirun or (command == "sweep" and not shows)
     keep_request()
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [f"largebatch {command}", *_canonical(options), *options.overrides]
@@ -58,15 +63,21 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: Sequen
         with first(options.config_dir):
             tell_replaced(options.config_dir)
             entry(begin)()
+    # Before OSError: of a file of the configuration that is not there, Hydra's error is both.
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(sentence(error)) from error
     except OSError as error:
         if begun:
             raise
         raise ConfigError(unwritable(error)) from error
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(sentence(error)) from error
-    except ValueError as error:
-        # Hydra's own, before the task: batch=512, where batch.size=512 was meant.
-        if not str(error).startswith("Config group override must be"):
+    except (YAMLError, UnicodeDecodeError) as error:
+        if begun:
+            raise
+        raise ConfigError(unreadable_file(error, options.config_dir)) from error
+    except (TypeError, ValueError) as error:
+        # Hydra's own, before the task: batch=512, where batch.size=512 was meant, or batch=[1].
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if begun or not raised_in.endswith("hydra/_internal/defaults_list.py"):
             raise
         raise ConfigError(
             f"{_numbered_group(arguments)}: a group takes the name of a choice; a number goes to "
@@ -106,6 +117,7 @@ def _numbered_group(arguments: Sequence[str]) -> str:
     found = [
         f"{name}={value}"
         for name, _, value in pairs
-        if groups.joinpath(name.lstrip("+")).is_dir() and not value[:1].isalpha()
+        if groups.joinpath(name.lstrip("+")).is_dir()
+        and (not value[:1].isalpha() or value.lower() in ("true", "false"))
     ]
     return " ".join(found) or "GROUP=NUMBER"

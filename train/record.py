@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, Self, TextIO
 
 from largebatch.conf.errors import ConfigError
 from largebatch.records import Fields, RecordError, read_fields
+from largebatch.records.configuration import read_yaml
 from largebatch.records.fields import LARGEST, mapping, number, one_of, optional, whole
 from largebatch.records.names import HEARTBEAT
 from largebatch.records.reading import parsed
@@ -124,13 +125,25 @@ def kept_lines(folder: Path, samples: int) -> Kept:
 
 
 def words_of(folder: Path) -> list[str] | None:
-    """Return the overrides that the run in `folder` was made with; None where it does not say."""
-    overrides = folder / ".hydra" / "overrides.yaml"
-    if not overrides.exists():
-        return None
-    from omegaconf import OmegaConf
+    """Return the overrides that the run in `folder` was made with; None where it does not say.
 
-    return [str(word) for word in OmegaConf.to_container(OmegaConf.load(overrides)) or ()]
+    Raises:
+        ConfigError: their record is damaged.
+    """
+    from omegaconf import ListConfig, OmegaConf
+
+    path = folder / ".hydra" / "overrides.yaml"
+    try:
+        words = read_yaml(path)
+        if not isinstance(words, ListConfig):
+            raise RecordError(f"{path} must hold a list of overrides")
+    except FileNotFoundError:
+        return None
+    except RecordError as error:
+        raise ConfigError(
+            f"{error}: restore it, or delete {folder}, whose run is then made again"
+        ) from error
+    return [str(word) for word in OmegaConf.to_container(words) or ()]
 
 
 def telling(words: Iterable[str]) -> set[str]:

@@ -12,9 +12,10 @@ from typing import Any, Final
 from omegaconf import OmegaConf
 
 from largebatch.conf.config import BudgetConfig
-from largebatch.conf.errors import ConfigError, sentence
+from largebatch.conf.errors import ConfigError
+from largebatch.records.configuration import read_yaml
+from largebatch.records.fields import RecordError
 from largebatch.records.names import CONFIG
-from largebatch.records.reading import read_bytes
 from largebatch.schedules import Plan
 from largebatch.train.checkpoint_files import CHECKPOINTS, UNIVERSAL, listed, problem, read_state
 from largebatch.train.lengthening import check_past
@@ -238,16 +239,10 @@ def _budget(values: Mapping[str, Any]) -> int:
 
 def _recorded(folder: Path) -> Any:
     """The configuration in the record: data, of which nothing is resolved, imported or called."""
-    path = folder / CONFIG
     try:
-        text = read_bytes(path).decode()
-        if not text.strip():
-            raise ValueError("it is empty")
-        return OmegaConf.create(text)
-    except Exception as error:  # parsers raise whatever the text makes them
-        raise ConfigError(
-            f"{path} is damaged ({sentence(error)}): restore it, or choose another hydra.run.dir"
-        ) from error
+        return read_yaml(folder / CONFIG)
+    except RecordError as error:
+        raise ConfigError(f"{error}: restore it, or choose another hydra.run.dir") from error
 
 
 def _decisive(config: Any) -> dict[str, Any]:

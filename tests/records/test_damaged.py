@@ -34,6 +34,7 @@ from largebatch.study.noise import read_noise
 from largebatch.train import checkpoint_command
 from largebatch.train import command as train_command
 from largebatch.train.checkpoint_files import listed
+from largebatch.train.record import words_of
 from largebatch.train.resume import find_resumption
 from largebatch.train.stacks import where_it_stands
 
@@ -153,6 +154,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "trials": of_run(trials),
     "identity": of_run(lambda run: check_identity(run, {"config": {"a": 1}})),
     "resume": of_run(resume),
+    "words": of_run(words_of),
 }
 
 
@@ -232,7 +234,7 @@ READ_BY = {
     "rank": ["answers", "flight", "explain"],
     "nic": ["explain", "network"],
     "checkpoints": ["checkpoints", "bytes", "resume"],
-    ".hydra": ["resume", "study", "explain"],
+    ".hydra": ["resume", "words", "study", "explain"],
 }
 
 
@@ -295,6 +297,31 @@ def test_a_wrong_value_is_named_with_its_file_and_the_rest_is_shown(
             if "study" in readers:
                 found = report.read_study(study)
                 assert [run.folder.name for run in found.runs] == ["other"]
+    finally:
+        restore(study, files)
+
+
+ALIASES = "a0: &a0 [x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+MERGED = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{n}: &a{n}\n  <<: [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+LISTED = "".join("- " + line.partition(": ")[2] + "\n" for line in ALIASES.splitlines())
+
+
+@pytest.mark.parametrize(
+    "content", [ALIASES, MERGED, LISTED, "a: " + "{a: " * 10**5, "- " * 10**4, "#" * (2 << 20)],
+    ids=["aliases", "merged", "listed", "maps", "lists", "long"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["config.yaml", "overrides.yaml"])
+def test_a_configuration_that_stands_for_more_than_it_holds_is_refused(
+    name: str, content: str, study: Path, files: Files
+) -> None:
+    (study / "run" / ".hydra" / name).write_text(content)
+    try:
+        text = said_by({"config.yaml": "resume", "overrides.yaml": "words"}[name], study)
+        assert re.search(rf"{name} (is damaged|has over 1 MiB).*restore it", text)
     finally:
         restore(study, files)
 

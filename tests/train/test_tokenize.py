@@ -315,6 +315,8 @@ REFUSED: dict[str, Refusal] = {
         wrote("a.tar.gz", gzip.compress(b"x" * 257 + b"ustar" + b"\0" * 300)),
         ["a.tar.gz is a tar archive"],
     ),
+    "a file of compress": (wrote("a.txt", b"\x1f\x9d\x90abc"), ["compressed by compress"]),
+    "text in UTF-16": (wrote("a.txt", "one two".encode("utf-16")), ["UTF-16", "iconv"]),
     "a PDF": (wrote("a.txt", b"%PDF-1.7\n"), ["a.txt is a PDF"]),
     "a folder of Hugging Face's": (
         lambda folder: [str(wrote_in(folder, "data-00000-of-00001.arrow"))],

@@ -49,6 +49,12 @@ COMPRESSIONS: Final = (
 
 _OTHERS: Final = {
     b"\x04\x22\x4d\x18": "compressed by lz4: unpack it",
+    b"\x02\x21\x4c\x18": "compressed by lz4: unpack it",
+    b"\x1f\x9d": "compressed by compress: unpack it (uncompress)",
+    b"LZIP": "compressed by lzip: unpack it",
+    b"\x89LZO\0": "compressed by lzop: unpack it",
+    b"\xff\xfe": "text in UTF-16: convert it (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "text in UTF-16: convert it (iconv -f UTF-16 -t UTF-8)",
     b"\xff\x06\0\0sNaPpY": "compressed by snappy: unpack it",
     b"PK\x03\x04": "a zip archive: unpack it, and give the files of text in it",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it, and give the files of text in it",

@@ -6,6 +6,7 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override
 
 
 @dataclass
@@ -34,6 +35,19 @@ class RunsSweeper(BasicSweeper):
         self.launcher = self._every_run
         with self._every_run:
             return super().sweep(arguments)
+
+    @staticmethod
+    def split_arguments(
+        overrides: list[Override], max_batch_size: int | None
+    ) -> list[list[list[str]]]:
+        from largebatch.conf.errors import ConfigError
+
+        for override in overrides:
+            if override.is_discrete_sweep() and not any(override.sweep_string_iterator()):
+                raise ConfigError(
+                    f"{override.input_line} has no values, so there is no run to be made"
+                )
+        return BasicSweeper.split_arguments(overrides, max_batch_size)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         self._every_run.check(batch)
