@@ -40,9 +40,8 @@ what the model returned for it; else it has served the penalty alone.
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -50,61 +49,22 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd import Variable
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from largebatch.optim.curvature_graph import (
+    accumulates,
+    before_views,
+    differentiable,
+    mark,
+    used_elsewhere,
+)
+from largebatch.optim.curvature_hooks import Hook, remove
 from largebatch.optim.curvature_layers import Layer, input_sum, output_sum
+from largebatch.optim.curvature_records import ForwardRecord, ModelCall, Sums
 from largebatch.optim.layout import is_dtensor
 from largebatch.optim.roots import full_precision
 from largebatch.optim.tensors import scalar
-
-
-@dataclass
-class Sums:
-    """What a layer has seen on this rank since the last step."""
-
-    inputs: Tensor
-    """Σ aaᵀ, shape `layer.shape_in`."""
-    outputs: Tensor
-    """Σ δ̃δ̃ᵀ, shape `layer.shape_out`."""
-    positions: Tensor
-    """P, 0-d."""
-
-
-@dataclass
-class ModelCall:
-    """One call of the model."""
-
-    items: int = 0
-    """Samples that it returned something for."""
-    reached: int = -1
-    """The backward pass that has come to what it returned last."""
-    interval: int = -1
-    """Between which steps its items were counted."""
-
-
-@dataclass
-class ForwardRecord:
-    """A forward pass through a layer, whose backward pass may come."""
-
-    layer: Layer
-    x: Tensor
-    """What `output_sum` needs of the input."""
-    inputs: Tensor
-    positions: Tensor | int
-    items: int
-    leaf: Node
-    """Adds gradients to the weight that was used."""
-    call: ModelCall | None
-    """That it was a part of; None: the layer was called on its own, or computed again."""
-    interval: int = -1
-    """Between which steps it was counted."""
-    grad: Tensor | None = None
-    """δ̃ of the passes of a graph that is kept for more of them."""
-    in_penalty: bool = False
-    """Whether its gradient was taken such that it can be differentiated."""
-    is_last: bool = False
-    """Whether what it returned is what the model returned."""
 
 
 class Curvature:
@@ -121,6 +81,10 @@ class Curvature:
         """Whether passes are taken note of."""
         self.passes: set[Layer] = set()
         """The layers that any pass has been seen through."""
+        self.elsewhere: set[Layer] | None = None
+        """Those found to be used without their modules too; None: not looked for."""
+        self.looks = True
+        """Whether it is looked for: it takes a walk through the graph of each pass."""
         self._before = weakref.WeakMethod(before)
         self._call: ModelCall | None = None
         self._last: tuple[GradientEdge, ForwardRecord] | None = None
@@ -135,16 +99,18 @@ class Curvature:
             ]
         }
         # Not left on a model that outlives its optimizer: torch.jit.script would fail on them.
-        weakref.finalize(self, _remove, self._handles)
+        weakref.finalize(self, remove, self._handles)
 
     def watch(self, layers: Iterable[Layer]) -> None:
         """Watch these layers from now on; of those watched before, what they have seen remains."""
         layers = dict.fromkeys(layers)
         for layer in [layer for layer in self._handles if layer and layer not in layers]:
-            _remove({layer: self._handles.pop(layer)})
+            remove({layer: self._handles.pop(layer)})
             self._sums.pop(layer, None)
-        if layers.keys() - self._handles.keys() and "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # what has been compiled without a hook runs without it
+        if layers.keys() - self._handles.keys():
+            self.looks, self.elsewhere = True, None
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()  # what has been compiled without a hook runs without it
         for layer in layers:
             if layer not in self._handles:
                 # First of the hooks: FSDP2's puts the shards in the place of the weight.
@@ -175,7 +141,12 @@ class Curvature:
         (call, last), self._call, self._last = (self._call, self._last), None, None
         if call is None or not self._takes_note():
             return
-        tensors = [*_differentiable(output)]
+        returned = [*differentiable(output)]
+        if self.looks and returned:
+            layers = [layer for layer in self._handles if layer is not None]
+            found = used_elsewhere(returned, layers)
+            self.elsewhere = found | (self.elsewhere or set())
+        tensors = [tensor for tensor in returned if tensor.dim()]
         if tensors:
             call.items = len(tensors[0])
             for tensor in tensors if not self._sampled else tensors[:1]:
@@ -203,6 +174,8 @@ class Curvature:
         indices = x.detach() if isinstance(layer.module, nn.Embedding) else x.new_empty(0)
         items = len(output) if output.dim() > layer.sample_dims else 1
         leaf = get_gradient_edge(weight).node
+        if self.looks:
+            mark(layer, x, output, leaf)
         record = ForwardRecord(layer, indices, inputs, positions, items, leaf, self._call)
         if self._call is not None:
             self._last = get_gradient_edge(output), record
@@ -214,6 +187,7 @@ class Curvature:
         return self.active and torch.is_grad_enabled() and not transformed
 
     def _await(self, output: Tensor, awaiting: ForwardRecord | ModelCall) -> None:
+        output = before_views(output)
         if self._sampled:
             self._open.append((get_gradient_edge(output), awaiting))
             return
@@ -232,7 +206,7 @@ class Curvature:
 
     @_disable_dynamo
     def _arrive(self, record: ForwardRecord, grad: Tensor) -> None:
-        if not _accumulates(record.leaf):
+        if not accumulates(record.leaf):
             record.in_penalty |= torch.is_grad_enabled()  # as `create_graph` sets it
             return
         task, call = self._enter(), record.call
@@ -315,6 +289,10 @@ class Curvature:
 
     # What the step asks -------------------------------------------------------------------------
 
+    def looked(self) -> bool:
+        """Whether passes since the last step have been looked at for uses of weights elsewhere."""
+        return self.looks and (self.elsewhere is not None or bool(self._sums))
+
     def tell(self, items: int) -> None:
         self._told = (self._told or 0) + items
 
@@ -358,58 +336,6 @@ class Curvature:
         self._told, self._told_before = None, 0
         self._forget()
         return sums, items
-
-
-def _accumulates(leaf: Node) -> bool:
-    """Whether the backward pass at work will add to the `grad` of a leaf."""
-    try:
-        return torch._C._will_engine_execute_node(leaf)
-    except RuntimeError:  # torch's answer where autograd.grad returns this very gradient
-        return False
-
-
-def _remove(handles: Mapping[Layer | None, Iterable[RemovableHandle]]) -> None:
-    for some in handles.values():
-        for handle in some:
-            handle.remove()
-
-
-class Hook:
-    """A hook that keeps neither the curvature alive nor goes along with a copied model."""
-
-    def __init__(
-        self, curvature: Curvature | None, method: str, layer: Layer | None = None
-    ) -> None:
-        self._curvature = None if curvature is None else weakref.ref(curvature)
-        self._method, self._layer = method, layer
-
-    @_disable_dynamo  # in a compiled model it runs between two graphs
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        curvature = None if self._curvature is None else self._curvature()
-        if curvature is None:
-            return
-        if self._layer is not None:
-            kwargs, output = rest
-            curvature.see_forward(self._layer, args[0] if args else kwargs["input"], output)
-        else:
-            getattr(curvature, self._method)(*rest)
-
-    def __reduce__(self) -> tuple[type["Hook"], tuple[None, str]]:
-        return Hook, (None, "")
-
-
-def _differentiable(output: Any) -> Iterator[Tensor]:
-    """Tensors with a leading dimension and a gradient, within lists and mappings too."""
-    if isinstance(output, Tensor):
-        if output.dim() and output.requires_grad:
-            yield output
-        return
-    if isinstance(output, Mapping):
-        output = output.values()
-    elif not isinstance(output, list | tuple):
-        return
-    for part in output:
-        yield from _differentiable(part)
 
 
 @contextmanager

@@ -11,34 +11,34 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+from torch.optim.optimizer import ParamsT
 
 from largebatch.optim import kfac_saving as saving
-from largebatch.optim.base import MaskedOptimizer
-from largebatch.optim.chunks import compute_dtype
 from largebatch.optim.curvature import Curvature
 from largebatch.optim.curvature_layers import Layer, find_layers, signature, without_bias
+from largebatch.optim.curvature_state import CurvatureState, Group
 from largebatch.optim.failure_notice import FailureNotice, counts_of
-from largebatch.optim.kfac_coverage import coverage, say_coverage, warn_of_blind
-from largebatch.optim.kfac_factors import FACTOR_STATE, make_factor_state, state_shapes
+from largebatch.optim.kfac_coverage import (
+    coverage,
+    say_coverage,
+    warn_of_blind,
+    warn_of_uses_elsewhere,
+)
+from largebatch.optim.kfac_factors import FACTOR_STATE
 from largebatch.optim.kfac_options import check_group, check_whole
 from largebatch.optim.kfac_teams import Team, make_teams
 from largebatch.optim.kfac_turns import Turns
 from largebatch.optim.layout import Name, is_dtensor, local
-from largebatch.optim.loading import in_own_order, of_no_parameter
 from largebatch.optim.options import require
 from largebatch.optim.roots import REASONS, Failures
 from largebatch.optim.spread import Spread, spread_of
-from largebatch.optim.state_memory import DROPPED
-from largebatch.optim.tensors import on_device, write
+from largebatch.optim.tensors import on_device
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Group = dict[str, Any]
 
-
-class CurvatureOptimizer(MaskedOptimizer):
+class CurvatureOptimizer(CurvatureState):
     """Base of optimizers that watch a model's layers.
 
     Args:
@@ -50,7 +50,7 @@ class CurvatureOptimizer(MaskedOptimizer):
 
     takes_model: ClassVar[bool] = True
     _OWN: ClassVar[tuple[str, ...]] = (
-        *("_model", "_options", "_process_group", "loss_scale", "failures"),
+        *("_model", "_options", "_process_group", "_elsewhere", "loss_scale", "failures"),
     )
     _curvature: Curvature
 
@@ -77,6 +77,7 @@ class CurvatureOptimizer(MaskedOptimizer):
         self.loss_scale: float | Tensor = 1.0
         """c, for whoever scales losses by other means than GradScaler, which is asked."""
         self.failures = Failures(tolerated_failures)
+        self._elsewhere = frozenset()
         super().__init__(list(model.named_parameters()) if params is None else params, defaults)
         self._begin()
 
@@ -87,7 +88,7 @@ class CurvatureOptimizer(MaskedOptimizer):
         self._unsaid = True
         self._layers: list[Layer] = []
         self._teams: list[Team] = []
-        self._seen: list[tuple[Any, ...]] = []
+        self._seen = []
         self._shared: list[tuple[Any, ...]] | None = None
         self._curvature = Curvature(self._model, self._find, self._options["fisher"] == "true")
         self._find()
@@ -166,7 +167,11 @@ class CurvatureOptimizer(MaskedOptimizer):
         known = {signature(layer): layer for layer in self._layers}
         found = find_layers(self._model, self._options["max_factor_size"], self._is_trained)
         found = [layer if self._together(layer) else without_bias(layer) for layer in found]
-        layers = [layer for layer in found if self._together(layer)]
+        layers = [
+            layer
+            for layer in found
+            if self._together(layer) and layer.weight not in self._elsewhere
+        ]
         self._layers = [known.get(signature(layer), layer) for layer in layers]
         self._preconditioned = {param for layer in self._layers for param in layer.params}
         self._refuse_alone(self._layers)
@@ -205,6 +210,35 @@ class CurvatureOptimizer(MaskedOptimizer):
         phases = {layer: phase for team in self._teams for layer, phase in team.phases.items()}
         self._turns = Turns(phases, interval, self._options["factor_interval"])
         self._go_on()
+
+    def _agree_on_uses(self) -> None:
+        """Leave weights that passes on any rank have used without their modules to the fallback.
+
+        A collective of each team, at the first step after passes through layers that are new.
+        """
+        if not self._curvature.looks:
+            return
+        found = (self._curvature.elsewhere or set()) & self._curvature.passes
+        looked, used = self._curvature.looked(), []
+        for team in self._teams:
+            flags = [looked, *(layer in found for layer in team.layers)]
+            if team.group is not None:
+                told = torch.tensor(flags, dtype=torch.float32, device=team.device)
+                dist.all_reduce(told, dist.ReduceOp.MAX, group=team.group)
+                flags = [flag > 0 for flag in told.tolist()]
+            looked = looked or flags[0]
+            used += [
+                layer for layer, is_used in zip(team.layers, flags[1:], strict=True) if is_used
+            ]
+        self._curvature.looks = not looked
+        if used:
+            self._leave_out(layer.weight for layer in used)
+            for layer in used:
+                for param in layer.params:  # as a checkpoint of before this was looked for has it
+                    self.state.pop(param, None)
+            self._find()
+            self._share()
+            warn_of_uses_elsewhere(used)
 
     def _refuse_alone(self, layers: Iterable[Layer]) -> None:
         """Refuse plain layers of which nobody has said whether other ranks have them too."""
@@ -329,152 +363,6 @@ class CurvatureOptimizer(MaskedOptimizer):
     def _essentials(self) -> dict[str, Any]:
         """Options of the whole optimizer, beside those that every subclass has."""
         return {}
-
-    def _count_step(self, skip: Tensor | None) -> None:
-        """Make what state is missing, and advance the step of every parameter with a gradient."""
-        for team in self._teams:
-            for layer in team.layers:
-                state = self.state.get(layer.weight, {})
-                if (team.size > 1 or layer.weight.grad is not None) and "factor_in" not in state:
-                    self.state[layer.weight].update(self._new_factor_state(team, layer))
-                    self._make_state(layer.weight)  # whole, for it may be saved without a gradient
-        for _, param in self._moved():
-            state = self._make_state(param)
-            self._turns.counts.of(param, state)  # before it is advanced
-            write([state["step"]], [state["step"] + 1], skip)
-
-    def _make_state(self, param: Tensor) -> dict[str, Tensor]:
-        """The parameter's state, with zeros for what of its own shape is missing."""
-        state: dict[str, Tensor] = self.state[param]
-        for key in self._keys(param, self._group_of[param]):
-            if key not in state:
-                state[key] = torch.zeros_like(param, dtype=compute_dtype(param))
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=local(param).device)
-        if DROPPED not in state:
-            state[DROPPED] = torch.zeros_like(state["step"])
-        return state
-
-    def _new_factor_state(self, team: Team, layer: Layer) -> dict[str, Tensor]:
-        form = self._forms()[layer]
-        if layer in team.owned:
-            return make_factor_state(layer, form, team.device)
-        empty = torch.empty(0, dtype=layer.dtype, device=team.device)
-        return {name: empty.clone() for name in state_shapes(layer, form)}
-
-    def _forms(self) -> dict[Layer, str]:
-        """Of the layers that are shared out and still in a group."""
-        layers = (layer for team in self._teams for layer in team.layers)
-        known = (layer for layer in layers if layer.weight in self._group_of)
-        return {layer: self._group_of[layer.weight]["form"] for layer in known}
-
-    def _moved(self) -> Iterator[tuple[Group, Tensor]]:
-        return ((g, param) for param, g in self._group_of.items() if param.grad is not None)
-
-    def _has_factors(self, layer: Layer) -> bool:
-        return "factor_in" in self.state.get(layer.weight, {})
-
-    def _keys(self, param: Tensor, group: Group) -> tuple[str, ...]:
-        """The state tensors that are shaped like the parameter."""
-        raise NotImplementedError
-
-    # What is saved ------------------------------------------------------------------------------
-
-    def state_dict(self) -> StateDict:
-        """As torch's. Where ranks share the work, all of them have to call it, and to load it.
-
-        What lies on the rank that works on a layer is then a DTensor: any world size can load it.
-        """
-
-        self._find()
-        self._share()
-
-        def spread(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
-            found = {param: self.state[param] for param in self._names if param in self.state}
-            saved = saving.cut(self._teams, self._forms(), found)
-            state = dict(packed["state"])
-            for param, index in self._numbered(packed):
-                if param in saved:
-                    state[index] = saved[param]
-            return {**packed, "state": state}
-
-        hook = self.register_state_dict_post_hook(spread, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            hook.remove()
-
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load as torch does, hooks included, but keep state in FP32; as for `state_dict`.
-
-        Raises:
-            ValueError: a state that does not fit these parameters or these options; what was there
-                before remains.
-        """
-        loaded: StateDict = {}
-
-        def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
-            final = in_own_order(final, self.param_groups)
-            loaded.update(final)
-            # Torch would cast it to the parameters' dtype.
-            return {**final, "state": of_no_parameter(final)}
-
-        def put_state(_: Optimizer) -> None:  # before the user's post-hooks
-            self._find()
-            self._share()
-            state, numbered = loaded["state"], self._numbered(loaded)
-            self.state.update(self._ready({p: state[i] for p, i in numbered if i in state}))
-            self._go_on()
-
-        hooks = (
-            self.register_load_state_dict_pre_hook(take_state),
-            self.register_load_state_dict_post_hook(put_state, prepend=True),
-        )
-        before = self.__dict__.copy()
-        try:
-            super().load_state_dict(state_dict)
-        except Exception:
-            self.__dict__.update(before)  # groups and state, which torch has replaced
-            raise
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _numbered(self, packed: StateDict) -> Iterator[tuple[Tensor, Any]]:
-        """Every parameter with its number in a state dict."""
-        for ours, theirs in zip(self.param_groups, packed["param_groups"], strict=True):
-            yield from zip(ours["params"], theirs["params"], strict=True)
-
-    def _ready(self, found: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
-        """Loaded state as `step` expects it.
-
-        Raises:
-            ValueError: it does not fit.
-        """
-        forms, layers = self._forms(), {layer.weight: layer for layer in self._forms()}
-        ready = {}
-        for param, state in found.items():
-            keys = {"step", DROPPED, *self._keys(param, self._group_of[param])}
-            layer = layers.get(param)  # type: ignore[call-overload] # by identity
-            form = "" if layer is None else forms[layer]
-            ready[param] = saving.checked(param, self._names[param], state, keys, layer, form)
-        return saving.join(self._teams, forms, ready)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if any(team.group is not None for team in self._teams):
-            raise TypeError(
-                "KFAC shares its work with other ranks and cannot be copied or pickled: build one "
-                "for the other model and give it this one's state_dict()"
-            )
-        state: dict[str, Any] = super().__getstate__()
-        return {**state, "own": {name: self.__dict__[name] for name in self._OWN}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        own = state.pop("own", None)
-        super().__setstate__(state)
-        if own is not None:  # a copy; else groups and state alone are loaded
-            self.__dict__.update(own)
-            self._begin()
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, "ProcessGroup | None"]:

@@ -20,8 +20,7 @@ which costs further passes; no block-tridiagonal form.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
@@ -32,13 +31,15 @@ from torch.optim.optimizer import ParamsT
 from largebatch.optim.base import uncompiled
 from largebatch.optim.chunks import compute_dtype
 from largebatch.optim.curvature_layers import Layer
-from largebatch.optim.curvature_optimizer import CurvatureOptimizer, Group
+from largebatch.optim.curvature_optimizer import CurvatureOptimizer
+from largebatch.optim.curvature_state import Group
 from largebatch.optim.grafting import WITH_SQUARES, grafted_step, next_squares
 from largebatch.optim.kfac_damping import Damping
 from largebatch.optim.kfac_factors import average, new_roots, roots_of
+from largebatch.optim.kfac_moves import Move, stats_of
 from largebatch.optim.kfac_options import rule_of
 from largebatch.optim.kfac_rules import RULES, Rule
-from largebatch.optim.kfac_teams import Numbers, Team
+from largebatch.optim.kfac_teams import Team
 from largebatch.optim.layerwise import evaluate
 from largebatch.optim.layout import Name, local
 from largebatch.optim.options import require
@@ -48,18 +49,6 @@ from largebatch.optim.tensors import gradient_of, root, scalar, without_too_larg
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-@dataclass(frozen=True)
-class Move:
-    """What a team's layers are to be moved by."""
-
-    team: Team
-    parts: Mapping[Tensor, Tensor]
-    """U of each parameter by its layer's scale, as far as it lies here."""
-    numbers: Numbers
-    ratios: Mapping[Layer, Tensor]
-    """r of each layer, times its scale."""
 
 
 class KFAC(CurvatureOptimizer):
@@ -207,6 +196,7 @@ class KFAC(CurvatureOptimizer):
         loss = evaluate(closure)
         self._find()
         self._share()
+        self._agree_on_uses()
         self._heed_failures()
         self._refuse_sparse()
         self._say_once()
@@ -394,14 +384,3 @@ def graft_keys(group: Group) -> tuple[str, ...]:
         return ()
     squares = ("graft_exp_avg_sq",) if group["graft"] in WITH_SQUARES else ()
     return ("graft_exp_avg", *squares)
-
-
-def stats_of(numbers: Mapping[str, Tensor], ratio: Tensor) -> dict[str, Tensor]:
-    norms = numbers["update"] * numbers["gradient"]
-    return {
-        "weight_norm": root(numbers["weight"]),
-        "update_norm": ratio * root(numbers["update"]),
-        "trust_ratio": ratio / torch.where(numbers["scale"] > 0, numbers["scale"], 1.0),
-        "cosine": torch.where(norms > 0, numbers["product"] * norms.rsqrt(), 0.0),
-        "condition_number": numbers["condition"],
-    }

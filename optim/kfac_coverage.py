@@ -55,3 +55,15 @@ def warn_of_blind(layers: Collection[Layer]) -> None:
         "(a copy, or a model compiled and called before, is not watched)",
         stacklevel=4,
     )
+
+
+def warn_of_uses_elsewhere(layers: Collection[Layer]) -> None:
+    """Warn of layers that lose their curvature because their weights are used without them too."""
+    names = [repr(layer.name) for layer in layers]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    warnings.warn(
+        f"KFAC leaves {', '.join(names[:3])}{more} to its fallback: the model uses it without its "
+        "module too, as in functional.linear(x, embedding.weight), so that its gradient is of all "
+        "uses and its curvature would be of the module's alone",
+        stacklevel=4,
+    )

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from largebatch.optim.curvature import Sums
 from largebatch.optim.curvature_layers import Layer
+from largebatch.optim.curvature_records import Sums
 from largebatch.optim.kfac_damping import Damping, Roots, decomposed
 from largebatch.optim.tensors import write
 

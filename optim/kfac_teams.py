@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from largebatch.optim.curvature import Sums
 from largebatch.optim.curvature_layers import Layer
+from largebatch.optim.curvature_records import Sums
 from largebatch.optim.exchange import Exchange, Parcel, whole
 from largebatch.optim.kfac_damping import Roots, precondition
 from largebatch.optim.layout import local

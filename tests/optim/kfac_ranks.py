@@ -1,5 +1,7 @@
 """K-FAC on a small network of every kind of layer, spread over ranks in several ways."""
 
+import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +20,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from largebatch.optim import KFAC
+from largebatch.optim.layout import local
+from largebatch.optim.roots import RootError
 
 NUM_STEPS = 20
 BATCH_SIZE = 16  # samples, over all ranks
@@ -84,12 +88,13 @@ class Cell:
 class Run:
     cell: Cell
     options: dict[str, Any] = field(default_factory=dict)
+    network: type["Model"] = Model
     model: nn.Module = field(init=False)
     optimizer: KFAC = field(init=False)
 
     def __post_init__(self) -> None:
         layout = LAYOUTS[self.cell.layout]
-        self.model = Model(self.cell.dtype)
+        self.model = self.network(self.cell.dtype)
         self.module = layout.spread(self.model)
         options = {"lr": 0.02, **ROWS[self.cell.row], **self.options}
         if self.cell.layout != "DDP":
@@ -265,8 +270,38 @@ def fisher_pass(cell: Cell) -> Outcome:
     return run.outcome()
 
 
-def refused(cell: Cell) -> Outcome:
+@dataclass(frozen=True)
+class Refused:
     """What is said to plain parameters without a group, and to tensor parallelism."""
+
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class Tied:
+    """The last rank alone uses a layer's weight without its module too."""
+
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class Failing:
+    """The factors of one layer are not finite where they lie, from the second step on."""
+
+    cell: Cell
+
+
+def say(job: Refused | Tied | Failing) -> Outcome:
+    match job:
+        case Refused():
+            return refused(job.cell)
+        case Tied():
+            return tied(job.cell)
+        case Failing():
+            return fail(job.cell)
+
+
+def refused(cell: Cell) -> Outcome:
     said = {}
     try:
         KFAC(Model(cell.dtype), lr=0.1)
@@ -282,3 +317,57 @@ def refused(cell: Cell) -> Outcome:
         said["parallel"] = str(error)
     del optimizer
     return said
+
+
+class Again(Model):
+    """Uses a weight by hand."""
+
+    by_hand = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if not self.by_hand:
+            return out
+        return out + linear(self.embedding(x), self.embedding.weight).mean() * 0.1
+
+
+def tied(cell: Cell) -> Outcome:
+    """Which layers have curvature, what was warned, and whether a run goes on from what it saved as
+    if it had not."""
+    run = Run(cell, network=Again)
+    run.model.by_hand = dist.get_rank() + 1 == dist.get_world_size()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.train(0, 2)
+    saved = copy.deepcopy(run.optimizer.state_dict())
+    begun = [param.detach().clone() for param in run.model.parameters()]
+    run.train(2, 4)
+    wanted = [local(param.detach()).clone() for param in run.model.parameters()]
+    run.optimizer = KFAC(run.module if cell.layout == "DDP" else run.model, lr=0.02)
+    run.optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        for param, value in zip(run.model.parameters(), begun, strict=True):
+            param.copy_(value)
+    run.train(2, 4)
+    pairs = zip(run.model.parameters(), wanted, strict=True)
+    return {
+        "curved": sorted(run.optimizer.layer_stats()),
+        "warned": [str(w.message) for w in caught if "fallback" in str(w.message)],
+        "goes on": all(torch.equal(local(param.detach()), value) for param, value in pairs),
+    }
+
+
+def fail(cell: Cell) -> Outcome:
+    """At which step the rank has raised, and what; it goes on until all have had the time to."""
+    run, raised = Run(cell), []
+    weight = run.model.get_parameter("over_positions.weight")
+    for number in range(8):
+        run.backward(*data(number))
+        if number >= 1:
+            run.optimizer.state[weight]["factor_in"].fill_(float("nan"))
+        try:
+            run.optimizer.step()
+        except RootError as error:
+            raised.append((number, str(error)))
+        run.optimizer.zero_grad()
+    return {"raised": raised}

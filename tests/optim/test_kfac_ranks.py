@@ -12,11 +12,14 @@ from kfac_ranks import (
     NUM_STEPS,
     ROWS,
     Cell,
+    Failing,
     Leg,
+    Refused,
     Repetition,
+    Tied,
     fisher_pass,
     preconditioned,
-    refused,
+    say,
     skipped,
     train,
     train_alone,
@@ -100,10 +103,12 @@ def test_ranks_take_the_steps_of_one_process(
 def test_collectives_are_few_and_factors_lie_on_one_rank_each(
     cell: Cell, trained: Callable[[Cell], Sequence[Outcome]]
 ) -> None:
-    """One for the statistics, one for results, and where gradients are sharded one for them."""
+    """One for the statistics, one for results, and where gradients are sharded one for them; at the
+    first step one more, for what weights have been used for."""
     outcomes = trained(cell)
     updates = [step % ROWS[cell.row].get("factor_interval", 1) == 0 for step in range(NUM_STEPS)]
     expected = [1 + update + (cell.layout != "DDP") for update in updates]
+    expected[0] += 1
     assert all(outcome["collectives"] == expected for outcome in outcomes)
     memory = [outcome["memory"] for outcome in outcomes]
     assert sum(memory) == alone(cell.alone)["memory"]
@@ -210,11 +215,48 @@ def test_what_ranks_do_alone_they_do_together(
                 assert outcome.get("unchanged", True)
 
 
-def test_layers_that_cannot_be_seen_whole_are_refused_by_name(
+TOLD = (
+    Refused(Cell("TP", 2, "defaults")),
+    *(Tied(Cell(layout, 2, "defaults")) for layout in ("DDP", "FSDP2")),
+    *(Failing(Cell(layout, 2, "exact", FP64)) for layout in ("DDP", "FSDP2")),
+)
+
+
+@pytest.fixture
+def told(
     launched: Callable[..., list[dict[str, Outcome]]],
+) -> Callable[[object], Sequence[Outcome]]:
+    return lambda job: successful([rank[str(job)] for rank in launched(say, TOLD, 2)])
+
+
+def test_layers_that_cannot_be_seen_whole_are_refused_by_name(
+    told: Callable[[object], Sequence[Outcome]],
 ) -> None:
-    cell = Cell("TP", 2, "defaults")
-    for outcome in successful([rank[str(cell)] for rank in launched(refused, (cell,), 2)]):
+    for outcome in told(TOLD[0]):
         assert "process_group must be given on 2 ranks" in outcome["plain"]
         assert "'embedding.weight'" in outcome["plain"]
         assert "whole rows of layer 'up.weight', which is tensor-parallel" in outcome["parallel"]
+
+
+@pytest.mark.parametrize("job", [job for job in TOLD if isinstance(job, Tied)], ids=str)
+def test_a_weight_that_one_rank_uses_without_its_module_has_no_curvature_on_any(
+    job: Tied, told: Callable[[object], Sequence[Outcome]]
+) -> None:
+    for outcome in told(job):
+        names = ["conv.weight", "grouped.weight", "head.weight", "over_positions.weight"]
+        assert outcome["curved"] == names
+        (sentence,) = outcome["warned"]
+        assert "leaves 'embedding.weight' to its fallback" in sentence
+        assert outcome["goes on"]
+
+
+@pytest.mark.parametrize("job", [job for job in TOLD if isinstance(job, Failing)], ids=str)
+def test_all_ranks_raise_what_one_of_them_has_failed_in(
+    job: Failing, told: Callable[[object], Sequence[Outcome]]
+) -> None:
+    """The same sentence in the same step, one after that in which its owner was out of patience."""
+    first, *others = (outcome["raised"] for outcome in told(job))
+    assert others == [first] * len(others)
+    step, sentence = first[0]
+    assert step == 5  # three failures are tolerated, from the second step on
+    assert sentence.startswith("layer 'over_positions.weight': the decomposition of a factor was")
