@@ -9,6 +9,7 @@ import torch
 from kfac_networks import CASES, Case, only_layer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers.pytorch_utils import Conv1D
 
 from largebatch.optim import KFAC
 from largebatch.optim.kfac_factors import averages
@@ -324,3 +325,22 @@ def test_a_layer_in_two_places_of_the_network_sums_over_both() -> None:
     factor_in, factor_out = averages(layer, optimizer.state[layer.weight])
     torch.testing.assert_close(factor_in[0], rows.T @ rows / 10, **TIGHT)
     torch.testing.assert_close(factor_out[0], (last.T @ last + before.T @ before) / 5, **TIGHT)
+
+
+def test_conv1d_of_transformers_is_stepped_as_the_linear_layer_of_its_transposed_weight() -> None:
+    found = []
+    for transposed in (True, False):
+        torch.manual_seed(0)
+        weight, x = torch.randn(3, 4).double(), torch.randn(8, 5, 3).double()
+        layer: Any = (Conv1D(4, 3) if transposed else nn.Linear(3, 4)).double()
+        with torch.no_grad():
+            layer.weight.copy_(weight if transposed else weight.T)
+            layer.bias.fill_(0.1)
+        optimizer = KFAC(layer, lr=0.1)
+        torch.tanh(layer(x)).square().mean().backward()
+        optimizer.step()
+        assert [*optimizer.layer_stats()] == ["weight"]
+        moved = layer.weight.detach()
+        found.append([moved if transposed else moved.T, layer.bias.detach()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **TIGHT)
