@@ -94,6 +94,13 @@ def sentence(error: BaseException) -> str:
         name, above = whole[1].lower(), getattr(error, "parent_node", None) or {}
         keys = ", ".join(f"{name}.{below}" for below in above.get(name) or ())
         return f"{name} takes no value itself, got {whole[2]}: give {keys or 'one of its keys'}"
+    lacking = re.search(r"Interpolation key '([^']+)' not found", text)
+    if lacking is not None and key:
+        group = key.partition(".")[0]
+        return (
+            f"{key} is taken from {lacking[1]}, which is not there: give {key} a value, or choose "
+            f"another {group}, such as {group}=custom for your own"
+        )
     return f"{key}: {text}" if key and key not in text else text
 
 

@@ -74,6 +74,8 @@ def explain(
     Raises:
         ValueError: `run` holds no run, or a log is not there.
     """
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"{run} is no folder: name a run's, its hydra.run.dir")
     looked_at = [name for name in SOURCES if (run / name).exists()]
     files = find_logs(run, logs)
     if not looked_at and not files:

@@ -107,6 +107,10 @@ def test_the_user_s_cluster_wins_over_the_package_s(
         (["train", "seed=1", "--seed=2"], "keys are given as KEY=VALUE, without dashes"),
         (["train", "~target.loss"], "target.loss"),
         (["train", "optim=lam"], "optim must be one of adamw, kfac"),
+        (
+            ["train", "task=custom", "task._target_=a.B"],
+            "model.context is taken from task.context, which is not there",
+        ),
         (["train", "batch=512"], "batch=512: a group takes the name of a choice"),
         (["train", "batch=true"], "batch=true: a group takes the name of a choice"),
         (["train", "task=[0.9,nan]"], "task=[0.9,nan]: a group takes the name of a choice"),

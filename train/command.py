@@ -174,6 +174,11 @@ def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
         if display or team.ranks.size > 1:
             raise
         return ended.summary  # a sweep that goes on with resume=auto passes it by
+    except OSError as error:  # a folder where a file belongs, a disk that does not answer
+        raise ConfigError(
+            f"{error.filename} cannot be used: {error.strerror}: mend it, or choose another "
+            "hydra.run.dir (of a sweep: hydra.sweep.dir)"
+        ) from error
     with ExitStack() as stack:
         if order.resumption is not None:
             stack.callback(order.resumption.release)

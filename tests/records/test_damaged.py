@@ -337,6 +337,31 @@ def test_what_is_no_file_is_named_and_not_waited_for(study: Path, files: Files) 
             restore(study, files)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
+def test_a_run_is_refused_where_a_file_and_a_folder_have_changed_places(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["largebatch"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    run = tmp_path / "run"
+    run.mkdir()
+    if name == "checkpoints":
+        (run / name).touch()
+    else:
+        (run / name).mkdir()
+        (run / ".hydra").mkdir()
+        (run / ".hydra" / "config.yaml").touch()
+    assert train_command.main(["task=digits", "hydra.run.dir=run", "resume=auto"]) == 2
+    assert f"{name} cannot be used: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_is_no_folder_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    assert "is no folder" in said_by("explain", tmp_path)
+
+
 def test_a_checkpoints_folder_may_have_any_name(study: Path) -> None:
     folder = study / "run" / "checkpoints"
     for name in ("samples-²", "samples-", "samples--1", "samples-1\x1b[2J", "samples-" + "9" * 200):
