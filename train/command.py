@@ -38,7 +38,7 @@ EXIT_CODES: Final = {
     "interrupted": INTERRUPTED,
 }
 
-_outcome: list[dict[str, Any] | ConfigError] = []
+_outcome: list[dict[str, Any] | ConfigError | RanksEnded] = []
 """What the run came to: Hydra's main returns nothing, and prints around what a task raises."""
 
 
@@ -86,7 +86,7 @@ def lead(team: Team, command: str, arguments: list[str]) -> int:
         check_single(team.ranks, command, arguments)
     run_hydra(task, command, arguments)
     for outcome in _outcome:
-        if isinstance(outcome, ConfigError):
+        if isinstance(outcome, Exception):
             raise outcome
         return exit_code(outcome)
     return 0  # --help, --cfg and their like; a sweep all of whose runs have ended
@@ -150,7 +150,7 @@ def single_run(composed: DictConfig) -> None:
 
     try:
         summary = job(composed, display=True)
-    except ConfigError as error:
+    except (ConfigError, RanksEnded) as error:
         _outcome.append(error)
     else:
         _outcome.append(summary)
@@ -224,7 +224,7 @@ def train(team: Team, order: Order | None, display: bool = False) -> dict[str, A
         raise ConfigError(str(error)) from error
     always = order.config.engine.needs_group
     group = process_group(team.store, ranks, device, always=always)
-    with answering(order.folder, ranks.rank, ranks.size), group:
+    with answering(order.folder, ranks.rank, ranks.size), group, team.telling():
         if not display:
             return run(order, team, device)
         with Display(order) as shown:

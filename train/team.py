@@ -101,12 +101,26 @@ class Team:
             if self.ranks.size > 1:
                 self._end_well()
             return
-        ended = self.cause(error)
-        if not isinstance(ended, RanksEnded):
-            ended = self._tell_fault(ended)
+        ended = self._told(error)
         if self._store is not None:
             self._leave(self._store)
         raise ended from error
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """A fault within it is told before what is around it is left: of a process group that is
+        closed the others see lost connections, and would tell of those first.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.ranks.size == 1:
+                raise
+            raise self._told(error) from error
+
+    def _told(self, error: BaseException) -> RanksEnded:
+        ended = self.cause(error)
+        return ended if isinstance(ended, RanksEnded) else self._tell_fault(ended)
 
     # Before and while there is a run -------------------------------------------------------------
 

@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["largebatch.train.run", "largebatch.train.command", "largebatch.train.display"]
+PRELOADED = [
+    *("largebatch.train.run", "largebatch.train.command", "largebatch.train.display"),
+    # What these load costs a rank some seconds: SciPy, and what torch's optimizers import late.
+    *("largebatch.train.tasks.digits", "largebatch.train.checkpoint", "torch._dynamo"),
+]
 
 
 def begin(

@@ -97,7 +97,6 @@ STAGES = {
     "folder 0": (2, "cannot be written", []),
     "device 1": (2, "no library of the device", ["engine.ipex=true"]),
     "group 1": (1, "nowhere9", []),
-    "logger 0": (1, "missing-logger", []),
     "logger 0 refusal": (2, "no such logger here", []),
     **{f"{stage} 1": (1, f"missing-{stage}", []) for stage in ("model", "attach", "checkpoint")},
     **{
