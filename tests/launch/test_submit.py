@@ -277,6 +277,9 @@ COMMANDS = [
     (["cluster=local"], [], "what the job is to run, train or sweep and its words, got nothing"),
     (["cluster=local"], ["report", "x"], "train or sweep and its words, got report x"),
     (["cluster=local"], ["train", "engine.nproc=2"], "the job's launcher starts 2: leave it out"),
+    (["cluster=local"], ["train", "-m", "optim.lr=1,2"], "are for one: use -- sweep …"),
+    (["cluster=local"], ["train", "optim.lr=1,2", "--multirun"], "are for one: use -- sweep …"),
+    (["cluster=local"], ["train", "hydra.mode=MULTIRUN"], "are for one: use -- sweep …"),
     (DEBUG, ["train", "batch.size=100"], "100 is not divisible by 12"),  # ranks
     (DEBUG, ["train", "batch.size=1200", "optim.lrr=1"], "optim.lrr"),
     (DEBUG, ["train", "batch.size=1200", "lr.warmup_samples=1e9", "lr=cosine"], "warmup"),
