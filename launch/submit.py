@@ -135,7 +135,12 @@ def completed(config: SubmitConfig, words: Sequence[str]) -> tuple[list[str], st
             "say after -- what the job is to run, train or sweep and its words, got "
             f"{' '.join(words) or 'nothing'}"
         )
-    sweeps = [word for word in words[1:] if word in ("-m", "--multirun")]
+    # As the command takes it, cut short too.
+    sweeps = [
+        word
+        for word in words[1:]
+        if word == "-m" or (len(word) > 2 and "--multirun".startswith(word))
+    ]
     if words[0] == "train" and (sweeps or "hydra.mode=MULTIRUN" in words):
         raise ConfigError(
             f"train {' '.join(sweeps) or 'hydra.mode=MULTIRUN'} is many runs, and the ranks of a "

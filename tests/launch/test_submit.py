@@ -278,7 +278,7 @@ COMMANDS = [
     (["cluster=local"], ["report", "x"], "train or sweep and its words, got report x"),
     (["cluster=local"], ["train", "engine.nproc=2"], "the job's launcher starts 2: leave it out"),
     (["cluster=local"], ["train", "-m", "optim.lr=1,2"], "are for one: use -- sweep …"),
-    (["cluster=local"], ["train", "optim.lr=1,2", "--multirun"], "are for one: use -- sweep …"),
+    (["cluster=local"], ["train", "optim.lr=1,2", "--multi"], "are for one: use -- sweep …"),
     (["cluster=local"], ["train", "hydra.mode=MULTIRUN"], "are for one: use -- sweep …"),
     (DEBUG, ["train", "batch.size=100"], "100 is not divisible by 12"),  # ranks
     (DEBUG, ["train", "batch.size=1200", "optim.lrr=1"], "optim.lrr"),
