@@ -14,14 +14,21 @@ def test_hydra_finds_the_launchers() -> None:
     assert {"CoresLauncher", "ParslLauncher"} <= names
 
 
-@pytest.mark.parametrize(("launcher_name", "overrides"), [("cores", ["hydra.launcher.n_jobs=1"])])
+# They look for a job's log in its working directory. Whether that is the job's folder is otherwise
+# up to the version of Hydra that whatever ran before in this process has asked to be like.
+IN_ITS_FOLDER = "hydra.job.chdir=true"
+
+
+@pytest.mark.parametrize(
+    ("launcher_name", "overrides"), [("cores", [IN_ITS_FOLDER, "hydra.launcher.n_jobs=1"])]
+)
 class TestCores(LauncherTestSuite):
     pass
 
 
 @pytest.mark.parametrize(
     ("launcher_name", "overrides"),
-    [("cores", ["hydra.launcher.n_jobs=2", "hydra.sweeper.max_batch_size=2"])],
+    [("cores", [IN_ITS_FOLDER, "hydra.launcher.n_jobs=2", "hydra.sweeper.max_batch_size=2"])],
 )
 class TestBatchesOnCores(BatchedSweeperTestSuite):
     pass
