@@ -24,7 +24,7 @@ Train = Callable[..., int]
 ReadRun = Callable[[Path], tuple[list[dict[str, Any]], dict[str, Any]]]
 
 
-def planned(rule: str, hold: str | None = None) -> Plan:
+def planned(rule: str, hold: str | None = "rule") -> Plan:
     return Plan(
         ramp=GeometricBatch(start=32, ramp_samples=256, size=128), curve=Constant(),
         budget_samples=1024, base_lr=0.01, base_batch=64, rule=rule, hold=hold,
