@@ -23,6 +23,8 @@ from operator import index
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from largebatch.train.checkpoint_description import DESCRIPTION, problem_of
+
 CHECKPOINTS: Final = "checkpoints"
 STATE: Final = "state.json"
 MANIFEST: Final = "manifest.json"
@@ -33,7 +35,7 @@ UNIVERSAL: Final = "universal"
 FORMAT: Final = 1
 """Of state.json and manifest.json."""
 
-_DATA: Final = (".metadata", ".distcp", ".pt")
+_DATA: Final = (DESCRIPTION, ".distcp", ".pt")
 """Endings of the files that engines read."""
 
 AUTO_FULL_BYTES: Final = 8 << 30
@@ -274,17 +276,25 @@ def problem(checkpoint: Path, verify: str = "auto") -> str | None:
 
     Args:
         verify: `full` reads every byte, `size` asks for the files' sizes, and in either case the
-            small files are read; `auto` is full up to `AUTO_FULL_BYTES`.
+            small files are read; `auto` is full up to `AUTO_FULL_BYTES`, and above reads what
+            describes the tensors besides.
     """
     try:
         files = manifest_of(checkpoint)
         total = sum(file.size for file in files.values())
         full = verify == "full" or (verify == "auto" and total <= AUTO_FULL_BYTES)
-        read = {name: file for name, file in files.items() if full or file.size <= _SMALL}
+        whole = {DESCRIPTION} if verify == "auto" else set()  # as it is read in any case
+        read = {
+            name: file
+            for name, file in files.items()
+            if full or file.size <= _SMALL or name in whole
+        }
         what = _of_listing(checkpoint, files) or _of_sizes(checkpoint, files)
         what = what or _of_contents(checkpoint, read)
         if what is None and checkpoint.name != UNIVERSAL:
-            read_state(checkpoint)
+            saved = read_state(checkpoint).get("saved_by")
+            by = saved.get("kind", "dcp") if isinstance(saved, dict) else "dcp"
+            what = _of_description(checkpoint, files, read) if by == "dcp" else None
         return what
     except (OSError, ValueError) as error:
         return str(error)
@@ -323,6 +333,14 @@ def _of_contents(checkpoint: Path, files: Files) -> str | None:
             if crc32 != file.crc32:
                 return f"{name} is not what was written (CRC {crc32:08x}, not {file.crc32:08x})"
     return None
+
+
+def _of_description(checkpoint: Path, files: Files, read: Files) -> str | None:
+    if DESCRIPTION not in files:
+        return f"{MANIFEST} does not list {DESCRIPTION}"
+    if DESCRIPTION not in read:
+        return None
+    return problem_of((checkpoint / DESCRIPTION).read_bytes(), files)
 
 
 def crc32_of(path: Path) -> int:

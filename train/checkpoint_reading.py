@@ -17,30 +17,27 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as describing
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+from largebatch.train.checkpoint_description import (
+    DESCRIBING,
+    DESCRIPTION,
+    IMPORTED,
+    TORCH_NAMES,
+    stray_of,
+)
 from largebatch.train.unpickling import AllowListUnpickler
-
-_PLAIN_NAMES: Final = {
-    (filesystem.__name__, "_StorageInfo"),
-    (filesystem.__name__, "_StoragePrefix"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),  # looks a layout up by its name
-    ("collections", "OrderedDict"),
-    *((module, path) for module in ("pathlib", "pathlib._local") for path in ("Path", "PosixPath")),
-}
 
 
 def _describes(module: str, name: str) -> bool:
     """Whether a checkpoint's description may name it."""
-    if (module, name) in _PLAIN_NAMES:
+    if (module, name) in TORCH_NAMES | IMPORTED:
         return True
     if module == "torch":
         return isinstance(getattr(torch, name, None), torch.dtype)
-    if module != describing.__name__:
+    if module != DESCRIBING:
         return False
     kind = getattr(describing, name, None)
     if not isinstance(kind, type) or kind.__module__ != module:  # what it imports, for one
@@ -65,7 +62,7 @@ class PlainReader(FileSystemReader):
         Raises:
             ValueError: it cannot be read.
         """
-        path = Path(self.path) / ".metadata"
+        path = Path(self.path) / DESCRIPTION
         try:
             return path.read_bytes()
         except OSError as error:
@@ -77,16 +74,17 @@ class PlainReader(FileSystemReader):
         Raises:
             ValueError: they name more than such a file does.
         """
-        path = Path(self.path) / ".metadata"
+        path = Path(self.path) / DESCRIPTION
         try:
             found = AllowListUnpickler(io.BytesIO(data), _describes).load()
-            assert isinstance(found, Metadata)
-            names = {info.relative_path for info in (found.storage_data or {}).values()}
+            if not isinstance(found, Metadata):
+                raise TypeError("it describes no checkpoint")
+            names = {str(info.relative_path) for info in (found.storage_data or {}).values()}
         except Exception as error:  # unpickling raises whatever the bytes say
             raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
-        strays = sorted(str(name) for name in names if Path(name).name != name)
-        if strays:
-            raise ValueError(f"{path} points out of its folder, to {strays[0]}")
+        stray = stray_of(names)
+        if stray is not None:
+            raise ValueError(f"{path} points out of its folder, to {stray}")
         return found
 
 

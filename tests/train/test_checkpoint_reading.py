@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_ranks import Trainee, sign, state_after
+from torch.distributed.checkpoint import metadata as describing
+from torch.distributed.checkpoint.metadata import Metadata
 
 from largebatch import cli
 from largebatch.conf.config import CheckpointConfig
 from largebatch.conf.errors import ConfigError
 from largebatch.train.checkpoint import Checkpoints
 from largebatch.train.checkpoint_command import main
-from largebatch.train.checkpoint_files import listed
+from largebatch.train.checkpoint_description import problem_of
+from largebatch.train.checkpoint_files import listed, problem
 from largebatch.train.checkpoint_reading import weights_only
 from largebatch.train.ranks import Ranks
+from largebatch.train.resume import last_good
 
 Train = Callable[..., int]
 
@@ -67,6 +71,76 @@ def test_what_describes_a_checkpoint_names_no_code(
     assert main(["export", str(tmp_path), str(tmp_path / "file.safetensors")]) == 2
     assert "it names posix.system" in capsys.readouterr().err
     assert not mark.exists()
+
+
+def described_by(checkpoint: Path, change: Callable[[Any], Any]) -> None:
+    """Have the checkpoint, its checksums too, hold another description."""
+    path = checkpoint / ".metadata"
+    path.write_bytes(change(pickle.loads(path.read_bytes())))
+    sign(checkpoint)
+
+
+def pointing_to(name: str) -> Callable[[Any], bytes]:
+    def change(metadata: Any) -> bytes:
+        for info in metadata.storage_data.values():
+            info.relative_path = name
+        return pickle.dumps(metadata)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda _: pickle.dumps(Program(Path("mark"))), "cannot be read: it names posix.system"),
+        (lambda _: pickle.dumps(torch.load), "cannot be read: it names torch.serialization.load"),
+        (lambda _: b"no pickle", "cannot be read: "),
+        (lambda whole: pickle.dumps(whole)[:-20], "cannot be read: "),
+        (lambda _: pickle.dumps({"lr": 0.1}), "cannot be read: it describes no checkpoint"),
+        (pointing_to("../elsewhere"), "points out of its folder, to ../elsewhere"),
+        (pointing_to("__7_0.distcp"), "points to __7_0.distcp, which is not there"),
+    ],
+)
+@pytest.mark.parametrize("verify", ["size", "auto", "full"])
+def test_one_whose_description_is_no_data_is_passed_by(
+    verify: str, change: Callable[[Any], Any], says: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    checkpoints, good = saved(tmp_path)
+    checkpoints.save(state_after(128))
+    bad = listed(tmp_path)[1]
+    assert problem(bad, verify) is None
+    described_by(bad, change)
+    assert f".metadata {says}" in str(problem(bad, verify))
+    assert last_good(tmp_path, verify) == good
+    told = capsys.readouterr().err
+    assert f"passed by {bad.name}: .metadata {says}" in told
+    assert "going on from samples-000000000000064" in told
+    with pytest.raises(ConfigError):  # as is what a run would have said
+        checkpoints.load(bad)
+    assert main(["verify", str(tmp_path)]) == 1
+    assert main(["ls", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count(f"broken: .metadata {says}") == 2
+    assert not Path("mark").exists()
+
+
+def test_one_without_description_is_broken(tmp_path: Path) -> None:
+    _, checkpoint = saved(tmp_path)
+    (checkpoint / ".metadata").unlink()
+    sign(checkpoint)
+    assert problem(checkpoint, "size") == "manifest.json does not list .metadata"
+
+
+def test_whatever_torch_describes_tensors_with_is_data() -> None:
+    classes = [
+        kind
+        for kind in vars(describing).values()
+        if isinstance(kind, type) and kind.__module__ == describing.__name__
+    ]
+    dtypes = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    known = Metadata({}, planner_data=[classes, dtypes, torch.Size([2]), torch.strided])
+    assert problem_of(pickle.dumps(known), ()) is None
 
 
 def test_no_item_names_code(mark: Path, tmp_path: Path) -> None:
