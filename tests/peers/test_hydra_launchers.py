@@ -8,6 +8,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, LauncherTestSuite
 from hydra.test_utils.test_utils import TSweepRunner
 
+# After each of Hydra's tests, what has registered with Hydra meanwhile is forgotten, and a module
+# does so once: for the tests of other files, those of the launcher are imported before.
+import largebatch.launch.sweep_workers  # noqa: F401
+
 
 def test_hydra_finds_the_launchers() -> None:
     names = {launcher.__name__ for launcher in Plugins.instance().discover(Launcher)}
