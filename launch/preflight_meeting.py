@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
+from largebatch.conf.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store, TCPStore
 
@@ -40,26 +42,19 @@ class Meeting:
         Raises:
             Unreachable: no store there before the time is over; on rank 0: its port is taken.
         """
-        from torch._C._distributed_c10d import TCPStore
         from torch.distributed import DistError
 
+        from largebatch.train.ranks import open_store
+
         allow_sockets(ranks.size)
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
-            store = TCPStore(
-                ranks.master_addr,
-                ranks.master_port,
-                is_master=ranks.rank == 0 and not agent,
-                timeout=timedelta(seconds=timeout_seconds),
-                wait_for_workers=False,
-                # The run that follows in this process meets at the same port.
-                multi_tenant=True,
-            )
-        except (DistError, RuntimeError, ValueError) as error:
+            # The run that follows in this process meets in the same store.
+            store = open_store(ranks, timedelta(seconds=timeout_seconds))
+        except (ConfigError, DistError, RuntimeError, ValueError) as error:
             here = f"{ranks.master_addr}:{ranks.master_port}"
             raise Unreachable(
                 f"rank 0 cannot listen at {here} ({first_line(error)})"
-                if ranks.rank == 0
+                if ranks.is_first
                 else f"rank {ranks.rank} finds no rank 0 at {here} within {timeout_seconds:g} s "
                 f"({first_line(error)})"
             ) from error
