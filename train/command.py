@@ -38,6 +38,9 @@ EXIT_CODES: Final = {
     "interrupted": INTERRUPTED,
 }
 
+_TRIAL: Final = "largebatch_trial"
+"""The sweeper of one run of a sweep, in processes that the sweep's launcher has started."""
+
 _outcome: list[dict[str, Any] | ConfigError | RanksEnded] = []
 """What the run came to: Hydra's main returns nothing, and prints around what a task raises."""
 
@@ -99,8 +102,10 @@ def check_single(ranks: Ranks, command: str, arguments: list[str]) -> None:
         ConfigError: it is one.
     """
     options = parse_options(arguments)
-    modes = [word.lstrip("+") for word in options.overrides]
-    if command == "sweep" or options.multirun or "hydra.mode=MULTIRUN" in modes:
+    words = [word.lstrip("+") for word in options.overrides]
+    if f"hydra/sweeper={_TRIAL}" in words:  # one run, whose ranks a sweep has started
+        return
+    if command == "sweep" or options.multirun or "hydra.mode=MULTIRUN" in words:
         raise ConfigError(
             f"{ranks.launcher} has started {ranks.size} ranks for one run, and a sweep is many: "
             "use `largebatch sweep …` without a launcher, with hydra/launcher=parsl for the nodes "
@@ -128,7 +133,7 @@ def task(composed: DictConfig) -> float | None:
     the launcher reads.
     """
     settings = HydraConfig.get()
-    trial = settings.runtime.choices.get("hydra/sweeper") == "largebatch_trial"
+    trial = settings.runtime.choices.get("hydra/sweeper") == _TRIAL
     if settings.mode == RunMode.RUN or trial:
         single_run(composed)
         return None

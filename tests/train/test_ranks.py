@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from largebatch.conf.errors import ConfigError
 from largebatch.train.addresses import check_is_here, free_port
+from largebatch.train.command import check_single
 from largebatch.train.ranks import (
     Ranks,
     pick_device,
@@ -371,3 +372,17 @@ def test_ipex_is_imported_first_where_it_is_wanted(tmp_path: Path) -> None:
         "import sys\nprint('first' if 'torch' not in sys.modules else 'after torch')\n"
     )
     assert python(code, tmp_path, PYTHONPATH=str(tmp_path)).split() == ["first", "cpu"]
+
+
+def test_ranks_of_a_launcher_make_one_run_be_it_one_of_a_sweep() -> None:
+    ranks = Ranks("slurm", 0, 2, 0, 2)
+    sweeps = [
+        ("sweep", ["seed=1"]),
+        ("train", ["-m", "seed=1"]),
+        ("train", ["hydra.mode=MULTIRUN"]),
+    ]
+    for command, words in sweeps:
+        with pytest.raises(ConfigError, match="slurm has started 2 ranks for one run"):
+            check_single(ranks, command, words)
+    check_single(ranks, "train", ["seed=1"])
+    check_single(ranks, "train", ["--multirun", "seed=1", "hydra/sweeper=largebatch_trial"])
