@@ -344,6 +344,7 @@ def test_a_run_that_was_only_asked_where_it_stands_did_not_stand_still(tmp_path:
 def test_a_long_record_is_streamed(tmp_path: Path) -> None:
     lines = steps_of(0, 60)
     write_run(tmp_path, lines, {"status": "diverged", "steps": 20_000})
+    causes_of(tmp_path)  # what is imported on the way is not the record's
     names = {f"trust_ratio/{layer}": 0.5 for layer in range(40)}
     text = "".join(
         json.dumps(lines[-1] | {"step": step, "seconds": float(step)} | names) + "\n"
@@ -359,7 +360,7 @@ def test_a_long_record_is_streamed(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert "8000 times" in skips.what
-    assert peak < len(text) / 2  # each line held would be ten times the text
+    assert peak < len(text) / 4  # each line held would be ten times the text
 
 
 def test_programs_read_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
