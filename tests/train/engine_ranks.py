@@ -19,6 +19,7 @@ from largebatch.conf.config import typed
 from largebatch.train.order import Order, make_plan
 from largebatch.train.ranks import Ranks
 from largebatch.train.run import run
+from largebatch.train.team import Team
 
 STEPS, BATCH_SIZE = 50, 64
 # Rates at which the losses fall without a jump, and a ridge that keeps roots of nearly singular
@@ -86,7 +87,7 @@ def work(cell: Cell) -> Outcome:
     with quiet(), tempfile.TemporaryDirectory() as temporary:
         ranks = Ranks("test", dist.get_rank(), dist.get_world_size())
         folder = Path(temporary)
-        summary = run(order(cell, ranks.size, folder), ranks, torch.device("cpu"))
+        summary = run(order(cell, ranks.size, folder), Team(ranks), torch.device("cpu"))
         told = lines(folder) if ranks.is_first else []
         return {"status": summary["status"], "losses": [line["loss"] for line in told],
                 "lines": json.dumps(told)}  # fmt: skip

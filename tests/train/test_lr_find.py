@@ -49,7 +49,8 @@ class Bowl:
         return (self.centres[torch.from_numpy(indices)],)
 
     def eval_batch(self, indices):
-        raise AssertionError("a sweep evaluates nothing")
+        assert len(indices) == 1, "a sweep evaluates nothing"  # one sample is looked at before it
+        return self.train_batch(indices)
 
     def loss(self, model, batch):
         (centres,) = batch

@@ -231,14 +231,16 @@ def test_a_run_killed_before_its_configuration_was_written_begins(
 
 SIGNALLING = """
 import os, signal
+from largebatch.train.sampler import Sampler
 from largebatch.train.tasks.digits import Digits
 class Task(Digits):
-    def __init__(self):
-        super().__init__()
-        self._left = int(os.environ.pop("SIGNAL_AT", "1000000"))
+    _left = 0
+    def sampler(self, seed):  # asked for when the run begins: what is tried before does not count
+        self._left = int(os.environ.pop("SIGNAL_AT", "0"))
+        return Sampler(self.num_train, seed, self.replacement)
     def train_batch(self, indices):
         self._left -= 1
-        if not self._left:
+        if self._left == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         return super().train_batch(indices)
 """
@@ -282,7 +284,7 @@ def test_a_sweep_that_goes_on_passes_by_what_has_ended(command: Command, tmp_pat
 def test_a_run_that_fails_says_how_far_it_came(train: Train, tmp_path: Path) -> None:
     broken = SIGNALLING.replace("os.kill(os.getpid(), signal.SIGTERM)", "raise OSError('gone')")
     (tmp_path / "breaking.py").write_text(broken)
-    os.environ["SIGNAL_AT"] = "6"  # the first batch is looked at before the run
+    os.environ["SIGNAL_AT"] = "5"
     words = ("task=custom", "task._target_=breaking.Task", "model=digits_mlp", "optim=sgd",
              "batch.size=64", "hydra.run.dir=run")  # fmt: skip
     with pytest.raises(OSError, match="gone"):
