@@ -319,7 +319,9 @@ def look_at_master(ranks: "Ranks", system: System) -> dict[str, Any]:
         "master_is_here": any(map(system.is_here, resolved)),
         "reverse_seconds": system.reverse_seconds(resolved[0]) if resolved else 0.0,
         # torchrun's agent holds the port already.
-        "master_port_free": ranks.launcher == "torchrun" or system.port_is_free(ranks.master_port),
+        "master_port_free": ranks.launcher == "torchrun"
+        or ranks.listener is not None  # taken by rank 0 itself
+        or system.port_is_free(ranks.master_port),
     }
 
 
