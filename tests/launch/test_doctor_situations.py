@@ -13,7 +13,8 @@ import pytest
 from largebatch.conf.errors import ConfigError
 from largebatch.launch import checks
 from largebatch.launch.findings import Finding, as_json, as_text, exit_code, merged
-from largebatch.launch.system import System, expects_tiles, look
+from largebatch.launch.system import System, expects_tiles, look, look_at_master
+from largebatch.train.addresses import listen
 from largebatch.train.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,3 +145,10 @@ def test_a_command_that_cannot_be_done_is_refused_in_a_sentence(
     Path("two").write_text("n0\nn1\n", encoding="utf-8")
     assert main(arguments) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_port_that_rank_0_has_taken_for_its_ranks_is_not_anothers() -> None:
+    with listen("127.0.0.1", 0, one_node=True) as listener:
+        ranks = Ranks("mpi", 0, 2, 0, 2, "127.0.0.1", listener.getsockname()[1], listener)
+        assert look_at_master(ranks, System())["master_port_free"]
+        assert not look_at_master(replace(ranks, listener=None), System())["master_port_free"]
