@@ -27,6 +27,7 @@ from largebatch.train.checkpoint_torch import (
     PlannedWriting,
     SharingPlanner,
     ToldReader,
+    make_room,
     quiet,
 )
 from largebatch.train.ranks import Ranks
@@ -122,6 +123,7 @@ class DistributedTensors:
         try:
             with quiet(), weights_only(checkpoint):
                 reader = ToldReader(checkpoint, self._ranks)
+                make_room(tensors["optimizer"]["state"], reader.read_metadata())
                 state_dict_loader.load(
                     tensors, storage_reader=reader, planner=MomentsPlanner(), no_dist=alone
                 )

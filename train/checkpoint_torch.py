@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter, _StorageInfo
@@ -215,6 +216,18 @@ class ToldReader(PlainReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._told
+
+
+def make_room(states: dict[str, Any], saved: Metadata) -> None:
+    """Give `states`, of parameters by name, zeros for what optimizers count only once it is there.
+
+    A new optimizer has no such entries, and only what has a place is read.
+    """
+    for path in (saved.planner_data or {}).values():
+        match path:
+            case ("optimizer", "state", name, str(key)) if key.endswith(COUNTED):
+                if name in states:
+                    states[name].setdefault(key, torch.zeros(()))
 
 
 class MomentsPlanner(DefaultLoadPlanner):
