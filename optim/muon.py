@@ -117,6 +117,8 @@ class Muon(GroupedOptimizer):
             groups = list(params)
             if not groups or not isinstance(groups[0], dict):
                 groups = [{"params": groups}]
+            # A generator, such as named_parameters() itself, is read once.
+            groups = [{**group, "params": list(group["params"])} for group in groups]
             pairs = [pair for group in groups for pair in group["params"]]
             named = all(isinstance(pair, tuple) for pair in pairs)
             require(
@@ -144,14 +146,16 @@ class Muon(GroupedOptimizer):
             param = item[1] if isinstance(item, tuple) else item
             by_adamw = self._by_adamw.get(param, param.dim() < 2)
             parts[param_group.get("algorithm") or (ADAMW if by_adamw else MUON)].append(item)
-        for algorithm, items in parts.items():
-            if items:
-                super().add_param_group({**param_group, "params": items, "algorithm": algorithm})
-                try:
+        before = len(self.param_groups)
+        try:
+            for algorithm, items in parts.items():
+                if items:
+                    group = {**param_group, "params": items, "algorithm": algorithm}
+                    super().add_param_group(group)
                     _check_group(self.param_groups[-1])
-                except ValueError:
-                    self.param_groups.pop()
-                    raise
+        except Exception:  # also where the second of two is refused, by torch or here
+            del self.param_groups[before:]
+            raise
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load as torch does; names decide, and what a saved group does not say stays as it is.

@@ -341,3 +341,19 @@ def test_what_it_cannot_take_is_refused() -> None:
     sparse.grad = torch.ones(2, 2).to_sparse()
     with pytest.raises(RuntimeError, match="dense gradients"):
         Muon([("weight", sparse)]).step()
+
+
+def test_groups_may_hold_generators() -> None:
+    network = model()
+    optimizer = Muon([{"params": network.named_parameters(), "lr": 0.5}])
+    assert sum(len(names) for names in parts(optimizer).values()) == 5
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+def test_a_refused_group_leaves_nothing_of_it() -> None:
+    network = model()
+    optimizer = Muon(network)
+    late = [nn.Parameter(torch.ones(2, 2)), network[2].bias]  # the second is there already
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": late})
+    assert len(optimizer.param_groups) == 2
