@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from processes import is_running
 
 from largebatch.conf.errors import ConfigError
 from largebatch.train.addresses import check_is_here, free_port
@@ -209,10 +210,10 @@ def test_ranks_end_when_their_launcher_is_killed(launcher: list[str], tmp_path: 
     try:
         wait(lambda: len(list(tmp_path.glob("pid*"))) == 2, 40)
         ranks = [int(path.name.removeprefix("pid")) for path in tmp_path.glob("pid*")]
-        assert all(alive(rank) for rank in ranks)
+        assert all(is_running(rank) for rank in ranks)
         process.send_signal(signal.SIGKILL)  # no handler runs
         process.wait(10)
-        wait(lambda: not any(alive(rank) for rank in ranks), 10)
+        wait(lambda: not any(is_running(rank) for rank in ranks), 10)
     finally:
         process.kill()
 
@@ -222,14 +223,6 @@ def wait(until: Callable[[], bool], seconds: float) -> None:
     while not until():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
-
-
-def alive(pid: int) -> bool:
-    """A process that has ended and waits for its parent to look is not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_ranks_that_do_not_end_by_themselves_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:

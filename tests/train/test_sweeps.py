@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_module
+from processes import is_running
 
 import largebatch.conf.unique  # noqa: F401 — names of folders
 from largebatch.records.summary import objective
@@ -138,7 +139,7 @@ def workers(of: Path) -> set[int]:
 
 
 def are_gone(processes: set[int]) -> bool:
-    return not any(Path(f"/proc/{number}").exists() for number in processes)
+    return not any(is_running(number) for number in processes)
 
 
 def test_sigterm_ends_a_sweep_with_its_runs_and_the_same_command_goes_on(

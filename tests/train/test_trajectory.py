@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from processes import is_running
 
 BIN = Path(sys.executable).parent
 STEPS = 200
@@ -104,14 +105,7 @@ def test_ranks_that_a_run_started_end_with_it(tmp_path: Path) -> None:
         process.wait()
     for child in children:
         for _ in range(100):
-            if not _runs(child):
+            if not is_running(child):
                 break
             subprocess.run(["sleep", "0.1"], check=True)
-        assert not _runs(child)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+        assert not is_running(child)
