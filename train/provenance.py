@@ -65,7 +65,7 @@ def device_name(device: torch.device) -> str:
     """What torch calls an accelerator, or the processor's own name."""
     if device.type != "cpu":
         module = torch.get_device_module(device)
-        name: str = module.getdevice_name(device)
+        name: str = module.get_device_name(device)
         return name
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
