@@ -110,6 +110,10 @@ def shard(
         policy = MixedPrecisionPolicy(
             param_dtype=precision.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    for block in blocks(model):
-        fully_shard(block, mesh=over, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=over, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    for module in (*blocks(model), model):
+        sharded = fully_shard(
+            module, mesh=over, mp_policy=policy, reshard_after_forward=reshard_after_forward
+        )
+        # Not AVG, which oneCCL before 2022.0 divides twice in small messages (torch-xpu-ops 3020)
+        # or refuses (2361).
+        sharded.set_force_sum_reduction_for_comms(True)

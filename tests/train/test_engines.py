@@ -5,9 +5,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from collective_ranks import work_and_reductions
 from conftest import Command
 from engine_ranks import ENGINES, OPTIMIZERS, Cell, cells, figures, work
-from gloo_ranks import launch, successful
+from gloo_ranks import Outcome, launch, successful
 
 WORLDS = (1, 2, 4)
 # Every engine, accumulation and optimizer on two ranks.
@@ -31,7 +32,12 @@ def alone(folder: Path) -> dict[str, list[float]]:
 
 
 def check(world_size: int, these: list[Cell], folder: Path) -> None:
-    found = launch(work, these, world_size, folder)
+    check_figures(world_size, these, launch(work, these, world_size, folder), folder)
+
+
+def check_figures(
+    world_size: int, these: list[Cell], found: list[dict[str, Outcome]], folder: Path
+) -> None:
     strays = {}
     for cell in these:
         successful([of_rank[str(cell)] for of_rank in found])
@@ -42,8 +48,21 @@ def check(world_size: int, these: list[Cell], folder: Path) -> None:
     assert strays == {}
 
 
+@cache
+def covering(folder: Path) -> list[dict[str, Outcome]]:
+    return launch(work_and_reductions, COVERING, 2, folder)
+
+
 def test_engines_follow_the_trajectory_of_one_process(folder: Path) -> None:
-    check(2, COVERING, folder)
+    check_figures(2, COVERING, covering(folder), folder)
+
+
+def test_no_collective_reduces_by_the_mean(folder: Path) -> None:
+    """Which oneCCL 2021.17 has wrong; what DDP, FSDP2 and DeepSpeed themselves call is seen too."""
+    for cell in COVERING:
+        seen = covering(folder)[1][str(cell)]["reductions"]
+        assert seen, cell
+        assert all(what.endswith(" SUM") for what in seen), (cell, seen)
 
 
 # Ways to spend less memory or time, which change no number.
