@@ -311,10 +311,11 @@ def cores_lines(job: Job) -> Lines:
 
 def _diagnostics(job: Job) -> Lines:
     yield ""
-    yield "# What every rank was at when a collective hung."
-    yield 'mkdir -p "$folder/flight_recorder"'
+    yield "# Of each rank, its last collectives: `largebatch watch` and `explain` compare them."
     yield "export TORCH_FR_BUFFER_SIZE=2000"
-    yield 'export TORCH_FR_DUMP_TEMP_FILE="$folder/flight_recorder/${job_id}_rank_"'
+    if job.cluster.collectives != "oneccl":  # XCCL's writes no files
+        yield 'mkdir -p "$folder/flight_recorder"'
+        yield 'export TORCH_FR_DUMP_TEMP_FILE="$folder/flight_recorder/${job_id}_rank_"'
     yield "export TORCH_CPP_LOG_LEVEL=ERROR"
 
 

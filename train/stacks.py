@@ -6,7 +6,8 @@ Python's handlers wait for the main thread. So a thread of its own looks, now an
 `leave NAME` ends the process. Nothing is written before, and what was asked before the process
 began is not for it.
 
-The collectives are those of torch's Flight Recorder, which keeps the last `TORCH_FR_BUFFER_SIZE`
+The collectives are those of torch's Flight Recorders, each of which keeps the last
+`TORCH_FR_BUFFER_SIZE`: XCCL and NCCL have one of their own beside the general one, which is gloo's
 (private names of torch's: where they are missing, the answer says so). With gloo each of them is
 "scheduled" for ever, and `retired` once it is done; `launch/flight_recorder.py` compares ranks.
 
@@ -145,17 +146,42 @@ def flight_record() -> dict[str, Any]:
     if torch is None or not torch.distributed.is_available():
         return record | {"trouble": "torch.distributed is not loaded"}
     try:
-        dump = torch._C._distributed_c10d._dump_fr_trace(includeStackTraces=False)
-        entries = pickle.loads(dump).get("entries", [])
+        recorders = recorded(torch._C._distributed_c10d)
         record["groups"] = process_groups(torch)
-        record["collectives"] = last_of_each(entries)
-        record["is_whole"] = not entries or any(entry["record_id"] == 0 for entry in entries)
+        record["collectives"] = [last for entries in recorders for last in last_of_each(entries)]
+        record["is_whole"] = all(
+            not entries or any(entry["record_id"] == 0 for entry in entries)
+            for entries in recorders
+        )
     except Exception as error:  # private names may do anything in another version
         trouble = f"no Flight Recorder in this torch: {type(error).__name__}: {error}"
         return record | {"trouble": trouble}
-    if not entries and torch.distributed.is_initialized():
+    if not record["collectives"] and torch.distributed.is_initialized():
         record["trouble"] = "the Flight Recorder is empty: is TORCH_FR_BUFFER_SIZE 0?"
     return record
+
+
+_RECORDERS: Final = ("_dump_xccl_trace", "_dump_nccl_trace", "_dump_fr_trace")
+
+
+def recorded(names: Any) -> list[list[dict[str, Any]]]:
+    """The entries of every Flight Recorder among `names` (`torch._C._distributed_c10d`).
+
+    Raises:
+        AttributeError: it has none.
+        Exception: whatever a recorder raises, where none can be read.
+    """
+    found, error = [], AttributeError(f"none of {', '.join(_RECORDERS)}")
+    for name in _RECORDERS:
+        if (dump := getattr(names, name, None)) is None:
+            continue
+        try:
+            found.append(pickle.loads(dump(includeStackTraces=False)).get("entries", []))
+        except Exception as raised:  # the others may be readable
+            error = raised
+    if not found:
+        raise error
+    return found
 
 
 _FIELDS: Final = (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -175,6 +176,30 @@ def test_a_torch_without_a_flight_recorder_is_said_to_be_one(
 
     monkeypatch.delattr(torch._C._distributed_c10d, "_dump_fr_trace")
     assert "no Flight Recorder in this torch" in where_it_stands(0, 1)["trouble"]
+
+
+def test_every_flight_recorder_that_exists_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XCCL and NCCL record into their own, which the general one (gloo's) does not show."""
+    import torch
+
+    def of(name: str, first: int) -> Callable[..., bytes]:
+        entry = {"record_id": first, "process_group": ("0", ""), "profiling_name": f"{name}:x"}
+        return lambda **asked: pickle.dumps({"entries": [entry]})
+
+    def refuses(**asked: bool) -> bytes:
+        raise RuntimeError("of another version")
+
+    names = torch._C._distributed_c10d
+    monkeypatch.setattr(names, "_dump_xccl_trace", of("xccl", 0), raising=False)
+    monkeypatch.setattr(names, "_dump_fr_trace", of("gloo", 0))
+    found = where_it_stands(0, 1)
+    assert [call["profiling_name"] for call in found["collectives"]] == ["xccl:x", "gloo:x"]
+    assert (found["is_whole"], found["trouble"]) == (True, None)
+    monkeypatch.setattr(names, "_dump_nccl_trace", refuses, raising=False)
+    monkeypatch.setattr(names, "_dump_fr_trace", of("gloo", 7))
+    found = where_it_stands(0, 1)
+    assert [call["profiling_name"] for call in found["collectives"]] == ["xccl:x", "gloo:x"]
+    assert (found["is_whole"], found["trouble"]) == (False, None)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
