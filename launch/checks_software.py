@@ -21,10 +21,11 @@ def check(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "module-dead",
             "warning",
-            f"{name} is installed ({_dead_version(facts, name)})",
-            "it is no longer developed, was built for one older torch, and can break the import of "
-            "a newer one; torch carries XPU and the xccl backend itself since 2.8",
-            f"pip uninstall {name.replace('_', '-')}, or leave it unimported with an old image",
+            f"{name} is installed ({facts.versions.get('oneccl-bind-pt') or 'of unknown version'})",
+            "it is no longer developed, and was built for one older torch; torch carries the xccl "
+            "backend itself since 2.8",
+            "leave it unimported; where it lies in an environment of yours (not in a module's, "
+            "which is read-only), uninstall it there",
         )
     yield from _deepspeed(facts)
     for name, value in sorted(facts.environment.items()):
@@ -138,11 +139,6 @@ def _hydra(facts: Facts) -> Iterator[Finding]:
             "while it loads its plugins",
             "pip install 'hydra-core<1.4', or the plugin's 1.4",
         )
-
-
-def _dead_version(facts: Facts, name: str) -> str:
-    names = {"intel_extension_for_pytorch": "intel-extension-for-pytorch"}
-    return facts.versions.get(names.get(name, "oneccl-bind-pt")) or "of unknown version"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 if TYPE_CHECKING:
     from largebatch.train.ranks import Ranks
 
-# An Aurora compute node is named by rack, chassis, slot, board and node: x4519c2s3b0n0.
-_AURORA_NODE: Final = re.compile(r"x\d+c\d+s\d+b\d+n\d+")
+# HPE names a node by rack, chassis, slot, board and node: x4519c2s3b0n0. Aurora's racks begin with
+# 4, those of Sunspot, its testbed, with 1; Polaris's, whose nodes have no tiles, with 3.
+_NODE_OF_TILES: Final = re.compile(r"x[14]\d*c\d+s\d+b\d+n\d+")
 _OF_INTEREST: Final = re.compile(
     r"(CCL|FI|ZE|ZEX|PALS|PMI|PMIX|PBS|SLURM|OMPI|MPICH|MPIR|DS|TORCH|ONEAPI|LARGEBATCH)_|"
     r"(.*BACKEND|DEEPSPEED.*|MASTER_ADDR|MASTER_PORT|USE_LIBUV|TMPDIR|PYTHONPATH|LD_PRELOAD|USER|"
@@ -327,14 +328,14 @@ def look_at_master(ranks: "Ranks", system: System) -> dict[str, Any]:
 
 # What `largebatch train` imports beside torch and numpy.
 MODULES: Final = ("hydra", "omegaconf")
-DEAD_MODULES: Final = ("oneccl_bindings_for_pytorch", "intel_extension_for_pytorch")
+DEAD_MODULES: Final = ("oneccl_bindings_for_pytorch",)
 
 
 def expects_tiles(environment: Mapping[str, str], node: str) -> bool:
     """Whether something says that this process should see XPU tiles."""
     if any(name.startswith(("ZE_", "ZEX_")) for name in environment):
         return True
-    return "PBS_JOBID" in environment and _AURORA_NODE.match(node) is not None
+    return "PBS_JOBID" in environment and _NODE_OF_TILES.match(node) is not None
 
 
 def ccl_version(environment: Mapping[str, str]) -> str | None:

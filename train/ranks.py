@@ -178,8 +178,8 @@ def pick_device(name: str | None, ranks: Ranks, ipex: bool = False) -> "torch.de
     """The device called `name`, or the accelerator where there is one, else the CPU; made current.
 
     Args:
-        ipex: import Intel Extension for PyTorch first, as an old image may want it. Its development
-            has ended with torch 2.8; since then torch does without.
+        ipex: import Intel Extension for PyTorch first, from a module that has it: torch does
+            without since 2.8, but some models may be slower then (ALCF, PyTorch page, 2026-08).
 
     Raises:
         ValueError: a device that this torch does not have, or more ranks on this node than devices.
@@ -216,8 +216,7 @@ def _load_ipex() -> None:
     except ImportError as error:
         raise ConfigError(
             f"engine.ipex=true, but intel_extension_for_pytorch does not load ({error}): leave it "
-            "at false, as torch does without it; on an old image (torch 2.8) pip install "
-            "'largebatch[ipex]'"
+            "at false, as torch does without it, or load a module that has it"
         ) from error
 
 
