@@ -25,8 +25,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 _PLAIN: Final = re.compile(r"[\w.][\w.@+:/=,-]*", re.ASCII)
 """Words of a job's directives and of commands in its script, which are written as they are."""
 _PLAIN_NAMES: Final = (
-    "queue", "account", "place", "place_group", "daos_filesystem", "hsn_suffix", "filesystems",
-    "modules",
+    "queue", "account", "place", "daos_filesystem", "hsn_suffix", "filesystems", "modules",
 )  # fmt: skip
 _LINES: Final = ("directives", "setup", "shell_options")
 """Written as they are, a line each."""
@@ -183,16 +182,20 @@ class ClusterConfig:
     """None: none is checked."""
     filesystems: list[str] = field(default_factory=list)
     place: str | None = None
-    place_group: str | None = None
-    place_group_max_nodes: Any = 1
 
+    known: str = ""
+    """Where `queues` and `known_modules` are from, with the date: both change."""
     modules: list[str] = field(default_factory=list)
+    known_modules: dict[str, str] = field(default_factory=dict)
+    """Modules with their versions, and what they hold."""
     setup: list[str] = field(default_factory=list)
     environment: str = "venv"
     venv: str | None = None
     archive: str | None = None
     daos: str | None = None
     daos_filesystem: str = "daos_user_fs"
+    daos_caching: bool = True
+    daos_intercept: bool = False
 
     node: NodeConfig = field(default_factory=NodeConfig)
     hsn_suffix: str | None = None
@@ -207,13 +210,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         self.spares = whole_number(self.spares, "cluster.spares")
-        for name in (
-            "nodes",
-            "chain",
-            "open_files",
-            "place_group_max_nodes",
-            "rank_logs_from_nodes",
-        ):
+        for name in ("nodes", "chain", "open_files", "rank_logs_from_nodes"):
             setattr(self, name, whole_number(getattr(self, name), f"cluster.{name}", 1))
         for name in ("master_port", "watch_timeout"):
             if getattr(self, name) is not None:
@@ -276,12 +273,6 @@ class ClusterConfig:
             )
 
     def _check_environment(self) -> None:
-        bare = [module for module in self.modules if "/" not in module]
-        if bare:
-            raise ConfigError(
-                f"cluster.modules must name versions, got {bare[0]!r}: `module avail {bare[0]}` "
-                f"lists them (what a bare name loads changes under a chain of jobs)"
-            )
         if self.environment == "spread" and self.archive is None:
             raise ConfigError(
                 "cluster.environment=spread unpacks an archive on every node: name it with "
@@ -293,6 +284,11 @@ class ClusterConfig:
             )
         if self.daos is not None and not re.fullmatch(r"[\w.]+[\w.-]*:[\w.-]+", self.daos):
             raise ConfigError(f"cluster.daos must be POOL:CONTAINER, got {self.daos!r}")
+        if self.daos_intercept and (self.daos is None or self.launcher != "pals"):
+            raise ConfigError(
+                "cluster.daos_intercept=true is of a DAOS container under PALS: name it with "
+                f"cluster.daos=POOL:CONTAINER, got cluster.launcher={self.launcher}"
+            )
         if self.environment == "copper" and self.venv is None:
             raise ConfigError(
                 "cluster.environment=copper reads the environment through Copper: name it with "

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Final
 
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+from omegaconf import DictConfig, ListConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ValidationError
 
 
 class ConfigError(ValueError):
@@ -79,7 +80,9 @@ def sentence(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, ConfigError):
         return str(error)
-    for explain in (_no_such_choice, _no_such_key, _unreadable, _several_values, _not_deleted):
+    for explain in (
+        _no_such_choice, _no_such_key, _unreadable, _several_values, _not_deleted, _other_kind,
+    ):  # fmt: skip
         if (known := explain(error)) is not None:
             return known
     key = getattr(error, "full_key", None)
@@ -196,3 +199,18 @@ def _not_deleted(error: BaseException) -> str | None:
             f"~{found[1]} takes nothing away: {found[1]} is null, or no key of this configuration"
         )
     )
+
+
+def _other_kind(error: BaseException) -> str | None:
+    """Explain one value in the place of a list or of a group, and a list in that of one value."""
+    if not isinstance(error, ValidationError) or not error.full_key:
+        return None
+    key, value, meant = error.full_key, error.value, error.child_node
+    if isinstance(meant, ListConfig) and not isinstance(value, list | tuple | ListConfig):
+        parts = ",".join(filter(None, re.split(r"[;:,\s]+", str(value))))
+        return f"{key} must be a list, such as {key}=[{parts}], got {value!r}"
+    if isinstance(meant, DictConfig) and not isinstance(value, dict | DictConfig):
+        return f"{key} holds keys of its own, {key}.NAME=…, and is no value itself, got {value!r}"
+    if isinstance(value, list | ListConfig) and not isinstance(meant, ListConfig | DictConfig):
+        return f"{key} must be one value, got the list {value}"
+    return None

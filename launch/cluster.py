@@ -1,12 +1,14 @@
 """A cluster's queues and its scheduler's commands: what may be submitted, and submitting it."""
 
 import getpass
+import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
-from largebatch.conf.cluster_config import ClusterConfig, clock
+from largebatch.conf.cluster_config import ClusterConfig, QueueConfig, clock
 from largebatch.conf.errors import ConfigError
 
 
@@ -27,13 +29,10 @@ def check_queue(cluster: ClusterConfig) -> None:
     missing = [f"cluster.{name}" for name in needed if getattr(cluster, name) is None]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} must be given, as KEY=VALUE")
-    if cluster.queues is None:
+    if (queue := queue_of(cluster)) is None:
         return
-    if cluster.queue not in cluster.queues:
-        raise ConfigError(
-            f"cluster.queue must be one of {', '.join(cluster.queues)}, got {cluster.queue!r}"
-        )
-    queue, nodes = cluster.queues[cluster.queue], cluster.nodes + cluster.spares
+    assert cluster.queues is not None
+    nodes = cluster.nodes + cluster.spares
     if not queue.min_nodes <= nodes <= queue.max_nodes:
         fit = [
             name
@@ -44,13 +43,14 @@ def check_queue(cluster: ClusterConfig) -> None:
             f"queue {cluster.queue} takes {queue.min_nodes} to {queue.max_nodes} nodes, got "
             f"{nodes}{' with the spares' * (cluster.spares > 0)}; "
             + (f"{', '.join(fit)} would take them" if fit else "no queue here takes them")
+            + _as_of(cluster)
         )
     longest = queue.longest(nodes)
     if not queue.min_walltime <= cluster.walltime <= longest:
         raise ConfigError(
             f"queue {cluster.queue} gives a job of {nodes} nodes {clock(queue.min_walltime)} to "
             f"{clock(longest)}, got cluster.walltime={clock(cluster.walltime)}: ask for less, and "
-            "go on in a further job with cluster.chain"
+            f"go on in a further job with cluster.chain{_as_of(cluster)}"
         )
     if queue.jobs_per_user is not None and cluster.chain > queue.jobs_per_user:
         raise ConfigError(
@@ -58,6 +58,67 @@ def check_queue(cluster: ClusterConfig) -> None:
             f"{cluster.chain} would put {cluster.chain} into it: take another queue, or submit one "
             "job after the other with the same folder of the run and resume=auto"
         )
+
+
+def queue_of(cluster: ClusterConfig) -> QueueConfig | None:
+    """What is known of the job's queue."""
+    return None if cluster.queues is None else cluster.queues.get(str(cluster.queue))
+
+
+def _as_of(cluster: ClusterConfig) -> str:
+    return f" (so {cluster.known}; cluster.queues=null checks no limits)" if cluster.known else ""
+
+
+_SHARED_NODES: Final = 255
+"""The most nodes whose ranks may all import from one file system. ALCF: its nodes may crash from
+1,000 on."""
+
+
+def doubts(cluster: ClusterConfig) -> Iterator[str]:
+    """What may keep a job from running, or not: sentences for the user."""
+    if cluster.scheduler != "none" and cluster.queues is not None and queue_of(cluster) is None:
+        ask = ["qstat", "-Q"] if cluster.scheduler == "pbs" else ["sinfo", "-ho", "%R"]
+        shown = [line.split()[0] for line in _said(ask) if re.match(r"\w", line)]
+        yield (
+            f"cluster.queue={cluster.queue} is none of {', '.join(cluster.queues)}"
+            f"{f' ({cluster.known})' * bool(cluster.known)}, so its limits are not checked; "
+            + _shows(" ".join(ask), [name for name in shown if name != "Queue"])
+        )
+    for module in cluster.modules:
+        name = module.partition("/")[0]
+        ask = ["bash", "-c", f"module -t avail {name}"]
+        shown = [re.sub(r"\(.*", "", line) for line in _said(ask) if line.startswith(f"{name}/")]
+        known = shown or [*cluster.known_modules]
+        if module not in known and (known or "/" not in module):
+            table = "; ".join(f"{name}: {holds}" for name, holds in cluster.known_modules.items())
+            yield (
+                f"cluster.modules names {module}"
+                f"{', which may load nothing, or another version later' * ('/' not in module)}: "
+                + _shows(f"module avail {name}", shown)
+                + f" (known, {cluster.known}: {table})" * bool(table)
+            )
+    venv = str(cluster.venv)
+    if cluster.environment == "venv" and cluster.nodes > _SHARED_NODES and venv[:5] != "/tmp/":
+        copper = ", or cluster.environment=copper" * bool(cluster.node.copper)
+        yield (
+            f"{cluster.num_ranks:,} ranks read the environment's files from one file system "
+            f"({cluster.venv or 'this environment'}), which may not bear it: give each node its "
+            "own (largebatch env pack env.tar.gz, then cluster.environment=spread "
+            f"cluster.archive=env.tar.gz{copper})"
+        )
+
+
+def _said(command: Sequence[str]) -> list[str]:
+    """The lines that a command prints; none where it is not here."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [*done.stdout.splitlines(), *done.stderr.splitlines()]  # Lmod uses the second
+
+
+def _shows(command: str, names: Sequence[str]) -> str:
+    return f"`{command}` shows " + (", ".join(names) or "which there are on a login node")
 
 
 class Scheduler:
@@ -82,8 +143,8 @@ class Scheduler:
         Raises:
             ConfigError: naming the jobs that are there.
         """
-        queues, name = self._cluster.queues, self._cluster.queue
-        most = None if queues is None or name is None else queues[name].jobs_per_user
+        queue, name = queue_of(self._cluster), self._cluster.queue
+        most = None if queue is None else queue.jobs_per_user
         if most is None:
             return
         user = getpass.getuser()

@@ -22,7 +22,7 @@ from parsl.providers.errors import SubmitException
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, clock
 from largebatch.conf.errors import ConfigError
 from largebatch.launch.binding import parse_cores
-from largebatch.launch.cluster import check_queue
+from largebatch.launch.cluster import check_queue, queue_of
 from largebatch.launch.script import Job, script
 from largebatch.launch.sweep_ground import Attempt, Ended
 from largebatch.launch.sweep_record import Record, Trial
@@ -63,8 +63,8 @@ class Jobs:
             )
         self._cluster, self._record, self._settings = cluster, record, settings
         self._most = settings.max_jobs
-        if self._most is None and cluster.queues is not None:
-            self._most = cluster.queues[str(cluster.queue)].jobs_per_user
+        if self._most is None and (queue := queue_of(cluster)) is not None:
+            self._most = queue.jobs_per_user
         self._scripts = folder / "parsl"
         self._running: dict[str, tuple[Attempt, str]] = {}
         self._next_poll, self._ended_ids = 0.0, set[str]()

@@ -106,8 +106,7 @@ def _directives(job: Job) -> Lines:
             daos = [] if cluster.daos is None else [cluster.daos_filesystem]
             yield f"#PBS -l filesystems={':'.join([*cluster.filesystems, *daos])}"
         if cluster.place is not None:
-            in_group = cluster.place_group is not None and nodes <= cluster.place_group_max_nodes
-            yield f"#PBS -l place={cluster.place}" + f":group={cluster.place_group}" * in_group
+            yield f"#PBS -l place={cluster.place}"
         yield "#PBS -k doe"
         yield "#PBS -j oe"
         yield f"#PBS -o {folder}/"  # a file for each job, ID.OU
@@ -292,7 +291,9 @@ def _storage(job: Job) -> Lines:
         yield f"# DAOS: scratch, whose data may vanish; mounted at /tmp/{pool}/{container}."
         yield "module use /soft/modulefiles"
         yield "module load daos || exit 1"
-        yield f"launch-dfuse.sh {cluster.daos} || exit 1"
+        # Files that are mapped need the cache (ALCF, DAOS page).
+        caching = "-with-caching" * cluster.daos_caching
+        yield f"launch-dfuse{caching}.sh {cluster.daos} || exit 1"
 
 
 def cores_lines(job: Job) -> Lines:
@@ -388,6 +389,9 @@ def launcher_lines(job: Job, one_a_node: bool = False) -> Lines:
             yield f"--cpu-bind {word(pals_list(binding))}"
         if cluster.daos is not None and "--no-vni" not in cluster.launcher_options:
             yield "--no-vni  # DAOS needs it"
+        if cluster.daos_intercept and not one_a_node:
+            yield "# Python needs the second (ALCF, DAOS page)."
+            yield "--env LD_PRELOAD=/usr/lib64/libpil4dfs.so --env D_IL_COMPATIBLE=1"
     elif cluster.launcher == "srun":
         yield f"srun --nodes={cluster.nodes} --ntasks={ranks} --ntasks-per-node={each}"
         yield '--nodelist="$hostfile" --kill-on-bad-exit=1'

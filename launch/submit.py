@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Final
 
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import largebatch.conf.unique  # noqa: F401 — in names of folders
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, typed_submit
-from largebatch.conf.errors import ConfigError, sentence
+from largebatch.conf.errors import ConfigError, hydra_word, sentence
 from largebatch.conf.user_configs import first, tell_replaced, unreadable_file
-from largebatch.launch.cluster import Scheduler, check_queue
+from largebatch.launch.cluster import Scheduler, check_queue, doubts
 from largebatch.launch.script import Job, script
 from largebatch.records.fields import LARGEST
 from largebatch.train.record import check_free, check_unfinished
@@ -58,6 +59,8 @@ def main(arguments: list[str]) -> int:
     try:
         job = prepared(options, arguments[at + 1 :], arguments)
         text = script(job)
+        for doubt in doubts(job.cluster):
+            print(f"largebatch: warning: {doubt}", file=sys.stderr)
         if options.dry_run:
             print(text, end="")
             return 0
@@ -87,7 +90,7 @@ def prepared(options: Namespace, words: Sequence[str], told: Sequence[str]) -> J
     config = composed(options.overrides, options.config_dir)
     tell_replaced(options.config_dir)
     check_queue(config.cluster)
-    words, record = completed(config, words)
+    words, record = completed(config, words, options.overrides, options.config_dir)
     if words[0] == "train":
         # Now rather than after a day in the queue.
         if "resume=auto" in words:
@@ -114,18 +117,41 @@ def composed(overrides: Sequence[str], config_dir: str | None = None) -> SubmitC
             "largebatch submit cluster=local -- train"
         )
     # A shell leaves this ~ alone, and Hydra cannot read it.
-    overrides = [word.replace("=~/", "=$HOME/", 1) for word in overrides]
+    overrides = [_as_meant(word.replace("=~/", "=$HOME/", 1)) for word in overrides]
     try:
         with first(config_dir), initialize_config_module("largebatch.conf", version_base="1.3"):
-            return typed_submit(compose("submit", list(overrides)))
+            return typed_submit(compose("submit", overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(sentence(error).partition(" Config search path:")[0]) from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(unreadable_file(error, config_dir)) from error
 
 
-def completed(config: SubmitConfig, words: Sequence[str]) -> tuple[list[str], str]:
+def _as_meant(override: str) -> str:
+    """The override, with a value that Hydra's grammar has no place for in quotes: those that were
+    typed around it are the shell's.
+    """
+    key, _, value = override.partition("=")
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        # With one of these in it, what is meant is not known.
+        if not set(value) & set("[]{}()'\",\\"):
+            return f"{key}={hydra_word(value)}"
+    return override
+
+
+def completed(
+    config: SubmitConfig,
+    words: Sequence[str],
+    overrides: Sequence[str] = (),
+    config_dir: str | None = None,
+) -> tuple[list[str], str]:
     """The command with what a job of its kind needs, and the folder of its record.
+
+    Args:
+        overrides: of which a sweep hands those of the cluster on to its trials.
+        config_dir: where the cluster is.
 
     Raises:
         ConfigError: a command that a job cannot run.
@@ -167,6 +193,10 @@ def completed(config: SubmitConfig, words: Sequence[str]) -> tuple[list[str], st
     more = [] if key in keys else [f"{key}={record}"]
     if keys.get("hydra/launcher") == "parsl" and "hydra.launcher.cluster" not in keys:
         more.append(f"hydra.launcher.cluster={config.cluster.name}")
+        words, handed = _handed_on(overrides, words)
+        more += handed
+        if config_dir is not None and not any(word.startswith("--config-dir") for word in words):
+            more.append(f"--config-dir={os.path.abspath(config_dir)}")
     resumes = words[0] == "train" or "study" not in keys  # a study goes on by itself
     if config.cluster.chain > 1 and resumes:
         saves = ("checkpoint.every_samples", "checkpoint.every_minutes")
@@ -177,6 +207,34 @@ def completed(config: SubmitConfig, words: Sequence[str]) -> tuple[list[str], st
             )
         more += [] if keys.get("resume") == "auto" else ["resume=auto"]
     return [*words, *more], record
+
+
+_OF_THE_JOB: Final = (
+    "nodes", "spares", "queue", "account", "walltime", "chain", "preflight", "watch_timeout",
+)  # fmt: skip
+"""Keys of a cluster that are no trial's within the job."""
+
+
+def _handed_on(overrides: Sequence[str], words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a sweep without `hydra.launcher.overrides`, and that with all that trials are
+    to have of the job's cluster: what a sweep says itself comes last, and stands.
+    """
+    key = "hydra.launcher.overrides"
+    handed = [
+        override
+        for override in overrides
+        if (name := override.lstrip("+~").partition("=")[0]).startswith("cluster.")
+        and name.split(".")[1] not in _OF_THE_JOB
+    ]
+    if not handed:
+        return [*words], []
+    left = []
+    for word in words:
+        if word.lstrip("+").startswith(f"{key}="):
+            handed += map(str, OverridesParser.create().parse_override(word).value())
+        else:
+            left.append(word)
+    return left, [f"{key}=[{','.join(map(hydra_word, handed))}]"]
 
 
 def check_plan(words: Sequence[str], ranks: int) -> None:

@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from largebatch.conf.cluster_config import ClusterConfig, SettingsConfig, SubmitConfig
 from largebatch.conf.errors import ConfigError
-from largebatch.launch.cluster import check_queue
+from largebatch.launch.cluster import check_queue, doubts
 from largebatch.launch.script import Job, script
 from largebatch.launch.script_words import quoted
 from largebatch.launch.submit import completed, composed, main
+from largebatch.launch.sweep_checks import checked, cluster_of
+from largebatch.launch.sweep_slices import start_script
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 BIN = Path(sys.executable).parent
@@ -34,12 +37,17 @@ JOBS = {
     "aurora-8": ([*AURORA, "cluster.queue=debug-scaling", "cluster.nodes=8"], TRAIN),
     "aurora-256": ([*AURORA, "cluster.queue=debug-scaling", "cluster.nodes=256"], TRAIN),
     "aurora-2048": ([*AURORA, "cluster.queue=prod", "cluster.nodes=2048"], TRAIN),
+    "aurora-10624": (
+        [*AURORA, "cluster.queue=prod", "cluster.nodes=10624", "cluster.preflight=fast"],
+        ["train", "optim=lamb", "batch.size=127488"],
+    ),
     "aurora-all-options": (
         [
             *AURORA, "cluster.queue=prod", "cluster.nodes=300", "cluster.spares=4", "name=all",
             "cluster.chain=3", "cluster.watch_timeout=900", "cluster.preflight=full",
             "cluster.environment=copper", "cluster.daos=pool:box", "cluster.node.ranks=6",
-            "cluster.allreduce='direct:0-1048576;rabenseifner:1048577-max'",
+            "cluster.daos_intercept=true", "cluster.place=scatter:group=tier0",
+            "cluster.allreduce=direct:0-1048576;rabenseifner:1048577-max",
             "cluster.launcher_options=[--rlimit,NOFILE]",
             "cluster.settings.scale.export.PALS_PING_PERIOD=null",
             "+cluster.settings.mine={export:{MY_PATH:'$HOME/it is \"mine\"'},source:me}",
@@ -52,7 +60,8 @@ JOBS = {
         TRAIN,
     ),
     "aurora-sweep": (
-        [*AURORA, "cluster.queue=debug-scaling", "cluster.nodes=8"],
+        [*AURORA, "cluster.queue=debug-scaling", "cluster.nodes=8",
+         "cluster.launcher_options=[--no-vni]", "cluster.settings.oneccl.export.CCL_OP_SYNC=0"],
         ["sweep", "optim=lamb,lars", "batch.size=256,512", "hydra/launcher=parsl"],
     ),
     "sunspot-2": (
@@ -76,8 +85,8 @@ def written(asked: list[str], words: list[str]) -> str:
     told = [*asked, "folder=jobs/snapshot", "--", *words]
     config = composed(told[: told.index("--")])
     check_queue(config.cluster)
-    text = script(Job(config, *completed(config, words), told))
-    return plain(text)
+    ran, record = completed(config, words, told[: told.index("--")])
+    return plain(script(Job(config, ran, record, told)))
 
 
 def plain(text: str) -> str:
@@ -162,8 +171,7 @@ def test_any_words_reach_the_command_as_they_were_given(words: list[str]) -> Non
 
 NOT_PLAIN = ["a\nrm -rf x", "a;b", "a b", "$(id)", "`id`", "a'b", "-o", "", "a|b", "a>b", "a\r"]
 PLAIN = (
-    "queue", "account", "place", "place_group", "daos_filesystem", "hsn_suffix", "filesystems",
-    "modules",
+    "queue", "account", "place", "daos_filesystem", "hsn_suffix", "filesystems", "modules",
 )  # fmt: skip
 
 
@@ -235,10 +243,8 @@ REFUSED = [
     ("prod cluster.nodes=1025 cluster.walltime=18:00:01", "1025 nodes 00:05:00 to 18:00:00, got"),
     ("debug cluster.walltime=00:04:59", "00:05:00 to 01:00:00, got cluster.walltime=00:04:59"),
     ("debug cluster.walltime=30min", "walltime must be HH:MM:SS, such as 00:30:00, got '30min'"),
-    ("big", "queue must be one of debug, debug-scaling, capacity, prod, got 'big'"),
     ("debug cluster.chain=2", "queue debug holds 1 of your jobs, and cluster.chain=2 would put 2"),
     ("debug cluster.nodes=0", "cluster.nodes must be a whole number of at least 1"),
-    ("debug cluster.modules=[frameworks]", "must name versions, got 'frameworks'"),
     ("debug cluster.allreduce=2d", "cluster.allreduce must be default, one of direct, "),
     (
         "debug cluster.allreduce=direct cluster.settings.oneccl.export.CCL_ATL_TRANSPORT=ofi",
@@ -247,6 +253,13 @@ REFUSED = [
     ("debug cluster.environment=conda", "must be one of venv, spread, copper, got 'conda'"),
     ("debug cluster.environment=spread", "name it with cluster.archive="),
     ("debug cluster.daos=pool", "cluster.daos must be POOL:CONTAINER, got 'pool'"),
+    ("debug cluster.daos_intercept=true", "is of a DAOS container under PALS: name it with"),
+    (
+        "debug cluster.filesystems=home;flare",
+        "cluster.filesystems must be a list, such as cluster.filesystems=[home,flare], got 'home",
+    ),
+    ("debug cluster.settings=none", "cluster.settings holds keys of its own, cluster.settings.NAM"),
+    ("debug cluster.account=[a]", "cluster.account must be one value, got the list ['a']"),
     ("debug cluster.preflight=quick", "must be one of null, fast, full, got 'quick'"),
     ("debug cluster.node.bind='0-3:4-7' cluster.node.ranks=2", "rank 0 and the operating system"),
     ("debug cluster.node.rank=2", "cluster.node.rank"),
@@ -269,6 +282,83 @@ def test_what_cannot_run_is_refused_in_a_sentence(
     assert sentence in printed.err
     assert printed.err.startswith("largebatch: ")
     assert printed.err.count("\n") == 1
+
+
+def test_a_queue_or_module_that_the_table_lacks_is_doubted_with_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubted(*asked: str) -> list[str]:
+        cluster = composed([*AURORA, "folder=x", *asked]).cluster
+        check_queue(cluster)
+        return [*doubts(cluster)]
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    nowhere = doubted("cluster.queue=next-eval", "cluster.modules=[frameworks/2027.0]")
+    assert [doubt.partition(" (known")[0] for doubt in nowhere] == [
+        "cluster.queue=next-eval is none of debug, debug-scaling, capacity, prod (ALCF's user "
+        "guide of 2026-08-19), so its limits are not checked; `qstat -Q` shows which there are on "
+        "a login node",
+        "cluster.modules names frameworks/2027.0: `module avail frameworks` shows which there are "
+        "on a login node",
+    ]
+    assert doubted("cluster.queue=debug") == []
+    for name, says in {
+        "qstat": "Queue    Max   Tot Ena Str\n-------- ----- --- --- ---\nnext-eval  0  7 yes",
+        "module": "/opt/modulefiles:\nframeworks/2026.1.0(default)\n",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{says}' >&{1 + (name == 'module')}\n")
+        (tmp_path / name).chmod(0o755)
+    queue, module = doubted("cluster.queue=next-eval")
+    assert "`qstat -Q` shows next-eval" in queue
+    assert (
+        "names frameworks/2025.3.1: `module avail frameworks` shows frameworks/2026.1.0" in module
+    )
+    assert doubted("cluster.queue=debug", "cluster.modules=[frameworks/2026.1.0]") == []
+    (bare,) = doubted("cluster.queue=debug", "cluster.modules=[frameworks]")
+    assert "names frameworks, which may load nothing, or another version later" in bare
+
+
+def test_an_environment_that_thousands_of_ranks_would_share_is_doubted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def told(*asked: str) -> str:
+        ends = ["cluster.queue=debug-scaling", *asked, "--dry-run", "--", "sweep"]
+        assert main([*AURORA, *ends, "hydra/launcher=parsl"]) == 0
+        return capsys.readouterr().err
+
+    assert told("cluster.nodes=255") == ""
+    assert told("cluster.nodes=256") == (
+        "largebatch: warning: 3,072 ranks read the environment's files from one file system "
+        "($HOME/largebatch-env), which may not bear it: give each node its own (largebatch env "
+        "pack env.tar.gz, then cluster.environment=spread cluster.archive=env.tar.gz, or "
+        "cluster.environment=copper)\n"
+    )
+    assert told("cluster.nodes=256", "cluster.environment=copper") == ""
+    assert told("cluster.nodes=256", "cluster.venv=/tmp/env") == ""
+
+
+def test_trials_of_a_job_have_the_cluster_that_the_job_was_given(tmp_path: Path) -> None:
+    asked = [
+        *AURORA, "cluster.queue=capacity", "cluster.nodes=4", "cluster.spares=1", "folder=x",
+        "cluster.launcher_options=[--no-vni]", "cluster.settings.oneccl.export.CCL_OP_SYNC=0",
+        "cluster.allreduce=direct:0-1024;ring:1025-max",
+        "+cluster.settings.it={export:{IT:\"a b\"}}",
+    ]  # fmt: skip
+    sweep = ["sweep", "hydra/launcher=parsl", "hydra.launcher.overrides=['cluster.node.ranks=6']"]
+    words, _ = completed(composed(asked), sweep, asked)
+    (handed,) = [word for word in words if word.startswith("hydra.launcher.overrides=")]
+    overrides = OverridesParser.create().parse_override(handed).value()
+    settings = checked({"cluster": "aurora", "overrides": [*map(str, overrides)]})
+    cluster = cluster_of(settings)
+    assert cluster is not None
+    (tmp_path / "nodes").write_text("x1\n")
+    text = start_script(cluster, tmp_path / "nodes", "true")
+    assert "mpiexec --envall -n 6 --ppn 6" in text
+    for line in (
+        "  --no-vni\n", 'export CCL_OP_SYNC="0"', 'SCALEOUT="direct:0-1024;ring:1025-max"',
+        'export IT="a b"\n',
+    ):  # fmt: skip
+        assert line in text
 
 
 DEBUG = [*AURORA, "cluster.queue=debug"]

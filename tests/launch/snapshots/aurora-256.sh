@@ -32,6 +32,7 @@ python -c 'import largebatch' || exit 1
 
 # device: ALCF, PyTorch page: what the module sets, said again for other images
 export ZE_FLAT_DEVICE_HIERARCHY="FLAT"  # a tile is a device, 12 a node, chosen by local rank
+export ZES_ENABLE_SYSMAN="1"  # or a device does not tell its free memory (ALCF, known issues)
 unset ZE_AFFINITY_MASK DS_ACCELERATOR
 
 # oneccl: ALCF, oneCCL page: the minimal set, tested by ALCF to 1,024 nodes
@@ -52,6 +53,7 @@ export FI_CXI_OFLOW_BUF_SIZE="8388608"
 export CCL_ZE_CACHE_OPEN_IPC_HANDLES_THRESHOLD="1024"  # disputed: Megatron-DeepSpeed's helpers say 32768
 export CCL_CONFIGURATION="cpu_gpu_dpcpp"
 export CCL_CONFIGURATION_PATH=""
+export CCL_ATL_SYNC_COLL="1"  # against a hang at large scale (ALCF)
 export PALS_PING_PERIOD="240"  # seconds: nodes that are slow to answer are not lost
 export PALS_RPC_TIMEOUT="240"
 export INTELGT_AUTO_ATTACH_DISABLE="1"
@@ -107,10 +109,8 @@ export MASTER_ADDR MASTER_PORT
 export CCL_WORKER_AFFINITY=42,43,44,45,46,47,94,95,96,97,98,99  # one a rank
 export OMP_NUM_THREADS=4
 
-# What every rank was at when a collective hung.
-mkdir -p "$folder/flight_recorder"
+# Of each rank, its last collectives: `largebatch watch` and `explain` compare them.
 export TORCH_FR_BUFFER_SIZE=2000
-export TORCH_FR_DUMP_TEMP_FILE="$folder/flight_recorder/${job_id}_rank_"
 export TORCH_CPP_LOG_LEVEL=ERROR
 
 command=(

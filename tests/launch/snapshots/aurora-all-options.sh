@@ -1,13 +1,13 @@
 #!/bin/bash -l
 # all on aurora: 300 nodes x 6 ranks = 1800 ranks and 4 to spare. Written by
-# largebatch submit cluster=aurora cluster.account=project cluster.walltime=00:30:00 cluster.queue=prod cluster.nodes=300 cluster.spares=4 name=all cluster.chain=3 cluster.watch_timeout=900 cluster.preflight=full cluster.environment=copper cluster.daos=pool:box cluster.node.ranks=6 'cluster.allreduce='"'"'direct:0-1048576;rabenseifner:1048577-max'"'"'' 'cluster.launcher_options=[--rlimit,NOFILE]' cluster.settings.scale.export.PALS_PING_PERIOD=null '+cluster.settings.mine={export:{MY_PATH:'"'"'$HOME/it is "mine"'"'"'},source:me}' folder=jobs/snapshot -- train optim=lamb batch.size=24576 checkpoint.every_samples=1e6 hydra.run.dir=runs/mine 'optim.lr='"'"'0.02'"'"''
+# largebatch submit cluster=aurora cluster.account=project cluster.walltime=00:30:00 cluster.queue=prod cluster.nodes=300 cluster.spares=4 name=all cluster.chain=3 cluster.watch_timeout=900 cluster.preflight=full cluster.environment=copper cluster.daos=pool:box cluster.node.ranks=6 cluster.daos_intercept=true cluster.place=scatter:group=tier0 'cluster.allreduce=direct:0-1048576;rabenseifner:1048577-max' 'cluster.launcher_options=[--rlimit,NOFILE]' cluster.settings.scale.export.PALS_PING_PERIOD=null '+cluster.settings.mine={export:{MY_PATH:'"'"'$HOME/it is "mine"'"'"'},source:me}' folder=jobs/snapshot -- train optim=lamb batch.size=24576 checkpoint.every_samples=1e6 hydra.run.dir=runs/mine 'optim.lr='"'"'0.02'"'"''
 #PBS -N all
 #PBS -A project
 #PBS -q prod
 #PBS -l select=304
 #PBS -l walltime=00:30:00
 #PBS -l filesystems=home:flare:daos_user_fs
-#PBS -l place=scatter
+#PBS -l place=scatter:group=tier0
 #PBS -k doe
 #PBS -j oe
 #PBS -o jobs/snapshot/
@@ -32,6 +32,7 @@ python -c 'import largebatch' || exit 1
 
 # device: ALCF, PyTorch page: what the module sets, said again for other images
 export ZE_FLAT_DEVICE_HIERARCHY="FLAT"  # a tile is a device, 12 a node, chosen by local rank
+export ZES_ENABLE_SYSMAN="1"  # or a device does not tell its free memory (ALCF, known issues)
 unset ZE_AFFINITY_MASK DS_ACCELERATOR
 
 # oneccl: ALCF, oneCCL page: the minimal set, tested by ALCF to 1,024 nodes
@@ -52,6 +53,7 @@ export FI_CXI_OFLOW_BUF_SIZE="8388608"
 export CCL_ZE_CACHE_OPEN_IPC_HANDLES_THRESHOLD="1024"  # disputed: Megatron-DeepSpeed's helpers say 32768
 export CCL_CONFIGURATION="cpu_gpu_dpcpp"
 export CCL_CONFIGURATION_PATH=""
+export CCL_ATL_SYNC_COLL="1"  # against a hang at large scale (ALCF)
 export PALS_RPC_TIMEOUT="240"
 export INTELGT_AUTO_ATTACH_DISABLE="1"
 unset MPIR_CVAR_CH4_POSIX_COLL_SELECTION_TUNING_JSON_FILE MPIR_CVAR_CH4_COLL_SELECTION_TUNING_JSON_FILE MPIR_CVAR_COLL_SELECTION_TUNING_JSON_FILE
@@ -112,7 +114,7 @@ export PYTHONPATH="/tmp/$USER/copper$site${PYTHONPATH:+:$PYTHONPATH}"
 # DAOS: scratch, whose data may vanish; mounted at /tmp/pool/box.
 module use /soft/modulefiles
 module load daos || exit 1
-launch-dfuse.sh pool:box || exit 1
+launch-dfuse-with-caching.sh pool:box || exit 1
 
 # Cores, none of them shared:
 #   rank 0                4-7
@@ -128,10 +130,8 @@ launch-dfuse.sh pool:box || exit 1
 export CCL_WORKER_AFFINITY=42,43,44,45,46,47  # one a rank
 export OMP_NUM_THREADS=4
 
-# What every rank was at when a collective hung.
-mkdir -p "$folder/flight_recorder"
+# Of each rank, its last collectives: `largebatch watch` and `explain` compare them.
 export TORCH_FR_BUFFER_SIZE=2000
-export TORCH_FR_DUMP_TEMP_FILE="$folder/flight_recorder/${job_id}_rank_"
 export TORCH_CPP_LOG_LEVEL=ERROR
 
 # One job of a chain: nothing is left to do once the run has come to its end.
@@ -161,6 +161,8 @@ launch=(
   --pmi=pmix  # with CCL_PROCESS_LAUNCHER=pmix
   --cpu-bind list:4-7:8-11:12-15:16-19:20-23:24-27
   --no-vni  # DAOS needs it
+  # Python needs the second (ALCF, DAOS page).
+  --env LD_PRELOAD=/usr/lib64/libpil4dfs.so --env D_IL_COMPATIBLE=1
   --rlimit
   NOFILE
 )

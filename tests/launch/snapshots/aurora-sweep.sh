@@ -1,13 +1,13 @@
 #!/bin/bash -l
 # largebatch on aurora: 8 nodes x 12 ranks = 96 ranks. Written by
-# largebatch submit cluster=aurora cluster.account=project cluster.walltime=00:30:00 cluster.queue=debug-scaling cluster.nodes=8 folder=jobs/snapshot -- sweep optim=lamb,lars batch.size=256,512 hydra/launcher=parsl
+# largebatch submit cluster=aurora cluster.account=project cluster.walltime=00:30:00 cluster.queue=debug-scaling cluster.nodes=8 'cluster.launcher_options=[--no-vni]' cluster.settings.oneccl.export.CCL_OP_SYNC=0 folder=jobs/snapshot -- sweep optim=lamb,lars batch.size=256,512 hydra/launcher=parsl
 #PBS -N largebatch
 #PBS -A project
 #PBS -q debug-scaling
 #PBS -l select=8
 #PBS -l walltime=00:30:00
 #PBS -l filesystems=home:flare
-#PBS -l place=scatter:group=tier0
+#PBS -l place=scatter
 #PBS -k doe
 #PBS -j oe
 #PBS -o jobs/snapshot/
@@ -32,6 +32,7 @@ python -c 'import largebatch' || exit 1
 
 # device: ALCF, PyTorch page: what the module sets, said again for other images
 export ZE_FLAT_DEVICE_HIERARCHY="FLAT"  # a tile is a device, 12 a node, chosen by local rank
+export ZES_ENABLE_SYSMAN="1"  # or a device does not tell its free memory (ALCF, known issues)
 unset ZE_AFFINITY_MASK DS_ACCELERATOR
 
 # oneccl: ALCF, oneCCL page: the minimal set, tested by ALCF to 1,024 nodes
@@ -42,7 +43,7 @@ export FI_MR_CACHE_MONITOR="userfaultfd"  # disputed: `disabled` helps some appl
 export PALS_PMI="pmix"  # used by an 8,192-node job of ALCF's DLcomm_benchmark
 export CCL_KVS_CONNECTION_TIMEOUT="600"  # seconds; oneCCL's own 120 are short at scale (ALCF, extended set)
 export CCL_KVS_USE_MPI_RANKS="1"  # ALCF, extended set
-export CCL_OP_SYNC="1"  # the module's own; keeps collectives from hanging, null only to capture XPU graphs
+export CCL_OP_SYNC="0"  # the module's own; keeps collectives from hanging, null only to capture XPU graphs
 
 # proxy: ALCF; NO_PROXY is inferred
 export http_proxy="http://proxy.alcf.anl.gov:3128"
@@ -88,10 +89,8 @@ export LARGEBATCH_HOSTFILE="$hostfile"
 export CCL_WORKER_AFFINITY=42,43,44,45,46,47,94,95,96,97,98,99  # one a rank
 export OMP_NUM_THREADS=4
 
-# What every rank was at when a collective hung.
-mkdir -p "$folder/flight_recorder"
+# Of each rank, its last collectives: `largebatch watch` and `explain` compare them.
 export TORCH_FR_BUFFER_SIZE=2000
-export TORCH_FR_DUMP_TEMP_FILE="$folder/flight_recorder/${job_id}_rank_"
 export TORCH_CPP_LOG_LEVEL=ERROR
 
 command=(
@@ -102,6 +101,7 @@ command=(
   hydra/launcher=parsl
   hydra.sweep.dir=jobs/snapshot/sweep
   hydra.launcher.cluster=aurora
+  'hydra.launcher.overrides=['"'"'cluster.launcher_options=[--no-vni]'"'"','"'"'cluster.settings.oneccl.export.CCL_OP_SYNC=0'"'"']'
 )
 
 "${command[@]}"

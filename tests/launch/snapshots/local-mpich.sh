@@ -28,9 +28,9 @@ export LARGEBATCH_HOSTFILE="$hostfile"
 
 # Where the ranks meet: rank 0 says it through MPI, torchrun by itself.
 
-# What every rank was at when a collective hung.
-mkdir -p "$folder/flight_recorder"
+# Of each rank, its last collectives: `largebatch watch` and `explain` compare them.
 export TORCH_FR_BUFFER_SIZE=2000
+mkdir -p "$folder/flight_recorder"
 export TORCH_FR_DUMP_TEMP_FILE="$folder/flight_recorder/${job_id}_rank_"
 export TORCH_CPP_LOG_LEVEL=ERROR
 

@@ -32,6 +32,7 @@ python -c 'import largebatch' || exit 1
 
 # device: ALCF, PyTorch page: what the module sets, said again for other images
 export ZE_FLAT_DEVICE_HIERARCHY="FLAT"  # a tile is a device, 12 a node, chosen by local rank
+export ZES_ENABLE_SYSMAN="1"  # or a device does not tell its free memory (ALCF, known issues)
 unset ZE_AFFINITY_MASK DS_ACCELERATOR
 
 # oneccl: ALCF, oneCCL page: the minimal set, tested by ALCF to 1,024 nodes
@@ -94,10 +95,8 @@ export MASTER_ADDR MASTER_PORT
 export CCL_WORKER_AFFINITY=42,43,44,45,46,47,94,95,96,97,98,99  # one a rank
 export OMP_NUM_THREADS=4
 
-# What every rank was at when a collective hung.
-mkdir -p "$folder/flight_recorder"
+# Of each rank, its last collectives: `largebatch watch` and `explain` compare them.
 export TORCH_FR_BUFFER_SIZE=2000
-export TORCH_FR_DUMP_TEMP_FILE="$folder/flight_recorder/${job_id}_rank_"
 export TORCH_CPP_LOG_LEVEL=ERROR
 
 command=(
