@@ -79,7 +79,7 @@ def facts_of_rank(situation: dict[str, Any], rank: int, size: int, root: Path) -
         versions=lambda: situation["versions"],
         has_module=lambda name: (
             name in situation["dead"]
-            or (name not in situation["missing"] and "_for_pytorch" not in name)
+            or (name not in situation["missing"] and name != "oneccl_bindings_for_pytorch")
         ),
         disk=disk,
         addresses=lambda: situation["addresses"],

@@ -78,7 +78,8 @@ def test_errors_come_first_and_make_the_exit_code() -> None:
     ("environment", "node", "expected"),
     [
         ({}, "laptop", False),
-        ({"PBS_JOBID": "1"}, "polaris-x", False),
+        ({"PBS_JOBID": "1"}, "x3006c0s13b1n0", False),  # Polaris
+        ({"PBS_JOBID": "1"}, "x1921c2s3b0n0", True),  # Sunspot
         ({"PBS_JOBID": "1"}, "x4519c2s3b0n0", True),
         ({"ZE_FLAT_DEVICE_HIERARCHY": "FLAT"}, "laptop", True),
     ],
