@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from largebatch.conf.engine_config import EngineConfig
 from largebatch.conf.errors import ConfigError, sentence
 from largebatch.conf.sweep_config import LRFindConfig, StudyConfig
 from largebatch.schedules.counts import real_number, whole_number
@@ -58,44 +59,6 @@ class ScalingConfig:
 
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-
-
-@dataclass
-class EngineConfig:
-    """Keys of all engines, and below them those of one; a YAML has only its own."""
-
-    _target_: str = "largebatch.train.engines.DDP"
-    micro_batch_size: Any = None
-    nproc: Any = 1
-    device: str | None = None
-    ipex: bool = False
-    activation_checkpointing: bool = False
-    compile: bool = False
-    replicas: Any = None
-    reshard_after_forward: bool | None = None
-    accumulate: str | None = None
-    stage: Any = None
-    zero: Node | None = None
-
-    def __post_init__(self) -> None:
-        self.nproc = whole_number(self.nproc, "engine.nproc", 1)
-        for name in ("micro_batch_size", "replicas", "stage"):
-            value = getattr(self, name)
-            if value is not None and not (name == "micro_batch_size" and value == "auto"):
-                least = 0 if name == "stage" else 1
-                setattr(self, name, whole_number(value, f"engine.{name}", least))
-
-    @property
-    def target(self) -> Node:
-        """What builds it, with the keys of its own."""
-        own = ("replicas", "reshard_after_forward", "accumulate", "stage", "zero")
-        given = {name: getattr(self, name) for name in own}
-        return {"_target_": self._target_} | {k: v for k, v in given.items() if v is not None}
-
-    @property
-    def needs_group(self) -> bool:
-        """Whether it needs a process group in a world of one too."""
-        return self._target_ != "largebatch.train.engines.DDP"
 
 
 @dataclass

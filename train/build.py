@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 
 from largebatch.conf.errors import ConfigError, sentence
 from largebatch.train.annotations import Unfit, annotations_of, fitted, in_yaml
+from largebatch.train.memory import ran_out
 
 _KNOWN: Final = ("largebatch", "torch")
 """Packages whose constructors refuse values: what they raise is about a value."""
@@ -140,8 +141,8 @@ def is_known(make: Callable[..., Any]) -> bool:
 def _about_a_key(error: Exception, keys: Mapping[str, Any], name: str) -> str:
     """What a constructor has raised, with the keys it speaks of and their values."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError) or "allocate memory" in text:
-        text = f"this node has no memory for it ({text}): lower its sizes"
+    if ran_out(error):
+        text = f"there is no memory for it ({text}): lower its sizes"
     if f"{name}." in text or not keys:
         return text
     spoken = text.lower().replace("_", " ")

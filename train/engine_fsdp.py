@@ -1,7 +1,8 @@
 """Parameters, gradients and optimizer state sharded over ranks by FSDP2, or over groups of them.
 
 With `replicas` groups (HSDP) each holds the whole model, sharded over its ranks: gathering stays
-within a group, and gradients are then summed across the groups.
+within a group, and gradients are then summed across the groups. On many nodes a group is a node,
+unless told otherwise.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -26,7 +27,10 @@ class FSDP(OfGradients):
     """FSDP2's `fully_shard` on each block of the model, and on what is left.
 
     Args:
-        replicas: groups of ranks that hold the whole model each; 1: all ranks share one.
+        shard_nodes: neighbouring nodes that share one copy of the model; None: by `replicas`.
+        replicas: groups of ranks that hold the whole model each; None: by `shard_nodes`. Where
+            both are None: one node shares a copy, or all ranks do, where a node has one rank or
+            nodes differ in their number.
         reshard_after_forward: let go of a block's gathered weights between its forward and its
             backward pass (ZeRO-3); false keeps them, for memory in place of a second gather.
         accumulate: where micro-batches are summed: "unsharded", whole gradients on every rank and
@@ -34,7 +38,8 @@ class FSDP(OfGradients):
             shard.
 
     Raises:
-        ValueError: replicas that do not divide the ranks, or another word for `accumulate`.
+        ValueError: both, or numbers that do not divide nodes or ranks; or another word for
+            `accumulate`.
     """
 
     def __init__(
@@ -45,15 +50,12 @@ class FSDP(OfGradients):
         micro_batch_size: int | None = None,
         precision: Precision | None = None,
         *,
-        replicas: int = 1,
+        shard_nodes: int | None = None,
+        replicas: int | None = None,
         reshard_after_forward: bool = True,
         accumulate: str = "unsharded",
     ) -> None:
-        if replicas < 1 or ranks.size % replicas:
-            raise ValueError(
-                f"engine.replicas must divide the {ranks.size} rank(s), got {replicas}: "
-                "each group of ranks holds the whole model once"
-            )
+        replicas = num_replicas(ranks, shard_nodes, replicas)
         if accumulate not in ("unsharded", "sharded"):
             raise ValueError(f"engine.accumulate must be unsharded or sharded, got {accumulate!r}")
         super().__init__(model, ranks, device, micro_batch_size, precision)
@@ -88,6 +90,36 @@ class FSDP(OfGradients):
                 "so shows none for the noise scale: use fewer replicas, or engine=ddp"
             )
         return ShardedGradients(self.model, synchronised_once=not self._accumulates_shards)
+
+
+def num_replicas(ranks: Ranks, shard_nodes: int | None, replicas: int | None) -> int:
+    """Groups of ranks that hold the whole model each.
+
+    Raises:
+        ValueError: both are given, or one that does not divide nodes or ranks.
+    """
+    if shard_nodes is not None and replicas is not None:
+        raise ValueError(
+            f"engine.shard_nodes={shard_nodes} and engine.replicas={replicas} say the same thing "
+            "in two ways: set one of them, and the other to null"
+        )
+    if replicas is not None:
+        if replicas < 1 or ranks.size % replicas:
+            raise ValueError(
+                f"engine.replicas must divide the {ranks.size} rank(s), got {replicas}: each "
+                "group of ranks holds the whole model once"
+            )
+        return replicas
+    nodes, more = divmod(ranks.size, ranks.local_size)
+    if shard_nodes is None:
+        return 1 if more or ranks.local_size == 1 else nodes
+    if shard_nodes < 1 or more or nodes % shard_nodes:
+        raise ValueError(
+            f"engine.shard_nodes must divide the {nodes} node(s) of {ranks.local_size} rank(s) "
+            f"each that {ranks.size} rank(s) are on, got {shard_nodes}: each group of nodes holds "
+            "the whole model once"
+        )
+    return nodes // shard_nodes
 
 
 def mesh(ranks: Ranks, device: torch.device, replicas: int) -> DeviceMesh:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from largebatch.optim.layout import local
 from largebatch.train.engines import Engine
+from largebatch.train.memory import ran_out
 from largebatch.train.ranks import Ranks
 from largebatch.train.tasks import Task
 
@@ -68,18 +69,24 @@ def find_micro_batch_size(
         memory: the module of the device that tells of its memory; None: torch's.
 
     Raises:
-        ValueError: no accelerator, or not even one sample fits.
+        ValueError: no accelerator, not even one sample fits, or memory ran out on the way.
     """
     device = engine.device
     if memory is None:
         memory = memory_of(device)
-    _, total = memory.mem_get_info(device)
+    # Not mem_get_info: what is free XPU tells only with ZES_ENABLE_SYSMAN=1.
+    total = memory.get_device_properties(device).total_memory
     held = sum(local(p.detach()).numel() for p in engine.model.parameters() if p.requires_grad)
 
     def peak_bytes(size: int) -> int:
         memory.reset_peak_memory_stats(device)
         indices = np.zeros(size, np.int64)
-        engine.forward_backward(task, task.train_batch(indices), size * ranks.size)
+        try:
+            engine.forward_backward(task, task.train_batch(indices), size * ranks.size)
+        except Exception as error:
+            if ran_out(error):
+                raise ValueError(_too_much(size, total, device, str(error))) from error
+            raise
         engine.discard(optimizer)
         peak: int = memory.max_memory_allocated(device)
         memory.empty_cache()
@@ -90,12 +97,18 @@ def find_micro_batch_size(
     limit = over_ranks(limit, dist.ReduceOp.MIN, ranks, device)
     found = largest_that_fits(candidates(batch_sizes, ranks.size), peak_bytes, limit)
     if found is None:
-        raise ValueError(
-            f"engine.micro_batch_size=auto: not even one sample fits the {total / 2**30:.1f} GiB "
-            f"of {device} with {MARGIN:.0%} to spare: shard the model (engine=fsdp), or set "
-            "engine.activation_checkpointing=true"
-        )
+        raise ValueError(_too_much(1, total, device, f"with {MARGIN:.0%} to spare"))
     return found
+
+
+def _too_much(size: int, total: int, device: torch.device, why: str) -> str:
+    told = "not even one sample fits" if size == 1 else f"{size} samples do not fit"
+    way_out = "" if size == 1 else ", or give engine.micro_batch_size a smaller number"
+    return (
+        f"engine.micro_batch_size=auto: {told} the {total / 2**30:.1f} GiB of {device} "
+        f"({' '.join(why.split())[:200]}): shard the model (engine=fsdp), set "
+        f"engine.activation_checkpointing=true{way_out}"
+    )
 
 
 def memory_of(device: torch.device) -> Any:

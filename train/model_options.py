@@ -36,6 +36,17 @@ def checkpoint_activations(model: nn.Module) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def wants_checkpointing(choice: bool | None, model: nn.Module, device: torch.device) -> bool:
+    """Whether blocks are to be computed again: as chosen, or, where nothing is (None), on XPU.
+
+    Its attention has no fused backward pass (torch-xpu-ops issues 1749 and 2489): autograd keeps
+    what takes the square of a sequence's length, of every block, unless the block is made again.
+    """
+    if choice is not None:
+        return choice
+    return device.type == "xpu" and bool(blocks(model))
+
+
 def compile_blocks(model: nn.Module) -> None:
     """Compile each block, or the model where it has none; names and state stay as they are."""
     for module in blocks(model) or [model]:

@@ -9,7 +9,7 @@ from torch import nn
 from largebatch.conf.errors import ConfigError
 from largebatch.schedules import Plan
 from largebatch.train.build import is_known
-from largebatch.train.memory import check_memory
+from largebatch.train.memory import check_memory, ran_out
 from largebatch.train.ranks import Ranks
 from largebatch.train.tasks import Task, loss_of
 
@@ -46,7 +46,7 @@ def try_one_pass(task: Task, model: nn.Module) -> None:
     except ConfigError:
         raise
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if not (is_known(type(task)) and is_known(type(model))):
+        if ran_out(error) or not (is_known(type(task)) and is_known(type(model))):
             raise
         told = " ".join(str(error).split())
         raise ConfigError(

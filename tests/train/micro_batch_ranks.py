@@ -44,7 +44,7 @@ def memory(total: int) -> Any:
     tried: list[int] = []
     return SimpleNamespace(
         tried=tried,
-        mem_get_info=lambda device: (total, total),
+        get_device_properties=lambda device: SimpleNamespace(total_memory=total),
         reset_peak_memory_stats=lambda device: None,
         max_memory_allocated=lambda device: 10 * tried[-1],
         empty_cache=lambda: None,

@@ -36,6 +36,17 @@ class Huge(Right):
     num_train = 10**12
 
 
+class TooLarge(Right):
+    """A device runs out of memory in its steps, as XPU says it."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Any:
+        if model.training:
+            raise RuntimeError(
+                "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"
+            )
+        return super().loss(model, batch)
+
+
 class NoLoss(Right):
     loss = None  # type: ignore[assignment]
 

@@ -24,8 +24,8 @@ from largebatch.train.build import build, find_target
 from largebatch.train.model_options import within_memory
 from largebatch.train.models import MLP
 from largebatch.train.order import checked_plan
+from largebatch.train.parts import build_optimizer
 from largebatch.train.ranks import Ranks, pick_device
-from largebatch.train.run import build_optimizer
 from largebatch.train.tasks import check_task
 from largebatch.train.trial import check_batches, try_one_pass
 

@@ -3,11 +3,18 @@
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Train
 from gloo_ranks import launch, successful
-from micro_batch_ranks import first_step, of_unequal_devices
+from micro_batch_ranks import Noting, first_step, memory, of_unequal_devices
+from torch import Tensor, nn
 
-from largebatch.train.micro_batch import candidates, largest_that_fits
+from largebatch.train.engines import DDP
+from largebatch.train.memory import ran_out
+from largebatch.train.micro_batch import candidates, find_micro_batch_size, largest_that_fits
+from largebatch.train.models import MLP
+from largebatch.train.ranks import Ranks
+from largebatch.train.tasks import Batch
 
 
 def test_candidates_divide_every_share_of_every_batch_size() -> None:
@@ -69,3 +76,51 @@ def test_nothing_of_the_search_is_left_in_the_first_step(tmp_path: Path) -> None
     for way in ways:
         (outcome,) = successful([found[way]])
         assert outcome["after"] == pytest.approx(outcome["without"], rel=1e-6), way
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("XPU out of memory. Tried to allocate 64.00 GiB."), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        *(
+            (RuntimeError(f"level_zero backend failed with error: 39 ({name})"), True)
+            for name in (
+                "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY",
+                "UR_RESULT_ERROR_OUT_OF_HOST_MEMORY",
+                "UR_RESULT_ERROR_OUT_OF_RESOURCES",
+                "UR_RESULT_ERROR_DEVICE_LOST",
+            )
+        ),
+        (
+            RuntimeError("Native API returns: -5 (PI_ERROR_OUT_OF_RESOURCES)"),
+            True,
+        ),
+        (RuntimeError("Native API returns: 20 (UR_RESULT_ERROR_UNKNOWN)"), False),
+        (RuntimeError("Expected all tensors to be on the same device"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_has_run_out_of_memory_is_known_by_type_and_by_word(
+    error: Exception, is_memory: bool
+) -> None:
+    assert ran_out(error) == is_memory
+
+
+class Full(Noting):
+    """A device that runs out at the second size that is tried."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        if len(batch[0]) > 1:
+            raise RuntimeError("level_zero backend failed: 20 (UR_RESULT_ERROR_DEVICE_LOST)")
+        return super().loss(model, batch)
+
+
+def test_memory_that_runs_out_in_the_search_is_told_with_a_way_out() -> None:
+    engine = DDP(MLP(16, 32, 8), Ranks(), torch.device("cpu"))
+    device = memory(2**30)
+    optimizer = torch.optim.SGD(engine.model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"auto: 2 samples do not fit the 1\.0 GiB.*DEVICE_LOST"):
+        find_micro_batch_size(engine, optimizer, Full(device), Ranks(), [64], device)  # type: ignore[arg-type] # it is never evaluated

@@ -11,10 +11,13 @@ import torch
 from hydra import compose, initialize_config_module
 from torch import Tensor
 
+from largebatch.conf.engine_config import EngineConfig
 from largebatch.train.build import build
 from largebatch.train.model_options import checkpoint_activations
 from largebatch.train.models import HuggingFace, Transformer
 from largebatch.train.models.transformer import rotate
+from largebatch.train.parts import prepare_model
+from largebatch.train.ranks import Ranks
 
 SIZES = {"vocabulary": 40, "dim": 24, "depth": 2, "heads": 4, "hidden": 36, "max_length": 32}
 
@@ -207,6 +210,22 @@ def test_checkpointed_blocks_give_the_same_gradient_to_the_bit() -> None:
     expected = model_ranks.gradients_of(plain, model_ranks.tokens())
     found = model_ranks.gradients_of(checkpointed, model_ranks.tokens())
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("device", "choice", "wanted"),
+    [("xpu", None, True), ("xpu", False, False), ("cuda", None, False), ("cpu", True, True)],
+)
+def test_blocks_are_computed_again_where_attention_has_no_fused_backward_pass(
+    device: str, choice: bool | None, wanted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = model_ranks.model(False)
+    before = made.blocks[0].forward
+    config = EngineConfig(activation_checkpointing=choice)
+    prepare_model(config, made, torch.device(device), Ranks())
+    assert (made.blocks[0].forward != before) == wanted
+    told = capsys.readouterr().err
+    assert ("engine.activation_checkpointing=false" in told) == (wanted and choice is None)
 
 
 def test_compiled_it_is_one_graph_with_the_same_logits() -> None:

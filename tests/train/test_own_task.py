@@ -91,3 +91,12 @@ def test_an_order_without_a_list_is_one(monkeypatch: pytest.MonkeyPatch) -> None
     assert (first == sampler.Sampler(1000, 4, replacement=False).take(0, 1000)).mean() < 0.02
     pieces = [order.take(start, count) for start, count in ((0, 7), (7, 1001), (1008, 992))]
     assert np.array_equal(np.concatenate(pieces), np.concatenate([first, second]))
+
+
+def test_a_step_that_memory_is_not_enough_for_says_what_to_lower(
+    train: Train, tmp_path: Path
+) -> None:
+    with pytest.raises(MemoryError, match=r"DEVICE_MEMORY.*lower engine.micro_batch_size, now 16"):
+        train(*RUN, "task._target_=own_tasks.TooLarge", "target.loss=null")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "lower engine.micro_batch_size, now 16" in summary["error"]

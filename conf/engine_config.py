@@ -1,0 +1,49 @@
+"""The type of `engine`: how a step's gradient comes about. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from largebatch.schedules.counts import real_number, whole_number
+
+
+@dataclass
+class EngineConfig:
+    """Keys of all engines, and below them those of one; a YAML has only its own."""
+
+    _target_: str = "largebatch.train.engines.DDP"
+    micro_batch_size: Any = None
+    nproc: Any = 1
+    device: str | None = None
+    ipex: bool = False
+    activation_checkpointing: bool | None = None
+    compile: bool = False
+    bucket_mb: Any = None
+    shard_nodes: Any = None
+    replicas: Any = None
+    reshard_after_forward: bool | None = None
+    accumulate: str | None = None
+    stage: Any = None
+    zero: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.nproc = whole_number(self.nproc, "engine.nproc", 1)
+        for name in ("micro_batch_size", "shard_nodes", "replicas", "stage"):
+            value = getattr(self, name)
+            if value is not None and not (name == "micro_batch_size" and value == "auto"):
+                least = 0 if name == "stage" else 1
+                setattr(self, name, whole_number(value, f"engine.{name}", least))
+        if self.bucket_mb is not None:
+            self.bucket_mb = real_number(self.bucket_mb, "engine.bucket_mb", above=0.0)
+
+    @property
+    def target(self) -> dict[str, Any]:
+        """What builds it, with the keys of its own."""
+        own = ("bucket_mb", "shard_nodes", "replicas", "reshard_after_forward", "accumulate",
+               "stage", "zero")  # fmt: skip
+        given = {name: getattr(self, name) for name in own}
+        return {"_target_": self._target_} | {k: v for k, v in given.items() if v is not None}
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether it needs a process group in a world of one too."""
+        return self._target_ != "largebatch.train.engines.DDP"

@@ -1,0 +1,204 @@
+"""What a run is made of, built as its configuration says: task, model, engine, optimizer."""
+
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from largebatch.conf.engine_config import EngineConfig
+from largebatch.conf.errors import ConfigError
+from largebatch.schedules.counts import real_number
+from largebatch.train.annotations import in_yaml
+from largebatch.train.build import build, call, check_arguments, check_kind
+from largebatch.train.engines import Engine
+from largebatch.train.example_gradients import ExampleGradients
+from largebatch.train.flops import flops_of
+from largebatch.train.gradient_noise import GradientNoise
+from largebatch.train.guard import Guard
+from largebatch.train.loop import Progress
+from largebatch.train.micro_batch import find_micro_batch_size
+from largebatch.train.model_options import (
+    checkpoint_activations,
+    compile_blocks,
+    wants_checkpointing,
+    within_memory,
+)
+from largebatch.train.order import Order
+from largebatch.train.peaks import chosen, peaks_of
+from largebatch.train.precision import Precision
+from largebatch.train.provenance import device_name
+from largebatch.train.ranks import Ranks
+from largebatch.train.tasks import Task, check_task
+from largebatch.train.throughput import Throughput
+from largebatch.train.trial import MOST_TRIED, check_batches, try_one_pass
+
+
+@dataclass
+class Parts:
+    task: Task
+    engine: Engine
+    optimizer: Optimizer
+    noise: GradientNoise | None
+    num_parameters: int
+    data: Mapping[str, str]
+    """The task's provenance."""
+    progress: Progress = field(default_factory=Progress)
+
+
+def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
+    """Task, model, engine and optimizer as configured, the model the same on every rank.
+
+    Raises:
+        ConfigError: a target that cannot be imported, does not take its arguments or refuses a
+        value.
+    """
+    config = order.config
+    task: Task = build(config.task, "task")
+    data = check_task(task)
+    check_batches(order.plan, task, ranks)
+    torch.manual_seed(config.seed)
+    trains_here = device.type == "cpu" and not config.engine.needs_group  # its gradients too
+    with within_memory(ranks.local_size * (2 if trains_here else 1)):
+        model: nn.Module = build(config.model, "model", nn.Module)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    if num_parameters <= MOST_TRIED:
+        try_one_pass(task, model)
+    size = config.engine.micro_batch_size
+    prepare_model(config.engine, model, device, ranks)
+    engine: Engine = build(
+        config.engine.target,
+        "engine",
+        model=model,
+        ranks=ranks,
+        device=device,
+        micro_batch_size=None if size == "auto" else size,
+        precision=Precision(config.precision, device),
+    )
+    optimizer = build_optimizer(config.optim, engine.model, ranks)
+    if not engine.can_skip and Guard(config.guard).skips:
+        raise ConfigError(
+            "engine=deepspeed steps whatever the gradient: set guard.non_finite and guard.spike to "
+            "rollback or stop, or use engine=ddp or fsdp"
+        )
+    try:
+        optimizer = engine.attach(optimizer, config.clip_norm)
+        if size == "auto":
+            sizes = [split.batch_size for split in order.plan.splits(ranks.size, None)]
+            engine.set_micro_batch_size(
+                find_micro_batch_size(engine, optimizer, task, ranks, sizes)
+            )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    noise = build_noise(order, engine, optimizer)
+    return Parts(task, engine, optimizer, noise, num_parameters, data)
+
+
+def prepare_model(
+    config: EngineConfig, model: nn.Module, device: torch.device, ranks: Ranks
+) -> None:
+    """What is done to a model whatever the engine.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    try:
+        if wants_checkpointing(config.activation_checkpointing, model, device):
+            checkpoint_activations(model)
+            if config.activation_checkpointing is None and ranks.is_first:
+                print(
+                    f"largebatch: attention has no fused backward pass on {device.type}, so each "
+                    "block is computed again in the backward pass, for memory; "
+                    "engine.activation_checkpointing=false leaves that off",
+                    file=sys.stderr,
+                )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if config.compile:
+        compile_blocks(model)
+
+
+def build_throughput(order: Order, task: Task, ranks: Ranks, device: torch.device) -> Throughput:
+    """What rates are made with.
+
+    Raises:
+        ConfigError: a formula that is not known, or not for this model.
+    """
+    config, name = order.config.throughput, device_name(device)
+    known = peaks_of(name)
+    flops = None
+    if config.formula is not None or known or config.peak_tflops is not None:
+        try:
+            flops = flops_of(
+                partial(build, order.config.model, "model"), task, config.formula or "auto"
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    peak = chosen(config.peak_tflops, name)
+    others = tuple(other for other in known if other != peak)
+    return Throughput(flops, ranks.size, peak, others, config.steps_left_out)
+
+
+def build_noise(order: Order, engine: Engine, optimizer: Optimizer) -> GradientNoise | None:
+    """What measures the noise scale, where it is asked for.
+
+    Raises:
+        ConfigError: it cannot be measured so in this run.
+    """
+    if order.noise_seam is None:
+        return None
+    noise = order.config.noise
+    try:
+        seam = engine.small_gradients(order.noise_seam)
+        if noise.small == "auto" and isinstance(seam, ExampleGradients) and seam.missed:
+            raise ConfigError(
+                "noise.small=auto finds no engine.micro_batch_size that cuts the smallest batch, "
+                "and layers whose gradients are not known sample by sample "
+                f"({', '.join(seam.missed[:3])}, …): set engine.micro_batch_size to at most half "
+                "of the smallest batch"
+            )
+        return GradientNoise(
+            seam,
+            noise.half_life_samples,
+            noise.every,
+            by_layer=order.config.record.layers,
+            optimizer=optimizer if noise.preconditioned else None,
+            copies=engine.gradient_copies,
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        meant = f"noise.small=auto means {order.noise_seam} in this run, and "
+        raise ConfigError(f"{meant if noise.small == 'auto' else ''}{error}") from error
+
+
+def build_optimizer(node: Mapping[str, Any], model: nn.Module, ranks: Ranks) -> Optimizer:
+    """The optimizer over the model's parameters, or over the model where it asks for modules.
+
+    One with a keyword `process_group` is given that of all ranks, to share its work over them.
+    """
+    if node.get("_partial_") is not True:
+        raise ConfigError(
+            "optim._partial_ must be true, the parameters come later, got "
+            f"{in_yaml(node.get('_partial_'))}"
+        )
+    make = build(node, "optim")
+    try:
+        if "momentum" in make.keywords:  # torch's own take any that is not negative
+            real_number(make.keywords["momentum"], "optim.momentum", least=0.0, most=1.0)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if ranks.size > 1 and "process_group" in inspect.signature(make.func).parameters:
+        make = partial(make.func, **{"process_group": dist.group.WORLD} | make.keywords)
+    takes_model = getattr(make.func, "takes_model", False)
+    argument = model if takes_model else list(model.named_parameters())
+    check_arguments(make.func, (argument,), make.keywords, "optim")
+    optimizer: Optimizer = call(partial(make, argument), make.keywords, "optim")
+    check_kind(optimizer, Optimizer, "optim._target_", str(node["_target_"]))
+    return optimizer
