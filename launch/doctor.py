@@ -9,11 +9,11 @@ from typing import Any
 
 from largebatch.launch import checks
 from largebatch.launch.findings import Finding, as_json, as_text, exit_code
-from largebatch.launch.preflight import MODES, TIMEOUT_SECONDS, Verdict, preflight
+from largebatch.launch.preflight import MODES, Verdict, preflight, seconds_for
 from largebatch.launch.preflight_meeting import Unreachable
 from largebatch.launch.preflight_nodes import TooFewNodes, choose, host_lines, told, write
-from largebatch.launch.preflight_probe import TEMPLATE, probe
-from largebatch.launch.system import Facts, System, look
+from largebatch.launch.preflight_probe import ANSWER, TEMPLATE, give, probe
+from largebatch.launch.system import Facts, System, alone, look
 
 REFUSED = 2
 
@@ -28,18 +28,24 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"largebatch: {error}", file=sys.stderr)
         return REFUSED
+    if options.answer is not None:
+        facts = look(alone(system), options.run_folder)
+        give(options.answer, facts.node, as_json(checks.of_all([facts]), _about(facts)))
+        return 0
     facts = look(system, options.run_folder)
     desk = _Desk(options, facts, lines)
     if options.probe:
-        return desk.report(Verdict(probe(lines, options.probe, options.timeout or 60)))
+        seconds = options.timeout or seconds_for("fast", len(lines))
+        return desk.report(Verdict(probe(lines, options.probe, seconds, options.hostfile_out)))
     mode = options.preflight or "fast"
     if facts.size == 1 or mode == "off":
         verdict = Verdict(checks.of_all([facts]))
         return desk.report(verdict) if facts.rank == 0 else exit_code(verdict.findings)
     try:
         return preflight(
-            facts, system.ranks(), mode, report=desk.report, timeout_seconds=options.timeout
-        ).code
+            facts, system.ranks(), mode, report=desk.report, timeout_seconds=options.timeout,
+            all_to_all=options.all_to_all,
+        ).code  # fmt: skip
     except Unreachable as error:
         if facts.local_rank == 0:  # one voice a node
             print(f"largebatch doctor on {facts.node}: master-unreachable: {error}: {_DIAL}",
@@ -171,9 +177,16 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="SECONDS",
         help="of each part of the preflight (default: "
-        + ", ".join(f"{seconds:g} for {mode}" for mode, seconds in TIMEOUT_SECONDS.items())
-        + ")",
+        + ", ".join(f"{seconds_for(mode, 0):g} for {mode}" for mode in MODES[:2])
+        + ", and one more for every 100 ranks)",
     )
+    parser.add_argument(
+        "--all-to-all",
+        action="store_true",
+        help="try all_to_all too, which second-order optimizers use; not from 1,024 ranks on",
+    )
+    # What --probe starts on many nodes at once.
+    parser.add_argument(ANSWER, type=Path, dest="answer", metavar="DIR", help=argparse.SUPPRESS)
     nodes = parser.add_argument_group("choosing nodes from an allocation with spares")
     nodes.add_argument("--nodes", type=int, metavar="N", help="how many good nodes are wanted")
     nodes.add_argument(
@@ -188,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         const=TEMPLATE,
         metavar="COMMAND",
         help="from the batch script, without mpiexec: ask each node by itself, started by COMMAND "
-        f"with {{hostfile}} or {{node}} in it (default: {TEMPLATE!r})",
+        "with {hostfile} or {node} in it; with {nodes} too, all of a rack at once, where names "
+        f"tell racks (default: {TEMPLATE!r})",
     )
     return parser

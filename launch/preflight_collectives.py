@@ -2,6 +2,7 @@
 any order, so that a result is right or wrong and never nearly right.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -19,12 +20,24 @@ SIZES: Final[dict[str, tuple[int, ...]]] = {
     "fast": (1 << 10, 2 << 20),
     "full": (1 << 10, 1 << 20, 2 << 20, 64 << 20),
 }
+TINY: Final = (1, 8, 64)
+"""Elements: messages that libraries send by a protocol of their own."""
+GROUPS: Final = ("", "the ranks of a node", "one rank of each node")
+"""Of all ranks, and those of which sharded training makes its own."""
+MOST_TO_ALL: Final = 1024
+"""Ranks below which all_to_all is tried: on xccl it is a message from each to each."""
 _SUMMED: Final = 128
 """Ranks that add to one element in bf16: 128 ones and every partial sum are exact in 8 bits."""
 
 
 class Collectives:
-    """What training calls. A test overrides a method to break it on one rank."""
+    """What training calls. A test overrides a method to break it on one rank.
+
+    Attributes:
+        group: among whose ranks; None: all.
+    """
+
+    group: "dist.ProcessGroup | None" = None
 
     def settle(self, device: torch.device) -> None:
         """Wait until this rank's own device has done all it was given."""
@@ -32,16 +45,17 @@ class Collectives:
             torch.accelerator.synchronize(device)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.group)
 
     def all_gather(self, output: torch.Tensor, given: torch.Tensor) -> None:
-        _all_gather(output, given)
+        _all_gather(output, given, group=self.group)
 
     def reduce_scatter(self, output: torch.Tensor, given: torch.Tensor) -> None:
-        _reduce_scatter(output, given)
+        _reduce_scatter(output, given, group=self.group)
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
-        dist.broadcast(tensor, source)
+        """From the rank `source` of the group."""
+        dist.broadcast(tensor, group=self.group, group_src=source)
 
     def all_to_all(self, output: torch.Tensor, given: torch.Tensor) -> None:
         dist.all_to_all_single(output, given)
@@ -58,30 +72,73 @@ class Collectives:
 
 @dataclass(frozen=True)
 class Trial:
-    """One collective on one dtype and size. `num_bytes` is that of the whole vector."""
+    """One collective on one dtype and size.
+
+    Attributes:
+        num_bytes: of the whole vector, about.
+        num_elements: of the whole vector, exactly, where it is tiny.
+        among: of `GROUPS`.
+    """
 
     collective: str
     dtype: str = ""
     num_bytes: int = 0
+    num_elements: int = 0
+    among: str = ""
 
     def __str__(self) -> str:
+        if not self.dtype:
+            return self.collective
         mebi, kibi = self.num_bytes >> 20, self.num_bytes >> 10
         size = f"{mebi} MiB" if mebi else f"{kibi} KiB"
-        return f"{self.collective} {self.dtype} {size}" if self.dtype else self.collective
+        if self.num_elements:
+            size = f"{self.num_elements} element{'s' * (self.num_elements > 1)}"
+        return f"{self.collective} {self.dtype} {size}{f' ({self.among})' * bool(self.among)}"
 
 
-def trials(mode: str) -> list[Trial]:
-    """What `mode` tries, small before large."""
-    kinds = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all")
+def trials(mode: str, among: str = "", all_to_all: bool = False) -> list[Trial]:
+    """What `mode` tries among all ranks, or in groups of them, small before large.
+
+    Args:
+        all_to_all: also this, which few optimizers use.
+    """
+    sizes = [(0, count) for count in TINY] + [(num_bytes, 0) for num_bytes in SIZES[mode]]
+    if among:  # what differs is the way, not the arithmetic
+        sizes = [sizes[0], (max(SIZES["fast"]), 0)]
+    kinds = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
     return [
-        Trial("barrier"),
+        *[Trial("barrier")] * (not among),
         *(
-            Trial(kind, dtype, num_bytes)
-            for num_bytes in SIZES[mode]
-            for kind in kinds
+            Trial(kind, dtype, *size, among)
+            for size in sizes
+            for kind in (*kinds, *["all_to_all"] * all_to_all)
             for dtype in DTYPES
         ),
     ]
+
+
+def members(among: str, rank: int, rows: Sequence[Sequence[int]]) -> list[int]:
+    """The ranks that `rank` tries collectives with; none where that is no group of its own.
+
+    Args:
+        rows: the ranks of each node.
+    """
+    if not among:
+        return sorted(rank for row in rows for rank in row)
+    own = next(row for row in rows if rank in row)
+    place = own.index(rank)
+    found = list(own) if among == GROUPS[1] else [row[place] for row in rows if place < len(row)]
+    return found if 1 < len(found) < sum(map(len, rows)) else []
+
+
+def make_group(ranks: Sequence[int]) -> "dist.ProcessGroup":
+    """A process group of these ranks, which all of them call."""
+    # A group that is bound to a device is split by all its ranks, and xccl cannot split one
+    # (torch-xpu-ops issue 5385).
+    dist.distributed_c10d._get_default_group().bound_device_id = None
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 @dataclass
@@ -98,8 +155,9 @@ def problem(trial: Trial, rank: int, size: int, device: torch.device) -> Problem
     dtype = DTYPES[trial.dtype]
     width = torch.empty((), dtype=dtype).element_size()
     # Three more than a round number: remainders are where ring and halving go wrong.
-    whole = max(1, trial.num_bytes // width) + 3
-    part = max(1, trial.num_bytes // width // size)  # of each rank
+    whole = trial.num_elements or max(1, trial.num_bytes // width) + 3
+    # Of each rank.
+    part = max(1, (trial.num_elements or trial.num_bytes // width) // size)
     everyone = torch.arange(size)
     if trial.collective == "all_reduce":
         index = torch.arange(whole)

@@ -14,6 +14,8 @@ from typing import Final
 
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, clock
 from largebatch.launch.binding import Binding, bind, pals_list, slurm_mask, spell_cores
+from largebatch.launch.preflight import seconds_for
+from largebatch.launch.preflight_probe import TEMPLATE
 from largebatch.launch.script_words import comment, quoted, word
 
 Lines = Iterator[str]
@@ -228,9 +230,9 @@ def _nodes(job: Job) -> Lines:
     yield "  exit 1"
     yield "fi"
     if cluster.spares:
-        yield "# Each is asked by itself, as one dead node would end an mpiexec over all of them;"
+        yield "# Asked before they are used: one dead node would end an mpiexec over all of them;"
         yield f"# {cluster.nodes} good ones go on."
-        alone = "mpiexec -n 1 --ppn 1 --hostfile {hostfile}"
+        alone = TEMPLATE
         if cluster.scheduler == "slurm":
             alone = "srun --nodes=1 --ntasks=1 --nodelist={node}"
         yield f"{job.python} -m largebatch doctor --probe '{alone}' --hostfile \"$hostfile\" \\"
@@ -355,7 +357,10 @@ def _run(job: Job) -> Lines:
         if cluster.preflight is not None:
             yield "# Every collective by value, on all ranks, before any compute is spent."
             yield f'LARGEBATCH_RANKS={cluster.num_ranks} "${{launch[@]}}" \\'
-            yield f"  {job.python} -m largebatch doctor --preflight {cluster.preflight} || exit"
+            seconds = seconds_for(cluster.preflight, cluster.num_ranks)
+            more = " --all-to-all" * uses_all_to_all(job.words)
+            yield f"  {job.python} -m largebatch doctor --preflight {cluster.preflight} \\"
+            yield f"  --timeout {seconds:.0f}{more} || exit"
     if cluster.watch_timeout is not None:
         yield "# Ends the job after so many seconds without a step: a hang ends nothing by itself."
         timeout = cluster.watch_timeout
@@ -374,6 +379,11 @@ def _run(job: Job) -> Lines:
         yield '[ "$code" = 0 ] || echo "largebatch: see also $folder/logs.$job_id" >&2'
     yield 'echo "largebatch: exit code $code, record in $record"'
     yield 'exit "$code"'
+
+
+def uses_all_to_all(words: Sequence[str]) -> bool:
+    """Whether the run's optimizer sends blocks of gradients to their owners by it."""
+    return any(word in ("optim=kfac", "optim=shampoo", "optim=soap") for word in words)
 
 
 def launcher_lines(job: Job, one_a_node: bool = False) -> Lines:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -204,6 +204,19 @@ class System:
         except OSError:
             return []
         return [(parts[1], parts[2]) for parts in map(str.split, lines) if len(parts) > 2]
+
+
+def alone(system: System) -> System:
+    """The same for a process that is one of its own, with whichever others it was started."""
+
+    def one() -> "Ranks":
+        from largebatch.train.ranks import Ranks
+
+        return Ranks()
+
+    launchers = ("PALS_", "PMI_", "PMIX_", "SLURM_", "OMPI_")
+    kept = {k: v for k, v in system.environment.items() if not k.startswith(launchers)}
+    return replace(system, environment=kept, ranks=one)
 
 
 @dataclass(frozen=True)

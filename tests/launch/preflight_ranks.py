@@ -42,7 +42,7 @@ class WrongResult(Steady):
     def all_reduce(self, tensor: torch.Tensor) -> None:
         super().all_reduce(tensor)
         if dist.get_rank() == 2 and tensor.dtype == torch.bfloat16:
-            tensor[7] += 1
+            tensor[-1] += 1
 
 
 class WrongGift(Steady):
@@ -57,6 +57,22 @@ class DroppedRank(Steady):
 
     def all_gather(self, output: torch.Tensor, given: torch.Tensor) -> None:
         super().all_gather(output, given * (dist.get_rank() != 1))
+
+
+class WrongTiny(Steady):
+    """A sum of eight elements is divided on the way, as means have been."""
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        super().all_reduce(tensor)
+        if tensor.numel() == 8:
+            tensor /= 2
+
+
+class WrongGroup(Steady):
+    """Among all ranks all is well; in rank 1's groups its part of an all-gather never leaves it."""
+
+    def all_gather(self, output: torch.Tensor, given: torch.Tensor) -> None:
+        super().all_gather(output, given * (self.group is None or dist.get_rank() != 1))
 
 
 class OpenBarrier(Steady):
@@ -166,10 +182,12 @@ def fly(
     timeout_seconds: float = 20.0,
     clocks: Sequence[float] = (),
     sizes: Sequence[int] = (1 << 10,),
+    per_node: int = 1,
 ) -> Flight:
     """A world of `size` ranks of which only those `present` are started.
 
     Args:
+        per_node: ranks a node.
         clocks: seconds that each rank's clock is fast by.
         sizes: of the messages, in bytes.
     """
@@ -177,11 +195,9 @@ def fly(
     multiprocessing.set_forkserver_preload(PRELOADED)
     context = multiprocessing.get_context("forkserver")
     fast = list(clocks) or [0.0] * size
+    more = (port, collectives, folder, timeout_seconds, sizes, per_node)
     processes = [
-        context.Process(
-            target=fly_rank,
-            args=(rank, size, port, collectives, folder, timeout_seconds, fast[rank], sizes),
-        )
+        context.Process(target=fly_rank, args=(rank, size, fast[rank], *more))
         for rank in (range(size) if present is None else present)
     ]
     started = time.monotonic()
@@ -211,22 +227,23 @@ def fly(
 def fly_rank(
     rank: int,
     size: int,
+    fast_by: float,
     port: int,
     collectives: type[Collectives],
     folder: Path,
     timeout_seconds: float,
-    fast_by: float,
     sizes: Sequence[int],
+    per_node: int,
 ) -> None:
     torch.set_num_threads(1)
     # torch's store asks for its clients' names; a name server that is silent is not the subject.
     os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
     preflight_collectives.SIZES["fast"] = tuple(sizes)
     preflight_speed.NUM_BYTES["fast"] = 1 << 16
-    ranks = Ranks("nproc", rank, size, 0, 1, "127.0.0.1", port)
+    ranks = Ranks("nproc", rank, size, rank % per_node, per_node, "127.0.0.1", port)
     system = System(
         environment={},
-        node=lambda: f"n{rank}",
+        node=lambda: f"n{rank // per_node}",
         ranks=lambda: ranks,
         nofile=lambda: (1 << 20, 1 << 20),
         # A machine that plays several nodes has cores and an address for each.
@@ -254,6 +271,7 @@ def fly_rank(
         collectives=collectives(),
         device=torch.device("cpu"),
         timeout_seconds=timeout_seconds,
+        all_to_all=True,
     )
     codes = [finding.code for finding in verdict.findings]
     (folder / f"rank{rank}.json").write_text(json.dumps(codes), encoding="utf-8")

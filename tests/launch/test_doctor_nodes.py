@@ -21,7 +21,7 @@ node=$(cut -d. -f1 "$1"); shift
 case $node in
   node1) echo "node1: no route to host" >&2; exit 7 ;;
   node2) sleep 60 ;;
-  node3) export PYTHONPATH=$OTHER_PROGRAM ;;
+  node3) export PYTHONPATH=$OTHER_PROGRAM:$PYTHONPATH ;;
 esac
 LARGEBATCH_FAKE_NODE=$node PALS_RANKID=0 PALS_LOCAL_SIZE=1 PALS_LOCAL_RANKID=0 exec "$@"
 """
@@ -61,6 +61,39 @@ def test_each_node_is_asked_for_itself_and_the_bad_ones_are_left_out_by_name(
     assert words["node1"] == "failed with exit code 7: node1: no route to host"
     assert words["node2"] == "has not answered within 8 s"
     assert words["node3"].startswith("numpy 0.0.1 (others ")
+
+
+RACKS = [f"x41{rack}c0s{n}b0n0.hsn.example.org" for rack in "01" for n in (0, 1)]
+
+# What mpiexec does over several nodes: all of them, or none where one is dead.
+RACK_LAUNCHER = """#!/bin/bash
+hosts=$2; echo "$1: $(cut -d. -f1 "$hosts" | tr '\\n' ' ')" >> asked; shift 2
+grep -q x411c0s1 "$hosts" && exit 7
+for node in $(cut -d. -f1 "$hosts"); do
+  LARGEBATCH_FAKE_NODE=$node PALS_RANKID=0 PALS_LOCAL_SIZE=1 PALS_LOCAL_RANKID=0 "$@" &
+done
+wait
+"""
+
+
+def test_a_rack_is_asked_by_one_launch_and_again_by_node_where_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "allocation").write_text("\n".join(RACKS), encoding="utf-8")
+    (tmp_path / "launch").write_text(RACK_LAUNCHER, encoding="utf-8")
+    (tmp_path / "launch").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    arguments = ["--hostfile", "allocation", "--nodes", "3", "--hostfile-out", "good", "--json"]
+    assert main([*arguments, "--probe", f"{tmp_path}/launch {{nodes}} {{hostfile}}"]) == 0
+    assert (tmp_path / "good").read_text(encoding="utf-8").split() == RACKS[:3]
+    assert json.loads(capsys.readouterr().out)["left_out"] == {"x411c0s1b0n0": "node-dead"}
+    asked = (tmp_path / "asked").read_text(encoding="utf-8").splitlines()
+    assert sorted(asked) == [
+        "1: x411c0s0b0n0 ", "1: x411c0s1b0n0 ",
+        "2: x410c0s0b0n0 x410c0s1b0n0 ", "2: x411c0s0b0n0 x411c0s1b0n0 ",
+    ]  # fmt: skip
+    assert [path.name for path in tmp_path.glob(".probe-*")] == []
 
 
 def test_too_few_good_nodes_write_nothing_and_say_why(

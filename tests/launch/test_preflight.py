@@ -10,12 +10,15 @@ import torch
 from preflight_ranks import fly
 
 from largebatch.launch.findings import Finding
+from largebatch.launch.preflight import seconds_for
 from largebatch.launch.preflight_collectives import (
     DTYPES,
+    GROUPS,
     SIZES,
     Collectives,
     Problem,
     Trial,
+    members,
     mistake,
     problem,
     term,
@@ -32,23 +35,25 @@ def test_healthy_ranks_find_nothing_and_say_so_on_every_rank(tmp_path: Path) -> 
     assert flight.findings == []
     assert flight.heard == [[], [], [], []]
     assert flight.exit_codes == [0, 0, 0, 0]
-    assert len(flight.measured["collective_seconds"]) == len(trials("fast")) - 1
+    assert len(flight.measured["collective_seconds"]) == len(trials("fast", all_to_all=True)) - 1
     assert set(flight.measured["node_gb_per_second"]) == {"n0", "n1", "n2", "n3"}
 
 
 @pytest.mark.parametrize(
-    ("broken", "nodes", "says"),
+    ("broken", "nodes", "says", "per_node"),
     [
-        (fault.WrongResult, ["n2"], "all_reduce bfloat16"),
-        (fault.WrongGift, [], "reduce_scatter"),
-        (fault.DroppedRank, [], "all_gather"),
-        (fault.OpenBarrier, [], "barrier: open after "),
+        (fault.WrongResult, ["n2"], "all_reduce bfloat16", 1),
+        (fault.WrongGift, [], "reduce_scatter", 1),
+        (fault.DroppedRank, [], "all_gather", 1),
+        (fault.OpenBarrier, [], "barrier: open after ", 1),
+        (fault.WrongTiny, [], "all_reduce float32 8 elements: 8 of 8 elements are wrong", 1),
+        (fault.WrongGroup, [], "all_gather float32 1 element (the ranks of a node): 1 of 2", 2),
     ],
 )
 def test_a_wrong_result_is_named_with_its_collective_and_rank(
-    broken: type[Collectives], nodes: list[str], says: str, tmp_path: Path
+    broken: type[Collectives], nodes: list[str], says: str, per_node: int, tmp_path: Path
 ) -> None:
-    flight = fly(broken, tmp_path)
+    flight = fly(broken, tmp_path, per_node=per_node)
     assert flight.codes == ["collective-wrong"]
     assert flight.findings[0]["nodes"] == nodes
     assert says in flight.findings[0]["found"]
@@ -88,7 +93,7 @@ def flights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fault.Flight]
     ("name", "code", "nodes", "says"),
     [
         ("stuck device", "collective-not-entered", ["n1"], "(1) never made the call"),
-        ("stuck inside", "collective-hangs", [], "all_gather float32 1 KiB"),
+        ("stuck inside", "collective-hangs", [], "all_gather float32 1 element"),
         ("stopped", "rank-silent", ["n2"], "rank 2 (n2) has not said a word"),
         ("raises", "collective-failed", ["n1"], "No VNIs available"),
     ],
@@ -169,14 +174,24 @@ def by_hand(kind: str, given: list[Problem], size: int) -> list[torch.Tensor]:
     return [vectors[given[0].source]] * size
 
 
-@pytest.mark.parametrize("trial", trials("fast")[1:11], ids=str)
+def test_a_larger_world_has_more_time_and_groups_are_nodes_and_what_is_across() -> None:
+    assert [seconds_for("fast", size) for size in (12, 38_400)] == [60.12, 444]
+    rows = [[0, 1, 4], [2, 3]]
+    for rank, found in {3: ([2, 3], [1, 3]), 4: ([0, 1, 4], [])}.items():
+        assert tuple(members(among, rank, rows) for among in GROUPS[1:]) == found
+    assert members("", 0, rows) == [0, 1, 2, 3, 4]
+    # Those of all ranks are not tried twice.
+    assert [members(among, 1, [[0], [1]]) for among in GROUPS] == [[0, 1], [], []]
+
+
+@pytest.mark.parametrize("trial", trials("fast", all_to_all=True)[1:41], ids=str)
 def test_what_has_to_come_out_is_what_the_collective_means(trial: Trial) -> None:
     size = 5
     posed = [problem(trial, rank, size, torch.device("cpu")) for rank in range(size)]
     for one, right in zip(posed, by_hand(trial.collective, posed, size), strict=True):
         assert torch.equal(one.right.float(), right.float())
         assert mistake(one.right, one.right) is None
-    if trial.collective != "all_reduce":
+    if trial.collective != "all_reduce" and trial.num_bytes:
         assert len({tuple(one.right.tolist()) for one in posed}) in (1, size)
 
 

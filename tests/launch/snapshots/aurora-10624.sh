@@ -137,7 +137,8 @@ logged=(bash -c '
 ' "$folder/logs.$job_id")
 # Every collective by value, on all ranks, before any compute is spent.
 LARGEBATCH_RANKS=127488 "${launch[@]}" \
-  python -m largebatch doctor --preflight fast || exit
+  python -m largebatch doctor --preflight fast \
+  --timeout 1335 || exit
 
 LARGEBATCH_RANKS=127488 "${launch[@]}" "${logged[@]}" "${command[@]}"
 code=$?

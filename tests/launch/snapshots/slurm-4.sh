@@ -34,7 +34,7 @@ if [ "$found" -lt 5 ]; then
   echo "largebatch: 5 nodes were asked for, and $found are here" >&2
   exit 1
 fi
-# Each is asked by itself, as one dead node would end an mpiexec over all of them;
+# Asked before they are used: one dead node would end an mpiexec over all of them;
 # 4 good ones go on.
 python -m largebatch doctor --probe 'srun --nodes=1 --ntasks=1 --nodelist={node}' --hostfile "$hostfile" \
   --nodes 4 --hostfile-out "$hostfile.good" || exit 1
