@@ -142,6 +142,7 @@ class CheckpointConfig:
     keep_every_samples: Any = None
     verify: str = "auto"
     required: bool = False
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("every_samples", "keep_every_samples"):
@@ -153,6 +154,11 @@ class CheckpointConfig:
                 self.every_minutes, "checkpoint.every_minutes", above=0.0
             )
         self.keep = whole_number(self.keep, "checkpoint.keep", 1)
+        if self.folder is not None and not self.folder.startswith("/"):
+            raise ConfigError(
+                f"checkpoint.folder must be a path from / on, got {self.folder!r}: null keeps "
+                "checkpoints in the run's own folder"
+            )
         for name, words in (("mode", CHECKPOINT_MODES), ("verify", CHECKPOINT_CHECKS)):
             if getattr(self, name) not in words:
                 raise ConfigError(

@@ -153,6 +153,9 @@ def make_room(folder: Path, words: Sequence[str]) -> None:
             time.sleep(0.1)
     same = telling(words_of(folder) or ()) == telling(words)
     if not same or not any((folder / CHECKPOINTS).glob("samples-*")):
+        checkpoints = folder / CHECKPOINTS
+        if checkpoints.is_symlink():  # they are elsewhere
+            shutil.rmtree(checkpoints.resolve(), ignore_errors=True)
         shutil.rmtree(folder)
 
 

@@ -23,6 +23,7 @@ from largebatch.train.checkpoint_files import (
     clear_drafts,
     draft_of,
     listed,
+    make_folder,
     name_of,
     publish,
     read_state,
@@ -198,7 +199,7 @@ class Checkpoints:
 
     def _make_draft(self, final: Path) -> str:
         self._flush()
-        self._folder.mkdir(exist_ok=True)
+        make_folder(self._run, self._config.folder)
         self._tell(clear_drafts(self._run))  # by a job that was killed meanwhile
         draft = draft_of(final)
         draft.mkdir()

@@ -1,7 +1,7 @@
 """A checkpoint as files: it is complete or it is not there, and it says of itself whether it is
 whole. Imports no torch.
 
-    checkpoints/samples-N/
+    checkpoints/samples-N/       (or, with checkpoint.folder, below that; checkpoints is a link)
         …               what the engine wrote, in a few large files
         state.json      the loop's state, and by what and on how many ranks it was saved
         manifest.json   size and CRC-32 of every other file: written last
@@ -23,6 +23,7 @@ from operator import index
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from largebatch.conf.errors import ConfigError
 from largebatch.train.checkpoint_description import DESCRIPTION, problem_of
 
 CHECKPOINTS: Final = "checkpoints"
@@ -156,12 +157,60 @@ def listed(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first; whether they are whole is another question.
 
     One listing of one folder, whatever the number of ranks; only rank 0 asks.
+
+    Raises:
+        ConfigError: they are elsewhere, and that is not here: not mounted, or gone.
     """
     try:
         names = os.listdir(run / CHECKPOINTS)
     except FileNotFoundError:
+        if (run / CHECKPOINTS).is_symlink():
+            raise ConfigError(
+                f"{run / CHECKPOINTS} leads to {os.readlink(run / CHECKPOINTS)}, which is not "
+                "here: mount it, or delete the link to do without these checkpoints"
+            ) from None
         return []
     return sorted((run / CHECKPOINTS / name for name in names if is_name(name)), key=samples_of)
+
+
+def elsewhere(run: Path, folder: str) -> Path:
+    """Where below `folder` the checkpoints of a run are: under the run's own path, so that no two
+    runs share any.
+    """
+    return Path(folder, *Path(os.path.abspath(run)).parts[1:])
+
+
+def check_elsewhere(run: Path, folder: str) -> None:
+    """Refuse a folder that the run's checkpoints could not go to.
+
+    Raises:
+        ConfigError: they are in another one, or it holds those of a run that is gone.
+    """
+    link, meant = run / CHECKPOINTS, elsewhere(run, folder)
+    if os.path.lexists(link):
+        if os.path.realpath(link) != os.path.realpath(meant):
+            raise ConfigError(
+                f"checkpoint.folder={folder} is not where this run's checkpoints are "
+                f"({os.path.realpath(link)}): go on there, without it"
+            )
+    elif meant.is_dir() and os.listdir(meant):
+        raise ConfigError(
+            f"{meant} holds checkpoints of a run whose record is gone: delete or move them, or "
+            "choose another checkpoint.folder"
+        )
+
+
+def make_folder(run: Path, folder: str | None) -> None:
+    """Make the folder of a run's checkpoints, here or elsewhere, where it has none.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if folder is not None and not os.path.lexists(run / CHECKPOINTS):
+        meant = elsewhere(run, folder)
+        meant.mkdir(parents=True, exist_ok=True)
+        (run / CHECKPOINTS).symlink_to(meant)
+    (run / CHECKPOINTS).mkdir(exist_ok=True)
 
 
 def publish(draft: Path, final: Path, files: Mapping[str, File], state: Mapping[str, Any]) -> None:

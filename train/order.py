@@ -17,6 +17,7 @@ from largebatch.conf.errors import ConfigError, sentence
 from largebatch.schedules import RULES, Curve, Hyper, NoiseRamp, Plan, Ramp, Rule, Split, Trade
 from largebatch.schedules.scaling import check_options
 from largebatch.train.build import build
+from largebatch.train.checkpoint_files import check_elsewhere
 from largebatch.train.lr_find import as_sweep, sweep_plan
 from largebatch.train.lr_results import check_table
 from largebatch.train.memory import RANK_BYTES, check_memory
@@ -105,6 +106,8 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
         "overrides.yaml": OmegaConf.to_yaml(settings.overrides.task),
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": settings})),
     }
+    if config.checkpoint.folder is not None:
+        check_elsewhere(folder, config.checkpoint.folder)
     resumption = None
     if config.resume == "auto" or not single:  # a sweep goes on in its folder
         world = max(ranks.size, config.engine.nproc)

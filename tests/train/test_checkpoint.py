@@ -19,6 +19,7 @@ from largebatch.conf.errors import ConfigError
 from largebatch.train.checkpoint import CheckpointFailed, Checkpoints
 from largebatch.train.checkpoint_command import main
 from largebatch.train.checkpoint_files import (
+    check_elsewhere,
     listed,
     problem,
     retire,
@@ -322,6 +323,34 @@ def test_what_cannot_be_deleted_costs_itself_only(capsys: pytest.CaptureFixture[
         for number in (64, 128, 192):  # once by each run that meets it
             lines = [line for line in told if f"samples-{number:015d} could not be deleted" in line]
             assert len(lines) == (1 if number == 64 else 2)
+
+
+def test_checkpoints_may_be_elsewhere_and_are_found_from_the_runs_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, scratch = [tmp_path / "one", tmp_path / "two"], str(tmp_path / "scratch")
+    for run in runs:
+        run.mkdir()
+        check_elsewhere(run, scratch)
+        assert save(run, 64, 128, keep=1, folder=scratch).failures == []
+        check_elsewhere(run, scratch)  # and so it goes on
+    there = tmp_path / "scratch" / str(runs[0])[1:]
+    assert (runs[0] / "checkpoints").resolve() == there
+    assert [path.name for path in there.iterdir()] == ["samples-000000000000128"]
+    assert last_good(runs[0]) == listed(runs[0])[-1]
+    assert main(["verify", str(runs[0])]) == 0
+    assert "samples-000000000000128: whole" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"is not where this run's checkpoints are \(.*scratch"):
+        check_elsewhere(runs[0], "/elsewhere")
+    there.rename(there.with_name("gone"))  # or not mounted
+    with pytest.raises(ConfigError, match=r"leads to .*, which is not here: mount it, or delete"):
+        last_good(runs[0])
+    assert main(["ls", str(runs[0])]) == 2
+    (runs[1] / "checkpoints").unlink()
+    with pytest.raises(ConfigError, match="holds checkpoints of a run whose record is gone"):
+        check_elsewhere(runs[1], scratch)
+    with pytest.raises(ConfigError, match=r"checkpoint\.folder must be a path from / on, got 'a'"):
+        CheckpointConfig(folder="a")
 
 
 def test_of_a_link_to_another_disk_the_link_is_deleted(tmp_path: Path) -> None:
