@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from largebatch.conf.engine_config import EngineConfig
 from largebatch.conf.errors import ConfigError, sentence
 from largebatch.conf.sweep_config import LRFindConfig, StudyConfig
-from largebatch.schedules.counts import real_number, whole_number
+from largebatch.schedules.counts import moment, real_number, whole_number
 from largebatch.schedules.scaling import RULES, check_hold, check_options
 
 Node = dict[str, Any]
@@ -259,6 +259,8 @@ class TrainConfig:
     precision: str = "fp32"
     clip_norm: Any = None
     resume: str | None = None
+    stop_at: Any = None
+    stop_before_walltime: Any = 300
     mode: LRFindConfig | None = None
     study: StudyConfig | None = None
     seed: Any = 0
@@ -271,6 +273,11 @@ class TrainConfig:
             )
         if self.clip_norm is not None:
             self.clip_norm = real_number(self.clip_norm, "clip_norm", above=0.0)
+        if self.stop_at is not None:
+            self.stop_at = moment(self.stop_at, "stop_at")
+        self.stop_before_walltime = real_number(
+            self.stop_before_walltime, "stop_before_walltime", least=0.0
+        )
         if self.guard.rolls_back and not self.checkpoint.saves:
             raise ConfigError(
                 "guard goes back to the last checkpoint: set checkpoint.every_samples or "

@@ -41,6 +41,7 @@ from largebatch.launch.sweep_record import Trial
 from largebatch.launch.sweep_settings import KEY, SweepSettings
 from largebatch.launch.sweep_slices import one_a_node, start_script
 from largebatch.launch.sweep_tied import tied
+from largebatch.train.walltime import JOB_END
 
 START_SECONDS: Final = 300.0
 """For the first worker pool to come up."""
@@ -68,7 +69,7 @@ def run_trial(command: list[str], files: str, folder: str, at: str) -> tuple[int
     with open(f"{files}.log", "wb") as output:
         process = subprocess.Popen(
             tied(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            cwd=at, env=own,
+            cwd=at, env=own | {JOB_END: ""},
         )  # fmt: skip
     while process.poll() is None:
         for word in [word for word in words if os.path.exists(f"{folder}/{word}")]:

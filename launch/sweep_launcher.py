@@ -24,8 +24,8 @@ from largebatch.launch.sweep_progress import SweepProgress
 from largebatch.launch.sweep_record import Record, Trial
 from largebatch.launch.sweep_settings import KEY, SweepSettings
 from largebatch.launch.sweep_slices import Slices, nodes_here
-from largebatch.launch.sweep_walltime import end_of_job
 from largebatch.records.summary import objective
+from largebatch.train.walltime import end_of_job
 
 Compose = Callable[[list[str]], DictConfig]
 

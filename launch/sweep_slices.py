@@ -20,6 +20,7 @@ from largebatch.launch.script import Job, cores_lines, launcher_lines, master_li
 from largebatch.launch.sweep_ground import Attempt, Ended
 from largebatch.launch.sweep_record import Trial
 from largebatch.launch.sweep_tied import tied
+from largebatch.train.walltime import JOB_END
 
 PROBE_SECONDS: Final = 30.0
 
@@ -78,6 +79,7 @@ class Slices:
             start_script(self._cluster, hostfile, shlex.join(command)), encoding="utf-8"
         )
         environment = {k: v for k, v in os.environ.items() if k != "LARGEBATCH_PARENT"}
+        environment[JOB_END] = ""  # the sweep stops its trials in time
         with attempt.file("log").open("wb") as log:
             process = subprocess.Popen(
                 tied(["bash", str(script)], self._stop), stdin=subprocess.DEVNULL, stdout=log,

@@ -3,6 +3,7 @@
 import math
 import operator
 import re
+from datetime import datetime
 from decimal import Decimal
 from fractions import Fraction
 from typing import Final
@@ -118,3 +119,22 @@ def check_fits(length: int, name: str, budget_samples: int) -> None:
             f"{name} is {length}, longer than the run of {budget_samples}: lower it, "
             f"or raise budget.samples to {length} or more"
         )
+
+
+def moment(value: object, name: str) -> float:
+    """`value`, a date with a time of day or seconds since 1970, as seconds since 1970.
+
+    Raises:
+        ValueError: it is neither; the sentence carries `name` and value.
+    """
+    try:
+        if isinstance(value, str):
+            return datetime.fromisoformat(value).timestamp()
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return datetime.fromtimestamp(value).timestamp()
+    except (ValueError, OverflowError, OSError):
+        pass
+    raise ValueError(
+        f"{name} must be a date and a time of day, such as 2026-11-30T18:00 (in this machine's "
+        f"zone) or 2026-11-30T18:00+00:00, or seconds since 1970, got {value!r}"
+    )

@@ -51,6 +51,7 @@ MAY_IMPORT = {
         "largebatch.train.record",
         "largebatch.train.ranks",
         "largebatch.train.unpickling",
+        "largebatch.train.walltime",
     ],
     "benchmarks": [
         "largebatch.benchmarks",

@@ -1,10 +1,12 @@
-"""Ctrl-C, SIGTERM and a batch system's warning end a run between two steps, its record closed.
+"""Ctrl-C, SIGTERM, a batch system's warning and a time of day end a run between two steps, its
+record closed.
 
 PBS sends SIGTERM before it kills a job, Slurm the signal of `--signal` (use USR2), LSF SIGUSR2, and
 SIGXCPU comes with the end of a CPU time limit. SIGUSR1 is none of them: it prints the stacks
 (`train/stacks.py`).
 """
 
+import math
 import signal
 import threading
 import time
@@ -20,12 +22,26 @@ ECHO_SECONDS: Final = 1.0
 class Interruption:
     """Within it, the first of `SIGNALS` is noted in `signal`; a second one that is no echo of it
     acts as it would have.
+
+    Args:
+        at: seconds since the epoch from which on it is time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at: float = math.inf) -> None:
         self.signal: int | None = None
+        self._at = at
         self._noted = 0.0
         self._before: dict[int, signal._HANDLER] = {}
+
+    @property
+    def is_time(self) -> bool:
+        """Whether `at` has come."""
+        return time.time() >= self._at
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this rank's run is to end: by a signal, or as it is time."""
+        return self.signal is not None or self.is_time
 
     def __enter__(self) -> Self:
         # Signals reach the main thread alone; elsewhere (a thread of the user's) there is none to

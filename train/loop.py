@@ -177,7 +177,7 @@ class Loop:
 
     def measure(self, point: Point, loss: Tensor) -> Numbers:
         """The step's numbers, gradients untouched."""
-        interrupted = torch.full_like(loss, float(self.interruption.signal is not None))
+        interrupted = torch.full_like(loss, float(self.interruption.is_due))
         summed = {"loss": loss, "interrupted": interrupted}
         if self.checkpoints is not None:
             due = self.ranks.is_first and self.checkpoints.is_due_by_time()

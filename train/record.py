@@ -148,7 +148,7 @@ def words_of(folder: Path) -> list[str] | None:
 
 def telling(words: Iterable[str]) -> set[str]:
     """Return those of a run's overrides that say which run it is."""
-    free = ("hydra.", "resume=", "checkpoint.", "logger")
+    free = ("hydra.", "resume=", "checkpoint.", "logger", "stop_")
     return {word for word in words if not word.startswith(free)}
 
 

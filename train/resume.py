@@ -25,7 +25,10 @@ from largebatch.train.record import METRICS, RunEnded, check_unfinished, claim, 
 _BUDGET: Final = ("budget.samples", "budget.tokens")
 
 # What may differ between a run and its resumption: none of it decides the trajectory.
-_FREE: Final = ("engine", "logger", "record", "checkpoint", "resume", "throughput")
+_FREE: Final = (
+    "engine", "logger", "record", "checkpoint", "resume", "throughput", "stop_at",
+    "stop_before_walltime",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from largebatch.train.record import RunFolder, unwritable
 from largebatch.train.reporter import Reporter, Silence
 from largebatch.train.tasks import Task, sampler_of
 from largebatch.train.team import Team
+from largebatch.train.walltime import find_stop
 
 if TYPE_CHECKING:
     from largebatch.train.checkpoint import Checkpoints
@@ -124,7 +125,9 @@ def _train(
         checkpoints = _checkpoints(order, parts, ranks, tell)
     finder = None if config.mode is None else LRFinder(config.mode)
     most = parts.engine.micro_batch_size(order.plan.final_batch_size)
-    with Interruption() as interruption:
+    # One rank's clock is enough: what one finds due, all do.
+    stop = find_stop(config.stop_at, config.stop_before_walltime) if ranks.is_first else None
+    with Interruption(math.inf if stop is None else stop.at) as interruption:
         loop = Loop(
             plan=order.plan,
             task=parts.task,
@@ -165,6 +168,8 @@ def _train(
             if ran_out(error):
                 raise MemoryError(_too_much(device, most, error)) from error
             raise
+    if stop is not None and parts.progress.status == "interrupted" and interruption.is_time:
+        parts.progress.reason = stop.why
     summary = _summary(order, parts, ranks, device, tell)
     if checkpoints is not None and checkpoints.failures:
         summary["checkpoint_failures"] = checkpoints.failures

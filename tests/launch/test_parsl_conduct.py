@@ -16,7 +16,7 @@ from largebatch.launch.sweep_nodes import Blame
 from largebatch.launch.sweep_progress import SweepProgress
 from largebatch.launch.sweep_record import Record, Trial, is_busy
 from largebatch.launch.sweep_slices import Slices, nodes_here
-from largebatch.launch.sweep_walltime import end_of_job
+from largebatch.train.walltime import end_of_job
 
 HERE = Path(__file__).parent
 
