@@ -1,15 +1,12 @@
-"""What a batch job's output says of ranks and nodes that died.
-
-The sentences of PALS are those that others have met on Aurora: ALCF's known issues, and the
-failure patterns of saforem2/ezpz.
-"""
+"""What a batch job's output says of ranks and nodes that died."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from largebatch.launch import node_faults
 from largebatch.launch.explain_causes import Cause
 
 NAMES: Final = ("*.log", "*.out", "*.err", "*.o[0-9]*", "*.e[0-9]*", "logs*/**/*.log")
@@ -20,31 +17,51 @@ MOST_KEPT: Final = 32  # matches of a pattern that are kept as evidence
 
 @dataclass(frozen=True)
 class Pattern:
-    """A sentence in the output. Groups `node` and `rank` of the expression say where."""
+    """A sentence in the output.
 
-    expression: re.Pattern[str]
+    Attributes:
+        tells: what makes a line such a sentence: an expression, whose groups `rank` and `signal`
+            say more, or that a node can be told of it.
+        node: which node a line speaks against.
+    """
+
+    tells: re.Pattern[str] | None
     weight: int
     what: str
     do: str
+    node: Callable[[str], str | None] = lambda line: None
 
 
-LEAVE_OUT: Final = "leave these nodes out of the next job (filter the hostfile), resume=auto"
+LEAVE_OUT: Final = (
+    "leave these nodes out of the next job, resume=auto (cluster.spares with cluster.restarts does "
+    "so within a job)"
+)
 
 PATTERNS: Final = (
     Pattern(
-        re.compile(r"ping failed on (?P<node>x\w+)|ping RPC timeout from (?P<node2>x\w+)"), 95,
-        "The launcher lost nodes: they no longer answered it", LEAVE_OUT + "; where nodes come "
-        "back, PALS_PING_PERIOD=240 and PALS_RPC_TIMEOUT=240 let it wait longer",
+        None, 96, "Nodes told of broken hardware", LEAVE_OUT + "; tell the site's support",
+        node_faults.hardware,
     ),
     Pattern(
-        re.compile(r"shepherd died from signal (?P<signal>\d+)"), 88,
-        "The launcher's daemon on a node was killed", "signal 9 is mostly the node's memory that "
-        "ran out, or the job's time: look at host memory (data workers, checkpoints)",
+        None, 95, "The launcher lost nodes: they no longer answered it", LEAVE_OUT + "; where "
+        "nodes come back, PALS_PING_PERIOD=240 and PALS_RPC_TIMEOUT=240 let it wait longer",
+        node_faults.lost,
     ),
     Pattern(
-        re.compile(r"rank (?P<rank>\d+) died from signal (?P<signal>\d+)"), 92,
+        re.compile(r"shepherd(?: on \S+)? died(?: from signal (?P<signal>\d+))?"), 94,
+        "The launcher's daemon on a node was killed", LEAVE_OUT + "; signal 9 on one node is "
+        "mostly its hardware [others' jobs on Aurora], on many their memory that ran out, or the "
+        "job's time", node_faults.shepherd,
+    ),
+    Pattern(
+        node_faults.DIED, 92,
         "Ranks died from a signal", "9: killed, mostly for memory; 6: aborted, see the lines "
         "above; 11: a crash in native code; 15: told to end by the launcher after another's death",
+        node_faults.died,
+    ),
+    Pattern(
+        None, 85, "Network interfaces told of errors with other nodes",
+        LEAVE_OUT + ", if one is named by many", node_faults.peer,
     ),
     Pattern(
         re.compile(
@@ -55,6 +72,7 @@ PATTERNS: Final = (
         re.compile(r"Event Queue overflow", re.I), 80,
         "The network interface's event queue ran over", "greater FI_CXI_DEFAULT_CQ_SIZE and "
         "FI_CXI_OFLOW_BUF_SIZE, FI_CXI_RX_MATCH_MODE=hybrid",
+        lambda line: next(iter(node_faults.nodes_in(line)), None),
     ),
     Pattern(
         re.compile(r"No VNIs available"), 80,
@@ -126,16 +144,21 @@ def read_logs(files: Sequence[Path], problems: list[str]) -> list[Cause]:
 
 def _take(matches: list[Match], line: str, place: str) -> None:
     for pattern, match in zip(PATTERNS, matches, strict=True):
-        found_here = [*pattern.expression.finditer(line)]
-        if not found_here:
+        found_here = [] if pattern.tells is None else [*pattern.tells.finditer(line)]
+        if pattern.tells is not None and not found_here:
+            continue
+        node = pattern.node(line)
+        if not found_here and node is None:
             continue
         match.count += 1
         if len(match.evidence) < MOST_KEPT:
             match.evidence.append(f"{place}: {line.strip()[:SHOWN]}")
+        if node is not None:
+            match.nodes[node] = None
         for found in found_here:
             groups = found.groupdict()
-            for name, held in (("node", match.nodes), ("node2", match.nodes),
-                               ("rank", match.ranks), ("signal", match.signals)):  # fmt: skip
+            for name, held in (("rank", match.ranks), ("rank2", match.ranks),
+                               ("signal", match.signals)):  # fmt: skip
                 if groups.get(name):
                     held[groups[name]] = None
 
