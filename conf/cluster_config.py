@@ -207,9 +207,11 @@ class ClusterConfig:
     rank_logs_from_nodes: Any = 2
     preflight: str | None = None
     watch_timeout: Any = None
+    restarts: Any = 0
 
     def __post_init__(self) -> None:
-        self.spares = whole_number(self.spares, "cluster.spares")
+        for name in ("spares", "restarts"):
+            setattr(self, name, whole_number(getattr(self, name), f"cluster.{name}"))
         for name in ("nodes", "chain", "open_files", "rank_logs_from_nodes"):
             setattr(self, name, whole_number(getattr(self, name), f"cluster.{name}", 1))
         for name in ("master_port", "watch_timeout"):

@@ -11,7 +11,14 @@ from largebatch.launch import checks
 from largebatch.launch.findings import Finding, as_json, as_text, exit_code
 from largebatch.launch.preflight import MODES, Verdict, preflight, seconds_for
 from largebatch.launch.preflight_meeting import Unreachable
-from largebatch.launch.preflight_nodes import TooFewNodes, choose, host_lines, told, write
+from largebatch.launch.preflight_nodes import (
+    TooFewNodes,
+    choose,
+    host_lines,
+    remembered,
+    told,
+    write,
+)
 from largebatch.launch.preflight_probe import ANSWER, TEMPLATE, give, probe
 from largebatch.launch.system import Facts, System, alone, look
 
@@ -25,6 +32,7 @@ def main(arguments: list[str]) -> int:
     try:
         _check(options)
         lines = _hostfile(options, system) if options.nodes else []
+        taken_out = remembered(options.bad)
     except ValueError as error:
         print(f"largebatch: {error}", file=sys.stderr)
         return REFUSED
@@ -36,7 +44,8 @@ def main(arguments: list[str]) -> int:
     desk = _Desk(options, facts, lines)
     if options.probe:
         seconds = options.timeout or seconds_for("fast", len(lines))
-        return desk.report(Verdict(probe(lines, options.probe, seconds, options.hostfile_out)))
+        found = probe(lines, options.probe, seconds, options.hostfile_out)
+        return desk.report(Verdict([*found, *taken_out]))
     mode = options.preflight or "fast"
     if facts.size == 1 or mode == "off":
         verdict = Verdict(checks.of_all([facts]))
@@ -77,7 +86,9 @@ class _Desk:
                 code, words = 1, f"too-few-nodes: {error}"
                 chosen = {"too_few_nodes": str(error)}
             else:
-                write(choice, self.options.hostfile_out)
+                write(choice.lines, self.options.hostfile_out)
+                if self.options.spares_out is not None:
+                    write(choice.spares, self.options.spares_out)
                 # What was wrong is left out.
                 code, words = 0, told(choice, self.options.hostfile_out)
                 chosen = {"nodes": list(choice.lines), "left_out": dict(choice.left_out)}
@@ -134,6 +145,9 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--nodes must be at least 1, got {options.nodes}")
     if options.probe and options.nodes is None:
         raise ValueError("--probe asks the nodes among which --nodes N chooses: give that too")
+    for name in ("spares_out", "bad"):
+        if getattr(options, name) is not None and not options.probe:
+            raise ValueError(f"--{name.replace('_', '-')} is for --probe: give that too")
     if options.timeout is not None and options.timeout <= 0:
         raise ValueError(f"--timeout must be > 0 seconds, got {options.timeout:g}")
     if options.hostfile_out is not None and not options.hostfile_out.absolute().parent.is_dir():
@@ -195,6 +209,13 @@ def _parser() -> argparse.ArgumentParser:
     nodes.add_argument(
         "--hostfile", type=Path, metavar="FILE", help="the allocation's (default: $PBS_NODEFILE)"
     )
+    nodes.add_argument(
+        "--spares-out", type=Path, metavar="FILE", help="and the good nodes beside them here"
+    )
+    nodes.add_argument(
+        "--bad", type=Path, metavar="FILE",
+        help="nodes, a line each, that failed in earlier jobs: they come last",
+    )  # fmt: skip
     nodes.add_argument(
         "--probe",
         nargs="?",

@@ -19,6 +19,8 @@ class Choice:
     lines: tuple[str, ...]
     left_out: Mapping[str, str]
     """Node -> the codes that spoke against it, or "spare"."""
+    spares: tuple[str, ...] = ()
+    """Lines of good nodes that were left out, those without a warning first."""
 
 
 def choose(lines: Sequence[str], findings: Iterable[Finding], num_nodes: int) -> Choice:
@@ -49,7 +51,8 @@ def choose(lines: Sequence[str], findings: Iterable[Finding], num_nodes: int) ->
             "fewer nodes here"
         )
     # Stable: where nothing speaks against them, nodes stay in the allocation's order.
-    best = sorted(good, key=lambda node: len(against[node]))[:num_nodes]
+    good = sorted(good, key=lambda node: len(against[node]))
+    best = good[:num_nodes]
     chosen = [node for node in line_of if node in best]
     return Choice(
         tuple(line_of[node] for node in chosen),
@@ -58,7 +61,30 @@ def choose(lines: Sequence[str], findings: Iterable[Finding], num_nodes: int) ->
             for node in line_of
             if node not in best
         },
+        tuple(line_of[node] for node in good[num_nodes:]),
     )
+
+
+def remembered(path: Path | None) -> list[Finding]:
+    """A warning for each node that an earlier job has taken out: by now it may be mended.
+
+    Raises:
+        ValueError: the file is there, and cannot be read.
+    """
+    if path is None or not path.exists():
+        return []
+    try:
+        told = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--bad {path} cannot be read: {error}") from error
+    why = {short(words[0]): words[-1].strip() for words in told if words}
+    return [
+        Finding(
+            "node-taken-out", "warning", f"in an earlier job: {reason}", "it may fail again",
+            "it is used last", (node,),
+        )
+        for node, reason in why.items()
+    ]  # fmt: skip
 
 
 def short(line: str) -> str:
@@ -86,10 +112,10 @@ def host_lines(path: Path) -> list[str]:
     return list(reversed(first.values()))
 
 
-def write(choice: Choice, path: Path) -> None:
-    """Write the hostfile under a temporary name first: a job never reads half of one."""
+def write(lines: Iterable[str], path: Path) -> None:
+    """Write a hostfile under a temporary name first: a job never reads half of one."""
     own = path.with_name(f".{path.name}.{os.getpid()}")
-    own.write_text("".join(f"{line}\n" for line in choice.lines), encoding="utf-8")
+    own.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     own.replace(path)
 
 

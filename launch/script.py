@@ -10,19 +10,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, clock
 from largebatch.launch.binding import Binding, bind, pals_list, slurm_mask, spell_cores
 from largebatch.launch.preflight import seconds_for
-from largebatch.launch.preflight_probe import TEMPLATE
+from largebatch.launch.script_nodes import everywhere, nodes_lines, waiting_lines, watch_lines
 from largebatch.launch.script_words import comment, quoted, word
 
 Lines = Iterator[str]
-
-WARNING_SECONDS: Final = 120
-"""Slurm, by itself, gives 30 (its KillWait), of which a checkpoint may take more. A job that
-is not much longer would be told to leave when it begins: a quarter of its time is the most."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ def script(job: Job) -> str:
         ConfigError: cores that two would have.
     """
     sections = (
-        _head, _directives, _begin, _modules, _environment, variables_lines, _limits, _nodes,
+        _head, _directives, _begin, _modules, _environment, variables_lines, _limits, nodes_lines,
         master_lines, _storage, cores_lines, _diagnostics, _chain, _run,
     )  # fmt: skip
     return "\n".join(line for section in sections for line in section(job)) + "\n"
@@ -124,26 +119,28 @@ def _directives(job: Job) -> Lines:
         yield f"#SBATCH --time={clock(cluster.walltime)}"
         yield "#SBATCH --exclusive"
         yield f"#SBATCH --output={folder}/%j.log"
-        if job.on_ranks:
-            yield "# To the ranks, so many seconds before the end: they save, and leave."
-            warning = min(WARNING_SECONDS, (cluster.walltime or 0) // 4)
-            yield f"#SBATCH --signal=USR2@{warning}"
+        if cluster.restarts:
+            yield "#SBATCH --no-kill  # a lost node is replaced"
         yield from (f"#SBATCH {directive}" for directive in cluster.directives)
 
 
 def _begin(job: Job) -> Lines:
+    cluster = job.cluster
     yield ""
     yield "# No `set -u`: modules and activate scripts use variables that are not set. With"
     yield "# pipefail a pipe does not hide that its first part failed."
     yield "set -o pipefail"
-    if job.cluster.scheduler == "pbs":
+    if cluster.scheduler == "pbs":
         yield 'cd "${PBS_O_WORKDIR:?is set by PBS}" || exit 1'
         yield "job_id=${PBS_JOBID:?is set by PBS}"
-    elif job.cluster.scheduler == "slurm":
+    elif cluster.scheduler == "slurm":
         yield 'cd "${SLURM_SUBMIT_DIR:?is set by Slurm}" || exit 1'
         yield "job_id=${SLURM_JOB_ID:?is set by Slurm}"
     else:
         yield "job_id=$$"
+    if cluster.walltime is not None:
+        yield "# The run, or the sweep, looks when it has to save."
+        yield f"export LARGEBATCH_JOB_END=$(($(date +%s) + {cluster.walltime}))"
     yield f"folder={quoted(job.config.folder)}"
     yield f"record={quoted(job.record)}"
     yield 'mkdir -p "$folder" && folder=$(realpath "$folder") || exit 1'
@@ -212,35 +209,6 @@ def _limits(job: Job) -> Lines:
     yield "ulimit -c 0"
 
 
-def _nodes(job: Job) -> Lines:
-    cluster = job.cluster
-    yield ""
-    yield "# The nodes, each once, in the system's order."
-    yield 'hostfile="$folder/nodes.$job_id"'
-    if cluster.scheduler == "pbs":
-        yield 'awk \'!seen[$0]++\' "$PBS_NODEFILE" > "$hostfile" || exit 1'
-    elif cluster.scheduler == "slurm":
-        yield 'scontrol show hostnames "$SLURM_JOB_NODELIST" > "$hostfile" || exit 1'
-    else:
-        yield 'hostname > "$hostfile"'
-    yield 'found=$(wc -l < "$hostfile")'
-    wanted = cluster.nodes + cluster.spares
-    yield f'if [ "$found" -lt {wanted} ]; then'
-    yield f'  echo "largebatch: {wanted} nodes were asked for, and $found are here" >&2'
-    yield "  exit 1"
-    yield "fi"
-    if cluster.spares:
-        yield "# Asked before they are used: one dead node would end an mpiexec over all of them;"
-        yield f"# {cluster.nodes} good ones go on."
-        alone = TEMPLATE
-        if cluster.scheduler == "slurm":
-            alone = "srun --nodes=1 --ntasks=1 --nodelist={node}"
-        yield f"{job.python} -m largebatch doctor --probe '{alone}' --hostfile \"$hostfile\" \\"
-        yield f'  --nodes {cluster.nodes} --hostfile-out "$hostfile.good" || exit 1'
-        yield 'hostfile="$hostfile.good"'
-    yield 'export LARGEBATCH_HOSTFILE="$hostfile"'
-
-
 def master_lines(job: Job) -> Lines:
     cluster = job.cluster
     if not job.on_ranks:
@@ -270,6 +238,8 @@ def _storage(job: Job) -> Lines:
         yield "# Python's files onto every node's own disk, by one rank a node: thousands of ranks"
         yield "# that import from a shared file system bring it to its knees."
         yield 'spread="/tmp/largebatch-$job_id"'
+        if everywhere(job)[1] != "$hostfile":
+            yield 'cat "$hostfile" "$spares" > "$hostfile.all"'
         yield "one_a_node=("
         yield from (f"  {line}" for line in launcher_lines(job, one_a_node=True))
         yield ")"
@@ -361,16 +331,15 @@ def _run(job: Job) -> Lines:
             more = " --all-to-all" * uses_all_to_all(job.words)
             yield f"  {job.python} -m largebatch doctor --preflight {cluster.preflight} \\"
             yield f"  --timeout {seconds:.0f}{more} || exit"
-    if cluster.watch_timeout is not None:
-        yield "# Ends the job after so many seconds without a step: a hang ends nothing by itself."
-        timeout = cluster.watch_timeout
-        yield f'watch=({job.python} -m largebatch watch "$record" --timeout {timeout} --)'
+    if cluster.watch_timeout is not None or cluster.restarts:
+        yield from watch_lines(job)
         steps.insert(0, "watch")
     yield ""
     words = " ".join(f'"${{{step}[@]}}"' for step in steps)
     # Only what is started here: a `python -m largebatch …` beside it is one rank.
-    yield f"LARGEBATCH_RANKS={cluster.num_ranks} {words}" if job.on_ranks else words
-    yield "code=$?"
+    yield from waiting_lines(
+        f"LARGEBATCH_RANKS={cluster.num_ranks} {words}" if job.on_ranks else words
+    )
     if cluster.environment == "copper":
         yield "stop_copper.sh"
     if cluster.daos is not None:
@@ -390,9 +359,10 @@ def launcher_lines(job: Job, one_a_node: bool = False) -> Lines:
     """The words that start the ranks, or one process on each node, some a line."""
     cluster, binding = job.cluster, None if one_a_node else job.binding
     each = 1 if one_a_node else cluster.node.ranks
-    ranks = cluster.nodes * each
+    nodes, hostfile = everywhere(job) if one_a_node else (str(cluster.nodes), "$hostfile")
+    ranks = nodes if one_a_node else str(cluster.num_ranks)
     if cluster.launcher == "pals":
-        yield f'mpiexec --envall -n {ranks} --ppn {each} --hostfile "$hostfile"'
+        yield f'mpiexec --envall -n {ranks} --ppn {each} --hostfile "{hostfile}"'
         if cluster.collectives == "oneccl":
             yield "--pmi=pmix  # with CCL_PROCESS_LAUNCHER=pmix"
         if binding is not None:
@@ -403,12 +373,13 @@ def launcher_lines(job: Job, one_a_node: bool = False) -> Lines:
             yield "# Python needs the second (ALCF, DAOS page)."
             yield "--env LD_PRELOAD=/usr/lib64/libpil4dfs.so --env D_IL_COMPATIBLE=1"
     elif cluster.launcher == "srun":
-        yield f"srun --nodes={cluster.nodes} --ntasks={ranks} --ntasks-per-node={each}"
-        yield '--nodelist="$hostfile" --kill-on-bad-exit=1'
+        yield f"srun --nodes={nodes} --ntasks={ranks} --ntasks-per-node={each}"
+        yield f'--nodelist="{hostfile}" --kill-on-bad-exit=1'
         if binding is not None:
             yield word(f"--cpu-bind={slurm_mask(binding)}")
     elif cluster.launcher == "mpich":
-        yield f"{_mpiexec(job)} -n {ranks} -ppn {each}" + ' -f "$hostfile"' * (cluster.nodes > 1)
+        on = f' -f "{hostfile}"' * (cluster.nodes > 1)
+        yield f"{_mpiexec(job)} -n {ranks} -ppn {each}{on}"
     else:
         yield f"{job.python} -m torch.distributed.run --standalone --nproc-per-node {each}"
         yield "--no-python"

@@ -45,6 +45,7 @@ DIR/cluster/*.yaml with --config-dir DIR. Keys that are often given:
   cluster.spares=K       K nodes more; each is asked by itself, and the good ones go on
   cluster.preflight=…    fast or full: largebatch doctor on all ranks before the run
   cluster.watch_timeout=S   end the job when there is no step for S seconds
+  cluster.restarts=N     and go on within it, N times, without the nodes that failed
   cluster.environment=…  venv, spread (cluster.archive=…) or copper
   name=…, folder=…       of the job
 
@@ -198,12 +199,24 @@ def completed(
         if config_dir is not None and not any(word.startswith("--config-dir") for word in words):
             more.append(f"--config-dir={os.path.abspath(config_dir)}")
     resumes = words[0] == "train" or "study" not in keys  # a study goes on by itself
-    if config.cluster.chain > 1 and resumes:
+    again = [
+        f"cluster.{name}={asked}"
+        for name, asked, least in (
+            ("chain", config.cluster.chain, 2), ("restarts", config.cluster.restarts, 1),
+        )
+        if asked >= least
+    ]  # fmt: skip
+    if config.cluster.restarts and words[0] == "sweep":
+        raise ConfigError(
+            f"{again[-1]} is for a run; a sweep starts its trials again itself: "
+            "hydra.launcher.retries"
+        )
+    if again and resumes:
         saves = ("checkpoint.every_samples", "checkpoint.every_minutes")
         if all(keys.get(key, "null") == "null" for key in saves):
             raise ConfigError(
-                f"cluster.chain={config.cluster.chain} jobs go on from one another's checkpoints, "
-                "and there are none: give checkpoint.every_samples=…"
+                f"{' and '.join(again)} goes on from checkpoints, and there are none: give "
+                "checkpoint.every_samples=…"
             )
         more += [] if keys.get("resume") == "auto" else ["resume=auto"]
     return [*words, *more], record
@@ -211,6 +224,7 @@ def completed(
 
 _OF_THE_JOB: Final = (
     "nodes", "spares", "queue", "account", "walltime", "chain", "preflight", "watch_timeout",
+    "restarts",
 )  # fmt: skip
 """Keys of a cluster that are no trial's within the job."""
 

@@ -13,18 +13,24 @@ from pathlib import Path
 from typing import Final
 
 from largebatch.conf.errors import ConfigError
+from largebatch.launch.watch_nodes import Faults, Nodes, held_up
 from largebatch.launch.watch_processes import Job, descendants, kill, running
 from largebatch.launch.watch_progress import Progress, has_runs_below, is_gone, process_of
 from largebatch.launch.watch_ranks import ask, dismiss
 from largebatch.launch.watch_report import report
-from largebatch.records import RecordError, printable
+from largebatch.records import RecordError, find_fields, printable
 from largebatch.records.heartbeat import Beat, find_beat
+from largebatch.records.names import SUMMARY
 from largebatch.records.summary import has_ended
+from largebatch.train.walltime import end_of_job
 
 REFUSED: Final = 2
 INTERRUPTED: Final = 130
 STOOD_STILL: Final = 124
 """As `timeout` of coreutils has it."""
+
+LEAST_SECONDS: Final = 120.0
+"""What is left of a job must be worth a start."""
 
 FINAL_CODES: Final = (0, 2, 3, 4)
 """Exit codes of `largebatch train` after which a restart has nothing to add."""
@@ -55,8 +61,14 @@ def main(arguments: list[str]) -> int:
         return _refuse("--end is for a run that others have started: COMMAND is ended anyway")
     if options.restarts and not command:
         return _refuse("--restarts needs the command to start again, after --")
+    given = [name for name in ("hostfile", "spares", "bad") if getattr(options, name) is not None]
+    if given and not (options.hostfile is not None and options.restarts):
+        return _refuse(f"--{given[0]} is for --restarts on the nodes of a --hostfile: give both")
     if command:
-        return supervise(run, command, options)
+        try:
+            return supervise(run, command, options)
+        except ValueError as error:  # of a hostfile
+            return _refuse(str(error))
     problems: list[str] = []
     if find_beat(run, problems) is None:
         return _refuse(
@@ -100,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="start COMMAND again so often, after it stood still or failed",
     )
+    for name, what in (
+        ("hostfile", "that COMMAND reads: before a restart nodes that failed are taken out of it"),
+        ("spares", "nodes that take their places, in a hostfile's lines"),
+        ("bad", "to which nodes that were taken out are appended"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=what)
     parser.add_argument(
         "--now", action="store_true", help="ask at once where the ranks stand, and leave the run be"
     )
@@ -130,24 +148,53 @@ def _count(text: str) -> int:
 
 
 def supervise(run: Path, command: list[str], options: argparse.Namespace) -> int:
-    """Run a command, again where it stood still or failed; returns the exit code."""
+    """Run a command, again where it stood still or failed; returns the exit code.
+
+    Raises:
+        ValueError: a hostfile that names no node.
+    """
     _say(f"{run}: to be ended after {options.timeout:g} s without a step")
     if not any(run.name in word for word in command):
         _say(f"{run} is not named in the command: is it that run's hydra.run.dir?")
+    nodes = None
+    if options.hostfile is not None:
+        nodes = Nodes(options.hostfile, options.spares, options.bad)
+    end = end_of_job(None)
     for left in range(options.restarts, -1, -1):
+        before, faults = _interruption(run), Faults()
+        environment = {} if nodes is None else nodes.environment
         try:
-            with Job(command) as job:
+            with Job(command, environment, None if nodes is None else faults.listen) as job:
                 code = _attempt(run, job, options)
                 stay = job.kill()
         except ConfigError as error:
             return _refuse(str(error))
+        faults.finish()
         if stay:
             _say(f"processes {stay} cannot be killed: they wait for a device; restart elsewhere")
             return code
         if code in FINAL_CODES or job.signal is not None or _has_ended(run) or not left:
             return code
+        if _interruption(run) not in (None, before):  # by its job's end, or stop_at
+            return code
+        if end is not None and end - time.time() < LEAST_SECONDS:
+            _say(f"no restart within {LEAST_SECONDS:g} s of the job's end")
+            return code
+        if nodes is not None:
+            ranks, size = held_up(run) if code == STOOD_STILL else ([], 0)
+            for told in nodes.take_out(faults, ranks, size):
+                _say(told)
         _say(f"starting again after exit code {code}; {left - 1} restarts left")
     raise AssertionError("the last round returns")
+
+
+def _interruption(run: Path) -> tuple[int, int] | None:
+    """Which summary says that the run stopped because it was time; None: none does."""
+    summary = find_fields(run / SUMMARY, [])
+    if summary is None or summary.values.get("status") != "interrupted":
+        return None
+    told = (run / SUMMARY).stat()
+    return None if "signal" in summary.values else (told.st_mtime_ns, told.st_ino)
 
 
 def _has_ended(run: Path) -> bool:

@@ -6,15 +6,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Final, NamedTuple, Self
+from typing import IO, Final, NamedTuple, Self
 
 from largebatch.conf.errors import ConfigError
 
 PASSED_ON: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
 """Those by which a batch system, or a user, ends a run between two steps."""
+
+ECHO_SECONDS: Final = 1.0
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
@@ -33,6 +35,11 @@ class Job:
     Signals to this process go to the command alone: mpiexec and torchrun pass them on to their
     ranks, and a rank that gets two leaves without its checkpoint.
 
+    Args:
+        environment: variables of the command's, beside this process's.
+        listen: is given the command's output and error, each with where it belongs, to pass on;
+            None: the command has this process's own.
+
     Attributes:
         signal: the first of `PASSED_ON` that came.
 
@@ -40,9 +47,16 @@ class Job:
         ConfigError: on entry, where the command cannot be started.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        listen: Callable[[Iterable[tuple[IO[bytes], int]]], None] | None = None,
+    ) -> None:
         self.command = list(command)
+        self._environment, self._listen = os.environ | (environment or {}), listen
         self.signal: int | None = None
+        self._noted = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._before: set[Process] = set()
         self._handlers: dict[int, signal._HANDLER] = {}
@@ -55,12 +69,18 @@ class Job:
         # A group of its own, so that Ctrl-C reaches it once, from here. It is in the background
         # then, and would be stopped where it reads from the terminal.
         try:
-            process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, process_group=0)
+            process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, process_group=0, env=self._environment,
+                stdout=subprocess.PIPE if self._listen else None,
+                stderr=subprocess.PIPE if self._listen else None,
+            )  # fmt: skip
         except OSError as error:
             self._restore()
             what = error.strerror or str(error)
             raise ConfigError(f"{self.command[0]} cannot be started: {what}") from error
         self._process = process
+        if self._listen and process.stdout and process.stderr:
+            self._listen([(process.stdout, 1), (process.stderr, 2)])
         if self.signal is not None:  # it came meanwhile
             process.send_signal(self.signal)
         return self
@@ -80,7 +100,10 @@ class Job:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.signal = self.signal or number
+        now = time.monotonic()
+        if number == self.signal and now - self._noted < ECHO_SECONDS:
+            return  # once from the batch system, and once from the script that passes it on
+        self.signal, self._noted = self.signal or number, now
         if self._process is not None:
             self._process.send_signal(number)
 

@@ -44,7 +44,7 @@ JOBS = {
     "aurora-all-options": (
         [
             *AURORA, "cluster.queue=prod", "cluster.nodes=300", "cluster.spares=4", "name=all",
-            "cluster.chain=3", "cluster.watch_timeout=900", "cluster.preflight=full",
+            "cluster.chain=3", "cluster.watch_timeout=900", "cluster.restarts=5", "cluster.preflight=full",
             "cluster.environment=copper", "cluster.daos=pool:box", "cluster.node.ranks=6",
             "cluster.daos_intercept=true", "cluster.place=scatter:group=tier0",
             "cluster.allreduce=direct:0-1048576;rabenseifner:1048577-max",
@@ -226,12 +226,6 @@ def test_without_an_environment_of_its_own_a_job_has_that_of_the_user(
     assert set(commands("cluster=local")) == {str(own), str(own.with_name("mpiexec"))}
 
 
-@pytest.mark.parametrize(("walltime", "seconds"), [("02:00:00", 120), ("00:02:00", 30)])
-def test_a_short_job_is_not_warned_as_it_begins(walltime: str, seconds: int) -> None:
-    text = written(["cluster=slurm", f"cluster.walltime={walltime}"], TRAIN)
-    assert f"#SBATCH --signal=USR2@{seconds}\n" in text
-
-
 REFUSED = [
     # Limits as ALCF's page on running jobs has them.
     ("debug cluster.nodes=3", "takes 1 to 2 nodes, got 3; debug-scaling, capacity would take"),
@@ -376,6 +370,8 @@ COMMANDS = [
     (DEBUG, ["train", "hydra.run.dir=runs/${now:%Y}"], "hydra.run.dir must be a plain path"),
     (CHAIN, ["train", "batch.size=1200"], "there are none: give checkpoint.every_samples"),
     (CHAIN, ["sweep", "batch.size=12,24"], "there are none: give checkpoint.every_samples"),
+    ([*DEBUG, "cluster.restarts=1"], ["train"], "cluster.restarts=1 goes on from checkpoints"),
+    ([*DEBUG, "cluster.restarts=1"], ["sweep"], "is for a run; a sweep starts its trials again"),
     (["cluster=slurm", "cluster.walltime=60", "cluster.nodes=2"], ["sweep"], "launcher=parsl"),
     (["cluster=local", "cluster.chain=2"], ["train"], "need a scheduler, which local has not"),
     (["cluster=local", "cluster.nodes=2", "cluster.launcher=torchrun"], ["train"], "on one node"),

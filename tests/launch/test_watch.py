@@ -165,7 +165,9 @@ with Heartbeat(run, 1) as heartbeat:
     if deed == "hang":
         time.sleep(1000)
     if deed.startswith("ended "):
-        (run / "summary.json").write_text(json.dumps({"status": deed.split()[1]}))
+        status, _, number = deed.split()[1].partition("-")
+        summary = {"status": status} | ({"signal": int(number)} if number else {})
+        (run / "summary.json").write_text(json.dumps(summary))
 sys.exit(int(deed.split()[-1]))
 """
 
@@ -187,7 +189,8 @@ QUICK = ("--timeout", "1", "--grace", "1", "--wait", "0.1")
         (3, ["4", "0"], 4, 1),
         # torchrun makes 1 of every code: then the summary tells.
         (3, ["ended exhausted 1", "0"], 1, 1),
-        (3, ["ended interrupted 1", "0"], 0, 2),
+        (3, ["ended interrupted-15 1", "0"], 0, 2),
+        (3, ["ended interrupted 1", "0"], 1, 1),  # as its job's end came
     ],
 )
 def test_restarts_are_for_hangs_and_failures(

@@ -1,0 +1,80 @@
+"""Of a job's script, its nodes and its life: which nodes run, who watches them, who waits."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from largebatch.launch.script import Job
+
+Lines = Iterator[str]
+
+
+def nodes_lines(job: "Job") -> Lines:
+    cluster = job.cluster
+    yield ""
+    yield "# The nodes, each once, in the system's order."
+    yield 'hostfile="$folder/nodes.$job_id"'
+    if cluster.scheduler == "pbs":
+        yield 'awk \'!seen[$0]++\' "$PBS_NODEFILE" > "$hostfile" || exit 1'
+    elif cluster.scheduler == "slurm":
+        yield 'scontrol show hostnames "$SLURM_JOB_NODELIST" > "$hostfile" || exit 1'
+    else:
+        yield 'hostname > "$hostfile"'
+    yield 'found=$(wc -l < "$hostfile")'
+    wanted = cluster.nodes + cluster.spares
+    yield f'if [ "$found" -lt {wanted} ]; then'
+    yield f'  echo "largebatch: {wanted} nodes were asked for, and $found are here" >&2'
+    yield "  exit 1"
+    yield "fi"
+    if cluster.spares:
+        yield "# Each is asked by itself, as one dead node would end an mpiexec over all of them;"
+        yield f"# {cluster.nodes} good ones go on."
+        alone = "mpiexec -n 1 --ppn 1 --hostfile {hostfile}"
+        if cluster.scheduler == "slurm":
+            alone = "srun --nodes=1 --ntasks=1 --nodelist={node}"
+        yield f"{job.python} -m largebatch doctor --probe '{alone}' --hostfile \"$hostfile\" \\"
+        more = ' --spares-out "$hostfile.spares"' * bool(cluster.restarts)
+        yield f'  --nodes {cluster.nodes} --hostfile-out "$hostfile.good"{more} \\'
+        yield '  --bad "$folder/bad_nodes" || exit 1'
+        if cluster.restarts:
+            yield 'spares="$hostfile.spares"'
+        yield 'hostfile="$hostfile.good"'
+    yield 'export LARGEBATCH_HOSTFILE="$hostfile"'
+
+
+def everywhere(job: "Job") -> tuple[str, str]:
+    """How many nodes there are on which the ranks may come to lie, and the hostfile of these."""
+    if not (job.cluster.restarts and job.cluster.spares):
+        return str(job.cluster.nodes), "$hostfile"
+    return '"$(wc -l < "$hostfile.all")"', "$hostfile.all"
+
+
+def watch_lines(job: "Job") -> Lines:
+    """What ends a run that stands still, and starts it again where that is asked for."""
+    cluster = job.cluster
+    yield "# Ends the job after so many seconds without a step: a hang ends nothing by itself."
+    if cluster.restarts:
+        yield "# What stood still or failed is started again from its last checkpoint, without the"
+        yield "# nodes that failed; the next jobs of a chain use those last."
+    yield "watch=("
+    yield f'  {job.python} -m largebatch watch "$record"'
+    if cluster.watch_timeout is not None:
+        yield f"  --timeout {cluster.watch_timeout}"
+    if cluster.restarts:
+        yield f"  --restarts {cluster.restarts}"
+    if cluster.restarts and cluster.spares:
+        yield '  --hostfile "$hostfile" --spares "$spares" --bad "$folder/bad_nodes"'
+    yield "  --"
+    yield ")"
+
+
+def waiting_lines(command: str) -> Lines:
+    """The command, its exit code in `code`, and a shell that outlives SIGTERM for it."""
+    yield "# PBS sends TERM before it kills. It is handed on, the run saves and leaves, and what"
+    yield "# follows here is done still; a foreground command would leave no time for it. Ctrl-C"
+    yield "# reaches the command without this."
+    yield f"{command} &"
+    yield "running=$!"
+    yield """trap 'told=1; kill -TERM "$running" 2>/dev/null' TERM"""
+    yield "trap 'told=1' INT"
+    yield 'until told=0; wait "$running"; code=$?; [ "$told" = 0 ]; do :; done'
