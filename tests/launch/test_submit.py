@@ -44,7 +44,8 @@ JOBS = {
     "aurora-all-options": (
         [
             *AURORA, "cluster.queue=prod", "cluster.nodes=300", "cluster.spares=4", "name=all",
-            "cluster.chain=3", "cluster.watch_timeout=900", "cluster.restarts=5", "cluster.preflight=full",
+            "cluster.chain=3", "cluster.watch_timeout=900", "cluster.restarts=5",
+            "cluster.preflight=full",
             "cluster.environment=copper", "cluster.daos=pool:box", "cluster.node.ranks=6",
             "cluster.daos_intercept=true", "cluster.place=scatter:group=tier0",
             "cluster.allreduce=direct:0-1048576;rabenseifner:1048577-max",

@@ -1,6 +1,6 @@
 #!/bin/bash -l
 # all on aurora: 300 nodes x 6 ranks = 1800 ranks and 4 to spare. Written by
-# largebatch submit cluster=aurora cluster.account=project cluster.walltime=00:30:00 cluster.queue=prod cluster.nodes=300 cluster.spares=4 name=all cluster.chain=3 cluster.watch_timeout=900 cluster.preflight=full cluster.environment=copper cluster.daos=pool:box cluster.node.ranks=6 cluster.daos_intercept=true cluster.place=scatter:group=tier0 'cluster.allreduce=direct:0-1048576;rabenseifner:1048577-max' 'cluster.launcher_options=[--rlimit,NOFILE]' cluster.settings.scale.export.PALS_PING_PERIOD=null '+cluster.settings.mine={export:{MY_PATH:'"'"'$HOME/it is "mine"'"'"'},source:me}' folder=jobs/snapshot -- train optim=lamb batch.size=24576 checkpoint.every_samples=1e6 hydra.run.dir=runs/mine 'optim.lr='"'"'0.02'"'"''
+# largebatch submit cluster=aurora cluster.account=project cluster.walltime=00:30:00 cluster.queue=prod cluster.nodes=300 cluster.spares=4 name=all cluster.chain=3 cluster.watch_timeout=900 cluster.restarts=5 cluster.preflight=full cluster.environment=copper cluster.daos=pool:box cluster.node.ranks=6 cluster.daos_intercept=true cluster.place=scatter:group=tier0 'cluster.allreduce=direct:0-1048576;rabenseifner:1048577-max' 'cluster.launcher_options=[--rlimit,NOFILE]' cluster.settings.scale.export.PALS_PING_PERIOD=null '+cluster.settings.mine={export:{MY_PATH:'"'"'$HOME/it is "mine"'"'"'},source:me}' folder=jobs/snapshot -- train optim=lamb batch.size=24576 checkpoint.every_samples=1e6 hydra.run.dir=runs/mine 'optim.lr='"'"'0.02'"'"''
 #PBS -N all
 #PBS -A project
 #PBS -q prod
@@ -17,6 +17,8 @@
 set -o pipefail
 cd "${PBS_O_WORKDIR:?is set by PBS}" || exit 1
 job_id=${PBS_JOBID:?is set by PBS}
+# The run, or the sweep, looks when it has to save.
+export LARGEBATCH_JOB_END=$(($(date +%s) + 1800))
 folder="jobs/snapshot"
 record="runs/mine"
 mkdir -p "$folder" && folder=$(realpath "$folder") || exit 1
@@ -91,10 +93,12 @@ if [ "$found" -lt 304 ]; then
   echo "largebatch: 304 nodes were asked for, and $found are here" >&2
   exit 1
 fi
-# Asked before they are used: one dead node would end an mpiexec over all of them;
+# Each is asked by itself, as one dead node would end an mpiexec over all of them;
 # 300 good ones go on.
-python -m largebatch doctor --probe 'mpiexec --no-vni --envall -n {nodes} --ppn 1 --hostfile {hostfile}' --hostfile "$hostfile" \
-  --nodes 300 --hostfile-out "$hostfile.good" || exit 1
+python -m largebatch doctor --probe 'mpiexec -n 1 --ppn 1 --hostfile {hostfile}' --hostfile "$hostfile" \
+  --nodes 300 --hostfile-out "$hostfile.good" --spares-out "$hostfile.spares" \
+  --bad "$folder/bad_nodes" || exit 1
+spares="$hostfile.spares"
 hostfile="$hostfile.good"
 export LARGEBATCH_HOSTFILE="$hostfile"
 
@@ -178,13 +182,26 @@ logged=(bash -c '
 ' "$folder/logs.$job_id")
 # Every collective by value, on all ranks, before any compute is spent.
 LARGEBATCH_RANKS=1800 "${launch[@]}" \
-  python -m largebatch doctor --preflight full \
-  --timeout 198 || exit
+  python -m largebatch doctor --preflight full || exit
 # Ends the job after so many seconds without a step: a hang ends nothing by itself.
-watch=(python -m largebatch watch "$record" --timeout 900 --)
+# What stood still or failed is started again from its last checkpoint, without the
+# nodes that failed; the next jobs of a chain use those last.
+watch=(
+  python -m largebatch watch "$record"
+  --timeout 900
+  --restarts 5
+  --hostfile "$hostfile" --spares "$spares" --bad "$folder/bad_nodes"
+  --
+)
 
-LARGEBATCH_RANKS=1800 "${watch[@]}" "${launch[@]}" "${logged[@]}" "${command[@]}"
-code=$?
+# PBS sends TERM before it kills. It is handed on, the run saves and leaves, and what
+# follows here is done still; a foreground command would leave no time for it. Ctrl-C
+# reaches the command without this.
+LARGEBATCH_RANKS=1800 "${watch[@]}" "${launch[@]}" "${logged[@]}" "${command[@]}" &
+running=$!
+trap 'told=1; kill -TERM "$running" 2>/dev/null' TERM
+trap 'told=1' INT
+until told=0; wait "$running"; code=$?; [ "$told" = 0 ]; do :; done
 stop_copper.sh
 clean-dfuse.sh pool:box
 [ "$code" = 0 ] || echo "largebatch: see also $folder/logs.$job_id" >&2

@@ -17,6 +17,8 @@
 set -o pipefail
 cd "${PBS_O_WORKDIR:?is set by PBS}" || exit 1
 job_id=${PBS_JOBID:?is set by PBS}
+# The run, or the sweep, looks when it has to save.
+export LARGEBATCH_JOB_END=$(($(date +%s) + 1800))
 folder="jobs/snapshot"
 record="jobs/snapshot/sweep"
 mkdir -p "$folder" && folder=$(realpath "$folder") || exit 1
@@ -104,7 +106,13 @@ command=(
   'hydra.launcher.overrides=['"'"'cluster.launcher_options=[--no-vni]'"'"','"'"'cluster.settings.oneccl.export.CCL_OP_SYNC=0'"'"']'
 )
 
-"${command[@]}"
-code=$?
+# PBS sends TERM before it kills. It is handed on, the run saves and leaves, and what
+# follows here is done still; a foreground command would leave no time for it. Ctrl-C
+# reaches the command without this.
+"${command[@]}" &
+running=$!
+trap 'told=1; kill -TERM "$running" 2>/dev/null' TERM
+trap 'told=1' INT
+until told=0; wait "$running"; code=$?; [ "$told" = 0 ]; do :; done
 echo "largebatch: exit code $code, record in $record"
 exit "$code"

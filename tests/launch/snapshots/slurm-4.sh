@@ -7,8 +7,6 @@
 #SBATCH --time=12:00:00
 #SBATCH --exclusive
 #SBATCH --output=jobs/snapshot/%j.log
-# To the ranks, so many seconds before the end: they save, and leave.
-#SBATCH --signal=USR2@120
 #SBATCH --gpus-per-node=4
 
 # No `set -u`: modules and activate scripts use variables that are not set. With
@@ -16,6 +14,8 @@
 set -o pipefail
 cd "${SLURM_SUBMIT_DIR:?is set by Slurm}" || exit 1
 job_id=${SLURM_JOB_ID:?is set by Slurm}
+# The run, or the sweep, looks when it has to save.
+export LARGEBATCH_JOB_END=$(($(date +%s) + 43200))
 folder="jobs/snapshot"
 record="jobs/snapshot/run"
 mkdir -p "$folder" && folder=$(realpath "$folder") || exit 1
@@ -37,7 +37,8 @@ fi
 # Asked before they are used: one dead node would end an mpiexec over all of them;
 # 4 good ones go on.
 python -m largebatch doctor --probe 'srun --nodes=1 --ntasks=1 --nodelist={node}' --hostfile "$hostfile" \
-  --nodes 4 --hostfile-out "$hostfile.good" || exit 1
+  --nodes 4 --hostfile-out "$hostfile.good" \
+  --bad "$folder/bad_nodes" || exit 1
 hostfile="$hostfile.good"
 export LARGEBATCH_HOSTFILE="$hostfile"
 
@@ -82,8 +83,14 @@ logged=(bash -c '
   mkdir -p "$logs" && exec "$@" > "$logs/rank$rank.log" 2>&1
 ' "$folder/logs.$job_id")
 
-LARGEBATCH_RANKS=16 "${launch[@]}" "${logged[@]}" "${command[@]}"
-code=$?
+# PBS sends TERM before it kills. It is handed on, the run saves and leaves, and what
+# follows here is done still; a foreground command would leave no time for it. Ctrl-C
+# reaches the command without this.
+LARGEBATCH_RANKS=16 "${launch[@]}" "${logged[@]}" "${command[@]}" &
+running=$!
+trap 'told=1; kill -TERM "$running" 2>/dev/null' TERM
+trap 'told=1' INT
+until told=0; wait "$running"; code=$?; [ "$told" = 0 ]; do :; done
 [ "$code" = 0 ] || echo "largebatch: see also $folder/logs.$job_id" >&2
 echo "largebatch: exit code $code, record in $record"
 exit "$code"

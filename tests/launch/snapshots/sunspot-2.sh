@@ -17,6 +17,8 @@
 set -o pipefail
 cd "${PBS_O_WORKDIR:?is set by PBS}" || exit 1
 job_id=${PBS_JOBID:?is set by PBS}
+# The run, or the sweep, looks when it has to save.
+export LARGEBATCH_JOB_END=$(($(date +%s) + 3600))
 folder="jobs/snapshot"
 record="jobs/snapshot/run"
 mkdir -p "$folder" && folder=$(realpath "$folder") || exit 1
@@ -122,8 +124,14 @@ logged=(bash -c '
   mkdir -p "$logs" && exec "$@" > "$logs/rank$rank.log" 2>&1
 ' "$folder/logs.$job_id")
 
-LARGEBATCH_RANKS=24 "${launch[@]}" "${logged[@]}" "${command[@]}"
-code=$?
+# PBS sends TERM before it kills. It is handed on, the run saves and leaves, and what
+# follows here is done still; a foreground command would leave no time for it. Ctrl-C
+# reaches the command without this.
+LARGEBATCH_RANKS=24 "${launch[@]}" "${logged[@]}" "${command[@]}" &
+running=$!
+trap 'told=1; kill -TERM "$running" 2>/dev/null' TERM
+trap 'told=1' INT
+until told=0; wait "$running"; code=$?; [ "$told" = 0 ]; do :; done
 [ "$code" = 0 ] || echo "largebatch: see also $folder/logs.$job_id" >&2
 echo "largebatch: exit code $code, record in $record"
 exit "$code"
