@@ -13,7 +13,7 @@ from largebatch.launch.nic_report import clock
 from largebatch.launch.watch_processes import is_stopped
 from largebatch.launch.watch_progress import is_gone, process_of
 from largebatch.records import Fields, find_fields, last_fields
-from largebatch.records.fields import moment, number_or_none, positive, text, whole
+from largebatch.records.fields import moment, number_or_none, optional, positive, text, whole
 from largebatch.records.heartbeat import Beat, find_beat
 from largebatch.records.names import EVENTS, HEARTBEAT, METRICS, SUMMARY
 from largebatch.records.reading import read_lines
@@ -103,12 +103,15 @@ def _of_summary(run: Path, summary: Fields) -> list[Cause]:
         return [_divergence(run, step, summary.find("reason", text))]
     if ended == "interrupted":
         number = summary.find("signal", whole(1))
+        why = summary.find("reason", optional(text))
         name = "a signal" if number is None else _signal_name(number)
+        told = f" by {name} after step {step}: by somebody, or by the end of the job's time."
+        if number is None and why is not None:
+            told = f" after step {step}: {why}."
         return [
             Cause(
                 30,
-                f"The run was interrupted by {name} after step {step}: by somebody, or by the end "
-                "of the job's time.",
+                f"The run was interrupted{told}",
                 "the same command with resume=auto goes on, where checkpoint.every_samples was set",
                 (f"{SUMMARY}: status interrupted",),
             )

@@ -337,9 +337,8 @@ def _run(job: Job) -> Lines:
     yield ""
     words = " ".join(f'"${{{step}[@]}}"' for step in steps)
     # Only what is started here: a `python -m largebatch …` beside it is one rank.
-    yield from waiting_lines(
-        f"LARGEBATCH_RANKS={cluster.num_ranks} {words}" if job.on_ranks else words
-    )
+    words = f"LARGEBATCH_RANKS={cluster.num_ranks} {words}" if job.on_ranks else words
+    yield from waiting_lines(job, words)
     if cluster.environment == "copper":
         yield "stop_copper.sh"
     if cluster.daos is not None:

@@ -33,9 +33,9 @@ def nodes_lines(job: "Job") -> Lines:
         if cluster.scheduler == "slurm":
             alone = "srun --nodes=1 --ntasks=1 --nodelist={node}"
         yield f"{job.python} -m largebatch doctor --probe '{alone}' --hostfile \"$hostfile\" \\"
-        more = ' --spares-out "$hostfile.spares"' * bool(cluster.restarts)
-        yield f'  --nodes {cluster.nodes} --hostfile-out "$hostfile.good"{more} \\'
-        yield '  --bad "$folder/bad_nodes" || exit 1'
+        if cluster.restarts:
+            yield '  --spares-out "$hostfile.spares" --bad "$folder/bad_nodes" \\'
+        yield f'  --nodes {cluster.nodes} --hostfile-out "$hostfile.good" || exit 1'
         if cluster.restarts:
             yield 'spares="$hostfile.spares"'
         yield 'hostfile="$hostfile.good"'
@@ -68,13 +68,15 @@ def watch_lines(job: "Job") -> Lines:
     yield ")"
 
 
-def waiting_lines(command: str) -> Lines:
+def waiting_lines(job: "Job", command: str) -> Lines:
     """The command, its exit code in `code`, and a shell that outlives SIGTERM for it."""
-    yield "# PBS sends TERM before it kills. It is handed on, the run saves and leaves, and what"
-    yield "# follows here is done still; a foreground command would leave no time for it. Ctrl-C"
-    yield "# reaches the command without this."
+    # An srun kills its ranks on TERM.
+    handed_on = "USR2" if job.cluster.launcher == "srun" and job.on_ranks else "TERM"
+    yield "# A batch system sends TERM before it kills. It is handed on, the run saves and leaves,"
+    yield "# and what follows here is done; behind a foreground command the shell would die of it."
+    yield "# Ctrl-C reaches the command without this."
     yield f"{command} &"
     yield "running=$!"
-    yield """trap 'told=1; kill -TERM "$running" 2>/dev/null' TERM"""
+    yield f"""trap 'told=1; kill -{handed_on} "$running" 2>/dev/null' TERM"""
     yield "trap 'told=1' INT"
     yield 'until told=0; wait "$running"; code=$?; [ "$told" = 0 ]; do :; done'

@@ -267,6 +267,10 @@ def test_what_a_run_says_of_its_end_is_told(tmp_path: Path) -> None:
     write_run(tmp_path / "c", steps_of(0, 60), {"status": "interrupted", "steps": 9, "signal": 15})
     (cause,) = causes_of(tmp_path / "c")
     assert "interrupted by SIGTERM after step 9" in cause.what
+    stopped = {"status": "interrupted", "steps": 9, "reason": "300 s before its job's end at 18:00"}
+    write_run(tmp_path / "c", steps_of(0, 60), stopped)
+    (cause,) = causes_of(tmp_path / "c")
+    assert "interrupted after step 9: 300 s before its job's end at 18:00." in cause.what
     write_run(tmp_path / "d", steps_of(0, 60), None, state="stepping", phase="save", step=4)
     (cause,) = causes_of(tmp_path / "d")
     assert "stopped without a word at step 4, in save, " in cause.what

@@ -114,24 +114,3 @@ def test_a_job_that_is_told_to_end_saves_tidies_up_and_keeps_the_runs_exit_code(
     assert (summary["status"], summary["signal"]) == ("interrupted", signal.SIGTERM)
     (saved,) = listed(record)
     assert int(saved.name.removeprefix("samples-")) == summary["samples"]
-
-
-def test_a_run_stops_before_its_jobs_end_and_is_not_started_again(cluster: Cluster) -> None:
-    sent = cluster.submit(
-        *AURORA, "cluster.queue=debug-scaling", "cluster.nodes=2", "cluster.restarts=9",
-        "folder=jobs/a", "--", "train", *TRAIN, "budget.samples=24e6",
-        "checkpoint.every_samples=24e6",
-    )  # fmt: skip
-    assert sent.returncode == 0, sent.stderr
-    script = cluster.job(0)["script"]
-    assert "\nexport LARGEBATCH_JOB_END=$(($(date +%s) + 1800))\n" in script
-    short = script.replace("+ 1800))", "+ 25))")
-    (cluster.jobs / "1000.pbs.json").write_text(json.dumps(cluster.job(0) | {"script": short}))
-    cluster.environment["FAKE_PALS_RANKS"] = "1"
-    done = cluster.run(0)
-    assert done.returncode == 130, done.stdout + done.stderr
-    record = cluster.work / "jobs" / "a" / "run"
-    assert "before its job's end at" in read(record)["reason"]
-    (saved,) = listed(record)
-    assert int(saved.name.removeprefix("samples-")) == read(record)["samples"]
-    assert "starting again" not in done.stderr
