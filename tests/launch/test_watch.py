@@ -419,6 +419,8 @@ def test_a_training_run_says_where_it_stands_and_leaves_at_a_batch_systems_warni
         (["RUN", "--"], "nothing stands after --"),
         (["RUN", "--now", "--", "true"], "leave out the command"),
         (["RUN", "--restarts", "2"], "--restarts needs the command"),
+        (["RUN", "--spares", "x", "--", "true"], "is for --restarts on the nodes of a --hostfile"),
+        (["RUN", "--restarts", "1", "--hostfile", "x", "--", "true"], "x cannot be read"),
         (["RUN", "--end", "--", "true"], "--end is for a run that others have started"),
         (["RUN", "--", "no-such-program"], "no-such-program cannot be started"),
         (["RUN/file"], "is no folder"),

@@ -30,7 +30,7 @@ def test_all_ranks_stop_and_save_at_one_step_and_go_on_by_the_same_command(
 ) -> None:
     before = 0
     for _ in range(2):
-        now = time.time() + 6
+        now = time.time() + 3
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = team_ranks.begin([meeting] * 2, ["train", *LONG, f"stop_at={now}"], tmp_path)
         for rank in ranks:
