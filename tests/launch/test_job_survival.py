@@ -19,7 +19,7 @@ from fake_cluster import AURORA, BIN, SMALL, Cluster, read
 from largebatch.train.checkpoint_export import weights
 from largebatch.train.checkpoint_files import listed, read_state
 
-STEPS = 600
+STEPS = 400
 TRAIN = [*SMALL, "optim=lamb", "batch.size=24", f"budget.samples={24 * STEPS}",
          "checkpoint.every_samples=960"]  # fmt: skip
 
@@ -52,7 +52,7 @@ def wait_for_steps(record: Path, steps: int) -> None:
 
 def test_three_nodes_that_die_in_one_job_cost_no_sample(cluster: Cluster, tmp_path: Path) -> None:
     drawn = random.Random(14)
-    steps = sorted(drawn.sample(range(20, STEPS - 200), 3))
+    steps = sorted(drawn.sample(range(20, STEPS - 100), 3))
     kills = tmp_path / "kills"
     kills.write_text("".join(f"{step} {drawn.randrange(2)}\n" for step in steps))
     kills.with_suffix(".dead").touch()
