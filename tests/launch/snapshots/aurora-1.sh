@@ -114,9 +114,9 @@ launch=(
   --cpu-bind list:4-7:8-11:12-15:16-19:20-23:24-27:56-59:60-63:64-67:68-71:72-75:76-79
 )
 
-# PBS sends TERM before it kills. It is handed on, the run saves and leaves, and what
-# follows here is done still; a foreground command would leave no time for it. Ctrl-C
-# reaches the command without this.
+# A batch system sends TERM before it kills. It is handed on, the run saves and leaves,
+# and what follows here is done; behind a foreground command the shell would die of it.
+# Ctrl-C reaches the command without this.
 LARGEBATCH_RANKS=12 "${launch[@]}" "${command[@]}" &
 running=$!
 trap 'told=1; kill -TERM "$running" 2>/dev/null' TERM

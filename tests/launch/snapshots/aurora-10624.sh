@@ -142,9 +142,9 @@ LARGEBATCH_RANKS=127488 "${launch[@]}" \
   python -m largebatch doctor --preflight fast \
   --timeout 1335 || exit
 
-# PBS sends TERM before it kills. It is handed on, the run saves and leaves, and what
-# follows here is done still; a foreground command would leave no time for it. Ctrl-C
-# reaches the command without this.
+# A batch system sends TERM before it kills. It is handed on, the run saves and leaves,
+# and what follows here is done; behind a foreground command the shell would die of it.
+# Ctrl-C reaches the command without this.
 LARGEBATCH_RANKS=127488 "${launch[@]}" "${logged[@]}" "${command[@]}" &
 running=$!
 trap 'told=1; kill -TERM "$running" 2>/dev/null' TERM

@@ -96,8 +96,8 @@ fi
 # Each is asked by itself, as one dead node would end an mpiexec over all of them;
 # 300 good ones go on.
 python -m largebatch doctor --probe 'mpiexec -n 1 --ppn 1 --hostfile {hostfile}' --hostfile "$hostfile" \
-  --nodes 300 --hostfile-out "$hostfile.good" --spares-out "$hostfile.spares" \
-  --bad "$folder/bad_nodes" || exit 1
+  --spares-out "$hostfile.spares" --bad "$folder/bad_nodes" \
+  --nodes 300 --hostfile-out "$hostfile.good" || exit 1
 spares="$hostfile.spares"
 hostfile="$hostfile.good"
 export LARGEBATCH_HOSTFILE="$hostfile"
@@ -194,9 +194,9 @@ watch=(
   --
 )
 
-# PBS sends TERM before it kills. It is handed on, the run saves and leaves, and what
-# follows here is done still; a foreground command would leave no time for it. Ctrl-C
-# reaches the command without this.
+# A batch system sends TERM before it kills. It is handed on, the run saves and leaves,
+# and what follows here is done; behind a foreground command the shell would die of it.
+# Ctrl-C reaches the command without this.
 LARGEBATCH_RANKS=1800 "${watch[@]}" "${launch[@]}" "${logged[@]}" "${command[@]}" &
 running=$!
 trap 'told=1; kill -TERM "$running" 2>/dev/null' TERM

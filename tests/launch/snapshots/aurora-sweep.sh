@@ -106,9 +106,9 @@ command=(
   'hydra.launcher.overrides=['"'"'cluster.launcher_options=[--no-vni]'"'"','"'"'cluster.settings.oneccl.export.CCL_OP_SYNC=0'"'"']'
 )
 
-# PBS sends TERM before it kills. It is handed on, the run saves and leaves, and what
-# follows here is done still; a foreground command would leave no time for it. Ctrl-C
-# reaches the command without this.
+# A batch system sends TERM before it kills. It is handed on, the run saves and leaves,
+# and what follows here is done; behind a foreground command the shell would die of it.
+# Ctrl-C reaches the command without this.
 "${command[@]}" &
 running=$!
 trap 'told=1; kill -TERM "$running" 2>/dev/null' TERM

@@ -37,8 +37,7 @@ fi
 # Asked before they are used: one dead node would end an mpiexec over all of them;
 # 4 good ones go on.
 python -m largebatch doctor --probe 'srun --nodes=1 --ntasks=1 --nodelist={node}' --hostfile "$hostfile" \
-  --nodes 4 --hostfile-out "$hostfile.good" \
-  --bad "$folder/bad_nodes" || exit 1
+  --nodes 4 --hostfile-out "$hostfile.good" || exit 1
 hostfile="$hostfile.good"
 export LARGEBATCH_HOSTFILE="$hostfile"
 
@@ -83,12 +82,12 @@ logged=(bash -c '
   mkdir -p "$logs" && exec "$@" > "$logs/rank$rank.log" 2>&1
 ' "$folder/logs.$job_id")
 
-# PBS sends TERM before it kills. It is handed on, the run saves and leaves, and what
-# follows here is done still; a foreground command would leave no time for it. Ctrl-C
-# reaches the command without this.
+# A batch system sends TERM before it kills. It is handed on, the run saves and leaves,
+# and what follows here is done; behind a foreground command the shell would die of it.
+# Ctrl-C reaches the command without this.
 LARGEBATCH_RANKS=16 "${launch[@]}" "${logged[@]}" "${command[@]}" &
 running=$!
-trap 'told=1; kill -TERM "$running" 2>/dev/null' TERM
+trap 'told=1; kill -USR2 "$running" 2>/dev/null' TERM
 trap 'told=1' INT
 until told=0; wait "$running"; code=$?; [ "$told" = 0 ]; do :; done
 [ "$code" = 0 ] || echo "largebatch: see also $folder/logs.$job_id" >&2
