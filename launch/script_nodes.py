@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from largebatch.launch.preflight_probe import TEMPLATE
+
 if TYPE_CHECKING:
     from largebatch.launch.script import Job
 
@@ -27,9 +29,9 @@ def nodes_lines(job: "Job") -> Lines:
     yield "  exit 1"
     yield "fi"
     if cluster.spares:
-        yield "# Each is asked by itself, as one dead node would end an mpiexec over all of them;"
+        yield "# Asked before they are used: one dead node would end an mpiexec over all of them;"
         yield f"# {cluster.nodes} good ones go on."
-        alone = "mpiexec -n 1 --ppn 1 --hostfile {hostfile}"
+        alone = TEMPLATE
         if cluster.scheduler == "slurm":
             alone = "srun --nodes=1 --ntasks=1 --nodelist={node}"
         yield f"{job.python} -m largebatch doctor --probe '{alone}' --hostfile \"$hostfile\" \\"

@@ -93,9 +93,9 @@ if [ "$found" -lt 304 ]; then
   echo "largebatch: 304 nodes were asked for, and $found are here" >&2
   exit 1
 fi
-# Each is asked by itself, as one dead node would end an mpiexec over all of them;
+# Asked before they are used: one dead node would end an mpiexec over all of them;
 # 300 good ones go on.
-python -m largebatch doctor --probe 'mpiexec -n 1 --ppn 1 --hostfile {hostfile}' --hostfile "$hostfile" \
+python -m largebatch doctor --probe 'mpiexec --no-vni --envall -n {nodes} --ppn 1 --hostfile {hostfile}' --hostfile "$hostfile" \
   --spares-out "$hostfile.spares" --bad "$folder/bad_nodes" \
   --nodes 300 --hostfile-out "$hostfile.good" || exit 1
 spares="$hostfile.spares"
@@ -182,7 +182,8 @@ logged=(bash -c '
 ' "$folder/logs.$job_id")
 # Every collective by value, on all ranks, before any compute is spent.
 LARGEBATCH_RANKS=1800 "${launch[@]}" \
-  python -m largebatch doctor --preflight full || exit
+  python -m largebatch doctor --preflight full \
+  --timeout 198 || exit
 # Ends the job after so many seconds without a step: a hang ends nothing by itself.
 # What stood still or failed is started again from its last checkpoint, without the
 # nodes that failed; the next jobs of a chain use those last.
