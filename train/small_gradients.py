@@ -223,8 +223,9 @@ def weighted_squares(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Se
         pairs = zip(tensors, weights, strict=True)
         return [_weighted_square(_flat(tensor), _flat(weight)) for tensor, weight in pairs]
     wider = [wide(tensor) for tensor in tensors]
-    pairs = zip(wider, torch._foreach_mul(wider, list(weights)), strict=True)
-    return [torch.dot(tensor.reshape(-1), product.reshape(-1)) for tensor, product in pairs]
+    products = torch._foreach_mul(wider, list(weights))
+    torch._foreach_mul_(products, wider)
+    return [product.sum() for product in products]  # XPU takes a dot to the host
 
 
 def _square(flat: Tensor) -> Tensor:
