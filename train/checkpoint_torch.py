@@ -175,6 +175,7 @@ class SharingPlanner(DefaultSavePlanner):
         stride = -(-ranks.size // REPLICA_WRITERS)
         self._writes_replicas = ranks.rank % stride == 0
         self._staged: dict[Any, Tensor | io.BytesIO] = {}
+        self._arrived: torch.Event | None = None
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
@@ -186,14 +187,29 @@ class SharingPlanner(DefaultSavePlanner):
         return self.state_dict[item.index.fqn]
 
     def stage(self, plan: SavePlan) -> None:
-        """Copy to host memory what `plan` has this rank write."""
+        """Copy to host memory what `plan` has this rank write.
+
+        From a device copies set off for pinned memory, in the order of the device's work: what
+        comes after may change the tensors, and only who writes waits for them.
+        """
+        device = None
         for item in plan.items:
             data = super().resolve_data(item)
-            if isinstance(data, Tensor):
-                data = data.detach().to("cpu", copy=True)
+            if isinstance(data, Tensor) and data.device.type == "cpu":
+                data = data.detach().clone()
+            elif isinstance(data, Tensor):
+                device, data = data.device, data.detach()
+                pinned = torch.empty_like(data, device="cpu", pin_memory=True)
+                data = pinned.copy_(data, non_blocking=True)
             self._staged[item.index] = data
+        if device is not None:
+            self._arrived = torch.Event(device)
+            self._arrived.record()
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+            self._arrived = None
         staged = self._staged.pop(write_item.index, None)
         return super().resolve_data(write_item) if staged is None else staged
 
