@@ -1,19 +1,25 @@
 """What a rank has in hand in a step of Shampoo or SOAP: gradients, blocks, directions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import islice
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from largebatch.optim.chunks import Group
+from largebatch.optim.decompositions import Decomposition, Outcome, decompose
 from largebatch.optim.owned_state import BlockState
 from largebatch.optim.roots import Failures
-from largebatch.optim.step_stats import Stats
+from largebatch.optim.step_stats import Stats, Worked
 from largebatch.optim.teams import Layer, Team
 from largebatch.optim.tensors import write
 
 Result = TypeVar("Result")
+
+Work = Generator[list[Decomposition[Any]], list[Outcome[Any]], Worked]
+"""What is done to a block in a step: once at most it hands out what it wants decomposed, with that
+of all other blocks, and goes on with the outcomes."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,25 @@ class BlockAtWork:
             phase = 1 << (age.bit_length() - 1) if age > 0 else 0  # begins and lasts so
             return age > 0 and age == phase + slot * phase // interval
         return self.step > first - interval and (self.step - 1 - slot) % interval == 0
+
+
+def all_worked(works: Sequence[Work]) -> list[Worked]:
+    """Have all blocks worked on, and decompose at once what they ask for."""
+    worked: dict[int, Worked] = {}
+
+    def go_on(number: int, outcomes: list[Outcome[Any]] | None) -> list[Decomposition[Any]]:
+        try:
+            return works[number].send(outcomes)  # type: ignore[arg-type]  # None: begin
+        except StopIteration as end:
+            worked[number] = end.value
+            return []
+
+    asked = {number: go_on(number, None) for number in range(len(works))}
+    outcomes = iter(decompose([each for some in asked.values() for each in some]))
+    for number, some in asked.items():
+        if some:
+            go_on(number, [*islice(outcomes, len(some))])
+    return [worked[number] for number in range(len(works))]
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ class CurvatureState(MaskedOptimizer):
                 if (team.size > 1 or layer.weight.grad is not None) and "factor_in" not in state:
                     self.state[layer.weight].update(self._new_factor_state(team, layer))
                     self._make_state(layer.weight)  # whole, for it may be saved without a gradient
-        for _, param in self._moved():
+        moved = [param for _, param in self._moved()]
+        self._turns.counts.read((p, self.state[p]) for p in moved if p in self.state)
+        for param in moved:
             state = self._make_state(param)
             self._turns.counts.of(param, state)  # before it is advanced
             write([state["step"]], [state["step"] + 1], skip)
@@ -81,6 +83,7 @@ class CurvatureState(MaskedOptimizer):
                 state[key] = torch.zeros_like(param, dtype=compute_dtype(param))
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=local(param).device)
+            self._turns.counts.begin(param)
         if DROPPED not in state:
             state[DROPPED] = torch.zeros_like(state["step"])
         if param in self._elsewhere and ELSEWHERE not in state:

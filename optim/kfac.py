@@ -21,7 +21,6 @@ which costs further passes; no block-tridiagonal form.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -33,6 +32,7 @@ from largebatch.optim.chunks import compute_dtype
 from largebatch.optim.curvature_layers import Layer
 from largebatch.optim.curvature_optimizer import CurvatureOptimizer
 from largebatch.optim.curvature_state import Group
+from largebatch.optim.decompositions import Decomposition, decompose
 from largebatch.optim.grafting import WITH_SQUARES, grafted_step, next_squares
 from largebatch.optim.kfac_damping import Damping
 from largebatch.optim.kfac_factors import average, new_roots, roots_of
@@ -254,14 +254,14 @@ class KFAC(CurvatureOptimizer):
         due = self._turns.due(layer for layer in self._owned() if self._has_factors(layer))
         if not due or (skip is not None and bool(skip)):
             return
-        for layer in due:
+        outcomes = decompose([self._asked_roots(layer) for layer in due])
+        for layer, outcome in zip(due, outcomes, strict=True):
             alone = self._spreads[layer.weight].group is None  # else all raise, at the next step
-            attempt = partial(self._decompose, layer)
-            found = self.failures.attempt(attempt, layer.name, raises=alone)
+            found = self.failures.attempt(outcome, layer.name, raises=alone)
             self.state[layer.weight].update(found or {})
             self._turns.had(layer)
 
-    def _decompose(self, layer: Layer) -> dict[str, Tensor]:
+    def _asked_roots(self, layer: Layer) -> Decomposition[dict[str, Tensor]]:
         state, group = self.state[layer.weight], self._group_of[layer.weight]
         value, final = group["damping"], group["final_damping"]
         if final is not None:

@@ -5,12 +5,14 @@ of a layer's groups lie one below the other: a factor is (groups · n, n), a dia
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from largebatch.optim.curvature_layers import Layer
 from largebatch.optim.curvature_records import Sums
+from largebatch.optim.decompositions import Decomposition
 from largebatch.optim.kfac_damping import Damping, Roots, decomposed
 from largebatch.optim.tensors import write
 
@@ -42,11 +44,21 @@ def state_shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:
 
 def make_factor_state(layer: Layer, form: str, device: torch.device) -> dict[str, Tensor]:
     """Averages of nothing, and the identity for a preconditioner."""
-    zeros = {
-        name: torch.zeros(shape, dtype=layer.dtype, device=device)
-        for name, shape in state_shapes(layer, form).items()
-    }
-    return zeros | new_roots(layer, form, Damping(0.0, False, 0.0), zeros)
+    made: dict[str, Tensor] = {}
+    for name, shape in state_shapes(layer, form).items():
+        made[name] = torch.zeros(shape, dtype=layer.dtype, device=device)
+        if name == "condition":
+            made[name].fill_(1)
+        elif name.startswith(("inverse_", "basis_")):
+            in_groups(layer, made[name]).add_(_identity(made[name]))
+    return made
+
+
+def _identity(like: Tensor) -> Tensor:
+    """For each group of a matrix, or of a diagonal."""
+    if like.dim() == 1:
+        return torch.ones_like(like[:1])
+    return torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
 
 
 def average(
@@ -88,18 +100,23 @@ def averages(layer: Layer, state: State) -> tuple[Tensor, Tensor]:
     return factor_in, factor_out
 
 
-def new_roots(layer: Layer, form: str, damping: Damping, state: State) -> dict[str, Tensor]:
-    """What the averages come to, as it is kept.
+def new_roots(
+    layer: Layer, form: str, damping: Damping, state: State
+) -> Decomposition[dict[str, Tensor]]:
+    """What the averages come to, as it is kept; it raises what `decomposed` does."""
+    diagonal, value = (layer.diagonal_in, layer.diagonal_out), damping.value
 
-    Raises:
-        RootError: as for `decomposed`.
-    """
-    diagonal = (layer.diagonal_in, layer.diagonal_out)
-    roots = decomposed(form, damping, *averages(layer, state), diagonal)
-    return {
-        name: value.reshape(-1) if value.dim() < 2 else value.flatten(0, 1)
-        for name, value in roots.items()
-    }
+    def compute(factor_in: Tensor, factor_out: Tensor, *values: Tensor) -> dict[str, Tensor]:
+        with_value = replace(damping, value=values[0]) if values else damping
+        roots = decomposed(form, with_value, factor_in, factor_out, diagonal)
+        return {
+            name: value.reshape(-1) if value.dim() < 2 else value.flatten(0, 1)
+            for name, value in roots.items()
+        }
+
+    values = (value,) if isinstance(value, Tensor) else ()
+    device = state["factor_in"].device
+    return Decomposition(compute, lambda: (*averages(layer, state), *values), device)
 
 
 def roots_of(layer: Layer, state: State) -> Roots:

@@ -186,13 +186,16 @@ class OwnedState(MaskedOptimizer):
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
 
+    def _states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        return ((param, self.state[param]) for param in self._params() if param in self.state)
+
     def _make_state(self, layer: Layer, group: Group) -> None:
         """Make what state is missing, as at a parameter's first gradient; on every rank alike."""
         state = self.state[layer.param]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=layer.device)
             layer.state_names = ()
-            self._counts.forget(layer.param)
+            self._counts.begin(layer.param)
             self._history[layer.param] = {n: (b, 0.0) for n, b in self._betas(group).items()}
         for key in self._scalar_keys(layer):
             if key not in state:
@@ -228,6 +231,7 @@ class OwnedState(MaskedOptimizer):
         """Before state is saved: β may have been set for the next step, and is saved with it."""
         self._teams()
         self._counts.settle()
+        self._counts.read(self._states())
         for param in self._params():
             if "step" in self.state.get(param, {}):
                 self._ages_of(self._layers[param], self._counts.of(param, self.state[param]) + 1)

@@ -18,8 +18,9 @@ hold. So:
 - matrix products are FP32 to the last digit, whatever `torch.set_float32_matmul_precision` says:
   TF32 or bf16 passes would cost the small eigenvalues all their digits.
 
-Asking whether a decomposition has succeeded waits for the device. Roots and bases are taken every
-so many steps, and nothing else here waits.
+Asking whether a decomposition has succeeded waits for the device, if the matrix lies there: see
+`largebatch.optim.decompositions`. Roots and bases are taken every so many steps, and nothing else
+here waits.
 """
 
 from collections import Counter

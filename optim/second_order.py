@@ -22,7 +22,7 @@ must be the same, as DDP leaves them, and results travel once.
 
 Promises as in `largebatch.optim.layerwise`: `p.grad` is left as it was, arithmetic and state are
 FP32 at least, a step with `found_inf` changes nothing by one bit. The device is waited for where
-roots or bases are taken, which cannot be done without.
+roots or bases are taken, which cannot be done without: see `largebatch.optim.decompositions`.
 """
 
 import math
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import uncompiled
-from largebatch.optim.block_work import Agreed, BlockAtWork, Directions, Gathered
+from largebatch.optim.block_work import Agreed, BlockAtWork, Directions, Gathered, Work, all_worked
 from largebatch.optim.chunks import Group
 from largebatch.optim.factors import factor_beta
 from largebatch.optim.failure_notice import FailureNotice, counts_of
@@ -44,7 +44,7 @@ from largebatch.optim.options import require, require_lr, require_one_of
 from largebatch.optim.owned_state import OwnedState
 from largebatch.optim.roots import REASONS, TOLERATED_FAILURES, full_precision
 from largebatch.optim.state_memory import DROPPED
-from largebatch.optim.step_stats import DROPPED_ROW, Stats, Tally, Worked
+from largebatch.optim.step_stats import DROPPED_ROW, Stats, Tally
 from largebatch.optim.teams import Layer, Team
 from largebatch.optim.tensors import gradient_of, on_device, without_too_large, write
 
@@ -105,7 +105,7 @@ class SecondOrderOptimizer(OwnedState):
 
     # What a subclass says of its formula --------------------------------------------------------
 
-    def _work_on(self, block: BlockAtWork) -> Worked:
+    def _work_on(self, block: BlockAtWork) -> Work:
         """Advance a block's state by one gradient, and return its direction.
 
         Called with `full_precision` set.
@@ -147,6 +147,7 @@ class SecondOrderOptimizer(OwnedState):
         loss = evaluate(closure)
         self._heed_failures()
         self._counts.settle()
+        self._counts.read(self._states())
         agreed = self._agree(self._teams())
         with full_precision():
             directions = [self._work(gathered, agreed) for gathered in agreed.teams]
@@ -214,6 +215,7 @@ class SecondOrderOptimizer(OwnedState):
         team = gathered.team
         tally = Tally(team.layers, team.dtype, team.exchange.device)
         blocks: list[dict[int, Tensor]] = [{} for _ in team.layers]
+        at_work: list[tuple[int, BlockAtWork]] = []
         elementwise: dict[int, Tensor] = {}
         for place, layer in enumerate(team.layers):
             if layer.param not in agreed.active:
@@ -236,9 +238,12 @@ class SecondOrderOptimizer(OwnedState):
                 work = BlockAtWork(
                     layer, k, group, grad, state, step, ages, self.failures, agreed.skip
                 )
-                worked = self._work_on(work)
-                blocks[place][k] = worked.direction.reshape(layer.blocks[k].box.size)
-                tally.add_block(place, k, grad, worked, state["condition"])
+                at_work.append((place, work))
+        found = all_worked([self._work_on(work) for _, work in at_work])
+        for (place, work), worked in zip(at_work, found, strict=True):
+            k = work.number
+            blocks[place][k] = worked.direction.reshape(work.layer.blocks[k].box.size)
+            tally.add_block(place, k, work.grad, worked, work.state["condition"])
         return Directions(team, blocks, elementwise, tally.stats())
 
     def _descend(self, ours: Directions, agreed: Agreed) -> None:

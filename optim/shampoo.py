@@ -18,20 +18,22 @@ A step's roots are of factors that contain its own gradient, as in the paper.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.block_work import BlockAtWork
+from largebatch.optim.block_work import BlockAtWork, Work
 from largebatch.optim.blocks import Block
 from largebatch.optim.chunks import Group
+from largebatch.optim.decompositions import Decomposition, Outcome
 from largebatch.optim.factors import factor_beta, in_basis, next_factor
 from largebatch.optim.grafting import GRAFTINGS, WITH_SQUARES, grafted_step, next_squares
 from largebatch.optim.layout import local
 from largebatch.optim.options import require, require_one_of
-from largebatch.optim.roots import inverse_root
+from largebatch.optim.roots import Root, inverse_root
 from largebatch.optim.second_order import SecondOrderOptimizer
 from largebatch.optim.step_stats import Worked, square
 from largebatch.optim.teams import Layer
@@ -150,14 +152,15 @@ class Shampoo(SecondOrderOptimizer):
             shapes["grad_sq"] = block.shape
         return shapes
 
-    def _work_on(self, block: BlockAtWork) -> Worked:
+    def _work_on(self, block: BlockAtWork) -> Work:
         """Advance factors, roots when they are due, m, and the grafted method, in this order."""
         group, grad, step = block.group, block.grad, block.step
         (beta1, beta2), start = group["betas"], group["start_preconditioning_step"]
         for dim in block.dims:
             block.put(f"factor_{dim}", next_factor(block, dim))
         if block.is_due(start):
-            self._take_roots(block)
+            outcomes = yield self._asked_roots(block)
+            self._take_roots(block, outcomes)
         mean = block.put("exp_avg", block.state["exp_avg"].lerp(grad, 1 - beta1))
         mean = mean / (1 - beta1 ** block.ages["exp_avg"])
         squares, grafting = None, group["grafting"]
@@ -172,15 +175,23 @@ class Shampoo(SecondOrderOptimizer):
         direction = in_basis(mean, roots)  # which are symmetric
         return Worked(direction, square(direction if grafting == "none" else own))
 
-    def _take_roots(self, block: BlockAtWork) -> None:
-        """New roots of the factors; one that fails leaves the last good one."""
+    def _asked_roots(self, block: BlockAtWork) -> list[Decomposition[Root]]:
         group = block.group
         beta, exponent = factor_beta(group), group["exponent"] or 1 / (2 * len(block.dims))
         correction = 1.0 if beta == 1 else 1 - beta ** block.ages["factor"]
+        take = partial(inverse_root, p=1 / exponent, ridge=group["ridge"])
+
+        def corrected(dim: int) -> list[Tensor]:
+            return [block.state[f"factor_{dim}"] / correction]
+
+        device = block.grad.device
+        return [Decomposition(take, partial(corrected, dim), device) for dim in block.dims]
+
+    def _take_roots(self, block: BlockAtWork, outcomes: Sequence[Outcome[Root]]) -> None:
+        """New roots of the factors; one that fails leaves the last good one."""
         condition = block.state["condition"].clone()
-        for dim in block.dims:
-            factor = block.state[f"factor_{dim}"] / correction
-            root = block.attempt(partial(inverse_root, factor, 1 / exponent, group["ridge"]), dim)
+        for dim, outcome in zip(block.dims, outcomes, strict=True):
+            root = block.attempt(outcome, dim)
             if root is not None:
                 block.put(f"root_{dim}", root.matrix)
                 condition[dim] = root.condition

@@ -33,6 +33,7 @@ depends on rounding: trajectories of the same run diverge, as they do under anot
 summation. One step from a common state does not.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +41,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.block_work import BlockAtWork
+from largebatch.optim.block_work import BlockAtWork, Work
 from largebatch.optim.blocks import Block
 from largebatch.optim.chunks import Group
+from largebatch.optim.decompositions import Decomposition, Outcome
 from largebatch.optim.factors import in_basis, next_factor, out_of_basis
 from largebatch.optim.options import require
 from largebatch.optim.roots import Refined, eigenbasis, refined_basis
@@ -131,10 +133,19 @@ class SOAP(SecondOrderOptimizer):
             shapes |= {f"factor_{dim}": (n, n), f"basis_{dim}": (n, n)}
         return shapes | {"exp_avg": block.shape, "exp_avg_sq": block.shape}
 
-    def _work_on(self, block: BlockAtWork) -> Worked:
+    def _work_on(self, block: BlockAtWork) -> Work:
         """One step of Adam in the basis; then the factors take the gradient in, and the basis the
         factors where it is due."""
-        group, grad, step, state = block.group, block.grad, block.step, block.state
+        direction = self._direction(block)
+        for dim in block.dims:
+            block.put(f"factor_{dim}", next_factor(block, dim))
+        if block.step == 1 or block.is_due(first=1):
+            outcomes = yield self._asked_bases(block)
+            self._turn_bases(block, outcomes)
+        return Worked(direction, square(direction))
+
+    def _direction(self, block: BlockAtWork) -> Tensor:
+        group, grad, state = block.group, block.grad, block.state
         beta1, beta2 = group["betas"]
         bases = {dim: state[f"basis_{dim}"] for dim in block.dims}
         mean = block.put("exp_avg", state["exp_avg"].lerp(grad, 1 - beta1))
@@ -142,20 +153,24 @@ class SOAP(SecondOrderOptimizer):
         squares = block.put("exp_avg_sq", state["exp_avg_sq"].lerp(turned * turned, 1 - beta2))
         root = above_rounding((squares / (1 - beta2 ** block.ages["exp_avg_sq"])).sqrt_())
         mean = in_basis(mean, bases) / (1 - beta1 ** block.ages["exp_avg"])
-        direction = out_of_basis(mean.div_(root.add_(group["eps"])), bases)
-        for dim in block.dims:
-            block.put(f"factor_{dim}", next_factor(block, dim))
-        if step == 1 or block.is_due(first=1):
-            self._turn_bases(block, squares)
-        return Worked(direction, square(direction))
+        return out_of_basis(mean.div_(root.add_(group["eps"])), bases)
 
-    def _turn_bases(self, block: BlockAtWork, squares: Tensor) -> None:
+    def _asked_bases(self, block: BlockAtWork) -> list[Decomposition[Refined]]:
+        take = first_basis if block.step == 1 else refined_basis
+
+        def pair(dim: int) -> list[Tensor]:
+            return [block.state[f"factor_{dim}"], block.state[f"basis_{dim}"]]
+
+        device = block.grad.device
+        return [Decomposition(take, partial(pair, dim), device) for dim in block.dims]
+
+    def _turn_bases(self, block: BlockAtWork, outcomes: Sequence[Outcome[Refined]]) -> None:
         """New bases, and v as it belongs to them; one that fails leaves the last good one."""
         bases, condition = {}, block.state["condition"].clone()
-        for dim in block.dims:
+        squares = block.state["exp_avg_sq"]
+        for dim, outcome in zip(block.dims, outcomes, strict=True):
             factor, basis = block.state[f"factor_{dim}"], block.state[f"basis_{dim}"]
-            take = partial(first_basis if block.step == 1 else refined_basis, factor, basis)
-            found = block.attempt(take, dim)
+            found = block.attempt(outcome, dim)
             if found is not None:
                 basis = block.put(f"basis_{dim}", found.basis)
                 squares = squares.index_select(dim, found.order)

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from largebatch.optim.layout import local
+
 
 class Arriving:
     """A small tensor on its way to the host; the device is not waited for before `wait`."""
@@ -43,13 +45,27 @@ class StepCounts:
             self._advance(params)
 
     def of(self, param: Tensor, state: dict[str, Tensor]) -> int:
-        """Steps so far. Waits for the device once after a state is loaded."""
+        """Steps so far. Waits for the device where they are not known: `read` does so for all."""
         if param not in self._counts:
             self._counts[param] = int(state["step"]) if "step" in state else 0
         return self._counts[param]
 
+    def read(self, states: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> None:
+        """Read at once what is not known yet, as after a state is loaded: one wait for all."""
+        unknown = {p: local(s["step"]) for p, s in states if p not in self._counts and "step" in s}
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for param, step in unknown.items():
+            by_device.setdefault(step.device, []).append(param)
+        for params in by_device.values():
+            steps = torch.stack([unknown[param].reshape(()) for param in params]).tolist()
+            self._counts.update(zip(params, map(int, steps), strict=True))
+
+    def begin(self, param: Tensor) -> None:
+        """It has had none, and begins, perhaps anew."""
+        self._counts[param] = 0
+
     def forget(self, param: Tensor) -> None:
-        """It begins anew."""
+        """Nothing is known of it."""
         self._counts.pop(param, None)
 
     def stepped(self, params: Iterable[Tensor], skip: Tensor | None) -> None:
