@@ -6,6 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "shared"))
 
+import forked
+
 # What a launcher, a batch system, a tracker or a user has left in the shell decides nothing here.
 _LEFT_OVER = ("LARGEBATCH_", "LOCAL_", "MASTER_", "OMPI_", "PALS_", "PBS_", "PMI", "RANK", "SLURM_",
               "TORCHELASTIC_", "WANDB_", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK",
@@ -13,3 +15,5 @@ _LEFT_OVER = ("LARGEBATCH_", "LOCAL_", "MASTER_", "OMPI_", "PALS_", "PBS_", "PMI
 _KEPT = ("LARGEBATCH_TEST_SLURM",)  # which CI sets for the tests themselves
 for _name in [name for name in os.environ if name.startswith(_LEFT_OVER) and name not in _KEPT]:
     del os.environ[_name]
+
+forked.set_up()

@@ -1,61 +1,49 @@
 """Jobs done by several gloo ranks together, in processes of their own."""
 
 import logging
-import multiprocessing
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from forked import Forked, all_ended
 from torch.distributed.checkpoint.api import CheckpointException
 
 Outcome = dict[str, Any]
 
-# Ranks are forked from a process that has imported these once: importing is most of their start.
-PRELOADED = [
-    "torch._dynamo",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "torch.distributed.optim",
-    "torch.distributed.tensor.debug",
-    "torch.distributed.tensor.parallel",
-    "torch.nn.parallel",
-]
-
-
-DEATHS = (
-    torch.multiprocessing.ProcessExitedException,
-    torch.multiprocessing.ProcessRaisedException,
-)
-
 
 def launch(
-    work: Callable[[Any], Outcome], jobs: Sequence[Any], world_size: int, folder: Path
+    work: Callable[[Any], Outcome],
+    jobs: Sequence[Any],
+    world_size: int,
+    folder: Path,
+    extra: str = "",
 ) -> list[dict[str, Outcome]]:
     """What each of `world_size` ranks has found in each job, by `str(job)`.
 
     An exception in a job becomes its outcome, {"error": traceback}; the death of a rank becomes
-    that of all jobs. In a world of one no process group is made.
+    that of all jobs. In a world of one no process group is made. `extra` names modules, comma
+    between, that every rank imports and that take long.
     """
-    own = tempfile.mkdtemp(dir=folder)  # a store serves one launch
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    try:
-        torch.multiprocessing.start_processes(
-            work_as_rank,
-            args=(world_size, work, jobs, own),
-            nprocs=world_size,
-            start_method="forkserver",
-        )
-    except DEATHS as error:
-        return [{str(job): {"error": str(error)} for job in jobs}] * world_size
-    return [torch.load(Path(own) / f"rank{rank}.pt") for rank in range(world_size)]
+    own = Path(tempfile.mkdtemp(dir=folder))  # a store serves one launch
+    ranks = []
+    for rank in range(world_size):
+        with (own / f"rank{rank}.err").open("w") as said:
+            call = partial(work_as_rank, rank, world_size, work, jobs, str(own))
+            ranks.append(Forked(call, extra=extra, stderr=said))
+    failed = all_ended(ranks)
+    if failed is not None:
+        said = (own / f"rank{failed}.err").read_text()
+        error = f"rank {failed} ended with exit code {ranks[failed].returncode}: {said}"
+        return [{str(job): {"error": error} for job in jobs}] * world_size
+    return [torch.load(own / f"rank{rank}.pt") for rank in range(world_size)]
 
 
 def work_as_rank(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -27,6 +28,8 @@ def command(tmp_path: Path) -> Command:
     def run(
         *words: str, launcher: Sequence[str] = (), **environment: str
     ) -> "subprocess.CompletedProcess[str]":
+        if not launcher and not any(name.startswith("PYTHON") for name in environment):
+            return forked.run(["largebatch", *words], cwd=tmp_path, env=os.environ | environment)
         python = [] if launcher and launcher[0].endswith("torchrun") else [sys.executable]
         return subprocess.run(
             [*launcher, *python, "-m", "largebatch", *words],

@@ -1,0 +1,160 @@
+"""Commands of the project as processes of their own that start in a moment, not in seconds.
+
+Most of a command's start is the import of torch and its like. One server a session has imported
+them; each process is a fork of it, with its own arguments, environment, folder, streams and, at
+its end, an interpreter that shuts down as any other. Where imports themselves, or what Python reads
+from its environment at its start, are under test, use subprocess.
+"""
+
+import fcntl
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from socket import AF_UNIX, SOCK_STREAM, send_fds, socket
+from typing import Any
+
+SERVER = Path(__file__).parent / "forked_server.py"
+FOLDER = "FORKED_SERVERS"
+"""The variable that says where the sockets of this session's servers are."""
+
+START_SECONDS = 120
+
+_started: list[subprocess.Popen[bytes]] = []
+
+
+def set_up() -> None:
+    """Let this process and its children share servers, which end with it; none is started yet."""
+    os.environ.setdefault(FOLDER, tempfile.mkdtemp(prefix="forked-"))
+    os.environ.setdefault(FOLDER + "_OF", str(os.getpid()))
+
+
+def _address(extra: str) -> str:
+    """Where the server listens that has imported `extra` too; it is started where there is none."""
+    path = Path(os.environ[FOLDER]) / (extra or "plain")
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            with path.with_suffix(".log").open("w") as log:
+                server = subprocess.Popen(
+                    [sys.executable, str(SERVER), str(path), os.environ[FOLDER + "_OF"], extra],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                )  # fmt: skip
+            _started.append(server)
+            deadline = time.monotonic() + START_SECONDS
+            while not path.exists():
+                well = server.poll() is None and time.monotonic() < deadline
+                assert well, path.with_suffix(".log").read_text()
+                time.sleep(0.02)
+    return str(path)
+
+
+class Forked(subprocess.Popen[str]):
+    """A `subprocess.Popen` of `python -m WORDS`, or of a call, as a fork of the server."""
+
+    def __init__(
+        self,
+        words: Sequence[str] | partial[Any],
+        *,
+        extra: str = "",
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        start_new_session: bool = False,
+        **options: Any,
+    ) -> None:
+        environment = dict(os.environ if env is None else env)
+        told = [name for name in environment if name.startswith("PYTHON") and name != "PYTHONPATH"]
+        assert not any(environment[name] != os.environ.get(name) for name in told), told
+        self._extra = extra
+        self._request = {
+            "words": None if isinstance(words, partial) else list(words),
+            "call": pickle.dumps(words) if isinstance(words, partial) else None,
+            "path": list(sys.path),
+            "cwd": str(cwd or Path.cwd()),
+            "env": environment,
+            "session": start_new_session,
+        }
+        self._status: int | None = None
+        super().__init__([str(words)], text=True, **options)
+
+    def _execute_child(self, *arguments: Any) -> None:
+        """Ask the server for a child, with the ends of the pipes that are the child's."""
+        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = arguments[10:16]
+        message = pickle.dumps(self._request)
+        streams = enumerate((p2cread, c2pwrite, errwrite))
+        server = socket(AF_UNIX, SOCK_STREAM)
+        server.connect(_address(self._extra))
+        send_fds(
+            server,
+            [len(message).to_bytes(8, "little")],
+            [own if given == -1 else given for own, given in streams],
+        )
+        server.sendall(message)
+        self._connection = Connection(server.detach())
+        self.pid = int.from_bytes(self._connection.recv_bytes(), "little")
+        self._child_created = True
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        if self._connection.poll(0 if wait_flags & os.WNOHANG else None):
+            status = int.from_bytes(self._connection.recv_bytes(), "little")
+            self._connection.close()
+            return self.pid, status
+        return 0, 0
+
+    def _internal_poll(self, *_: Any, **__: Any) -> int | None:
+        if self.returncode is None and self._waitpid_lock.acquire(False):
+            try:
+                if self.returncode is None:
+                    pid, status = self._try_wait(os.WNOHANG)
+                    if pid == self.pid:
+                        self._handle_exitstatus(status)
+            finally:
+                self._waitpid_lock.release()
+        return self.returncode
+
+
+def run(
+    words: Sequence[str] | partial[Any],
+    *,
+    timeout: float = 120,
+    check: bool = False,
+    **options: Any,
+) -> "subprocess.CompletedProcess[str]":
+    """`subprocess.run`, output captured as text."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with Forked(words, **streams, **options) as process:
+        try:
+            output, said = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    assert process.returncode is not None
+    done = subprocess.CompletedProcess(process.args, process.returncode, output, said)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def all_ended(processes: Sequence[Forked]) -> int | None:
+    """Wait until all have ended well, or one has not: return its place, the others killed."""
+    running = dict(enumerate(processes))
+    while running:
+        wait([process._connection for process in running.values()])
+        for place, process in list(running.items()):
+            code = process.poll()
+            if code is not None:
+                del running[place]
+            if code:
+                for other in running.values():
+                    other.kill()
+                    other.wait()
+                return place
+    return None

@@ -1,0 +1,140 @@
+"""The server behind forked.py: `python forked_server.py SOCKET OWNER EXTRA`."""
+
+import gc
+import importlib
+import os
+import pickle
+import runpy
+import select
+import signal
+import socket
+import sys
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+# What commands and ranks import, and what torch imports late.
+PRELOADED = (
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.distributed.tensor.debug",
+    "torch.distributed.tensor.parallel",
+    "torch.nn.parallel",
+    "torch.utils.flop_counter",
+    "hydra",
+    "hydra._internal.hydra",
+    "scipy.stats",
+    "sklearn.datasets",
+    "matplotlib.figure",
+    "rich.progress",
+    "largebatch.cli",
+    "largebatch.train.command",
+    "largebatch.train.run",
+    "largebatch.train.sweep_command",
+    "largebatch.study.report",
+)
+
+Request = dict[str, Any]
+
+
+def main() -> None:
+    """Serve until the owner is gone; in a child, become what was asked for."""
+    path, owner, extra = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    importable = os.environ.get("PYTHONPATH", "").split(":")
+    base = [entry for entry in sys.path[1:] if entry not in importable]
+    for name in (*PRELOADED, *filter(None, extra.split(","))):
+        importlib.import_module(name)
+    assert threading.active_count() == 1
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads"
+    gc.collect()
+    gc.freeze()
+    request = serve(path, owner)
+    if request is not None:
+        become(request, base)
+
+
+def serve(path: Path, owner: int) -> Request | None:
+    """Fork for each request; returns it in the child, None once the owner is gone."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind(str(path.with_suffix(".new")))
+    listening.listen(128)
+    woken, waking = socket.socketpair()
+    waking.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(waking.fileno())
+    path.with_suffix(".new").rename(path)
+    children: dict[int, Connection] = {}
+    while Path(f"/proc/{owner}").exists():
+        ready, _, _ = select.select([listening, woken], [], [], 1)
+        if woken in ready:
+            woken.recv(4096)
+        while (ended := _ended()) is not None:
+            _tell(children.pop(ended[0]), ended[1])
+        if listening in ready:
+            client, _ = listening.accept()
+            header, streams, _, _ = socket.recv_fds(client, 8, 3)
+            message = client.recv(int.from_bytes(header, "little"), socket.MSG_WAITALL)
+            child = os.fork()
+            if child == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for opened in (listening, woken, waking, client, *children.values()):
+                    opened.close()
+                for number, stream in enumerate(streams):
+                    os.dup2(stream, number)
+                    os.close(stream)
+                request: Request = pickle.loads(message)
+                return request
+            for stream in streams:
+                os.close(stream)
+            children[child] = Connection(client.detach())
+            _tell(children[child], child)
+    path.unlink()
+    return None
+
+
+def _ended() -> tuple[int, int] | None:
+    try:
+        child, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return (child, status) if child else None
+
+
+def _tell(client: Connection, number: int) -> None:
+    try:
+        client.send_bytes(number.to_bytes(8, "little"))
+    except OSError:  # it has not waited for this child
+        client.close()
+
+
+def become(request: Request, base: list[str]) -> None:
+    """Run the module, or the call, as a process of its own would."""
+    if request["session"]:
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    if threads != 1:
+        importlib.import_module("torch").set_num_threads(threads)
+    if request["call"] is not None:
+        sys.path[:] = request["path"]
+        pickle.loads(request["call"])()
+        return
+    words = request["words"]
+    importable = [entry for entry in os.environ.get("PYTHONPATH", "").split(":") if entry]
+    sys.path[:] = [request["cwd"], *importable, *base]
+    sys.argv[:] = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
