@@ -5,13 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import collectives_sabotage
+import forked
 import pytest
 import torch
-import torch.multiprocessing
 
 from largebatch.benchmarks import collectives
 from largebatch.benchmarks.collectives_steps import Job, Measurement, elements, sums
@@ -84,12 +85,9 @@ def test_a_folder_with_a_measurement_is_not_written_over(
 
 def test_a_wrong_value_is_found_named_and_not_timed(tmp_path: Path) -> None:
     job = Job(["all_reduce", "broadcast"], [256, 1024], 0.1, "cpu")
-    torch.multiprocessing.start_processes(
-        collectives_sabotage.work_as_rank,
-        args=(3, free_port(), job, str(tmp_path)),
-        nprocs=3,
-        start_method="forkserver",
-    )
+    work, port = collectives_sabotage.work_as_rank, free_port()
+    ranks = [forked.Popen(partial(work, rank, 3, port, job, str(tmp_path))) for rank in range(3)]
+    assert forked.all_ended(ranks) is None
     told = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(3)]
     assert told[0] == told[1] == told[2]
     (wrong,) = [row for row in told[0] if row["wrong"]]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from torch import nn
@@ -143,7 +144,7 @@ def bench(*arguments: str, without: str | None = None) -> "subprocess.CompletedP
     """`largebatch bench`, in a Python where the module `without` is not to be found."""
     hide = f"import sys; sys.modules[{without!r}] = None\n" if without else ""
     code = f"{hide}from largebatch.cli import main\nraise SystemExit(main({['bench', *arguments]}))"
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")},
         capture_output=True,

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import forked
+
 FAKES = Path(__file__).parent / "fakes"
 BIN = Path(sys.executable).parent
 SMALL = ["task=digits", "target.loss=null", "evaluation.growth=100"]
@@ -38,7 +40,7 @@ class Cluster:
         }
 
     def submit(self, *words: str) -> Done:
-        return subprocess.run(
+        return forked.run(
             [sys.executable, "-m", "largebatch", "submit", *words],
             cwd=self.work, env=self.environment, capture_output=True, text=True, timeout=60,
         )  # fmt: skip

@@ -1,17 +1,20 @@
 """A preflight by real gloo ranks, each on a fake node of its own, one of them at fault."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 import torch.distributed as dist
 
@@ -22,7 +25,6 @@ from largebatch.launch.preflight_collectives import Collectives
 from largebatch.launch.system import Disk, System, look
 from largebatch.train.ranks import Ranks, meet, process_group
 
-PRELOADED = ["torch.distributed", "largebatch.launch.preflight_collectives"]
 NEVER = 600.0
 
 
@@ -192,30 +194,27 @@ def fly(
         sizes: of the messages, in bytes.
     """
     port = quiet_port()
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    context = multiprocessing.get_context("forkserver")
     fast = list(clocks) or [0.0] * size
     more = (port, collectives, folder, timeout_seconds, sizes, per_node)
+    started = time.monotonic()
     processes = [
-        context.Process(target=fly_rank, args=(rank, size, fast[rank], *more))
+        forked.Popen(partial(fly_rank, rank, size, fast[rank], *more))
         for rank in (range(size) if present is None else present)
     ]
-    started = time.monotonic()
-    for process in processes:
-        process.start()
     codes: list[int | None] = []
     deadline = started + 60
     for process in processes:
-        process.join(max(0.1, deadline - time.monotonic()) if process.exitcode is None else 0)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.1, deadline - time.monotonic()))
         if len(codes) == 0:
             seconds = time.monotonic() - started
             # Rank 0 is done, and the others have heard it or have been ended; a rank that
             # stands still never ends by itself.
             deadline = time.monotonic() + 2
-        codes.append(process.exitcode)
-        if process.exitcode is None:
+        codes.append(process.returncode)
+        if process.returncode is None:
             process.kill()
-            process.join()
+            process.wait()
     verdict = json.loads((folder / "verdict.json").read_text(encoding="utf-8"))
     heard = []
     for rank in range(size):

@@ -1,7 +1,6 @@
 """What stopped or slowed a run is named; a run that has no trouble is told none."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -9,9 +8,11 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forked
 import hanging_ranks
 import numpy as np
 import pytest
@@ -139,16 +140,13 @@ def test_a_rank_that_hangs_is_named_with_its_collective_node_and_counter(
 ) -> None:
     """Three real gloo ranks, one of which goes another way; its node's packets time out."""
     run, port = tmp_path / "run", free_port()
-    multiprocessing.set_forkserver_preload(["torch.distributed"])  # three ranks import it once
-    context = multiprocessing.get_context("forkserver")
-    ranks: list[Any] = []
+    ranks: list[forked.Popen] = []
     with (
         Trees(tmp_path / "tree", 4) as trees,
         recording(trees, run / "nic", [NODE, "x1", "x2", "x3"], 0.2),
     ):
         for rank in range(3):
-            ranks.append(context.Process(target=hanging_ranks.main, args=(run, rank, 3, port)))
-            ranks[-1].start()
+            ranks.append(forked.Popen(partial(hanging_ranks.main, run, rank, 3, port)))
         try:
             wait_for_step(run, LAST_STEP)
             trees.set_rate(0, "pct_sct_timeouts", 2000)
@@ -156,7 +154,7 @@ def test_a_rank_that_hangs_is_named_with_its_collective_node_and_counter(
         finally:
             for process in ranks:
                 process.kill()
-                process.join()
+                process.wait()
     capsys.readouterr()
     causes = causes_of(run, now=time.time())
     assert causes[0].nodes == (NODE,)

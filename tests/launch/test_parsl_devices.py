@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 pytest.importorskip("parsl", reason="the extra parsl is not installed")
@@ -19,7 +20,7 @@ HERE = Path(__file__).parent
 
 
 def start(at: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return forked.Popen(
         [
             sys.executable, "-m", "largebatch", "sweep", "task=digits", "hydra/launcher=parsl",
             "hydra.launcher.workers_per_node=2", "hydra.launcher.poll_seconds=0.1",

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 
 HERE = Path(__file__).parent
@@ -40,7 +41,7 @@ class PBS:
 
     def start(self, *words: str, path: str = "") -> subprocess.Popen[str]:
         path = f"{HERE / 'parsl_fakes' / 'pbs'}:{os.environ['PATH']}"
-        return subprocess.Popen(
+        return forked.Popen(
             [
                 sys.executable, "-m", "largebatch", "sweep", f"--config-dir={self.at / 'clusters'}",
                 "hydra/launcher=parsl", "hydra.launcher.shape=jobs", "hydra.launcher.cluster=here",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from largebatch.launch.sweep_record import Record
@@ -34,7 +35,7 @@ class Sweep:
     def start(self, *words: str) -> subprocess.Popen[str]:
         path = f"{HERE / 'parsl_fakes'}:{os.environ['PATH']}"
         command = f"[{sys.executable},-S,{HERE / 'parsl_trial.py'}]"
-        started = subprocess.Popen(
+        started = forked.Popen(
             [
                 sys.executable, "-m", "largebatch", "sweep", "task=digits", "hydra/launcher=parsl",
                 "hydra.launcher.shape=nodes", f"hydra.launcher.hostfile={self.at / 'hosts'}",
@@ -210,7 +211,7 @@ def test_on_aurora_a_trial_gets_the_launcher_and_the_cores_of_a_job(tmp_path: Pa
         "FAKE_PALS_RANKS": "2",
         "FAKE_PALS_RECORD": str(tmp_path / "asked.json"),
     }
-    done = subprocess.run(
+    done = forked.run(
         [
             sys.executable, "-m", "largebatch", "sweep", "task=digits", "batch.size=960",
             "budget.samples=1920", "engine.device=cpu", "hydra/launcher=parsl",

@@ -5,12 +5,12 @@ real MPI ranks, and what they train is the real thing.
 import json
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import venv
 from pathlib import Path
 
+import forked
 import pytest
 from fake_cluster import AURORA, BIN, SMALL, Cluster, read
 
@@ -120,7 +120,7 @@ def test_an_environment_is_spread_before_it_is_used(cluster: Cluster) -> None:
     prefix = cluster.home / "packed"
     venv.create(prefix, system_site_packages=True)
     pack = ["env", "pack", str(cluster.work / "env.tar.gz"), "--python", str(prefix)]
-    subprocess.run([sys.executable, "-m", "largebatch", *pack], check=True, capture_output=True)
+    forked.run([sys.executable, "-m", "largebatch", *pack], check=True, capture_output=True)
     sent = cluster.submit(
         *AURORA, "cluster.queue=debug", "cluster.environment=spread", "cluster.archive=env.tar.gz",
         "folder=jobs/spread", "--", "train", *SMALL, "batch.size=24", "budget.samples=48",

@@ -1,11 +1,12 @@
 """Data parallelism does not change the update."""
 
 import socket
+from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
 import torch
-import torch.multiprocessing
 from optimizer_ranks import train, train_as_rank
 from optimizer_rows import ROWS, Row, same_bits
 from torch import Tensor
@@ -20,9 +21,11 @@ def weights_of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str,
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(
-        train_as_rank, args=(WORLD_SIZE, port, str(folder)), nprocs=WORLD_SIZE
-    )
+    ranks = [
+        forked.Popen(partial(train_as_rank, rank, WORLD_SIZE, port, str(folder)))
+        for rank in range(WORLD_SIZE)
+    ]
+    assert forked.all_ended(ranks) is None
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD_SIZE)]
 
 

@@ -56,15 +56,18 @@ def _address(extra: str) -> str:
     return str(path)
 
 
-class Forked(subprocess.Popen[str]):
-    """A `subprocess.Popen` of `python -m WORDS`, or of a call, as a fork of the server."""
+class Popen(subprocess.Popen[Any]):
+    """A `subprocess.Popen` of this Python, or of a call, as a fork of the server.
+
+    The command is `[sys.executable, "-m", MODULE, …]`, `"-c", CODE` or a file, as for subprocess.
+    """
 
     def __init__(
         self,
-        words: Sequence[str] | partial[Any],
+        command: Sequence[str] | partial[Any],
         *,
         extra: str = "",
-        cwd: Path | None = None,
+        cwd: Path | str | None = None,
         env: Mapping[str, str] | None = None,
         start_new_session: bool = False,
         **options: Any,
@@ -72,17 +75,21 @@ class Forked(subprocess.Popen[str]):
         environment = dict(os.environ if env is None else env)
         told = [name for name in environment if name.startswith("PYTHON") and name != "PYTHONPATH"]
         assert not any(environment[name] != os.environ.get(name) for name in told), told
+        if isinstance(command, partial):
+            shown, words, call = [str(command)], None, pickle.dumps(command)
+        else:
+            shown, words, call = list(command), list(command[1:]), None
+            assert command[0] == sys.executable, command[0]
         self._extra = extra
         self._request = {
-            "words": None if isinstance(words, partial) else list(words),
-            "call": pickle.dumps(words) if isinstance(words, partial) else None,
+            "words": words,
+            "call": call,
             "path": list(sys.path),
             "cwd": str(cwd or Path.cwd()),
             "env": environment,
             "session": start_new_session,
         }
-        self._status: int | None = None
-        super().__init__([str(words)], text=True, **options)
+        super().__init__(shown, **options)
 
     def _execute_child(self, *arguments: Any) -> None:
         """Ask the server for a child, with the ends of the pipes that are the child's."""
@@ -122,28 +129,32 @@ class Forked(subprocess.Popen[str]):
 
 
 def run(
-    words: Sequence[str] | partial[Any],
+    command: Sequence[str] | partial[Any],
     *,
     timeout: float = 120,
     check: bool = False,
+    capture_output: bool = False,
+    input: str | None = None,
     **options: Any,
-) -> "subprocess.CompletedProcess[str]":
-    """`subprocess.run`, output captured as text."""
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with Forked(words, **streams, **options) as process:
+) -> "subprocess.CompletedProcess[Any]":
+    """`subprocess.run` of this Python, or of a call."""
+    if capture_output:
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if input is not None:
+        options["stdin"] = subprocess.PIPE
+    with Popen(command, **options) as process:
         try:
-            output, said = process.communicate(timeout=timeout)
+            output, said = process.communicate(input, timeout=timeout)
         except BaseException:
             process.kill()
             raise
-    assert process.returncode is not None
     done = subprocess.CompletedProcess(process.args, process.returncode, output, said)
     if check:
         done.check_returncode()
     return done
 
 
-def all_ended(processes: Sequence[Forked]) -> int | None:
+def all_ended(processes: Sequence[Popen]) -> int | None:
     """Wait until all have ended well, or one has not: return its place, the others killed."""
     running = dict(enumerate(processes))
     while running:

@@ -1,5 +1,6 @@
 """The server behind forked.py: `python forked_server.py SOCKET OWNER EXTRA`."""
 
+import builtins
 import gc
 import importlib
 import os
@@ -12,6 +13,7 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # What commands and ranks import, and what torch imports late.
@@ -132,8 +134,27 @@ def become(request: Request, base: list[str]) -> None:
     words = request["words"]
     importable = [entry for entry in os.environ.get("PYTHONPATH", "").split(":") if entry]
     sys.path[:] = [request["cwd"], *importable, *base]
-    sys.argv[:] = words
-    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    how, *words = words
+    if how == "-m":
+        sys.argv[:] = words
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    elif how == "-c":
+        sys.argv[:] = ["-c", *words[1:]]
+        exec(compile(words[0], "<string>", "exec"), _fresh_main())
+    else:
+        sys.path[0] = str(Path(how).resolve().parent)
+        sys.argv[:] = [how, *words]
+        code = compile(Path(how).read_text(), how, "exec")
+        namespace = _fresh_main()
+        namespace["__file__"] = how
+        exec(code, namespace)
+
+
+def _fresh_main() -> dict[str, Any]:
+    """The namespace of a new `__main__`."""
+    sys.modules["__main__"] = main = ModuleType("__main__")
+    main.__dict__["__builtins__"] = builtins
+    return main.__dict__
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from forked import Forked, all_ended
+from forked import Popen, all_ended
 from torch.distributed.checkpoint.api import CheckpointException
 
 Outcome = dict[str, Any]
@@ -37,7 +37,7 @@ def launch(
     for rank in range(world_size):
         with (own / f"rank{rank}.err").open("w") as said:
             call = partial(work_as_rank, rank, world_size, work, jobs, str(own))
-            ranks.append(Forked(call, extra=extra, stderr=said))
+            ranks.append(Popen(call, extra=extra, stderr=said))
     failed = all_ended(ranks)
     if failed is not None:
         said = (own / f"rank{failed}.err").read_text()

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from rich.console import Console
 
@@ -331,7 +332,7 @@ def test_the_ownership_dies_with_its_process(tmp_path: Path) -> None:
         "import sys, time; from pathlib import Path; from largebatch.study.conduct import owned\n"
         "with owned(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
     )
-    with subprocess.Popen(
+    with forked.Popen(
         [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
     ) as owner:
         assert owner.stdout is not None

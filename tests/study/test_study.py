@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 SMALL = (
@@ -18,13 +19,11 @@ SMALL = (
 
 
 def study(folder: Path, *more: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, "-m", "largebatch", *SMALL, f"hydra.sweep.dir={folder}", *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job ignores SIGINT, and so would everything that the tests start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -134,7 +133,7 @@ def test_a_study_that_cannot_be_is_refused_in_one_sentence(
 
 def test_an_ordinary_multirun_is_reported_too(tmp_path: Path) -> None:
     def largebatch(*words: str) -> str:
-        done = subprocess.run(
+        done = forked.run(
             [sys.executable, "-m", "largebatch", *words],
             capture_output=True, text=True, timeout=120, cwd=tmp_path, env=os.environ,
         )  # fmt: skip

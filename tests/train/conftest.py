@@ -28,10 +28,9 @@ def command(tmp_path: Path) -> Command:
     def run(
         *words: str, launcher: Sequence[str] = (), **environment: str
     ) -> "subprocess.CompletedProcess[str]":
-        if not launcher and not any(name.startswith("PYTHON") for name in environment):
-            return forked.run(["largebatch", *words], cwd=tmp_path, env=os.environ | environment)
         python = [] if launcher and launcher[0].endswith("torchrun") else [sys.executable]
-        return subprocess.run(
+        true = launcher or any(name.startswith("PYTHON") for name in environment)
+        return (subprocess if true else forked).run(
             [*launcher, *python, "-m", "largebatch", *words],
             cwd=tmp_path,
             env=os.environ | environment,

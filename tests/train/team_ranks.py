@@ -1,40 +1,26 @@
-"""Ranks of `largebatch train`, forked from a process that has imported torch once."""
+"""Ranks of `largebatch train`, as a launcher would start them."""
 
-import multiprocessing
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-PRELOADED = [
-    *("largebatch.train.run", "largebatch.train.command", "largebatch.train.display"),
-    # What these load costs a rank some seconds: SciPy, and what torch's optimizers import late.
-    *("largebatch.train.tasks.digits", "largebatch.train.checkpoint", "torch._dynamo"),
-]
+import forked
 
 
 def begin(
     world: Sequence[Mapping[str, str]], words: Sequence[str], folder: Path
-) -> "list[multiprocessing.process.BaseProcess]":
+) -> list[forked.Popen]:
     """Start a rank with each of these environments; what it says is in `said-RANK` in `folder`."""
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    context: Any = multiprocessing.get_context("forkserver")
     started = []
     for rank, environment in enumerate(world):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(world))}
-        process = context.Process(target=be_rank, args=(own | environment, words, str(folder)))
-        process.start()
-        started.append(process)
+        with (folder / f"said-{rank}").open("w") as said:
+            started.append(
+                forked.Popen(
+                    [sys.executable, "-m", "largebatch", *words], cwd=folder,
+                    env=os.environ | own | environment, stdout=said, stderr=subprocess.STDOUT,
+                )
+            )  # fmt: skip
     return started
-
-
-def be_rank(environment: Mapping[str, str], words: Sequence[str], folder: str) -> None:
-    os.chdir(folder)
-    os.environ.update(environment, OMP_NUM_THREADS="1")
-    said = os.open(f"said-{environment['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    from largebatch.cli import main
-
-    sys.exit(main(list(words)))

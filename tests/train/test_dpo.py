@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import dpo_tabular
+import forked
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -363,7 +364,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_reference(
     longer = (*SHORT, "budget.samples=3200")
     words = (*longer, "checkpoint.every_samples=512", "resume=auto")
     folder = tmp_path / "killed"
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "largebatch", "train", *words, f"hydra.run.dir={folder}"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,

@@ -4,12 +4,12 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from largebatch.conf.config import GuardConfig
@@ -271,7 +271,7 @@ def test_events_outlive_a_writer_that_is_killed_and_half_a_line_spoils_no_other(
     tmp_path: Path,
 ) -> None:
     command = [sys.executable, "-c", WRITES_AND_IS_KILLED, str(tmp_path)]
-    done = subprocess.run(command, env=dict(os.environ), timeout=60)
+    done = forked.run(command, env=dict(os.environ), timeout=60)
     assert done.returncode == -signal.SIGKILL
     path = tmp_path / EVENTS
     path.write_bytes(path.read_bytes()[:-10])  # as if it had been killed while it wrote

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from largebatch.launch.watch_processes import Process, running
@@ -75,7 +76,7 @@ with Heartbeat(pathlib.Path(sys.argv[1]), 1, every_seconds=0.0) as heartbeat:
 
 
 def test_a_reader_and_a_killed_writer_never_see_half_of_it(tmp_path: Path) -> None:
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-c", BEATS, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None

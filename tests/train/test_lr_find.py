@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from hydra import compose, initialize_config_module
 
@@ -201,9 +202,7 @@ for number in range(100):
 
 
 def test_rows_of_several_processes_stay_whole(tmp_path: Path) -> None:
-    writers = [
-        subprocess.Popen([sys.executable, "-c", APPEND, str(i)], cwd=tmp_path) for i in range(3)
-    ]
+    writers = [forked.Popen([sys.executable, "-c", APPEND, str(i)], cwd=tmp_path) for i in range(3)]
     try:
         (tmp_path / "go").touch()
         assert [writer.wait(timeout=60) for writer in writers] == [0, 0, 0]
@@ -419,7 +418,7 @@ def test_a_loss_that_is_not_finite_from_the_start_fails(
 
 
 def test_an_interrupted_sweep_says_nothing(read_run: ReadRun, tmp_path: Path) -> None:
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "largebatch", "train", *SWEEP, "mode.low=1e-9", "mode.high=1e-8",
          "mode.points=1e7", "hydra.run.dir=runs/one"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import forked
 import pytest
 
 from largebatch.train import owner as owner_module
@@ -41,7 +42,7 @@ sys.stdin.read()
 @contextmanager
 def another_process(folder: Path, error: str = "none") -> Iterator["subprocess.Popen[str]"]:
     code = HOLDS.format(folder=str(folder), config=CONFIG, error=error)
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PBS_JOBID": "4711.aurora"},

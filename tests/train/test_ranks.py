@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ MASTER = {"MASTER_ADDR": "node0", "MASTER_PORT": "2345"}
 
 def python(code: str, cwd: Path, *launcher: str, **environment: str) -> str:
     """What a process, or several, with these variables print."""
-    done = subprocess.run(
+    done = (subprocess if launcher else forked).run(
         [*launcher, sys.executable, "-c", code],
         capture_output=True, text=True, timeout=60, cwd=cwd, env=os.environ | environment,
     )  # fmt: skip

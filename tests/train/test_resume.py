@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 Train = Callable[..., int]
@@ -40,7 +41,7 @@ def count_lines(folder: Path) -> int:
 
 def killed_after(num_lines: int, folder: Path, *overrides: str) -> int:
     """Start the run in `folder` and kill it once it has so many lines; returns how many it has."""
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "largebatch", "train", *overrides, f"hydra.run.dir={folder}"],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
     )  # fmt: skip
@@ -180,7 +181,7 @@ def test_an_interrupted_run_saves_and_goes_on(tmp_path: Path, command: Command) 
         "evaluation.growth=2", "checkpoint.every_samples=1e6", "resume=auto",
     )  # fmt: skip
     folder = tmp_path / "run"
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "largebatch", "train", *words, f"hydra.run.dir={folder}"],
         stdout=subprocess.DEVNULL,
     )
@@ -320,7 +321,7 @@ def test_a_second_process_in_a_runs_folder_is_refused(
     train: Train, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("task=digits", "optim=sgd", "target.loss=null", "budget.samples=1e9", "resume=auto")
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "largebatch", "train", *words, f"hydra.run.dir={tmp_path / 'run'}"],
         stdout=subprocess.DEVNULL,
     )

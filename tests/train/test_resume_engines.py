@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 STEPS, BATCH_SIZE = 120, 32
@@ -48,7 +49,7 @@ MATRIX = [(DDP2, ASYNC2), (DDP, FSDP2), (ASYNC2, DDP4), (DDP4, HSDP4), (HSDP4, F
 
 
 def start(folder: Path, way: Way) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, "-m", "largebatch", "train", *RUN, *way.words, f"hydra.run.dir={folder}"],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 Train = Callable[..., int]
@@ -167,7 +168,7 @@ def test_a_non_finite_loss_ends_the_run_as_diverged(
 def test_a_signal_ends_the_run_between_two_steps(
     number: signal.Signals, read_run: ReadRun, tmp_path: Path
 ) -> None:
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "largebatch", "train", *DIGITS, "target.loss=null",
          "budget.samples=1e9", "hydra.run.dir=run"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True,
@@ -186,7 +187,7 @@ def test_a_signal_ends_the_run_between_two_steps(
 
 
 def test_a_kill_leaves_every_recorded_line_whole_and_no_summary(tmp_path: Path) -> None:
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "largebatch", "train", *DIGITS, "target.loss=null",
          "budget.samples=1e9", "hydra.run.dir=run"],
         cwd=tmp_path,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import yaml
 from hydra import compose, initialize_config_module
@@ -126,10 +127,9 @@ def start(folder: Path) -> subprocess.Popen[str]:
         "hydra.sweep.dir=s",
     )
     path = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, "-m", "largebatch", "sweep", *words], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
 

@@ -122,11 +122,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
             folder = tmp_path_factory.mktemp("team")
             running[what] = (folder, start(what, folder), time.monotonic())
         for what, (folder, ranks, begun) in list(running.items()):
-            if any(rank.is_alive() for rank in ranks) and time.monotonic() - begun < 240:
+            if any(rank.poll() is None for rank in ranks) and time.monotonic() - begun < 240:
                 continue
-            codes = [rank.exitcode for rank in ranks]
+            codes = [rank.returncode for rank in ranks]
             for rank in ranks:
                 rank.kill()
+                rank.wait()
             found[what] = codes, [(folder / f"said-{rank}").read_text() for rank in range(2)]
             del running[what]
         time.sleep(0.05)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 
@@ -433,9 +434,7 @@ def test_one_that_is_killed_half_way_leaves_no_file_of_the_final_name(
     text = tmp_path / "long.txt"
     text.write_bytes(b"a line of text\n" * 6_000_000)  # 90 MB
     words = ["tokenize", str(text), "--output", str(tmp_path / "set"), "--format", "megatron"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *words], stderr=subprocess.PIPE, text=True
-    )
+    process = forked.Popen([sys.executable, "-c", SLOW, *words], stderr=subprocess.PIPE, text=True)
     draft = tmp_path / "set.bin.part"
     try:
         while not draft.exists() or draft.stat().st_size < 10**6:
@@ -485,7 +484,7 @@ def test_memory_stays_flat_over_a_text_thirty_times_as_long(tmp_path: Path) -> N
 def test_without_the_package_a_tokenizer_json_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     script = "import sys; sys.modules['tokenizers'] = None\nfrom largebatch.cli import main\n"
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", script + "sys.exit(main(sys.argv[1:]))", "data", "tokenize",
          "a.txt", "--output", "set", "--tokenizer", "t.json"],
         cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},

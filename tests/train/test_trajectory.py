@@ -7,6 +7,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import forked
 import pytest
 from processes import is_running
 
@@ -85,7 +86,7 @@ def test_a_refused_configuration_ends_every_rank() -> None:
 
 
 def test_ranks_that_a_run_started_end_with_it(tmp_path: Path) -> None:
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "largebatch", "train", "task=digits", "engine.nproc=2",
          "target.loss=null", "budget.samples=1e9", f"hydra.run.dir={tmp_path / 'run'}"],
     )  # fmt: skip
