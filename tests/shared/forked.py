@@ -26,8 +26,6 @@ FOLDER = "FORKED_SERVERS"
 
 START_SECONDS = 120
 
-_started: list[subprocess.Popen[bytes]] = []
-
 
 def set_up() -> None:
     """Let this process and its children share servers, which end with it; none is started yet."""
@@ -47,12 +45,12 @@ def _address(extra: str) -> str:
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                     env=os.environ | {"OMP_NUM_THREADS": "1"},
                 )  # fmt: skip
-            _started.append(server)
             deadline = time.monotonic() + START_SECONDS
             while not path.exists():
                 well = server.poll() is None and time.monotonic() < deadline
                 assert well, path.with_suffix(".log").read_text()
                 time.sleep(0.02)
+            server.returncode = 0  # it ends with the session; nobody waits for it
     return str(path)
 
 
