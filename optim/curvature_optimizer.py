@@ -232,7 +232,7 @@ class CurvatureOptimizer(CurvatureState):
             ]
         self._curvature.looks = not looked
         if used:
-            self._leave_out(layer.weight for layer in used)
+            self.leave_out(layer.weight for layer in used)
             for layer in used:
                 for param in layer.params:  # as a checkpoint of before this was looked for has it
                     self.state.pop(param, None)

@@ -153,7 +153,7 @@ class CurvatureState(MaskedOptimizer):
         def put_state(_: Optimizer) -> None:  # before the user's post-hooks
             state = loaded["state"]
             found = {p: state[i] for p, i in self._numbered(loaded) if i in state}
-            self._leave_out(param for param in found if ELSEWHERE in found[param])
+            self.leave_out(param for param in found if ELSEWHERE in found[param])
             self._find()
             self._share()
             self.state.update(self._ready(found))
@@ -174,8 +174,11 @@ class CurvatureState(MaskedOptimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _leave_out(self, params: Iterable[Tensor]) -> None:
-        """Leave weights to the fallback, from the next `_find` on."""
+    def leave_out(self, params: Iterable[Tensor]) -> None:
+        """Leave weights to the fallback from the next step, or look at the state, on.
+
+        For a state that is read in place: whose entries have ELSEWHERE had no curvature.
+        """
         self._elsewhere, self._seen = self._elsewhere.union(params), []
 
     def _numbered(self, packed: StateDict) -> Iterator[tuple[Tensor, Any]]:

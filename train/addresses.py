@@ -3,9 +3,14 @@
 import ipaddress
 import random
 import socket
-from typing import Final
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from threading import Thread
+from typing import Final, TypeVar
 
 from largebatch.conf.errors import ConfigError
+
+Store = TypeVar("Store")
 
 
 def listen(addr: str, port: int, one_node: bool) -> socket.socket:
@@ -54,6 +59,53 @@ def check_is_here(addr: str) -> tuple[socket.AddressFamily, str]:
                 continue
             return family, str(address[0])
     raise ConfigError(f"the master address {addr} is not of {socket.gethostname()}: {way_out}")
+
+
+ANSWER_SECONDS: Final = 60.0
+"""Within which a store that takes a connection says something; rank 0 listens just before."""
+
+
+def answered(join: Callable[[], Store], address: tuple[str, int]) -> Store:
+    """Return what `join` connects to at an address, waiting for it as long as `join` does.
+
+    Raises:
+        ConfigError: something listens there that takes connections and never answers, in which
+            torch would wait for ever.
+    """
+    tries = [_begun(join)]
+    while not (ended := wait(tries, ANSWER_SECONDS, FIRST_COMPLETED).done):
+        if len(tries) > 1:
+            addr, port = address
+            raise ConfigError(
+                f"what listens at {addr}:{port}, where the ranks are to meet, takes connections "
+                f"and has not answered for {ANSWER_SECONDS:g} s: it is not rank 0's store; choose "
+                "another MASTER_PORT, or unset it where mpiexec starts the ranks"
+            )
+        if _is_taken(address):
+            # The first may be between two tries, which torch makes ever more rarely.
+            tries.append(_begun(join))
+    return ended.pop().result()
+
+
+def _begun(join: Callable[[], Store]) -> Future[Store]:
+    found: Future[Store] = Future()
+
+    def connect() -> None:
+        try:
+            found.set_result(join())
+        except BaseException as error:
+            found.set_exception(error)
+
+    Thread(target=connect, daemon=True).start()
+    return found
+
+
+def _is_taken(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 # Below those that systems hand out for outgoing connections (32768 and up on Linux).

@@ -27,6 +27,7 @@ from largebatch.train.checkpoint_torch import (
     PlannedWriting,
     SharingPlanner,
     ToldReader,
+    leave_out,
     make_room,
     quiet,
 )
@@ -118,11 +119,12 @@ class DistributedTensors:
 
     def load(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         fits(saved, "dcp")
-        tensors = self._tensors()
         alone = self._ranks.size == 1
         try:
             with quiet(), weights_only(checkpoint):
                 reader = ToldReader(checkpoint, self._ranks)
+                leave_out(self._model, self._optimizer, reader.read_metadata())
+                tensors = self._tensors()
                 make_room(tensors["optimizer"]["state"], reader.read_metadata())
                 state_dict_loader.load(
                     tensors, storage_reader=reader, planner=MomentsPlanner(), no_dist=alone

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -22,8 +22,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
+from torch.optim import Optimizer
 
 from largebatch.optim.bias_correction import SUFFIX
+from largebatch.optim.curvature_state import ELSEWHERE, CurvatureState
 from largebatch.optim.messages import broadcast_json
 from largebatch.optim.state_memory import DROPPED
 from largebatch.train.checkpoint_files import CheckedFile, Files, Part
@@ -34,6 +36,8 @@ T = TypeVar("T")
 
 # Torch 2.10's own, at each save. For good, as writing has a thread and filters are the process's.
 warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
+
+_ELSEWHERE: Final = ("optimizer", "state", ELSEWHERE)
 
 REPLICA_WRITERS: Final = 32
 """Ranks that share what all of them hold alike: every rank reads their files when it resumes."""
@@ -244,6 +248,16 @@ def make_room(states: dict[str, Any], saved: Metadata) -> None:
             case ("optimizer", "state", name, str(key)) if key.endswith(COUNTED):
                 if name in states:
                     states[name].setdefault(key, torch.zeros(()))
+
+
+def leave_out(model: nn.Module, optimizer: Optimizer, saved: Metadata) -> None:
+    """Tell an optimizer which weights had no curvature, which it learns in its first pass: a new
+    one would have their factors read.
+    """
+    if isinstance(optimizer, CurvatureState):
+        paths = (saved.planner_data or {}).values()
+        names = {path[2] for path in paths if path[:2] + path[3:] == _ELSEWHERE}
+        optimizer.leave_out(param for name, param in model.named_parameters() if name in names)
 
 
 class MomentsPlanner(DefaultLoadPlanner):

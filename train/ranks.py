@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Final
 from weakref import WeakValueDictionary
 
 from largebatch.conf.errors import ConfigError
-from largebatch.train.addresses import free_port, listen
+from largebatch.train.addresses import answered, free_port, listen
 from largebatch.train.launchers import (
     Ranks,
     launcher_of,
@@ -275,7 +275,10 @@ def open_store(ranks: Ranks, timeout: timedelta) -> "TCPStore":
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = ranks.is_first and not (agent and ranks.launcher == "torchrun")
     if not serves or address in _servers:
-        return TCPStore(*address, timeout=timeout, wait_for_workers=False)
+        join = partial(TCPStore, *address, timeout=timeout, wait_for_workers=False)
+        # Where MPI or rank 0 itself hands the port out, it listens long before it serves.
+        early = ranks.launcher == "nproc" or "mpi4py.MPI" in sys.modules
+        return join() if early else answered(join, address)
     listener = ranks.listener
     if listener is None or listener.fileno() < 0:
         listener = listen(*address, ranks.on_one_node)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +18,12 @@ import torch.distributed as dist
 from processes import is_running
 
 from largebatch.conf.errors import ConfigError
+from largebatch.train import addresses
 from largebatch.train.addresses import check_is_here, free_port
 from largebatch.train.command import check_single
 from largebatch.train.ranks import (
     Ranks,
+    meet,
     pick_device,
     process_group,
     ranks_from,
@@ -262,6 +265,41 @@ def test_one_rank_has_a_group_where_an_engine_asks_for_one() -> None:
         dist.all_reduce(ones)
         assert (dist.get_world_size(), dist.get_backend(), ones.tolist()) == (1, "gloo", [1, 1, 1])
     assert not dist.is_initialized()
+
+
+SILENT = """
+import sys
+from largebatch.train import addresses
+from largebatch.train.ranks import ConfigError, Ranks, meet
+addresses.ANSWER_SECONDS = 0.2
+try:
+    meet(Ranks("torchrun", 1, 2, 1, 2, "127.0.0.1", int(sys.argv[1])))
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_a_port_that_never_answers_is_another_program_s(tmp_path: Path) -> None:
+    """torch waits for an answer without end."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        command = [sys.executable, "-c", SILENT, str(port)]
+        done = forked.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert f"what listens at 127.0.0.1:{port}, where the ranks are to meet" in done.stdout
+    assert "choose another MASTER_PORT" in done.stdout
+
+
+def test_a_rank_0_that_is_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses, "ANSWER_SECONDS", 5.0)
+    port = free_port()
+    first, second = (Ranks("torchrun", rank, 2, rank, 2, "127.0.0.1", port) for rank in range(2))
+    with ThreadPoolExecutor() as pool:
+        met = pool.submit(meet, second)
+        time.sleep(0.5)
+        store = meet(first)
+        assert store is not None
+        store.set("a", "b")
+        assert met.result().get("a") == b"b"
 
 
 HANG = """

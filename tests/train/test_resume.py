@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,37 @@ def test_random_numbers_of_a_step_are_those_of_the_undisturbed_run(
     (tmp_path / "whole" / "summary.json").unlink()  # as if killed at its end
     last = sorted((tmp_path / "whole" / "checkpoints").iterdir())[-1]
     subprocess.run(["rm", "-r", str(last)], check=True)
+    before = [line["loss"] for line in read_lines(tmp_path / "whole")]
+    assert train(*words, "hydra.run.dir=whole") == 0
+    assert [line["loss"] for line in read_lines(tmp_path / "whole")] == before
+
+
+TIED_BY_HAND = """
+from torch import nn, tanh
+from torch.nn.functional import linear
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 10)
+    def forward(self, x):
+        return self.last(tanh(linear(tanh(self.first(x)), self.first.weight)))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:KFAC")
+def test_kfac_goes_on_where_a_pass_has_told_it_of_a_weight_tied_by_hand(
+    train: Train, tmp_path: Path
+) -> None:
+    """Before its first pass an optimizer would have that weight's factors read too."""
+    (tmp_path / "tied.py").write_text(TIED_BY_HAND)
+    words = (
+        "task=digits", "model=custom", "model._target_=tied.Model", "optim=kfac",
+        "target.loss=null", "batch.size=64", "evaluation.growth=100", "budget.samples=1280",
+        "checkpoint.every_samples=640", "resume=auto",
+    )  # fmt: skip
+    assert train(*words, "hydra.run.dir=whole") == 0
+    (tmp_path / "whole" / "summary.json").unlink()  # as if killed at its end
+    shutil.rmtree(sorted((tmp_path / "whole" / "checkpoints").iterdir())[-1])
     before = [line["loss"] for line in read_lines(tmp_path / "whole")]
     assert train(*words, "hydra.run.dir=whole") == 0
     assert [line["loss"] for line in read_lines(tmp_path / "whole")] == before
