@@ -47,9 +47,11 @@ def _git_commit() -> str | None:
     here = Path(__file__).resolve().parents[1]
     if not (here / ".git").exists():
         return None
+    # `describe --dirty` would lock the index, and a full disk would leave the lock there.
+    words = ("status", "--porcelain=v2", "--branch", "--untracked-files=no")
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+changes"],
+        said = subprocess.run(
+            ["git", "-C", str(here), "--no-optional-locks", *words],
             capture_output=True,
             text=True,
             check=True,
@@ -57,7 +59,12 @@ def _git_commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip()
+    lines = said.stdout.splitlines()
+    commits = [
+        line.removeprefix("# branch.oid ") for line in lines if line.startswith("# branch.oid")
+    ]
+    changes = any(not line.startswith("#") for line in lines)
+    return "".join(commits) + "+changes" * changes
 
 
 @cache

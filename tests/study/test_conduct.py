@@ -1,8 +1,11 @@
 """Conducting a study in a folder: its records are its only memory, whatever cuts it off."""
 
+import errno
+import fcntl
 import io
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -325,6 +328,17 @@ def test_of_two_studies_in_one_folder_the_second_is_refused(tmp_path: Path) -> N
             pass
     with owned(folder):
         pass
+
+
+def test_a_study_needs_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with owned(tmp_path):
+        assert "has no locks" in capsys.readouterr().err
 
 
 def test_the_ownership_dies_with_its_process(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 from largebatch.conf.errors import ConfigError
@@ -98,3 +100,38 @@ def test_a_full_disk_ends_neither_heartbeat_nor_events(
         signal.signal(signal.SIGXFSZ, handler)
     assert "a full disk" in capsys.readouterr().err
     assert not list(tmp_path.glob(".*"))  # drafts
+
+
+FULL = """
+import resource, signal, sys
+import largebatch.train.run
+from largebatch.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), most))
+sys.exit(main(["train", "task=digits", "optim=sgd", "batch.size=64", "budget.samples=1280",
+               "target.loss=null", "hydra.run.dir=run"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("most_bytes", "code", "word"),
+    [
+        (300, 2, "the run's folder cannot be written: "),
+        (5000, 1, "the record in {folder}/run could not be completed: "),
+    ],
+    ids=["from the start", "in the middle"],
+)
+def test_a_disk_that_is_full_is_told_and_costs_the_record_alone(
+    most_bytes: int, code: int, word: str, tmp_path: Path
+) -> None:
+    done = forked.run(
+        [sys.executable, "-c", FULL, str(most_bytes)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert f"largebatch: {word.format(folder=tmp_path)}[Errno 27]" in done.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert all(line.endswith("\n") for line in lines[:-1])
+    if code == 1:
+        assert "failed after 20 steps" in done.stdout  # it has trained to its end
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 20
