@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from largebatch import cli
+from largebatch.completion import SCRIPTS
 from largebatch.conf.errors import hydra_word, sentence
 
 VALUES = [
@@ -163,6 +164,23 @@ def test_the_version_is_this_project_s(
 )
 def test_what_is_missing_is_named_as_pip_calls_it(module: str, package: str) -> None:
     assert cli.missing(ModuleNotFoundError(name=module)) == package
+
+
+def test_nothing_that_is_offered_to_complete_a_word_runs(tmp_path: Path) -> None:
+    words = ["optim=lamb", "optim=$(touch$IFS'ran')", "optim=`touch ran`", "optim=la;mb", "seed="]
+    (tmp_path / "largebatch").write_text("#!/bin/sh\ncat words\n")
+    (tmp_path / "largebatch").chmod(0o755)
+    (tmp_path / "words").write_text("".join(f"{word}\n" for word in words))
+    script = f"""{SCRIPTS["bash"]}
+COMP_LINE="largebatch train optim=" COMP_POINT=23 COMP_WORDS=(./largebatch)
+_largebatch
+echo "${{COMPREPLY[*]}}"
+"""
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=20
+    )
+    assert done.stdout.splitlines() == ["lamb"], done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_shell_completes_commands_keys_and_choices(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from largebatch.conf.errors import ConfigError, RunFailed, SweepFailed
+from largebatch.records import find_fields
+from largebatch.records.names import SUMMARY, UNFINISHED
+from largebatch.records.summary import status
 from largebatch.train.resume import check_same
 
 TRACEBACK: Final = "traceback.txt"
@@ -50,6 +53,11 @@ def told(error: RunFailed) -> RunFailed:
     return error
 
 
+def _written_at(path: Path) -> int:
+    """Nanoseconds; 0 where it is not there."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 class EveryRun(Launcher):
     """A launcher after whose failures the sweep goes on, to be told when all runs have been tried.
 
@@ -64,6 +72,8 @@ class EveryRun(Launcher):
         self._before = self._multirun.read_bytes() if self._multirun.exists() else None
         self._failures: list[BaseException] = []
         self._num_runs = self._num_checked = 0
+        self._ended: dict[Path, int] = {}
+        """Summaries of runs that had ended before, and when each was written."""
 
     def setup(self, **parts: Any) -> None:
         """The launcher within has been set up."""
@@ -80,11 +90,17 @@ class EveryRun(Launcher):
                 config.hydra.job.id = config.hydra.job.num = number
             folder = self._folder / str(config.hydra.sweep.subdir)
             if folder.exists():
+                self._note_ended(folder / SUMMARY)
                 HydraConfig.instance().set_config(config)
                 with open_dict(config):
                     del config["hydra"]
                 self._check_one(folder, OmegaConf.to_yaml(config, resolve=True))
         self._num_checked += len(batch)
+
+    def _note_ended(self, path: Path) -> None:
+        summary = find_fields(path, [])
+        if summary is not None and summary.find("status", status) not in (None, *UNFINISHED):
+            self._ended[path] = _written_at(path)
 
     def _check_one(self, folder: Path, config: str) -> None:
         try:
@@ -116,3 +132,6 @@ class EveryRun(Launcher):
     ) -> None:
         if error is None and self._failures:
             raise SweepFailed(self._failures, self._num_runs)
+        passed = sum(_written_at(path) == at for path, at in self._ended.items())
+        if error is None and passed == self._num_runs > 0:
+            print(f"all {passed} runs have ended already; their records are in {self._folder}")

@@ -12,9 +12,14 @@ OVERRIDES: Final = ("train", "sweep", "plan")
 
 _BASH: Final = """_largebatch() {
     local line="${COMP_LINE:0:COMP_POINT}"
-    local word="${line##* }" choices
+    local word="${line##* }" choices choice
     choices=$(COMP_LINE="$line" "${COMP_WORDS[0]}" --complete 2>/dev/null)
-    COMPREPLY=($(compgen -W "$choices" -- "$word"))
+    COMPREPLY=()
+    # Not by `compgen -W`, which runs what names of files hold; and none that would run once taken.
+    while IFS= read -r choice; do
+        case $choice in *[\\$\\`\\;\\&\\|\\<\\>\\(\\)]*) continue ;; esac
+        [[ $choice == "$word"* ]] && COMPREPLY+=("$choice")
+    done <<< "$choices"
     # The shell takes what follows the last = or : for the word.
     local before="${word%"${word##*[=:]}"}"
     COMPREPLY=("${COMPREPLY[@]#"$before"}")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,19 @@ def test_a_run_that_is_killed_or_breaks_takes_no_other_with_it(
     assert "RuntimeError: the data is gone (see s/1/traceback.txt)" in line
     assert "in train_batch" in (tmp_path / "s" / "1" / "traceback.txt").read_text()
     assert said[-1].startswith("largebatch: of 3 run(s) 2 failed; the same command makes those")
+
+
+def test_a_sweep_that_has_nothing_left_to_do_says_so(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (*RUN, "seed=0,1", HERE_AND_NOW, "hydra.sweep.dir=s")
+    told = "all 2 runs have ended already; their records are in s\n"
+    for ended in ("", told):
+        assert run("sweep", *words) == 0
+        assert (capsys.readouterr().out == ended) is bool(ended)
+    shutil.rmtree(tmp_path / "s" / "1")
+    assert run("sweep", *words) == 0
+    assert "have ended already" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [("sweep",), ("train", "--multirun")], ids=" ".join)
