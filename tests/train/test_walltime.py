@@ -34,9 +34,9 @@ def test_all_ranks_stop_and_save_at_one_step_and_go_on_by_the_same_command(
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = team_ranks.begin([meeting] * 2, ["train", *LONG, f"stop_at={now}"], tmp_path)
         for rank in ranks:
-            rank.join()
+            rank.wait(100)
         said = (tmp_path / "said-0").read_text()
-        assert [rank.exitcode for rank in ranks] == [130, 0], said
+        assert [rank.returncode for rank in ranks] == [130, 0], said
         lines, summary = read_run(tmp_path / "run")
         assert (summary["status"], summary["data_parallel_size"]) == ("interrupted", 2)
         assert summary["reason"] == f"stop_at={clock(now)} has come"
