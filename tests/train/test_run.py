@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import forked
+import numpy as np
 import pytest
 
 Train = Callable[..., int]
@@ -184,6 +185,22 @@ def test_a_signal_ends_the_run_between_two_steps(
     lines, summary = read_run(tmp_path / "run")
     assert summary["status"] == "interrupted"
     assert lines[-1]["step"] == summary["steps"]
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    from largebatch.train.tasks.digits import Digits
+
+    images, labels = load_digits(return_X_y=True)
+    task = Digits()
+    taken = task.train_batch(np.arange(task.num_train))
+    rows = {(row.tobytes(), int(label)) for row, label in zip(images / 16, labels, strict=True)}
+    assert task.num_train == 1437
+    assert all(
+        (row.double().numpy().tobytes(), int(label)) in rows
+        for row, label in zip(*taken, strict=True)
+    )
 
 
 def test_a_kill_leaves_every_recorded_line_whole_and_no_summary(tmp_path: Path) -> None:

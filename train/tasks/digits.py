@@ -6,15 +6,27 @@ generalization in it), as in steps-to-target studies of small sets.
 
 import hashlib
 from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from largebatch.train.sampler import Indices, shuffled
 from largebatch.train.tasks import Batch
+
+
+def _read() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (1797, 64) and labels as `sklearn.datasets.load_digits` gives them, whose import takes
+    longer than a short run.
+    """
+    found = find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+    table = np.loadtxt(Path(found.origin).parent / "datasets/data/digits.csv.gz", delimiter=",")
+    return np.ascontiguousarray(table[:, :-1]), table[:, -1].astype(np.int64)
 
 
 class Digits:
@@ -23,7 +35,7 @@ class Digits:
     replacement = False
 
     def __init__(self) -> None:
-        images, labels = load_digits(return_X_y=True)
+        images, labels = _read()
         rows = shuffled(len(labels), 0, 0)[: len(labels) * 4 // 5]
         self._hash = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
         self._images = torch.from_numpy(images[rows].astype(np.float32) / 16.0)  # (rows, 64)
