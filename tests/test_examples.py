@@ -11,6 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,8 +52,12 @@ def printed(name: str, which: int = 0) -> Printed:
         "PET_STANDALONE": "1",  # torchrun takes a free port
         "HF_HUB_OFFLINE": "1",
     }
-    done = subprocess.run(
-        shlex.split(commands(ROOT / "examples" / name)[which]),
+    words = shlex.split(commands(ROOT / "examples" / name)[which])
+    begins = subprocess.run
+    if words[0] == "python":
+        words, begins = [sys.executable, *words[1:]], forked.run
+    done = begins(
+        words,
         cwd=ROOT,
         env=environment,
         capture_output=True,
