@@ -21,7 +21,7 @@ from largebatch.train.ranks import Ranks
 from largebatch.train.run import run
 from largebatch.train.team import Team
 
-STEPS, BATCH_SIZE = 50, 64
+STEPS, BATCH_SIZE = 20, 64
 # Rates at which the losses fall without a jump, and a ridge that keeps roots of nearly singular
 # statistics from blowing rounding up: differences then stay what rounding makes them.
 OPTIMIZERS = {
