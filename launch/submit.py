@@ -11,7 +11,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -245,7 +245,8 @@ def _handed_on(overrides: Sequence[str], words: Sequence[str]) -> tuple[list[str
     left = []
     for word in words:
         if word.lstrip("+").startswith(f"{key}="):
-            handed += map(str, OverridesParser.create().parse_override(word).value())
+            given: Any = OverridesParser.create().parse_override(word).value()
+            handed += map(str, given)
         else:
             left.append(word)
     return left, [f"{key}=[{','.join(map(hydra_word, handed))}]"]

@@ -171,7 +171,8 @@ def recorded(names: Any) -> list[list[dict[str, Any]]]:
         AttributeError: it has none.
         Exception: whatever a recorder raises, where none can be read.
     """
-    found, error = [], AttributeError(f"none of {', '.join(_RECORDERS)}")
+    found: list[list[dict[str, Any]]] = []
+    error: Exception = AttributeError(f"none of {', '.join(_RECORDERS)}")
     for name in _RECORDERS:
         if (dump := getattr(names, name, None)) is None:
             continue
