@@ -3,6 +3,7 @@ behind the fake PBS and PALS, nodes killed, the batch system's TERM in the middl
 """
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -11,10 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from fake_cluster import AURORA, SMALL, Cluster, read
 
+from largebatch.train.addresses import free_port
 from largebatch.train.checkpoint_export import weights
 from largebatch.train.checkpoint_files import listed, read_state
 
@@ -76,9 +79,17 @@ def test_three_nodes_that_die_in_one_job_cost_no_sample(cluster: Cluster, tmp_pa
     assert set(left) == set(nodes) - set(dead)
 
     whole = tmp_path / "whole"
-    ranks = Path(__file__).with_name("forked_ranks.py")
-    undisturbed = [sys.executable, str(ranks), "2", "train", *TRAIN, f"hydra.run.dir={whole}"]
-    subprocess.run(undisturbed, check=True, capture_output=True, timeout=120)
+    undisturbed = [sys.executable, "-m", "largebatch", "train", *TRAIN, f"hydra.run.dir={whole}"]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        forked.Popen(
+            undisturbed,
+            env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in "01"
+    ]
+    assert forked.all_ended(ranks) is None
     record = folder / "run"
     assert (read(record)["status"], read(record)["samples"]) == ("exhausted", 24 * STEPS)
     assert steps_of(record) == steps_of(whole)
