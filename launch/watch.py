@@ -173,17 +173,19 @@ def supervise(run: Path, command: list[str], options: argparse.Namespace) -> int
         if stay:
             _say(f"processes {stay} cannot be killed: they wait for a device; restart elsewhere")
             return code
-        if code in FINAL_CODES or job.signal is not None or _has_ended(run) or not left:
+        if code in FINAL_CODES or job.signal is not None or _has_ended(run):
             return code
         if _interruption(run) not in (None, before):  # by its job's end, or stop_at
+            return code
+        if nodes is not None:  # also for the jobs that follow
+            ranks, size = held_up(run) if code == STOOD_STILL else ([], 0)
+            for told in nodes.take_out(faults, ranks, size):
+                _say(told)
+        if not left:
             return code
         if end is not None and end - time.time() < LEAST_SECONDS:
             _say(f"no restart within {LEAST_SECONDS:g} s of the job's end")
             return code
-        if nodes is not None:
-            ranks, size = held_up(run) if code == STOOD_STILL else ([], 0)
-            for told in nodes.take_out(faults, ranks, size):
-                _say(told)
         _say(f"starting again after exit code {code}; {left - 1} restarts left")
     raise AssertionError("the last round returns")
 

@@ -202,6 +202,26 @@ def test_restarts_are_for_hangs_and_failures(
     assert int((run / "starts").read_text()) == num_starts
 
 
+def test_nodes_that_the_launcher_names_are_replaced_and_the_last_is_remembered(
+    tmp_path: Path,
+) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("n1\nn2\n")
+    (tmp_path / "spares").write_text("n3\n")
+    fails = f'echo "ping failed on n1: No reply from $(tail -n 1 {hosts}) after 9s" >&2; exit 9'
+    words = ["--restarts", "1", "--hostfile", str(hosts), "--spares", str(tmp_path / "spares")]
+    done = watched(
+        str(tmp_path), *words, "--bad", str(tmp_path / "bad"), command=["sh", "-c", fails]
+    )
+    assert done.returncode == 9
+    assert "ping failed on n1: No reply from n2 after 9s\n" in done.stderr  # is passed on
+    assert "n3 takes the place of n2 (ping failed on" in done.stderr
+    assert "no spare is left for n3" in done.stderr
+    assert hosts.read_text() == "n1\nn3\n"
+    bad = (tmp_path / "bad").read_text().splitlines()
+    assert [line.split()[0] for line in bad] == ["n2", "n3"]
+
+
 SLOW = """
 import pathlib, sys, time
 from largebatch.train.heartbeat import Heartbeat
