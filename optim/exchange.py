@@ -2,74 +2,43 @@
 
 Second-order optimizers work on whole blocks of a gradient, while a rank may hold a few rows of it.
 A block has one owner: the gradient's parts travel to it, and what the owner makes of the block
-travels back to all that hold a part of the parameter. One collective each way for a process group,
-whatever the number of tensors: `all_to_all_single` with split sizes, which gloo, nccl and xccl
-have.
+travels back to all that hold a part of the parameter. Both in rounds of bounded size
+(`exchange_rounds`): what a rank has in hand does not grow with the number of ranks.
+
+A round has at most two hops. Within one copy of the tensor, the owner's, parts travel by
+`all_to_all_single`. From there to the other copies likewise, as long as owners do not repeat
+themselves too much; else as a sum of bit patterns, to which all but one rank add zeros. A sum over
+tens of thousands of ranks is what every library is fast at, it asks for no equal shares, and as
+whole numbers it keeps each bit, those of -0.0 and NaN too.
 
 What travels, and how much, depends on the parameters alone, not on which of them have a gradient in
 a step or on a rank: ranks that disagree about that still issue the same collectives. A vector to be
-added up over all ranks travels along, and by it they come to agree.
+added up over all ranks goes ahead in an all-reduce, and by it they come to agree.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from largebatch.optim.spread import Box, Spread, whole_box
+from largebatch.optim.exchange_rounds import Parcel, Piece, Round, To, limit_of, rounds_of
+from largebatch.optim.spread import Box, Line
 
+Arrived = tuple[Piece, Tensor]
 
-@dataclass(frozen=True)
-class Parcel:
-    """A tensor, how it is spread, and who works on which block of it."""
-
-    spread: Spread
-    blocks: tuple[Box, ...]
-    """Disjoint; together they are the tensor."""
-    owners: tuple[int, ...]
-    """The owner of each block, by its rank in the group."""
-
-
-def whole(spread: Spread, owner: int) -> Parcel:
-    """A tensor that is worked on in one."""
-    return Parcel(spread, (whole_box(spread.shape),), (owner,))
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What of one block one member holds."""
-
-    parcel: int
-    block: int
-    box: Box
-
-
-@dataclass
-class Way:
-    """What this rank sends to and receives from every member, itself included, in one direction."""
-
-    sends: list[list[Piece]]
-    receives: list[list[Piece]]
-    travels: bool
-    """Whether any member sends anything to another; the same on every rank."""
-
-    @cached_property
-    def sends_sizes(self) -> list[int]:
-        return [sum(piece.box.numel for piece in pieces) for pieces in self.sends]
-
-    @cached_property
-    def receives_sizes(self) -> list[int]:
-        return [sum(piece.box.numel for piece in pieces) for pieces in self.receives]
+FEW: Final = 64
+"""Ranks that send to each of the others; among more, that many messages take too long."""
 
 
 class Exchange:
     """The way of some tensors, all spread over one process group, to their owners and back.
 
     Args:
-        dtype: what travels, and what comes out; wide enough for all of the tensors.
+        dtype: what travels, and what comes out, FP32 or FP64; wide enough for all of the tensors.
         device: where the group's collectives take and leave tensors.
 
     Raises:
@@ -88,35 +57,9 @@ class Exchange:
         if len(groups) > 1:
             raise ValueError("an exchange is over one process group, got tensors of several")
         self.group = next(iter(groups.values()), None)
-        self.size = 1 if self.group is None else self.group.size()
         self.me = 0 if self.group is None else self.group.rank()
-        self._gather, self._scatter = self._ways()
-
-    def _ways(self) -> tuple[Way, Way]:
-        empty: list[list[list[Piece]]] = [[[] for _ in range(self.size)] for _ in range(4)]
-        to_owner, from_holder, to_holder, from_owner = empty
-        for index, parcel in enumerate(self.parcels):
-            boxes, copies = parcel.spread.boxes, parcel.spread.copies
-            for number, (block, owner) in enumerate(zip(parcel.blocks, parcel.owners, strict=True)):
-                mine = block.overlap(boxes[self.me])
-                if mine is not None:
-                    piece = Piece(index, number, mine)
-                    from_owner[owner].append(piece)
-                    # From the copy that the owner has a part of, which may be all of it.
-                    if copies[owner] == copies[self.me]:
-                        to_owner[owner].append(piece)
-                if owner != self.me:
-                    continue
-                for member, box in enumerate(boxes):
-                    theirs = block.overlap(box)
-                    if theirs is not None:
-                        piece = Piece(index, number, theirs)
-                        to_holder[member].append(piece)
-                        if copies[owner] == copies[member]:
-                            from_holder[member].append(piece)
-        sharded = any(parcel.spread.is_sharded for parcel in self.parcels)
-        several = self.size > 1 and len(self.parcels) > 0
-        return Way(to_owner, from_holder, sharded), Way(to_holder, from_owner, several)
+        self.limit = limit_of(self.parcels)
+        self.rounds = rounds_of(self.parcels, self.me, self.limit)
 
     def to_owners(
         self, parts: Sequence[Tensor | None], sums: Tensor | None = None
@@ -133,22 +76,31 @@ class Exchange:
             For each tensor its blocks by their index, not to be written to; and the sums, of which
             every rank has the same bits.
         """
+        totals = self._add_up(sums)
 
         def part_of(piece: Piece) -> Tensor | None:
             part, spread = parts[piece.parcel], self.parcels[piece.parcel].spread
             return None if part is None else piece.box.of(part, spread.boxes[self.me])
 
         found: list[dict[int, Tensor]] = [{} for _ in self.parcels]
-        arrived, totals = self._carry(self._gather, part_of, sums)
-        for piece, tensor in arrived:
-            block = self.parcels[piece.parcel].blocks[piece.block]
-            self._put(found[piece.parcel], piece.block, block, piece.box, tensor)
+        for one in self.rounds:
+            for piece, part in self._swap(one.within, one.to_owner, one.from_holder, part_of):
+                block, blocks = self.parcels[piece.parcel].blocks[piece.block], found[piece.parcel]
+                if piece.box == block:
+                    blocks[piece.block] = part
+                    continue
+                if piece.block not in blocks:
+                    blocks[piece.block] = self._zeros(block)
+                piece.box.of(blocks[piece.block], block).copy_(part)
         return found, totals
 
     def to_holders(
         self, blocks: Sequence[Mapping[int, Tensor]], sums: Tensor | None = None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """This rank's local part of every tensor, from the blocks of all owners.
+    ) -> tuple[Iterator[Arrived], Tensor | None]:
+        """The pieces of this rank's local part of every tensor, from the blocks of all owners.
+
+        They arrive one after another, those of a tensor together, and only while they are taken:
+        every rank has to take all of them, before it begins another collective of the group.
 
         Args:
             blocks: for each tensor the blocks that this rank owns, by index, shaped like them;
@@ -156,75 +108,140 @@ class Exchange:
             sums: as for `to_owners`.
 
         Returns:
-            The parts, not to be written to, and the sums.
+            The pieces, not to be written to nor kept, and the sums.
         """
+        return self._pieces(blocks), self._add_up(sums)
 
+    def joined(self, pieces: Iterable[Arrived]) -> Iterator[tuple[int, Tensor]]:
+        """This rank's part of each tensor, by its index, from the pieces of `to_holders`."""
+        boxes = [parcel.spread.boxes[self.me] for parcel in self.parcels]
+        part, missing = torch.empty(0), 0
+        for piece, tensor in pieces:
+            held = boxes[piece.parcel]
+            if piece.box == held:
+                yield piece.parcel, tensor
+                continue
+            if missing == 0:
+                part, missing = self._zeros(held), held.numel
+            piece.box.of(part, held).copy_(tensor)
+            missing -= piece.box.numel
+            if missing == 0:  # before the next arrives: this one is not to be kept
+                yield piece.parcel, part
+        for index, held in enumerate(boxes):
+            if held.numel == 0:
+                yield index, self._zeros(held)
+
+    def _pieces(self, blocks: Sequence[Mapping[int, Tensor]]) -> Iterator[Arrived]:
         def part_of(piece: Piece) -> Tensor | None:
             block, parcel = blocks[piece.parcel].get(piece.block), self.parcels[piece.parcel]
             return None if block is None else piece.box.of(block, parcel.blocks[piece.block])
 
-        held = [parcel.spread.boxes[self.me] for parcel in self.parcels]
-        found: list[dict[int, Tensor]] = [{} for _ in self.parcels]
-        arrived, totals = self._carry(self._scatter, part_of, sums)
-        for piece, tensor in arrived:
-            self._put(found[piece.parcel], 0, held[piece.parcel], piece.box, tensor)
-        parts = [
-            one[0] if one else torch.zeros(box.size, dtype=self.dtype, device=self.device)
-            for box, one in zip(held, found, strict=True)
-        ]
-        return parts, totals
+        needs = [sum(piece.box.numel for _, piece in one.shared) for one in self.rounds]
+        room = torch.empty(max(needs, default=0), dtype=self.dtype, device=self.device)
+        for one, need in zip(self.rounds, needs, strict=True):
+            near = self._swap(one.within, one.to_holder, one.from_owner, part_of)
+            yield from (
+                near if one.across is None else self._share(one, one.across, near, room[:need])
+            )
 
-    def _put(self, found: dict[int, Tensor], key: int, whole: Box, box: Box, part: Tensor) -> None:
-        """Lay a part, which has the box `box`, into the tensor of the box `whole`."""
-        if box == whole:
-            found[key] = part
-            return
-        if key not in found:
-            found[key] = torch.zeros(whole.size, dtype=self.dtype, device=self.device)
-        box.of(found[key], whole).copy_(part)
+    def _add_up(self, sums: Tensor | None) -> Tensor | None:
+        if self.group is None or sums is None:
+            return sums
+        totals = sums.to(self.device, self.dtype, copy=True)
+        dist.all_reduce(totals, group=self.group)
+        return totals
 
-    def _carry(
-        self, way: Way, part_of: Callable[[Piece], Tensor | None], sums: Tensor | None
-    ) -> tuple[list[tuple[Piece, Tensor]], Tensor | None]:
-        """All pieces that this rank receives, its own too, and the sums: at most one collective."""
-        arrived = [
-            (piece, self._zeros(piece) if part is None else part.to(self.device, self.dtype))
-            for piece in way.receives[self.me]
-            for part in (part_of(piece),)
-        ]
-        if self.group is None or (sums is None and not way.travels):
-            return arrived, sums
-        header = 0 if sums is None else sums.numel()
-        sent = [header + size for size in way.sends_sizes]
-        received = [header + size for size in way.receives_sizes]
-        sent[self.me] = received[self.me] = 0
-        outbox = torch.zeros(sum(sent), dtype=self.dtype, device=self.device)
-        for slot, pieces in zip(torch.split(outbox, sent), way.sends, strict=True):
-            if slot.numel() == 0:
-                continue
-            if sums is not None:
-                slot[:header].copy_(sums)
-            start = header
-            for piece in pieces:
-                part, end = part_of(piece), start + piece.box.numel
-                if part is not None:
-                    slot[start:end].view(piece.box.size).copy_(part)
-                start = end
+    def _swap(
+        self,
+        line: Line | None,
+        sends: Sequence[To],
+        receives: Sequence[To],
+        part_of: Callable[[Piece], Tensor | None],
+    ) -> Iterator[Arrived]:
+        """What this rank receives in a line, its own too: one collective, or none for one rank."""
+        size, me = (1, 0) if line is None else (line.group.size(), line.group.rank())
+        sent, received = sizes(sends, size, me), sizes(receives, size, me)
         inbox = torch.empty(sum(received), dtype=self.dtype, device=self.device)
-        dist.all_to_all_single(inbox, outbox, received, sent, group=self.group)
-        headers = []
-        for member, slot in enumerate(torch.split(inbox, received)):
-            if member == self.me:
-                headers += [] if sums is None else [sums.to(self.device, self.dtype)]
+        if line is not None and size > 1:
+            outbox = torch.zeros(sum(sent), dtype=self.dtype, device=self.device)
+            ends = [0, *accumulate(sent)]
+            for rank, piece in sends:
+                if rank != me:
+                    fill(slot_of(outbox, ends, rank, piece), part_of(piece))
+            dist.all_to_all_single(inbox, outbox, received, sent, group=line.group)
+            del outbox
+        ends = [0, *accumulate(received)]
+        for rank, piece in receives:
+            if rank != me:
+                yield piece, slot_of(inbox, ends, rank, piece)
                 continue
-            headers += [] if sums is None else [slot[:header]]
-            start = header
-            for piece in way.receives[member]:
-                end = start + piece.box.numel
-                arrived.append((piece, slot[start:end].view(piece.box.size)))
-                start = end
-        # In the order of the ranks on every one of them: the same bits everywhere.
-        return arrived, torch.stack(headers).sum(dim=0) if headers else None
+            part = part_of(piece)
+            yield (
+                piece,
+                self._zeros(piece.box) if part is None else part.to(self.device, self.dtype),
+            )
 
-    def _zeros(self, piece: Piece) -> Tensor:
-        return torch.zeros(piece.box.size, dtype=self.dtype, device=self.device)
+    def _share(
+        self, one: Round, across: Line, near: Iterable[Arrived], room: Tensor
+    ) -> Iterator[Arrived]:
+        """All pieces of this rank's boxes, from those that each copy has: at most one collective,
+        but for a block larger than a round.
+
+        Args:
+            room: for all of them.
+        """
+        have = {(piece.parcel, piece.block): part for piece, part in near}
+
+        def part_of(piece: Piece) -> Tensor | None:
+            return have.get((piece.parcel, piece.block))
+
+        if not one.shared:
+            return
+        size, me = across.group.size(), across.group.rank()
+        loads: Counter[int] = Counter()
+        for rank, piece in one.shared:
+            loads[rank] += piece.box.numel
+        # An all-reduce sends twice what there is. The same on all ranks of the line: they have the
+        # same boxes.
+        if size <= FEW and (size - 1) * max(loads.values()) <= 2 * room.numel():
+            mine = [piece for rank, piece in one.shared if rank == me]
+            sends = [(rank, piece) for rank in range(size) for piece in mine]
+            yield from self._swap(across, sends, one.shared, part_of)
+            return
+        room.zero_()
+        ends = [0]
+        for rank, piece in one.shared:
+            slot = slot_of(room, ends, 0, piece)
+            if rank == me:
+                fill(slot, part_of(piece))
+        have.clear()
+        whole = torch.int64 if self.dtype == torch.float64 else torch.int32
+        for stretch in room.split(self.limit):
+            dist.all_reduce(stretch.view(whole), group=across.group)
+        ends = [0]
+        for _, piece in one.shared:
+            yield piece, slot_of(room, ends, 0, piece)
+
+    def _zeros(self, box: Box) -> Tensor:
+        return torch.zeros(box.size, dtype=self.dtype, device=self.device)
+
+
+def sizes(pieces: Iterable[To], num_ranks: int, me: int) -> list[int]:
+    """How many elements go to each rank, or come from it, this one aside."""
+    found = [0] * num_ranks
+    for rank, piece in pieces:
+        if rank != me:
+            found[rank] += piece.box.numel
+    return found
+
+
+def slot_of(box: Tensor, ends: list[int], rank: int, piece: Piece) -> Tensor:
+    """The next place for a piece of a rank's, from `ends[rank]` on, which moves."""
+    start = ends[rank]
+    ends[rank] = start + piece.box.numel
+    return box[start : ends[rank]].view(piece.box.size)
+
+
+def fill(slot: Tensor, part: Tensor | None) -> None:
+    if part is not None:
+        slot.copy_(part)

@@ -346,14 +346,16 @@ class KFAC(CurvatureOptimizer):
         return torch.where(total > limit, root(limit / total), 1.0)
 
     def _move_layers(self, move: Move, clip: Tensor | None, skip: Tensor | None) -> None:
+        factors: dict[Tensor, Tensor] = {}
         for layer, ratio in move.ratios.items():
             factor = ratio if clip is None else ratio * clip.to(ratio)
-            for param in layer.params:
-                if param.grad is not None:
-                    update = move.parts[param].to(compute_dtype(param))
-                    self._descend(param, update * factor.to(update), self._rule, 1.0, skip)
+            factors |= dict.fromkeys(layer.params, factor)
             if layer.weight.grad is not None:
                 self._stats[self._names[layer.weight]] = stats_of(move.numbers.of(layer), factor)
+        for param, part in move.parts:
+            if param.grad is not None:
+                update = part.to(compute_dtype(param))
+                self._descend(param, update * factors[param].to(update), self._rule, 1.0, skip)
 
     def _move_others(self, skip: Tensor | None) -> None:
         for _, param in self._moved():

@@ -1,6 +1,6 @@
 """What layers are moved by in a step of K-FAC, and the numbers that it is known by."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,9 @@ class Move:
     """What a team's layers are to be moved by."""
 
     team: Team
-    parts: Mapping[Tensor, Tensor]
-    """U of each parameter by its layer's scale, as far as it lies here."""
+    parts: Iterator[tuple[Tensor, Tensor]]
+    """U of each parameter by its layer's scale, as far as it lies here; to be taken by every rank,
+    team after team."""
     numbers: Numbers
     ratios: Mapping[Layer, Tensor]
     """r of each layer, times its scale."""

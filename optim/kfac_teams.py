@@ -1,6 +1,6 @@
 """Which ranks hold a model's layers, who of them works on which, and what they have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from largebatch.optim.curvature_layers import Layer
 from largebatch.optim.curvature_records import Sums
-from largebatch.optim.exchange import Exchange, Parcel, whole
+from largebatch.optim.exchange import Exchange
+from largebatch.optim.exchange_rounds import Parcel, whole
 from largebatch.optim.kfac_damping import Roots, precondition
 from largebatch.optim.layout import local
 from largebatch.optim.ownership import assign
@@ -115,9 +116,10 @@ class Team:
         roots: Mapping[Layer, Roots],
         numbers: Numbers,
         failed: Tensor,
-    ) -> tuple[dict[Tensor, Tensor], Tensor]:
+    ) -> tuple[Iterator[tuple[Tensor, Tensor]], Tensor]:
         """This rank's part of every layer's preconditioned gradient by its `scale`, a power of two
-        that keeps its squares from under- and overflow, in two collectives.
+        that keeps its squares from under- and overflow; by parameter, one at a time, and all of
+        them to be taken before another collective; and `failed` of all ranks.
 
         Args:
             gradients: the local part of each of `params`; None counts as zeros.
@@ -141,12 +143,13 @@ class Team:
             for param, tensor in zip(layer.params, layer.tensors(update), strict=True):
                 results[param] = {0: tensor}
         ours = torch.cat([numbers.table.view(-1), failed.to(numbers.table)])
-        parts, sums = self.exchange.to_holders([*results.values()], ours)
+        pieces, sums = self.exchange.to_holders([*results.values()], ours)
         assert sums is not None
         table, failed = torch.split(sums, [numbers.table.numel(), failed.numel()])
         # A sum of squares that has overflown is large and not infinite: ratios stay numbers.
         numbers.table = table.view_as(numbers.table).clamp(max=torch.finfo(table.dtype).max)
-        return dict(zip(self.params, parts, strict=True)), failed
+        parts = self.exchange.joined(pieces)
+        return ((self.params[index], part) for index, part in parts), failed
 
 
 def normalised(update: Tensor) -> tuple[Tensor, Tensor]:

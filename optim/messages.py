@@ -5,6 +5,7 @@ socket runs code in it.
 """
 
 import json
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -38,14 +39,28 @@ def all_gather_json(value: Any, group: ProcessGroup) -> list[Any]:
     return [_value(one[:length]) for one, length in zip(found, lengths.tolist(), strict=True)]
 
 
+def all_have(words: str) -> bool:
+    """Whether all ranks of the default group say the same words; an all-reduce of two numbers."""
+    number = int.from_bytes(blake2b(words.encode(), digest_size=7).digest())
+    # The greatest, and the least with its sign turned.
+    told = torch.tensor([number, -number], device=_device(None))
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    most, least = told.tolist()
+    return bool(most == -least)
+
+
 def _tensor(value: Any, group: ProcessGroup | None) -> Tensor:
     """As bytes, on the device whose tensors the group takes."""
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return text.to(_device(group))
+
+
+def _device(group: ProcessGroup | None) -> torch.device:
     if "cpu" in dist.get_backend_config(group):
-        return text
+        return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None
-    return text.to(torch.device(accelerator.type, torch.accelerator.current_device_index()))
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def _value(data: Tensor) -> Any:

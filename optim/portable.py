@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from largebatch.optim.exchange import Exchange, whole
+from largebatch.optim.exchange import Exchange
+from largebatch.optim.exchange_rounds import whole
 from largebatch.optim.layout import is_dtensor, local
 from largebatch.optim.spread import spread_over
 from largebatch.optim.teams import Layer
@@ -54,9 +55,10 @@ class Portable:
             {0: states[key]} if mine else {}
             for key, mine in zip(self._keys, self._mine, strict=True)
         ]
-        parts, _ = self._exchange.to_holders(blocks)
+        pieces, _ = self._exchange.to_holders(blocks)
         found: dict[Key, Tensor] = {}
-        for key, part in zip(self._keys, parts, strict=True):
+        for index, part in self._exchange.joined(pieces):
+            key = self._keys[index]
             mesh, placements = self._meshes[key[0]]
             shape = torch.Size(self._shapes[key])
             found[key] = DTensor.from_local(

@@ -6,14 +6,14 @@ A step, in this order:
    what has to be agreed on: `found_inf`, and which parameters have a gradient;
 2. the owners precondition their blocks, and advance the state that only they have; vectors and
    scalars, which have no blocks, are stepped by AdamW where they lie;
-3. directions travel back to all that hold a part of the parameter, and with them the squares from
-   which norms of whole layers are made;
-4. every rank moves its part of the weights.
+3. the squares from which norms of whole layers are made are added up over the ranks;
+4. directions travel back to all that hold a part of the parameter, piece by piece, and every rank
+   moves its part of the weights by each piece as it arrives.
 
-That is one collective each way for each process group, and the same ones on every rank whatever
-gradients are missing: a parameter takes part in a step if any rank has a gradient for it, and
-counts as zeros where there is none. Only a rank that lacks some gradient waits for the device to
-learn which the others have.
+That is one sum and a few rounds each way for each process group, more where more bytes travel
+(`largebatch.optim.exchange`), and the same ones on every rank whatever gradients are missing: a
+parameter takes part in a step if any rank has a gradient for it, and counts as zeros where there is
+none. Only a rank that lacks some gradient waits for the device to learn which the others have.
 
 Plain parameters are those of one process, or of DDP's replicas: each rank computes all of it, which
 needs no collective, but needs like ranks: on unlike hardware replicas would drift apart. With
@@ -27,6 +27,7 @@ roots or bases are taken, which cannot be done without: see `largebatch.optim.de
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -50,6 +51,9 @@ from largebatch.optim.tensors import gradient_of, on_device, without_too_large, 
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Here = Callable[[Tensor], Tensor]
+"""The view of a piece in tensors that are laid out like this rank's part of a parameter."""
 
 
 class SecondOrderOptimizer(OwnedState):
@@ -117,9 +121,9 @@ class SecondOrderOptimizer(OwnedState):
         return False
 
     def _step_with_momentum(
-        self, layer: Layer, group: Group, direction: Tensor, skip: Tensor | None
+        self, layer: Layer, group: Group, direction: Tensor, here: Here, skip: Tensor | None
     ) -> Tensor:
-        """The step from a layer's direction, this rank's part of it."""
+        """The step from a piece of a layer's direction, which lies `here` in its tensors."""
         return direction
 
     def _betas(self, group: Group) -> dict[str, float]:
@@ -251,7 +255,7 @@ class SecondOrderOptimizer(OwnedState):
         team, stats = ours.team, ours.stats
         failed = self._failed(team)
         sums = [stats.squares.flatten(), stats.conditions, failed]
-        parts, totals = team.exchange.to_holders(ours.blocks, torch.cat(sums))
+        pieces, totals = team.exchange.to_holders(ours.blocks, torch.cat(sums))
         assert totals is not None
         squares, stats.conditions, failed = torch.split(totals, [part.numel() for part in sums])
         # A sum of squares that has overflown is large and not infinite: ratios stay numbers.
@@ -259,26 +263,32 @@ class SecondOrderOptimizer(OwnedState):
         if failed.numel():
             names = [layer.name for layer in team.layers]
             self._notices.append(FailureNotice(self.failures, names, failed))
-        scales = stats.scales()
+        scales, moved = stats.scales(), set(stats.moved)
+        for piece, part in pieces:  # all are to be taken, whether they move anything or not
+            if piece.parcel in moved:
+                layer = team.layers[piece.parcel]
+                direction = part.to(layer.dtype) * scales[piece.parcel].to(layer.device)
+                here = partial(piece.box.of, within=layer.spread.boxes[layer.spread.me])
+                self._move(layer, direction.to(layer.dtype), here, agreed.skip)
+        for place, direction in ours.elementwise.items():
+            self._move(team.layers[place], direction, lambda tensor: tensor, agreed.skip)
         for place in stats.moved:
-            layer = team.layers[place]
-            group, weight = self._group_of[layer.param], local(layer.param)
-            if layer.blocks:
-                direction = parts[place].to(layer.dtype) * scales[place].to(weight.device)
-                direction = direction.to(layer.dtype)
-                direction = self._step_with_momentum(layer, group, direction, agreed.skip)
-            else:
-                direction = ours.elementwise[place]
-            old = weight.to(layer.dtype)
-            if group["decay"] == "decoupled" and group["weight_decay"]:
-                direction = direction.add(old, alpha=group["weight_decay"])
-            lr = group["lr"]
-            if isinstance(lr, Tensor):
-                lr = on_device(lr, weight.device).to(layer.dtype)
-            write([weight], [old - lr * direction], agreed.skip)
-            dropped = self.state[layer.param][DROPPED]
+            dropped = self.state[team.layers[place].param][DROPPED]
             new = stats.squares[place, DROPPED_ROW].to(dropped)
             write([dropped], [dropped + new], agreed.skip)
+
+    def _move(self, layer: Layer, direction: Tensor, here: Here, skip: Tensor | None) -> None:
+        """Move the piece of this rank's part of the weights that lies `here` in it."""
+        group, weight = self._group_of[layer.param], here(local(layer.param))
+        if layer.blocks:
+            direction = self._step_with_momentum(layer, group, direction, here, skip)
+        old = weight.to(layer.dtype)
+        if group["decay"] == "decoupled" and group["weight_decay"]:
+            direction = direction.add(old, alpha=group["weight_decay"])
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            lr = on_device(lr, weight.device).to(layer.dtype)
+        write([weight], [old - lr * direction], skip)
 
     def _failed(self, team: Team) -> Tensor:
         """What of this rank's own has failed for good, for others to know; empty where none is."""

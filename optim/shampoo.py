@@ -34,7 +34,7 @@ from largebatch.optim.grafting import GRAFTINGS, WITH_SQUARES, grafted_step, nex
 from largebatch.optim.layout import local
 from largebatch.optim.options import require, require_one_of
 from largebatch.optim.roots import Root, inverse_root
-from largebatch.optim.second_order import SecondOrderOptimizer
+from largebatch.optim.second_order import Here, SecondOrderOptimizer
 from largebatch.optim.step_stats import Worked, square
 from largebatch.optim.teams import Layer
 from largebatch.optim.tensors import write
@@ -201,11 +201,11 @@ class Shampoo(SecondOrderOptimizer):
         return bool(group["momentum"] > 0)
 
     def _step_with_momentum(
-        self, layer: Layer, group: Group, direction: Tensor, skip: Tensor | None
+        self, layer: Layer, group: Group, direction: Tensor, here: Here, skip: Tensor | None
     ) -> Tensor:
         if not self._uses_momentum(group):
             return direction
-        buffer = local(self.state[layer.param]["momentum_buffer"])
+        buffer = here(local(self.state[layer.param]["momentum_buffer"]))
         moved = buffer * group["momentum"] + direction
         write([buffer], [moved], skip)
         return direction.add(moved, alpha=group["momentum"]) if group["nesterov"] else moved

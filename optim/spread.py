@@ -48,6 +48,15 @@ class Box:
 
 
 @dataclass(frozen=True)
+class Line:
+    """A process group within that of a spread."""
+
+    group: "ProcessGroup"
+    members: Sequence[int]
+    """By rank in this group, the rank in the spread's."""
+
+
+@dataclass(frozen=True)
 class Spread:
     """How a tensor lies over the members of a process group, by their rank in the group."""
 
@@ -56,17 +65,30 @@ class Spread:
     """None: this process has all of it, and works alone."""
     boxes: tuple[Box, ...]
     """What each member holds; may be empty."""
-    copies: tuple[int, ...]
+    copies: Sequence[int]
     """Which copy of the tensor each member's box is a part of: 0, 1, … where it is replicated."""
+    across: Line | None = None
+    """Who has this member's box in each copy, where a group of them is known."""
+    within: Line | None = None
+    """Beside `across`: who has the parts of this member's copy; None: it has all of them."""
 
     @property
     def me(self) -> int:
         return 0 if self.group is None else self.group.rank()
 
-    @property
+    @cached_property
     def is_sharded(self) -> bool:
         """Whether some copy of it is in parts."""
-        return len(set(self.copies)) < len(self.copies)
+        return self.num_copies < len(self.copies)
+
+    @cached_property
+    def num_copies(self) -> int:
+        return len(set(self.copies))
+
+    @cached_property
+    def largest(self) -> int:
+        """Elements of the largest box."""
+        return max(box.numel for box in self.boxes)
 
 
 def whole_box(shape: Sequence[int]) -> Box:
@@ -100,8 +122,9 @@ def replicated(shape: tuple[int, ...], group: "ProcessGroup | None") -> Spread:
     """Every member of the group holds all of it."""
     if group is None or group.size() == 1:
         return Spread(shape, None, (whole_box(shape),), (0,))
-    size = group.size()
-    return Spread(shape, group, (whole_box(shape),) * size, tuple(range(size)))
+    every = range(group.size())
+    boxes = (whole_box(shape),) * len(every)
+    return Spread(shape, group, boxes, every, Line(group, every))
 
 
 def spread_over(shape: tuple[int, ...], mesh: Any, placements: Sequence[Any], name: Name) -> Spread:
@@ -117,15 +140,58 @@ def spread_over(shape: tuple[int, ...], mesh: Any, placements: Sequence[Any], na
             )
     if mesh.size() == 1:
         return replicated(shape, None)
+    boxes, copies = lie_over(shape, mesh, tuple(placements))
+    return Spread(shape, group_of(mesh), boxes, copies, *lines_of(mesh, placements))
+
+
+@functools.lru_cache(maxsize=256)  # many tensors are alike, and there may be thousands of ranks
+def lie_over(
+    shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]
+) -> tuple[tuple[Box, ...], tuple[int, ...]]:
+    """The box of each member of a mesh, and the copy that it is of."""
     sizes, boxes, copies = tuple(mesh.mesh.shape), [], []
+    known: dict[tuple[int, ...], Box] = {}
     for coordinate in coordinates_of(mesh):
-        copy = 0
+        copy, part = 0, []
         for position, size, placement in zip(coordinate, sizes, placements, strict=True):
             if placement.is_replicate():
                 copy = copy * size + position
-        boxes.append(box_at(shape, sizes, coordinate, placements))
+            else:
+                part.append(position)
+        if tuple(part) not in known:
+            known[tuple(part)] = box_at(shape, sizes, coordinate, placements)
+        boxes.append(known[tuple(part)])
         copies.append(copy)
-    return Spread(shape, group_of(mesh), tuple(boxes), tuple(copies))
+    return tuple(boxes), tuple(copies)
+
+
+def lines_of(mesh: Any, placements: Sequence[Any]) -> tuple[Line | None, Line | None]:
+    """`Spread.across` and `Spread.within` of a DTensor, of groups that its mesh has."""
+    group = group_of(mesh)
+    every = Line(group, range(group.size()))
+    sizes = tuple(mesh.mesh.shape)
+    axes = [axis for axis, size in enumerate(sizes) if size > 1]
+    replicating = [axis for axis in axes if placements[axis].is_replicate()]
+    sharding = [axis for axis in axes if axis not in replicating]
+    if not sharding:
+        return every, None
+    if len(replicating) != 1:
+        return None, None
+    within = line_along(mesh, sharding[0], group) if len(sharding) == 1 else every
+    return line_along(mesh, replicating[0], group), within
+
+
+def line_along(mesh: Any, axis: int, group: "ProcessGroup") -> Line:
+    """This process's line of the mesh along one of its dimensions."""
+    line = mesh.get_group(axis)
+    ranks = (tuple(dist.get_process_group_ranks(each)) for each in (line, group))
+    return Line(line, places(*ranks))
+
+
+@functools.lru_cache(maxsize=16)
+def places(ranks: tuple[int, ...], among: tuple[int, ...]) -> tuple[int, ...]:
+    where = {rank: place for place, rank in enumerate(among)}
+    return tuple(where[rank] for rank in ranks)
 
 
 @functools.lru_cache(maxsize=16)

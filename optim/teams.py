@@ -10,7 +10,8 @@ from torch import Tensor
 
 from largebatch.optim.blocks import Block, blocks_of
 from largebatch.optim.chunks import Group, compute_dtype
-from largebatch.optim.exchange import Exchange, Parcel
+from largebatch.optim.exchange import Exchange
+from largebatch.optim.exchange_rounds import Parcel
 from largebatch.optim.layout import Name, local
 from largebatch.optim.ownership import assign
 from largebatch.optim.spread import Spread, spread_of

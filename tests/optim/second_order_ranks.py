@@ -1,5 +1,7 @@
 """What gloo ranks do in the tests of the exchange: tensors to their owners and back."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
@@ -10,7 +12,10 @@ from parity_layouts import mesh_of
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from largebatch.optim.exchange import Exchange, Parcel
+from largebatch.optim import exchange as exchanging
+from largebatch.optim import exchange_rounds
+from largebatch.optim.exchange import Exchange
+from largebatch.optim.exchange_rounds import Parcel
 from largebatch.optim.spread import Box, Spread, spread_of
 
 SHAPES = ((7, 3), (1, 4), (5,), (2, 3, 4), ())
@@ -23,9 +28,13 @@ class Case:
     layout: str
     missing: int | None = None
     """The rank that has none of the parts."""
+    most: int = exchange_rounds.MOST
+    """Elements in a round."""
+    few: int = exchanging.FEW
+    """Ranks that send to each of the others, copy to copy."""
 
     def __str__(self) -> str:
-        return f"{self.layout}/{self.missing}"
+        return f"{self.layout}/{self.missing}/{self.most}/{self.few}"
 
 
 def spread_tensors(layout: str) -> list[Tensor]:
@@ -82,6 +91,39 @@ def parcel_of(tensor: Tensor, layout: str, shift: int) -> Parcel:
 
 def carry(case: Case) -> Outcome:
     """Every tensor to the owners of its blocks, doubled by them, and back to all holders."""
+    with (
+        mock.patch.object(exchange_rounds, "MOST", case.most),
+        mock.patch.object(exchanging, "FEW", case.few),
+    ):
+        return carry_by(case)
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """How many collectives begin meanwhile, by name, and the most elements put into one."""
+    found = {"all_to_all_single": 0, "all_reduce": 0, "most": 0}
+
+    def count(name: str, tensor: Tensor) -> None:
+        found[name] += 1
+        found["most"] = max(found["most"], tensor.numel())
+
+    to_all, reduce = dist.all_to_all_single, dist.all_reduce
+    with ExitStack() as stack:
+
+        def swapped(inbox: Tensor, outbox: Tensor, *rest: object, **more: object) -> None:
+            count("all_to_all_single", outbox)
+            to_all(inbox, outbox, *rest, **more)  # type: ignore[arg-type]
+
+        def reduced(tensor: Tensor, *rest: object, **more: object) -> None:
+            count("all_reduce", tensor)
+            reduce(tensor, *rest, **more)  # type: ignore[arg-type]
+
+        stack.enter_context(mock.patch.object(dist, "all_to_all_single", swapped))
+        stack.enter_context(mock.patch.object(dist, "all_reduce", reduced))
+        yield found
+
+
+def carry_by(case: Case) -> Outcome:
     tensors = spread_tensors(case.layout)
     exchange = Exchange([parcel_of(t, case.layout, number) for number, t in enumerate(tensors)])
     parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
@@ -89,13 +131,15 @@ def carry(case: Case) -> Outcome:
     sums = torch.tensor([rank + 1.0, 0.1])
     given = [None] * len(parts) if case.missing == rank else parts
     before = [part.clone() for part in parts]
-    with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as collective:
+    with counted() as to_owners:
         blocks, gathered_sums = exchange.to_owners(given, sums)
-        doubled = [{n: 2 * block for n, block in own.items()} for own in blocks]
-        back, scattered_sums = exchange.to_holders(doubled, sums)
-        with_sums = collective.call_count
-        exchange.to_owners(given)
-        without_sums = collective.call_count - with_sums
+    doubled = [{n: 2 * block for n, block in own.items()} for own in blocks]
+    with counted() as to_holders:
+        pieces, scattered_sums = exchange.to_holders(doubled, sums)
+        arrived = dict(exchange.joined((piece, part.clone()) for piece, part in pieces))
+    back = [arrived[index] for index in range(len(parts))]
+    negative = [{n: torch.full_like(block, -0.0) for n, block in own.items()} for own in blocks]
+    zeros = dict(exchange.joined(exchange.to_holders(negative)[0])).values()
     return {
         "parts": parts,
         "unchanged": all(torch.equal(a, b) for a, b in zip(before, parts, strict=True)),
@@ -104,5 +148,7 @@ def carry(case: Case) -> Outcome:
         "blocks": [{n: block.clone() for n, block in own.items()} for own in blocks],
         "back": [part.clone() for part in back],
         "sums": (gathered_sums, scattered_sums),
-        "collectives": (with_sums, without_sums),
+        "to_owners": to_owners,
+        "to_holders": to_holders,
+        "negative zeros": all(bool(part.signbit().all()) for part in zeros),
     }

@@ -9,7 +9,8 @@ from gloo_ranks import Outcome, launch, successful
 from second_order_ranks import SHAPES, Case, blocks_of_two, carry
 from torch import Tensor
 
-from largebatch.optim.exchange import Exchange, whole
+from largebatch.optim.exchange import Exchange
+from largebatch.optim.exchange_rounds import MOST, whole
 from largebatch.optim.spread import Spread, whole_box
 
 WORLDS = {
@@ -21,7 +22,11 @@ WORLDS = {
 CELLS = [(size, layout) for size, layouts in WORLDS.items() for layout in layouts]
 each_cell = pytest.mark.parametrize(("size", "layout"), CELLS)
 
-Find = Callable[[int, str], Sequence[Outcome]]
+# As it is; in rounds of 5 elements; and by sums of bits from copy to copy.
+WAYS = [(), (None, 5), (None, MOST, 0), (None, 5, 0)]
+each_way = pytest.mark.parametrize("way", WAYS, ids=["", "rounds", "sums", "rounds of sums"])
+
+Find = Callable[..., Sequence[Outcome]]
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +35,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Find:
 
     @functools.cache
     def launched(size: int) -> list[dict[str, Outcome]]:
-        cases = [Case(layout) for layout in WORLDS[size]]
+        cases = [Case(layout, *way) for layout in WORLDS[size] for way in WAYS]
         cases += [Case(layout, missing=1) for layout in WORLDS[size] if size > 1]
         return launch(carry, cases, size, tmp_path_factory.mktemp("exchange"))
 
-    def find(size: int, layout: str, missing: int | None = None) -> Sequence[Outcome]:
-        return successful([rank[str(Case(layout, missing))] for rank in launched(size)])
+    def find(size: int, layout: str, *way: int | None) -> Sequence[Outcome]:
+        return successful([rank[str(Case(layout, *way))] for rank in launched(size)])
 
     return find
 
@@ -52,9 +57,10 @@ def cut(tensor: Tensor, number: int) -> Tensor:
     return tensor[2 * number : 2 * number + 2] if tensor.dim() else tensor
 
 
+@each_way
 @each_cell
-def test_owners_get_whole_blocks(size: int, layout: str, found: Find) -> None:
-    for rank, outcome in enumerate(found(size, layout)):
+def test_owners_get_whole_blocks(size: int, layout: str, way: tuple[int, ...], found: Find) -> None:
+    for rank, outcome in enumerate(found(size, layout, *way)):
         for index, tensor in enumerate(counted()):
             owners = outcome["owners"][index]
             mine = {number for number, owner in enumerate(owners) if owner == rank}
@@ -63,12 +69,15 @@ def test_owners_get_whole_blocks(size: int, layout: str, found: Find) -> None:
                 assert torch.equal(block, cut(tensor, number))
 
 
+@each_way
 @each_cell
 def test_holders_get_back_what_the_owners_made_of_their_parts(
-    size: int, layout: str, found: Find
+    size: int, layout: str, way: tuple[int, ...], found: Find
 ) -> None:
-    for outcome in found(size, layout):
+    """To the bit, which for -0.0 is its sign."""
+    for outcome in found(size, layout, *way):
         assert outcome["unchanged"]
+        assert outcome["negative zeros"]
         for part, back in zip(outcome["parts"], outcome["back"], strict=True):
             assert torch.equal(back, 2 * part)
 
@@ -85,17 +94,33 @@ def test_sums_are_over_all_ranks_and_the_same_to_the_bit(
 
 
 @each_cell
-def test_one_collective_each_way(size: int, layout: str, found: Find) -> None:
-    """And none where every rank has the whole gradient, if there is nothing to agree on."""
-    several, sharded = size > 1, layout not in ("plain", "group", "replicated")
+def test_one_round_each_way(size: int, layout: str, found: Find) -> None:
+    """Beside the sums; none where every rank has the whole gradient, and of copies in parts one
+    more within each copy. Scalars, which are on every rank, go a way of their own."""
+    back = {"plain": 0, "group": 2, "replicated": 2, "hsdp": 4}.get(layout, 3)
+    there = {"plain": 0, "group": 1, "replicated": 1}.get(layout, 2)
     for outcome in found(size, layout):
-        assert outcome["collectives"] == (2 * several, int(several and sharded))
+        for way, expected in (("to_owners", there), ("to_holders", back)):
+            calls = outcome[way]["all_reduce"] + outcome[way]["all_to_all_single"]
+            assert calls == (expected if size > 1 else 0)
+
+
+@each_cell
+def test_no_rank_has_more_than_a_round_in_hand(size: int, layout: str, found: Find) -> None:
+    """The largest block, 2 rows of 3 by 4, aside; small groups send it to each of the others."""
+    for outcome in [*found(size, layout, None, 5), *found(size, layout, None, 5, 0)]:
+        assert outcome["to_owners"]["most"] <= 24
+        assert outcome["to_holders"]["most"] <= 24 * max(1, size - 1)
+    if layout in ("group", "replicated"):
+        for outcome in found(size, layout, None, 5, 0):
+            assert outcome["to_holders"]["most"] == 5
+            assert outcome["to_holders"]["all_to_all_single"] == 0
 
 
 @pytest.mark.parametrize(("size", "layout"), [cell for cell in CELLS if cell[0] > 1])
 def test_a_rank_that_has_no_parts_counts_as_zeros(size: int, layout: str, found: Find) -> None:
     """All collectives have ended, or there would be no outcome; what is missing is 0."""
-    whole_outcome, missing = found(size, layout), found(size, layout, missing=1)
+    whole_outcome, missing = found(size, layout), found(size, layout, 1)
     sharded = layout not in ("group", "replicated")
     for rank, (with_all, without) in enumerate(zip(whole_outcome, missing, strict=True)):
         for index in range(len(SHAPES)):

@@ -103,11 +103,13 @@ def test_ranks_take_the_steps_of_one_process(
 def test_collectives_are_few_and_factors_lie_on_one_rank_each(
     cell: Cell, trained: Callable[[Cell], Sequence[Outcome]]
 ) -> None:
-    """One for the statistics, one for results, and where gradients are sharded one for them; at the
-    first step one more, for what weights have been used for."""
+    """One for the statistics, one for sums, one for results, and where gradients are sharded one
+    for them; with several copies in parts one more, from copy to copy; at the first step one more,
+    for what weights have been used for."""
     outcomes = trained(cell)
     updates = [step % ROWS[cell.row].get("factor_interval", 1) == 0 for step in range(NUM_STEPS)]
-    expected = [1 + update + (cell.layout != "DDP") for update in updates]
+    others = {"DDP": 2, "FSDP2": 3, "HSDP": 4}[cell.layout]
+    expected = [others + update for update in updates]
     expected[0] += 1
     assert all(outcome["collectives"] == expected for outcome in outcomes)
     memory = [outcome["memory"] for outcome in outcomes]
