@@ -14,15 +14,23 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def broadcast_json(value: Any = None) -> Any:
-    """Return the `value` of rank 0 of the default group on every rank: anything that JSON holds."""
+def broadcast_json(value: Any = None, source: int = 0) -> Any:
+    """Return one rank's `value` on every rank of the default group: anything that JSON holds."""
     data = _tensor(value, None)
     length = torch.tensor([len(data)], device=data.device)
-    dist.broadcast(length, 0)
-    if dist.get_rank() != 0:
+    dist.broadcast(length, source)
+    if dist.get_rank() != source:
         data = torch.empty(int(length), dtype=torch.uint8, device=data.device)
-    dist.broadcast(data, 0)
+    dist.broadcast(data, source)
     return _value(data)
+
+
+def first_words(words: str) -> str:
+    """On every rank of the default group, what the first one says that says anything."""
+    silent = dist.get_world_size()
+    first = torch.tensor([dist.get_rank() if words else silent], device=_device(None))
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    return "" if int(first) == silent else str(broadcast_json(words, int(first)))
 
 
 def all_gather_json(value: Any, group: ProcessGroup) -> list[Any]:

@@ -19,7 +19,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
+from largebatch.optim.messages import first_words
 from largebatch.train.checkpoint_files import File, Files, Part, write_file
+from largebatch.train.checkpoint_plan import SharedPlan, agreed_plan
 from largebatch.train.checkpoint_reading import refusal, weights_only
 from largebatch.train.checkpoint_torch import (
     DeferredWriter,
@@ -102,38 +104,48 @@ class DistributedTensors:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
         self._model, self._optimizer, self._ranks = model, optimizer, ranks
+        self._plan: SharedPlan | None = None
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "dcp", "world": self._ranks.size}
 
     def begin_save(self, draft: Path, staged: bool) -> "PlannedWriting":
-        writer = DeferredWriter(draft, staged)
+        writer, planner = DeferredWriter(draft, staged), SharingPlanner(self._ranks)
+        tensors = self._tensors()
+        planner.set_up_planner(tensors, is_coordinator=self._ranks.is_first)
+        state, paths = planner.state_dict, planner.mappings
+        self._plan = agreed_plan(state, paths, self._ranks, self._plan)
+        if self._plan is not None:
+            writer.begin(self._plan, planner, self._ranks.is_first)
+            return PlannedWriting(writer)
         with quiet():
-            state_dict_saver.save(
-                self._tensors(),
-                storage_writer=writer,
-                planner=SharingPlanner(self._ranks),
-                no_dist=self._ranks.size == 1,
-            )
+            alone = self._ranks.size == 1
+            state_dict_saver.save(tensors, storage_writer=writer, planner=planner, no_dist=alone)
         return PlannedWriting(writer)
 
     def load(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         fits(saved, "dcp")
-        alone = self._ranks.size == 1
+        problem, failure = "", None
         try:
             with quiet(), weights_only(checkpoint):
                 reader = ToldReader(checkpoint, self._ranks)
                 leave_out(self._model, self._optimizer, reader.read_metadata())
                 tensors = self._tensors()
                 make_room(tensors["optimizer"]["state"], reader.read_metadata())
+                # What a rank reads concerns no other: with `no_dist` none is asked.
                 state_dict_loader.load(
-                    tensors, storage_reader=reader, planner=MomentsPlanner(), no_dist=alone
+                    tensors, storage_reader=reader, planner=MomentsPlanner(), no_dist=True
                 )
-        except CheckpointException as error:  # the same on all ranks
+        except CheckpointException as error:
+            failure = error
             cause, _ = next(iter(error.failures.values()))
+            problem = f"{checkpoint} does not fit this run: {cause}"
             if isinstance(cause, UnpicklingError):
-                raise ValueError(f"{checkpoint} is not read: {refusal(cause)}") from error
-            raise ValueError(f"{checkpoint} does not fit this run: {cause}") from error
+                problem = f"{checkpoint} is not read: {refusal(cause)}"
+        if self._ranks.size > 1:
+            problem = first_words(problem)
+        if problem:
+            raise ValueError(problem) from failure
         with quiet():
             set_state_dict(
                 self._model,

@@ -1,7 +1,8 @@
 """How `torch.distributed.checkpoint` is made to write later, a few large files, and to ask little.
 
-Its own `save` plans with all ranks and writes at once. Here it plans, and what it would have
-written waits in a `PlannedWriting`, staged or not.
+Its own `save` plans with all ranks and writes at once. Here each rank plans for itself
+(`checkpoint_plan`), or torch where that cannot be, and what it would have written waits in a
+`PlannedWriting`, staged or not.
 """
 
 import io
@@ -10,6 +11,7 @@ import warnings
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -29,6 +31,7 @@ from largebatch.optim.curvature_state import ELSEWHERE, CurvatureState
 from largebatch.optim.messages import broadcast_json
 from largebatch.optim.state_memory import DROPPED
 from largebatch.train.checkpoint_files import CheckedFile, Files, Part
+from largebatch.train.checkpoint_plan import NUM_WRITERS, SharedPlan, some_of
 from largebatch.train.checkpoint_reading import PlainReader
 from largebatch.train.ranks import Ranks
 
@@ -38,9 +41,6 @@ T = TypeVar("T")
 warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
 
 _ELSEWHERE: Final = ("optimizer", "state", ELSEWHERE)
-
-REPLICA_WRITERS: Final = 32
-"""Ranks that share what all of them hold alike: every rank reads their files when it resumes."""
 
 _BUFFER: Final = 1 << 20
 
@@ -85,6 +85,13 @@ class DeferredWriter(FileSystemWriter):
         super().__init__(path)
         self.fs: CheckedFileSystem = CheckedFileSystem()
         self._staged = staged
+
+    def begin(self, plan: SharedPlan, planner: "SharingPlanner", is_first: bool) -> None:
+        """Do as torch's own `save` would, by a plan that is there."""
+        self.set_up_storage_writer(is_first)
+        self.write_data(plan.own, planner)
+        if plan.whole is not None:
+            self.finish(replace(plan.whole), [])  # the plan's own stays as it is
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan  # the folder is there: a thousand ranks need not ask for it
@@ -176,8 +183,7 @@ class SharingPlanner(DefaultSavePlanner):
 
     def __init__(self, ranks: Ranks) -> None:
         super().__init__()
-        stride = -(-ranks.size // REPLICA_WRITERS)
-        self._writes_replicas = ranks.rank % stride == 0
+        self._writes_replicas = ranks.rank in some_of(range(ranks.size), NUM_WRITERS)
         self._staged: dict[Any, Tensor | io.BytesIO] = {}
         self._arrived: torch.Event | None = None
 
