@@ -28,6 +28,9 @@ BENCHMARKS: Final = {
     "second_order": Benchmark(
         "largebatch.benchmarks.second_order", "cost of Shampoo, SOAP and K-FAC beside AdamW"
     ),
+    "scale": Benchmark(
+        "largebatch.benchmarks.scale", "what one rank of 38,400 sends, holds and works out"
+    ),
 }
 
 

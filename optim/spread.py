@@ -83,12 +83,13 @@ class Spread:
 
     @cached_property
     def num_copies(self) -> int:
-        return len(set(self.copies))
+        every = isinstance(self.copies, range)  # of which each is another
+        return len(self.copies) if every else len(set(self.copies))
 
     @cached_property
     def largest(self) -> int:
         """Elements of the largest box."""
-        return max(box.numel for box in self.boxes)
+        return max(box.numel for box in self.boxes) if self.is_sharded else math.prod(self.shape)
 
 
 def whole_box(shape: Sequence[int]) -> Box:
