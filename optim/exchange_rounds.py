@@ -12,8 +12,8 @@ from typing import Final
 
 from largebatch.optim.spread import Box, Line, Spread, whole_box
 
-FEWEST: Final = 1 << 18
-"""Elements of a round that are worth no cutting: 1 MiB of FP32."""
+FEWEST: Final = 1 << 21
+"""Elements of a round that are worth no cutting: 8 MiB of FP32."""
 
 MOST: Final = 1 << 24
 """Elements of a round, whatever owners have: 64 MiB of FP32."""
