@@ -14,7 +14,13 @@ from pathlib import Path
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, clock
 from largebatch.launch.binding import Binding, bind, pals_list, slurm_mask, spell_cores
 from largebatch.launch.preflight import seconds_for
-from largebatch.launch.script_nodes import everywhere, nodes_lines, waiting_lines, watch_lines
+from largebatch.launch.script_nodes import (
+    everywhere,
+    nodes_lines,
+    rank_logs_lines,
+    waiting_lines,
+    watch_lines,
+)
 from largebatch.launch.script_words import comment, quoted, word
 
 Lines = Iterator[str]
@@ -321,7 +327,7 @@ def _run(job: Job) -> Lines:
         yield from (f"  {line}" for line in launcher_lines(job))
         yield ")"
         if logged := cluster.nodes >= cluster.rank_logs_from_nodes:
-            yield from _rank_logs()
+            yield from rank_logs_lines()
             steps.insert(0, "logged")
         steps.insert(0, "launch")
         if cluster.preflight is not None:
@@ -391,16 +397,3 @@ def _mpiexec(job: Job) -> str:
     if job.python == "python" or shutil.which("mpiexec") is not None or not own.exists():
         return "mpiexec"
     return word(str(own))
-
-
-def _rank_logs() -> Lines:
-    yield "# Rank 0 speaks for all; each other rank writes into a file of its own, in a folder of"
-    yield "# its node: launchers choke on the output of thousands. `exec`, so that a rank's parent"
-    yield "# is the launcher's, and the rank ends when that has gone."
-    yield "# shellcheck disable=SC2016  # the ranks expand it"
-    yield "logged=(bash -c '"
-    yield "  rank=${RANK:-${PALS_RANKID:-${PMI_RANK:-${SLURM_PROCID:-0}}}}"
-    yield '  [ "$rank" = 0 ] && exec "$@"'
-    yield '  logs="$0/$(hostname)"'
-    yield '  mkdir -p "$logs" && exec "$@" > "$logs/rank$rank.log" 2>&1'
-    yield '\' "$folder/logs.$job_id")'

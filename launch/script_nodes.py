@@ -51,6 +51,19 @@ def everywhere(job: "Job") -> tuple[str, str]:
     return '"$(wc -l < "$hostfile.all")"', "$hostfile.all"
 
 
+def rank_logs_lines() -> Lines:
+    yield "# Rank 0 speaks for all; each other rank writes into a file of its own, in a folder of"
+    yield "# its node: launchers choke on the output of thousands. `exec`, so that a rank's parent"
+    yield "# is the launcher's, and the rank ends when that has gone."
+    yield "# shellcheck disable=SC2016  # the ranks expand it"
+    yield "logged=(bash -c '"
+    yield "  rank=${RANK:-${PALS_RANKID:-${PMI_RANK:-${SLURM_PROCID:-0}}}}"
+    yield '  [ "$rank" = 0 ] && exec "$@"'
+    yield '  logs="$0/$(hostname)"'
+    yield '  mkdir -p "$logs" && exec "$@" > "$logs/rank$rank.log" 2>&1'
+    yield '\' "$folder/logs.$job_id")'
+
+
 def watch_lines(job: "Job") -> Lines:
     """What ends a run that stands still, and starts it again where that is asked for."""
     cluster = job.cluster
