@@ -6,7 +6,6 @@ its end, an interpreter that shuts down as any other. Where imports themselves, 
 from its environment at its start, are under test, use subprocess.
 """
 
-import fcntl
 import os
 import pickle
 import subprocess
@@ -14,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from fcntl import LOCK_EX, flock
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -37,13 +37,13 @@ def _address(extra: str) -> str:
     """Where the server listens that has imported `extra` too; it is started where there is none."""
     path = Path(os.environ[FOLDER]) / (extra or "plain")
     with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        flock(lock, LOCK_EX)  # torch's import takes seconds, and several may want one
         if not path.exists():
             with path.with_suffix(".log").open("w") as log:
                 server = subprocess.Popen(
                     [sys.executable, str(SERVER), str(path), os.environ[FOLDER + "_OF"], extra],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=SERVER.parent,
                 )  # fmt: skip
             deadline = time.monotonic() + START_SECONDS
             while not path.exists():

@@ -4,12 +4,12 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
 
 Train = Callable[..., int]
@@ -267,7 +267,7 @@ def test_a_plan_of_a_trillion_samples_walks_through_no_steps_and_loads_no_torch(
 ) -> None:
     """A walk through its 4e8 steps would not end before the time-out."""
     words = ["batch=stages", "batch.spec=0:768 250B:1536 500B:3072", "budget.samples=1T"]
-    done = forked.run(
+    done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *words], cwd=tmp_path, env=os.environ,
         capture_output=True, text=True, timeout=100, check=True,
     )  # fmt: skip
