@@ -1,5 +1,7 @@
 # make study   install what is missing, run the study, write its report
 # make test    install what is missing, then lint, types and tests
+# make rehearse  runs on an accelerator in plain Python, and what the host waits for on it; in make test
+# make test-gpu  the same matters on a real accelerator, with a table; by hand, where there is one
 # make matrix  every layout x optimizer x precision, every engine x world x accumulation, and every way to
 #              resume, against one process, with the figures
 #
@@ -19,7 +21,7 @@ comma := ,
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: study test matrix lint types clean
+.PHONY: study test rehearse test-gpu matrix lint types clean
 
 study: $(VENV)/.train
 	$(BIN)/largebatch sweep study=$(STUDY) $(ARGS)
@@ -27,6 +29,12 @@ study: $(VENV)/.train
 # Files side by side, one more than two cores hold as many tests wait; a thread a process.
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+
+rehearse: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/rehearsal
+
+test-gpu: $(VENV)/.dev
+	PYTHONPATH=src $(BIN)/python tests/rehearsal/real_device.py
 
 WHOLE := tests/optim/test_parity.py tests/optim/test_reshard.py tests/train/test_engines.py \
 	tests/train/test_resume_engines.py

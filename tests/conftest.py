@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent / "shared"))
 
 import forked
@@ -17,3 +19,11 @@ for _name in [name for name in os.environ if name.startswith(_LEFT_OVER) and nam
     del os.environ[_name]
 
 forked.set_up()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the tables that tests have recorded as a property, also from other workers."""
+    for report in terminalreporter.getreports("passed"):
+        for name, text in getattr(report, "user_properties", ()):
+            if name == "table" and report.when == "call":
+                terminalreporter.write_line(f"\n{text}")
