@@ -172,8 +172,8 @@ def show(record: Record, console: Console) -> None:
         "",
         *(f"{name}: {words}" for name, words in record["plan_heads"].items()),
     )
-    heads = ("layout", "ranks", "writers", "first", "idle", "again", "sent", "by torch", "")
-    console.print(table("The planning of a checkpoint of the model and LAMB's state", heads, [
+    of_plans = ("layout", "ranks", "writers", "first", "idle", "again", "sent", "by torch", "")
+    console.print(table("The planning of a checkpoint of the model and LAMB's state", of_plans, [
         (
             row["layout"], f"{row['ranks']:,}", f"{row['writers']:,}",
             f"{row['first_seconds']:.2f}", f"{row['bystander_seconds']:.2f}",

@@ -26,7 +26,7 @@ from largebatch.optim import LAMB, SOAP, Shampoo
 from largebatch.optim.curvature_layers import find_layers
 from largebatch.optim.exchange import Exchange
 from largebatch.optim.kfac_teams import make_teams
-from largebatch.optim.spread import spread_of
+from largebatch.optim.spread import Spread, spread_of
 from largebatch.optim.teams import make_layer, share_out, teams_of
 from largebatch.train.checkpoint_plan import digest_of, parts_of, plan_of
 from largebatch.train.checkpoint_torch import SharingPlanner
@@ -167,7 +167,9 @@ def layer_exchange(params: dict[str, nn.Parameter]) -> Exchange:
         linear.weight = param
         model[name.replace(".", "/")] = linear
     layers = find_layers(model, 4096)
-    spreads = {p: spread_of(p, name, dist.group.WORLD) for name, p in params.items()}
+    spreads: dict[Tensor, Spread] = {
+        p: spread_of(p, name, dist.group.WORLD) for name, p in params.items()
+    }
     (team,) = make_teams(layers, spreads, 10)
     return team.exchange
 

@@ -216,7 +216,7 @@ class Exchange:
                 fill(slot, part_of(piece))
         have.clear()
         whole = torch.int64 if self.dtype == torch.float64 else torch.int32
-        for stretch in room.split(self.limit):
+        for stretch in torch.split(room, self.limit):
             dist.all_reduce(stretch.view(whole), group=across.group)
         ends = [0]
         for _, piece in one.shared:
