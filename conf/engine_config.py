@@ -44,6 +44,13 @@ class EngineConfig:
         return {"_target_": self._target_} | {k: v for k, v in given.items() if v is not None}
 
     @property
+    def shards_weights(self) -> bool:
+        """Whether it can fill a model shard by shard, as FSDP2 and ZeRO-3 do."""
+        if self._target_ == "largebatch.train.engine_deepspeed.DeepSpeed":
+            return bool(self.stage == 3)
+        return self._target_ == "largebatch.train.engine_fsdp.FSDP"
+
+    @property
     def needs_group(self) -> bool:
         """Whether it needs a process group in a world of one too."""
         return self._target_ != "largebatch.train.engines.DDP"

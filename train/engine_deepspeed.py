@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from largebatch.optim.layerwise import LayerwiseOptimizer
 from largebatch.optim.zero import bind
 from largebatch.train.engines import OfRanks
+from largebatch.train.initial_values import InitialValues
 from largebatch.train.precision import Precision
 from largebatch.train.ranks import Ranks
 from largebatch.train.small_gradients import SmallGradients, squares_of
@@ -34,6 +35,7 @@ class DeepSpeed(OfRanks):
     Args:
         stage: of ZeRO, 0 to 3.
         zero: more of DeepSpeed's `zero_optimization`, by its own names.
+        values: of the parameters, where `model` is on the meta device; of stage 3 alone.
 
     Raises:
         ValueError: another stage, or FP16, which DeepSpeed would sum in FP16.
@@ -51,6 +53,7 @@ class DeepSpeed(OfRanks):
         *,
         stage: int = 1,
         zero: Mapping[str, Any] | None = None,
+        values: InitialValues | None = None,
     ) -> None:
         if stage not in range(4):
             raise ValueError(f"engine.stage must be 0, 1, 2 or 3, got {stage!r}")
@@ -64,7 +67,9 @@ class DeepSpeed(OfRanks):
                 "precision=fp16 sums gradients in FP32, which DeepSpeed's FP16 mode does not: use "
                 "precision=bf16, or engine=ddp or fsdp"
             )
-        super().__init__(model.to(device), ranks, device, micro_batch_size, precision)
+        model = model if values is not None else model.to(device)
+        super().__init__(model, ranks, device, micro_batch_size, precision)
+        self._values = values
         if self.precision.dtype != torch.float32:
             # On CUDA DeepSpeed turns off the autocast it is called in: it is turned on within.
             model.forward = torch.autocast(device.type, self.precision.dtype)(model.forward)
@@ -88,6 +93,8 @@ class DeepSpeed(OfRanks):
             "steps_per_print": 1 << 62,
         }
         deepspeed = import_deepspeed(self._ranks, self.device)
+        if self._values is not None:
+            self._fill(deepspeed, config, self._values)
         try:
             self._wrapped, *_ = deepspeed.initialize(
                 model=self.model, optimizer=optimizer, config=config
@@ -100,6 +107,26 @@ class DeepSpeed(OfRanks):
             return bind(self._wrapped)
         inner: Optimizer = self._wrapped.basic_optimizer
         return inner
+
+    def _fill(self, deepspeed: Any, config: dict[str, Any], values: InitialValues) -> None:
+        """Give each parameter its value, and let DeepSpeed keep a shard of it, one by one."""
+        sharded: list[nn.Parameter] = []
+
+        def put(module: nn.Module, name: str, value: Tensor) -> None:
+            param = module._parameters[name]
+            assert param is not None
+            whole = nn.Parameter(value.to(self.device, copy=True), param.requires_grad)
+            # The optimizer has the parameter already: the object stays, and takes what it is to be.
+            torch.utils.swap_tensors(param, whole)
+            if sharded:
+                sharded[0].convert_to_zero_parameters([param])  # type: ignore[operator] # DeepSpeed's
+            else:
+                holder = nn.ParameterList([param])
+                deepspeed.zero.Init(holder, config_dict_or_path=config, dtype=torch.float32)
+                sharded.append(param)
+
+        values.play(put, self.device)
+        self._values = None
 
     def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
         self._wrapped.set_gradient_accumulation_boundary(is_last)

@@ -10,11 +10,14 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from largebatch.optim.layout import local
 from largebatch.train.engines import OfGradients
+from largebatch.train.initial_values import InitialValues
 from largebatch.train.model_options import blocks
 from largebatch.train.precision import Precision
 from largebatch.train.ranks import Ranks
@@ -37,6 +40,8 @@ class FSDP(OfGradients):
             one reduce-scatter a step, or "sharded", one for each micro-batch and the memory of a
             shard.
 
+        values: of the parameters, where `model` is on the meta device.
+
     Raises:
         ValueError: both, or numbers that do not divide nodes or ranks; or another word for
             `accumulate`.
@@ -54,6 +59,7 @@ class FSDP(OfGradients):
         replicas: int | None = None,
         reshard_after_forward: bool = True,
         accumulate: str = "unsharded",
+        values: InitialValues | None = None,
     ) -> None:
         replicas = num_replicas(ranks, shard_nodes, replicas)
         if accumulate not in ("unsharded", "sharded"):
@@ -61,6 +67,9 @@ class FSDP(OfGradients):
         super().__init__(model, ranks, device, micro_batch_size, precision)
         self._accumulates_shards = accumulate == "sharded"
         shard(model, mesh(ranks, device, replicas), self.precision, reshard_after_forward)
+        if values is not None:
+            model.to_empty(device=device)
+            values.play(keep_shard, device)
         self.gradient_copies = replicas
         self._update = Update(
             replicas, self._add_up if ranks.size > 1 else None, self.precision.loss_scale
@@ -149,3 +158,13 @@ def shard(
         # Not AVG, which oneCCL before 2022.0 divides twice in small messages (torch-xpu-ops 3020)
         # or refuses (2361).
         sharded.set_force_sum_reduction_for_comms(True)
+
+
+def keep_shard(module: nn.Module, name: str, value: Tensor) -> None:
+    """Copy this rank's part of a parameter's value into the parameter."""
+    param: Any = module._parameters[name]
+    shape, offset = compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
+    part = value[tuple(slice(at, at + size) for at, size in zip(offset, shape, strict=True))]
+    local(param).copy_(part)

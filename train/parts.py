@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from largebatch.conf.config import TrainConfig
 from largebatch.conf.engine_config import EngineConfig
 from largebatch.conf.errors import ConfigError
 from largebatch.schedules.counts import real_number
@@ -22,7 +23,9 @@ from largebatch.train.example_gradients import ExampleGradients
 from largebatch.train.flops import flops_of
 from largebatch.train.gradient_noise import GradientNoise
 from largebatch.train.guard import Guard
+from largebatch.train.initial_values import InitialValues, NotRecorded, record
 from largebatch.train.loop import Progress
+from largebatch.train.memory import check_memory
 from largebatch.train.micro_batch import find_micro_batch_size
 from largebatch.train.model_options import (
     checkpoint_activations,
@@ -64,9 +67,7 @@ def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
     data = check_task(task)
     check_batches(order.plan, task, ranks)
     torch.manual_seed(config.seed)
-    trains_here = device.type == "cpu" and not config.engine.needs_group  # its gradients too
-    with within_memory(ranks.local_size * (2 if trains_here else 1)):
-        model: nn.Module = build(config.model, "model", nn.Module)
+    model, values = build_model(config, ranks, device)
     num_parameters = sum(p.numel() for p in model.parameters())
     if num_parameters <= MOST_TRIED:
         try_one_pass(task, model)
@@ -80,6 +81,7 @@ def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
         device=device,
         micro_batch_size=None if size == "auto" else size,
         precision=Precision(config.precision, device),
+        **({} if values is None else {"values": values}),
     )
     optimizer = build_optimizer(config.optim, engine.model, ranks)
     if not engine.can_skip and Guard(config.guard).skips:
@@ -98,6 +100,54 @@ def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
         raise ConfigError(str(error)) from error
     noise = build_noise(order, engine, optimizer)
     return Parts(task, engine, optimizer, noise, num_parameters, data)
+
+
+def build_model(
+    config: TrainConfig, ranks: Ranks, device: torch.device
+) -> tuple[nn.Module, InitialValues | None]:
+    """The model; on the meta device and beside its values where ranks each keep a shard of them.
+
+    A model that is small enough to be tried on the host is whole there.
+
+    Raises:
+        ConfigError: it cannot be built, or is more than this node holds.
+    """
+    make: Callable[[], nn.Module] = partial(build, config.model, "model", nn.Module)
+    why = ""
+    if config.engine.shards_weights:
+        try:
+            model, values = record(make)
+        except NotRecorded as error:
+            why = str(error)
+        else:
+            held = sum(p.numel() * p.element_size() for p in model.parameters())
+            if sum(p.numel() for p in model.parameters()) > MOST_TRIED:
+                check_held(held, values, ranks, device)
+                return model, values
+    trains_here = device.type == "cpu" and not config.engine.needs_group  # its gradients too
+    with within_memory(ranks.local_size * (2 if trains_here else 1)):
+        model = make()
+    if why and ranks.is_first and sum(p.numel() for p in model.parameters()) > MOST_TRIED:
+        print(
+            f"largebatch: each rank builds the whole model before it is sharded ({why})",
+            file=sys.stderr,
+        )
+    return model, None
+
+
+def check_held(num_bytes: int, values: InitialValues, ranks: Ranks, device: torch.device) -> None:
+    """Refuse a model of whose values this node cannot hold what its ranks take on the host.
+
+    Raises:
+        ConfigError: with both sizes.
+    """
+    shards = num_bytes // ranks.size if device.type == "cpu" else 0
+    try:
+        check_memory(
+            (values.peak_bytes + shards) * ranks.local_size, "the model", "lower its sizes"
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def prepare_model(

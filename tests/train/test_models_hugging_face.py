@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from largebatch.conf.errors import ConfigError
+from largebatch.train.initial_values import record
 from largebatch.train.model_options import blocks
 from largebatch.train.models import HuggingFace
 
@@ -142,3 +143,20 @@ def test_without_the_library_the_sentence_says_what_to_install(
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"pip install 'largebatch\[hf\]'"):
         HuggingFace("gpt2")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_filled_one_tensor_at_a_time_it_is_the_same_model_to_the_bit(name: str) -> None:
+    expected = small(name)
+    model, values = record(lambda: small(name))
+    found: dict[Any, Tensor] = {}
+    values.play(lambda module, key, value: found.update({(module, key): value.clone()}),
+                torch.device("cpu"))  # fmt: skip
+    for path, module in model.named_modules():
+        for key, _ in module.named_parameters(recurse=False):
+            whole = expected.get_submodule(path).get_parameter(key)
+            tied = (module, key) not in found
+            assert tied or torch.equal(found[module, key], whole), (path, key)
+    assert len(found) == len(list(expected.parameters()))
+    for one, other in zip(model.buffers(), expected.buffers(), strict=True):
+        assert torch.equal(one, other)

@@ -174,7 +174,10 @@ class Transformer(nn.Module):
             )
             self.norm = nn.RMSNorm(self.dim, eps=norm_eps)
             self.head = nn.Linear(self.dim, self.vocabulary, bias=False)
-        self.to_empty(device=device)
+        for module in self.modules():
+            for name, bare in list(module.named_parameters(recurse=False)):
+                module._parameters[name] = nn.Parameter(torch.empty_like(bare, device=device))
+        self._tie()
         self.reset_parameters()
 
     def _tie(self) -> None:
