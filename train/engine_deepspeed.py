@@ -110,16 +110,16 @@ class DeepSpeed(OfRanks):
 
     def _fill(self, deepspeed: Any, config: dict[str, Any], values: InitialValues) -> None:
         """Give each parameter its value, and let DeepSpeed keep a shard of it, one by one."""
-        sharded: list[nn.Parameter] = []
+        sharded: list[Any] = []
 
         def put(module: nn.Module, name: str, value: Tensor) -> None:
             param = module._parameters[name]
             assert param is not None
             whole = nn.Parameter(value.to(self.device, copy=True), param.requires_grad)
             # The optimizer has the parameter already: the object stays, and takes what it is to be.
-            torch.utils.swap_tensors(param, whole)
+            torch.utils.swap_tensors(param, whole)  # type: ignore[no-untyped-call] # not annotated
             if sharded:
-                sharded[0].convert_to_zero_parameters([param])  # type: ignore[operator] # DeepSpeed's
+                sharded[0].convert_to_zero_parameters([param])
             else:
                 holder = nn.ParameterList([param])
                 deepspeed.zero.Init(holder, config_dict_or_path=config, dtype=torch.float32)

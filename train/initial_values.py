@@ -69,11 +69,11 @@ class _Call:
         return whole and all(getattr(view, "storage", None) != storage for view in others)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's is not annotated
     """Notes each operation on values of fake tensors that say they are on the CPU."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # the same
         self.calls: list[_Call] = []
         self.storages: dict[int, torch.UntypedStorage] = {}
 
@@ -81,7 +81,7 @@ class _Recorder(TorchDispatchMode):
         storage = tensor.untyped_storage()
         self.storages[storage._cdata] = storage  # for as long as its number is to mean it
         return _View(
-            storage._cdata, tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype,
+            storage._cdata, tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype,
             tensor.device.type == "meta",
         )  # fmt: skip
 
@@ -100,8 +100,8 @@ class _Recorder(TorchDispatchMode):
         held = {self.view(t).storage for t in given if _is_fake(t)}
         views_only = not writes and all(view.storage in held for view in made)
         if not views_only and not all(view.on_meta for view in made):
-            noted = tree_map_only(FakeTensor, self.view, (args, kwargs))
-            self.calls.append(_Call(func, *noted, made))
+            args, kwargs = tree_map_only(FakeTensor, self.view, (args, kwargs))
+            self.calls.append(_Call(func, args, kwargs, made))
         return result
 
 
@@ -169,7 +169,7 @@ class InitialValues:
             if view.on_meta:
                 return torch.empty_strided(view.shape, view.stride, dtype=view.dtype, device="meta")
             if view.storage not in live:
-                live[view.storage] = torch.UntypedStorage(self._num_bytes[view.storage])
+                live[view.storage] = _memory(self._num_bytes[view.storage])
             return view.of(live[view.storage])
 
         for i, call in enumerate(self._calls):
@@ -196,6 +196,10 @@ class InitialValues:
                 kept = tensor.clone()
                 kept = kept.to(device) if place.kind == "_buffers" else kept
                 getattr(place.module, place.kind)[place.name] = kept
+
+
+def _memory(num_bytes: int) -> torch.UntypedStorage:
+    return torch.empty(num_bytes, dtype=torch.uint8).untyped_storage()
 
 
 def record(make: Callable[[], nn.Module]) -> tuple[nn.Module, InitialValues]:
