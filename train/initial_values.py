@@ -81,8 +81,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's i
         storage = tensor.untyped_storage()
         self.storages[storage._cdata] = storage  # for as long as its number is to mean it
         return _View(
-            storage._cdata, tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype,
-            tensor.device.type == "meta",
+            storage._cdata, tensor.shape, tensor.stride(), int(tensor.storage_offset()),
+            tensor.dtype, tensor.device.type == "meta",
         )  # fmt: skip
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,7 +92,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's i
         made = [self.view(t) for t in tree_leaves(result) if isinstance(t, FakeTensor)]
         if any(isinstance(value, torch.Generator) for value in given):
             raise NotRecorded("it draws from a generator of its own")
-        if any(view.device.type not in ("cpu", "meta") for view in given if _is_fake(view)):
+        if any(t.device.type not in ("cpu", "meta") for t in given if _is_fake(t)):
             raise NotRecorded("it is made on a device")
         writes = func._schema.is_mutable
         if writes and any(isinstance(t, Tensor) and not _is_fake(t) for t in given[:1]):
