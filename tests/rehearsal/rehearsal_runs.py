@@ -160,8 +160,6 @@ def _as_rank(
             if size > 1:
                 os.environ["MASTER_PORT"] = str(port)
             outcomes[run.name] = trained(run, folder)
-            if size > 1 and outcomes[run.name].get("code") != 0:
-                break  # the other rank may have ended otherwise, and would be waited for
         faulthandler.cancel_dump_traceback_later()
     if steps:
         from rehearsal_steps import largest_difference

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import rehearsal_cells as cells
 from rehearsal_device import RIGHT_TORCH, WHY_NOT
-from rehearsal_runs import Outcome, Step, rehearse
+from rehearsal_runs import Outcome, Run, Step, rehearse
 from rehearsal_steps import ROWS
 
 # A process makes many runs; on a machine that is busy with others it may take minutes.
@@ -193,7 +193,7 @@ def test_a_step_that_is_not_finite_is_none(found: dict[str, Outcome], name: str)
     assert all(math.isfinite(loss) for loss in losses)
 
 
-# Names -------------------------------------------------------------------------------------
+# Names, ranks -------------------------------------------------------------------------------------
 
 
 def test_with_the_names_of_torch_cuda(folder: Path) -> None:
@@ -205,3 +205,13 @@ def test_with_the_names_of_torch_cuda(folder: Path) -> None:
     lines: set[Any] = {line for step in steady(ended(found, "soap")) for _, line in step.waits}
     assert lines
     assert all(line.startswith("optim/roots.py") for line in lines)
+
+
+@pytest.mark.parametrize("run", cells.on_two_ranks(), ids=lambda run: run.name)
+def test_two_ranks_reduce_by_sums(folder: Path, run: Run) -> None:
+    """Averaging is refused, as by oneCCL 2021.17; what lies on the CPU is refused too."""
+    ranks = rehearse([run], folder, world_size=2)
+    ours = [ended(found, run.name) for found in ranks]
+    if run.name.startswith("ddp"):
+        assert largest_difference(*ours) == 0
+    assert not any(step.hosted for outcome in ours for step in outcome["steps"])
