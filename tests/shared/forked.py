@@ -21,6 +21,7 @@ from socket import AF_UNIX, SOCK_STREAM, send_fds, socket
 from typing import Any
 
 SERVER = Path(__file__).parent / "forked_server.py"
+CHILD = Path(__file__).parent / "forked_child.py"
 FOLDER = "FORKED_SERVERS"
 """The variable that says where the sockets of this session's servers are."""
 
@@ -29,8 +30,18 @@ START_SECONDS = 120
 
 def set_up() -> None:
     """Let this process and its children share servers, which end with it; none is started yet."""
-    os.environ.setdefault(FOLDER, tempfile.mkdtemp(prefix="forked-"))
-    os.environ.setdefault(FOLDER + "_OF", str(os.getpid()))
+    if FOLDER not in os.environ:
+        os.environ[FOLDER] = tempfile.mkdtemp(prefix="forked-")
+        os.environ[FOLDER + "_OF"] = str(os.getpid())
+        stand_in = Path(os.environ[FOLDER]) / "python"
+        stand_in.write_text(f"#!{sys.executable} -IS\n{CHILD.read_text()}")
+        stand_in.chmod(0o755)
+
+
+def stand_in() -> str:
+    """What starts as Python does, as a fork: for what code under test starts by itself."""
+    _address("")
+    return str(Path(os.environ[FOLDER]) / "python")
 
 
 def _address(extra: str) -> str:
@@ -86,6 +97,8 @@ class Popen(subprocess.Popen[Any]):
             "cwd": str(cwd or Path.cwd()),
             "env": environment,
             "session": start_new_session,
+            "numbers": [0, 1, 2],
+            "watched": False,
         }
         super().__init__(shown, **options)
 

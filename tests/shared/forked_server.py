@@ -1,6 +1,7 @@
 """The server behind forked.py: `python forked_server.py SOCKET OWNER EXTRA`."""
 
 import builtins
+import fcntl
 import gc
 import importlib
 import os
@@ -70,14 +71,16 @@ def serve(path: Path, owner: int) -> Request | None:
     path.with_suffix(".new").rename(path)
     children: dict[int, Connection] = {}
     while Path(f"/proc/{owner}").exists():
-        ready, _, _ = select.select([listening, woken], [], [], 1)
+        ready, _, _ = select.select([listening, woken, *children.values()], [], [], 1)
         if woken in ready:
             woken.recv(4096)
         while (ended := _ended()) is not None:
             _tell(children.pop(ended[0]), ended[1])
+        for child in [child for child, client in children.items() if client in ready]:
+            os.kill(child, signal.SIGKILL)  # who asked for it is gone
         if listening in ready:
             client, _ = listening.accept()
-            header, streams, _, _ = socket.recv_fds(client, 8, 3)
+            header, streams, _, _ = socket.recv_fds(client, 8, 253)
             message = client.recv(int.from_bytes(header, "little"), socket.MSG_WAITALL)
             child = os.fork()
             if child == 0:
@@ -85,10 +88,8 @@ def serve(path: Path, owner: int) -> Request | None:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for opened in (listening, woken, waking, client, *children.values()):
                     opened.close()
-                for number, stream in enumerate(streams):
-                    os.dup2(stream, number)
-                    os.close(stream)
                 request: Request = pickle.loads(message)
+                _place(streams, request["numbers"])
                 return request
             for stream in streams:
                 os.close(stream)
@@ -96,6 +97,16 @@ def serve(path: Path, owner: int) -> Request | None:
             _tell(children[child], child)
     path.unlink()
     return None
+
+
+def _place(opened: list[int], numbers: list[int]) -> None:
+    """Give what has come the numbers that it had there."""
+    above = [fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 500) for number in opened]
+    for number in opened:
+        os.close(number)
+    for number, target in zip(above, numbers, strict=True):
+        os.dup2(number, target)
+        os.close(number)
 
 
 def _ended() -> tuple[int, int] | None:
@@ -121,6 +132,10 @@ def become(request: Request, base: list[str]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    if request["watched"]:  # by the stand-in, in its parent's sight
+        os.environ["LARGEBATCH_PARENT"] = str(os.getppid())
+    if request["words"] is not None:
+        sys.executable = str(Path(sys.argv[1]).parent / "python")
     sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)

@@ -52,6 +52,8 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Train:
         monkeypatch.setattr(sys, "argv", ["largebatch"])
         monkeypatch.setattr(sys, "path", list(sys.path))
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        if any(word.startswith("engine.nproc=") for word in overrides):
+            monkeypatch.setattr(sys, "executable", forked.stand_in())
         return command.main(list(overrides))
 
     return run
