@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from processes import is_running
+
 # What commands and ranks import, and what torch imports late.
 PRELOADED = (
     "torch._dynamo",
@@ -70,7 +72,7 @@ def serve(path: Path, owner: int) -> Request | None:
     signal.set_wakeup_fd(waking.fileno())
     path.with_suffix(".new").rename(path)
     children: dict[int, Connection] = {}
-    while Path(f"/proc/{owner}").exists():
+    while is_running(owner):
         ready, _, _ = select.select([listening, woken, *children.values()], [], [], 1)
         if woken in ready:
             woken.recv(4096)
