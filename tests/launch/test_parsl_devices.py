@@ -26,6 +26,7 @@ def start(at: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
             "hydra.launcher.workers_per_node=2", "hydra.launcher.poll_seconds=0.1",
             "hydra.sweep.dir=sweep", *words,
         ],
+        children=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, cwd=at, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

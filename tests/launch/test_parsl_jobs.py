@@ -47,6 +47,7 @@ class PBS:
                 "hydra/launcher=parsl", "hydra.launcher.shape=jobs", "hydra.launcher.cluster=here",
                 "hydra.launcher.poll_seconds=0.05", "hydra.sweep.dir=sweep", "task=digits", *words,
             ],
+            children=False,
             env=os.environ | {"PATH": path, "FAKE_PBS": str(self.jobs), "OMP_NUM_THREADS": "1"},
             cwd=self.at, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip

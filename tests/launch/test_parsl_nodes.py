@@ -42,6 +42,7 @@ class Sweep:
                 f"hydra.launcher.command={command}", "hydra.launcher.poll_seconds=0.05",
                 f"hydra.sweep.dir={self.folder}", *words,
             ],
+            children=False,
             env=os.environ | {"PATH": path, "FAKE_NODES": str(self.at)}, cwd=self.at,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
@@ -219,6 +220,7 @@ def test_on_aurora_a_trial_gets_the_launcher_and_the_cores_of_a_job(tmp_path: Pa
             "hydra.launcher.nodes_per_trial=2", "hydra.launcher.hostfile=hosts",
             "hydra.launcher.poll_seconds=0.1", "hydra.sweep.dir=sweep",
         ],
+        children=False,
         env=os.environ | fakes, cwd=tmp_path, timeout=100, capture_output=True, text=True,
     )  # fmt: skip
     log = tmp_path / "sweep" / "0" / "attempt-1.log"

@@ -69,6 +69,7 @@ class Popen(subprocess.Popen[Any]):
     """A `subprocess.Popen` of this Python, or of a call, as a fork of the server.
 
     The command is `[sys.executable, "-m", MODULE, …]`, `"-c", CODE` or a file, as for subprocess.
+    What it starts by `sys.executable` is a fork too, but for `children=False`.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Popen(subprocess.Popen[Any]):
         command: Sequence[str] | partial[Any],
         *,
         extra: str = "",
+        children: bool = True,
         cwd: Path | str | None = None,
         env: Mapping[str, str] | None = None,
         start_new_session: bool = False,
@@ -99,6 +101,7 @@ class Popen(subprocess.Popen[Any]):
             "session": start_new_session,
             "numbers": [0, 1, 2],
             "watched": False,
+            "children": children,
         }
         super().__init__(shown, **options)
 

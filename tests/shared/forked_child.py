@@ -30,6 +30,7 @@ def main() -> None:
             "session": os.getpgrp() == os.getpid(),
             "numbers": numbers,
             "watched": watched,
+            "children": True,
         }
     )
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -136,7 +136,7 @@ def become(request: Request, base: list[str]) -> None:
     os.environ.update(request["env"])
     if request["watched"]:  # by the stand-in, in its parent's sight
         os.environ["LARGEBATCH_PARENT"] = str(os.getppid())
-    if request["words"] is not None:
+    if request["children"]:
         sys.executable = str(Path(sys.argv[1]).parent / "python")
     sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)

@@ -37,7 +37,7 @@ def launch(
     for rank in range(world_size):
         with (own / f"rank{rank}.err").open("w") as said:
             call = partial(work_as_rank, rank, world_size, work, jobs, str(own))
-            ranks.append(Popen(call, extra=extra, stderr=said))
+            ranks.append(Popen(call, extra=extra, children=False, stderr=said))
     failed = all_ended(ranks)
     if failed is not None:
         said = (own / f"rank{failed}.err").read_text()
