@@ -251,7 +251,7 @@ def test_bad_nodes_are_left_out_and_doubtful_ones_are_taken_last(tmp_path: Path)
     assert choice.lines == (LINES[1], LINES[2], LINES[4])
     assert choice.left_out == {"x1c0s0b0n0": "node-slow", "x1c0s3b0n0": "rank-silent"}
     assert choose(LINES, found, 4).lines == (LINES[0], LINES[1], LINES[2], LINES[4])
-    write(choice, tmp_path / "good")
+    write(choice.lines, tmp_path / "good")
     assert host_lines(tmp_path / "good") == list(choice.lines)
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
 
