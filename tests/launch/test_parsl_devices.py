@@ -61,6 +61,7 @@ def on_nodes(folder: Path, *nodes: str) -> tuple[list[str], dict[str, str]]:
     return words, {"PATH": path, "FAKE_NODES": str(folder)}
 
 
+@pytest.mark.matrix  # as the trials below, whose folders have names of all kinds
 def test_a_worker_trains_a_trial(tmp_path: Path) -> None:
     # What started the pools has left its marks in them, and a trial is none of its ranks.
     words, environment = on_nodes(tmp_path, "n1.site")

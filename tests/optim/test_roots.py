@@ -53,7 +53,10 @@ def medium_precision() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("n", [1, 2, 17, 128, 1024])
+LARGE = pytest.param(1024, marks=pytest.mark.matrix)
+
+
+@pytest.mark.parametrize("n", [1, 2, 17, 128, LARGE])
 @pytest.mark.parametrize("p", [2, 4, 6])
 def test_root_of_a_well_conditioned_matrix(n: int, p: int) -> None:
     """FP32: an error of each root of a few units n turns into p times as much of a residual."""
@@ -63,7 +66,7 @@ def test_root_of_a_well_conditioned_matrix(n: int, p: int) -> None:
     assert torch.equal(root.matrix, root.matrix.T)
 
 
-@pytest.mark.parametrize("n", [17, 128, 1024])
+@pytest.mark.parametrize("n", [17, 128, LARGE])
 @pytest.mark.parametrize(("p", "ridge"), [(2, 1e-6), (4, 1e-6), (4, 1e-4)])
 def test_root_of_an_ill_conditioned_matrix(n: int, p: int, ridge: float) -> None:
     """The residual is bounded by what the condition number, 1 / ridge at most, leaves of FP32."""
@@ -73,7 +76,7 @@ def test_root_of_an_ill_conditioned_matrix(n: int, p: int, ridge: float) -> None
     assert float(root.condition) == pytest.approx(1 / ridge, rel=0.2 if ridge < 1e-5 else 0.01)
 
 
-@pytest.mark.parametrize("n", [17, 128, 1024])
+@pytest.mark.parametrize("n", [17, 128, LARGE])
 @pytest.mark.parametrize("p", [1, 2, 4, 2.5])
 def test_root_in_fp64_is_exact(n: int, p: float) -> None:
     values = torch.logspace(-9, 0, n, dtype=torch.float64)
