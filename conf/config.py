@@ -219,6 +219,9 @@ class GuardConfig:
         return "rollback" in (self.non_finite, self.spike)
 
 
+FORMULAS = ("auto", "palm", "megatron", "megatron_recompute", "counted")
+
+
 @dataclass
 class ThroughputConfig:
     """What rates are made with; `train/flops.py` and `train/peaks.py` say how."""
@@ -228,6 +231,11 @@ class ThroughputConfig:
     steps_left_out: Any = 5
 
     def __post_init__(self) -> None:
+        if self.formula and self.formula not in FORMULAS:
+            raise ConfigError(
+                f"throughput.formula must be null or one of {', '.join(FORMULAS)}, "
+                f"got {self.formula!r}"
+            )
         if self.peak_tflops is not None:
             name = "throughput.peak_tflops"
             self.peak_tflops = real_number(self.peak_tflops, name, above=0.0)

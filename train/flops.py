@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from largebatch.conf.config import FORMULAS
 from largebatch.train.models import Transformer
 from largebatch.train.tasks import Batch, Task
 
@@ -73,7 +74,6 @@ CLOSED: Final[dict[str, Callable[[Transformer, int], float]]] = {
     "megatron": megatron,
     "megatron_recompute": megatron_recompute,
 }
-FORMULAS: Final = ("auto", *CLOSED, "counted")
 
 _SAMPLES = 2
 """One alone could be a special case of a shape."""

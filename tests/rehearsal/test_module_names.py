@@ -97,7 +97,10 @@ def test_every_name_asked_of_a_device_module_exists(device: str) -> None:
     module = getattr(torch, device)
     wrong = [(place, name) for place, name in asked if not resolves(module, name)]
     assert not wrong, f"torch.{device} has no such name: {wrong}"
-    assert {"get_device_name", "manual_seed", "get_device_properties"} <= {name for _, name in asked}
+    names = {"get_device_name", "manual_seed", "get_device_properties"}
+    assert names <= {name for _, name in asked}
+        name for _, name in asked
+    }
 
 
 def test_every_name_of_torch_accelerator_cuda_and_xpu_exists() -> None:
