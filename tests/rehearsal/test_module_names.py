@@ -99,8 +99,6 @@ def test_every_name_asked_of_a_device_module_exists(device: str) -> None:
     assert not wrong, f"torch.{device} has no such name: {wrong}"
     names = {"get_device_name", "manual_seed", "get_device_properties"}
     assert names <= {name for _, name in asked}
-        name for _, name in asked
-    }
 
 
 def test_every_name_of_torch_accelerator_cuda_and_xpu_exists() -> None:

@@ -403,7 +403,8 @@ def test_ipex_is_imported_first_where_it_is_wanted(tmp_path: Path) -> None:
     (tmp_path / "intel_extension_for_pytorch.py").write_text(
         "import sys\nprint('first' if 'torch' not in sys.modules else 'after torch')\n"
     )
-    assert python(code, tmp_path, PYTHONPATH=str(tmp_path)).split() == ["first", "cpu"]
+    # By `env`: a process that has imported nothing yet.
+    assert python(code, tmp_path, "env", PYTHONPATH=str(tmp_path)).split() == ["first", "cpu"]
 
 
 def test_ranks_of_a_launcher_make_one_run_be_it_one_of_a_sweep() -> None:
