@@ -98,6 +98,7 @@ def test_a_wrong_value_is_found_named_and_not_timed(tmp_path: Path) -> None:
     assert all(len(row["seconds"]) >= 3 for row in told[0] if not row["wrong"])
 
 
+@pytest.mark.matrix
 def test_ranks_of_a_launcher_are_measured_as_they_are(tmp_path: Path) -> None:
     done = subprocess.run(
         [

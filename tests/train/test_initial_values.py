@@ -136,6 +136,7 @@ def test_shards_of_any_world_are_of_one_model_to_the_bit(world_size: int, tmp_pa
             assert rank["held"] <= 1.1 * rank["whole"] * copies / world_size
 
 
+@pytest.mark.matrix
 def test_a_run_goes_on_from_shards_as_from_a_whole_model(tmp_path: Path) -> None:
     short = ("budget.samples=256", "engine.activation_checkpointing=true")
     cells = [Cell("fsdp", 1, "shampoo", short), Cell("zero3", 4, "lamb", short)]

@@ -26,7 +26,7 @@ WAYS = {
 
 def losses(folder: Path, launcher: list[str], optimizer: str, engine: list[str]) -> list[float]:
     """The loss at every step of a run of the bytes task."""
-    done = subprocess.run(
+    done = (forked if launcher[0] == sys.executable else subprocess).run(
         [*launcher, "largebatch", "train", "task=bytes", f"optim={optimizer}", "batch.size=256",
          f"optim.lr={HALF_OF_BEST[optimizer]}", f"budget.samples={256 * STEPS}", "target.loss=null",
          "evaluation.growth=10", f"hydra.run.dir={folder}", *(f"engine.{key}" for key in engine)],
