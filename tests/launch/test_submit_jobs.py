@@ -29,6 +29,7 @@ def cluster(tmp_path: Path) -> Cluster:
         pytest.param(8, "debug-scaling", 2, marks=pytest.mark.matrix),
         pytest.param(256, "debug-scaling", 1, marks=pytest.mark.matrix),
         (2048, "prod", 2),
+        pytest.param(10624, "prod", 1, marks=pytest.mark.matrix),
     ],
 )
 def test_a_job_of_any_size_is_submitted_and_trains_to_its_end(
@@ -47,7 +48,7 @@ def test_a_job_of_any_size_is_submitted_and_trains_to_its_end(
     job = cluster.job(0)
     assert (job["A"], job["q"], job["select"]) == ("project", queue, str(nodes))
     assert (job["walltime"], job["filesystems"]) == ("00:30:00", "home:flare")
-    assert job["place"] == ("scatter:group=tier0" if nodes <= 64 else "scatter")
+    assert job["place"] == "scatter"
 
     done = cluster.run(0)
     assert done.returncode == 0, done.stdout + done.stderr
