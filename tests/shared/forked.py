@@ -40,19 +40,19 @@ def set_up() -> None:
 
 def stand_in() -> str:
     """What starts as Python does, as a fork: for what code under test starts by itself."""
-    _address("")
+    _address()
     return str(Path(os.environ[FOLDER]) / "python")
 
 
-def _address(extra: str) -> str:
-    """Where the server listens that has imported `extra` too; it is started where there is none."""
-    path = Path(os.environ[FOLDER]) / (extra or "plain")
+def _address() -> str:
+    """Where the server listens; it is started where there is none."""
+    path = Path(os.environ[FOLDER]) / "server"
     with path.with_suffix(".lock").open("w") as lock:
         flock(lock, LOCK_EX)  # torch's import takes seconds, and several may want one
         if not path.exists():
             with path.with_suffix(".log").open("w") as log:
                 server = subprocess.Popen(
-                    [sys.executable, str(SERVER), str(path), os.environ[FOLDER + "_OF"], extra],
+                    [sys.executable, str(SERVER), str(path), os.environ[FOLDER + "_OF"]],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                     env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=SERVER.parent,
                 )  # fmt: skip
@@ -76,7 +76,6 @@ class Popen(subprocess.Popen[Any]):
         self,
         command: Sequence[str] | partial[Any],
         *,
-        extra: str = "",
         children: bool = True,
         cwd: Path | str | None = None,
         env: Mapping[str, str] | None = None,
@@ -91,7 +90,6 @@ class Popen(subprocess.Popen[Any]):
         else:
             shown, words, call = list(command), list(command[1:]), None
             assert command[0] == sys.executable, command[0]
-        self._extra = extra
         self._request = {
             "words": words,
             "call": call,
@@ -111,7 +109,7 @@ class Popen(subprocess.Popen[Any]):
         message = pickle.dumps(self._request)
         streams = enumerate((p2cread, c2pwrite, errwrite))
         server = socket(AF_UNIX, SOCK_STREAM)
-        server.connect(_address(self._extra))
+        server.connect(_address())
         send_fds(
             server,
             [len(message).to_bytes(8, "little")],

@@ -34,7 +34,7 @@ def main() -> None:
         }
     )
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    server.connect(os.path.join(os.path.dirname(os.path.abspath(__file__)), "plain"))
+    server.connect(os.path.join(os.path.dirname(os.path.abspath(__file__)), "server"))
     socket.send_fds(server, [len(message).to_bytes(8, "little")], numbers)
     server.sendall(message)
     pid = _told(server)

@@ -1,4 +1,4 @@
-"""The server behind forked.py: `python forked_server.py SOCKET OWNER EXTRA`."""
+"""The server behind forked.py: `python forked_server.py SOCKET OWNER`."""
 
 import builtins
 import fcntl
@@ -47,10 +47,10 @@ Request = dict[str, Any]
 
 def main() -> None:
     """Serve until the owner is gone; in a child, become what was asked for."""
-    path, owner, extra = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    path, owner = Path(sys.argv[1]), int(sys.argv[2])
     importable = os.environ.get("PYTHONPATH", "").split(":")
     base = [entry for entry in sys.path[1:] if entry not in importable]
-    for name in (*PRELOADED, *filter(None, extra.split(","))):
+    for name in PRELOADED:
         importlib.import_module(name)
     assert threading.active_count() == 1
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads"

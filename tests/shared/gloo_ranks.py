@@ -24,20 +24,18 @@ def launch(
     jobs: Sequence[Any],
     world_size: int,
     folder: Path,
-    extra: str = "",
 ) -> list[dict[str, Outcome]]:
     """What each of `world_size` ranks has found in each job, by `str(job)`.
 
     An exception in a job becomes its outcome, {"error": traceback}; the death of a rank becomes
-    that of all jobs. In a world of one no process group is made. `extra` names modules, comma
-    between, that every rank imports and that take long.
+    that of all jobs. In a world of one no process group is made.
     """
     own = Path(tempfile.mkdtemp(dir=folder))  # a store serves one launch
     ranks = []
     for rank in range(world_size):
         with (own / f"rank{rank}.err").open("w") as said:
             call = partial(work_as_rank, rank, world_size, work, jobs, str(own))
-            ranks.append(Popen(call, extra=extra, children=False, stderr=said))
+            ranks.append(Popen(call, children=False, stderr=said))
     failed = all_ended(ranks)
     if failed is not None:
         said = (own / f"rank{failed}.err").read_text()
