@@ -73,7 +73,7 @@ class Team:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._store: Store | None = None
-        self._looking: threading.Thread
+        self._looking: threading.Thread | None = None
         self._fault: dict[str, Any] | None = None
         self._known = threading.Event()
         self._came = threading.Event()
@@ -100,10 +100,12 @@ class Team:
             self._came.set()
             if self.ranks.size > 1:
                 self._end_well()
+                self._stop_looking()
             return
         ended = self._told(error)
         if self._store is not None:
             self._leave(self._store)
+        self._stop_looking()
         raise ended from error
 
     @contextmanager
@@ -141,7 +143,7 @@ class Team:
             store.add("heard", 1)
             if "value" in order:
                 return order["value"]
-            self._looking.join(_LEAVING_SECONDS)
+            self._stop_looking()
             raise self._ended()
         store = self._meet()
         store.compare_set("order", "", json.dumps({"value": value}))
@@ -325,13 +327,21 @@ class Team:
     def _end_well(self) -> None:
         """Leave together: the store ends with rank 0, whose part is done last."""
         if not self.ranks.is_first:
-            self._looking.join()
+            if self._looking is not None:
+                self._looking.join()
             return
         with suppress(ConfigError, RuntimeError):
             store = self._meet()
             store.compare_set("order", "", "{}")
             store.compare_set("fault", "", "null")
             self._await(store, "left", _LEAVING_SECONDS if self._ordered else _COMING_SECONDS)
+
+    def _stop_looking(self) -> None:
+        """Wait until the looking thread is out of the store: an interpreter that shuts down while a
+        thread is in torch's code aborts the process (SIGABRT) when that thread comes back.
+        """
+        if self._looking is not None:
+            self._looking.join(_LEAVING_SECONDS)
 
     def _leave(self, store: "Store") -> None:
         """After a fault. Launchers end all ranks as soon as one has left, so rank 0 closes its

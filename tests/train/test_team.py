@@ -1,10 +1,13 @@
 """A fault on one rank, at any stage, ends all ranks with its message and one exit code."""
 
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from team_ranks import begin
 
@@ -164,3 +167,36 @@ def test_a_fault_at_any_stage_ends_all_ranks_with_one_message(
     assert told[0].startswith("largebatch: rank 1 on ") == (failing == 1)
     assert told[0] in said[failing]
     assert "Error" not in said[1 - failing]
+
+
+LEAVING = """
+import sys, threading, time
+from largebatch.train.team import Team, find_team
+look = Team._look
+Team._look = lambda self, store: (look(self, store), time.sleep(0.5))  # a busy machine's
+try:
+    with find_team() as team:
+        team.tell("go" if team.ranks.is_first else None)
+        if sys.argv[1] == "fault" and not team.ranks.is_first:
+            raise ValueError("one rank's own")
+finally:
+    print("left:", *[thread.name for thread in threading.enumerate()])
+"""
+
+
+@pytest.mark.parametrize("how", ["well", "fault"])
+def test_no_thread_is_left_in_the_store_when_a_rank_ends(how: str, tmp_path: Path) -> None:
+    """The interpreter's end would abort the process, when such a thread came back."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": "2"}
+    ranks = [
+        forked.Popen(
+            [sys.executable, "-c", LEAVING, how], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"},
+            text=True, cwd=tmp_path,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    for rank in ranks:
+        said, _ = rank.communicate(timeout=120)
+        (left,) = [line.split()[1:] for line in said.splitlines() if line.startswith("left:")]
+        assert left == ["MainThread"], said
