@@ -1,5 +1,7 @@
 """What is rehearsed: runs as data."""
 
+from typing import Any
+
 from rehearsal_runs import Run
 
 # A transformer of twelve tensors; a step's loss is of 16 sequences of 16 bytes.
@@ -8,63 +10,99 @@ TEXT = (
     "model.dim=32", "model.depth=1", "model.heads=2", "target.loss=null", "batch.size=16",
     "evaluation.growth=1000", "record.layers=true",
 )  # fmt: skip
-STEPS = 8
+# As many as show refreshes, steady steps between them, and a save on the way.
+STEPS = 6
 FEW = (f"budget.samples={16 * STEPS}",)
 OPTIMIZERS = ("adamw", "sgd", "lars", "lamb", "muon", "shampoo", "soap", "kfac")
 SECOND_ORDER = ("shampoo", "soap", "kfac")
+ALWAYS_ASKED = ("muon",)
+"""Whose steps the host asks whether they count, each time, where they need not."""
 CPU = ("engine.device=cpu",)
 
 # Everything that watches a step; nothing of it may make the host wait.
 GUARDED = ("clip_norm=1", "guard.non_finite=skip", "guard.grad_norm_multiple=20")
 WATCHED = (*GUARDED, "noise.small=micro_batch", "engine.micro_batch_size=8")
-SAVED = ("checkpoint.every_samples=64", "checkpoint.required=true", "checkpoint.keep=9")
+SAVED = (
+    f"checkpoint.every_samples={16 * STEPS // 2}",
+    "checkpoint.required=true",
+    "checkpoint.keep=9",
+)
 SPOILED = (
     "task=digits", "task._target_=guarded_tasks.Spoiled", "+task.position=200", "batch.size=64",
     "target.loss=null", "budget.samples=512", "guard.non_finite=skip",
 )  # fmt: skip
-MEMORY = 5 << 20
+FINDER_BATCH = 64
+FINDER = (
+    "mode=lr_find", "mode.points=9", "mode.low=1e-6", "mode.high=1e3", "mode.blow_up=1.5",
+    f"batch.size={FINDER_BATCH}", "engine.micro_batch_size=auto",
+)  # fmt: skip
+MEMORY = 3 << 20
 
-
-# Few matrices, so that not every one of the first steps has a refresh.
+# With four tensors, the same of the MLP over bytes.
 BYTES = (
     "task=bytes", "task.num_bytes=65536", "task.num_eval=64", "target.loss=null", "batch.size=16",
     "evaluation.growth=1000", "record.layers=true",
 )  # fmt: skip
+TASKS = {"text": TEXT, "bytes": BYTES}
+
+# Options with which a few steps show what they are to show.
+OPTIONS = {
+    # Norms of a device are summed in FP64: what that rounds otherwise is not to be divided by ~0.
+    "lamb": ("optim.eps=1e-3",),
+    # Of so many blocks, one would have its turn in every step.
+    "shampoo": ("optim.precondition_interval=100",),
+    "soap": ("optim.precondition_interval=100",),
+}
+# Whose state has the second moment of every parameter.
+WITH_MOMENTS = ("adamw", "lamb")
+
+
+def _run(name: str, task: str, optimizer: str, *words: str, **options: Any) -> Run:
+    chosen = (f"optim={optimizer}", *OPTIONS.get(optimizer, ()))
+    return Run(name, (*TASKS[task], *chosen, *words), **options)
 
 
 def plain() -> list[Run]:
-    """Each optimizer on the device; LARS and LAMB on the CPU too."""
-    tasks = {"shampoo": BYTES, "soap": BYTES}
-    runs = [Run(n, (*tasks.get(n, TEXT), *FEW, f"optim={n}")) for n in OPTIMIZERS]
-    return runs + [Run(f"{n} cpu", (*TEXT, *FEW, f"optim={n}", *CPU)) for n in ("lars", "lamb")]
+    """Each optimizer on each task, on the device."""
+    return [_run(f"{task} {n}", task, n, *FEW) for task in TASKS for n in OPTIMIZERS]
+
+
+def on_the_cpu() -> list[Run]:
+    """The same, there."""
+    return [Run(f"{run.name} cpu", (*run.words, *CPU)) for run in plain()]
 
 
 def featured() -> list[Run]:
-    """The features of a run, several in each."""
-    watched = (*TEXT, *FEW, *WATCHED)
-    resumed = ("optim=shampoo", "precision=fp16", *SAVED, "resume=auto")
-    fp16 = ("optim=lamb", "precision=fp16", "noise.preconditioned=true", *SAVED)
-    auto = ("optim=lamb", "batch.size=64", "budget.samples=192", "engine.micro_batch_size=auto")
-    finder = ("task=bytes", "mode=lr_find", "mode.points=12", "optim=lamb", "task.num_bytes=65536")
-    return [
-        Run("lamb fp16", (*watched, *fp16, "checkpoint.mode=async")),
-        Run("kfac bf16", (*TEXT, *FEW, *GUARDED, "optim=kfac", "precision=bf16", *SAVED)),
-        Run("whole", (*watched, *resumed, "checkpoint.mode=async")),
-        Run("resumed", (*watched, *resumed, "checkpoint.mode=async"), folder="whole"),
-        Run("auto", (*TEXT, *auto), limit=MEMORY),
-        Run("lr_find", (*finder, "batch.size=256")),
-        Run("bytes", ("task=bytes", "optim=lars", "task.num_bytes=65536", "batch.size=256",
-                      "budget.samples=4096", "precision=bf16", "target.loss=null")),
-        Run("skip", (*SPOILED, "optim=soap")),
-        Run("rollback", (*SPOILED, "optim=lamb", "guard.non_finite=rollback",
-                         "checkpoint.every_samples=128", "checkpoint.keep=9")),
-    ]  # fmt: skip
+    """The features of a run, several in each, with each optimizer."""
+    runs = []
+    for name in OPTIMIZERS:
+        metric = f"noise.preconditioned={name in WITH_MOMENTS}"
+        fp16 = (*FEW, *WATCHED, metric, "precision=fp16", *SAVED, "checkpoint.mode=async")
+        runs += [
+            _run(f"{name} fp16", "text", name, *fp16, "resume=auto"),
+            _run(f"{name} resumed", "text", name, *fp16, "resume=auto", folder=f"{name} fp16"),
+            _run(f"{name} bf16", "bytes", name, *FEW, *WATCHED, "precision=bf16", *SAVED),
+            _run(f"{name} found", "text", name, *FINDER, limit=MEMORY),
+        ]
+    spoiled = {
+        "skip": (*SPOILED, "optim=soap"),
+        "rollback": (*SPOILED, "optim=lamb", "guard.non_finite=rollback",
+                     "checkpoint.every_samples=128", "checkpoint.keep=9"),
+    }  # fmt: skip
+    return [*runs, *(Run(name, words) for name, words in spoiled.items())]
 
 
 def on_two_ranks() -> list[Run]:
-    """DDP and FSDP2 on the device."""
+    """DDP and FSDP2 on the device, saved in step or beside training."""
     runs = []
-    for engine, optimizer in (("ddp", "lamb"), ("fsdp", "lamb"), ("fsdp", "shampoo")):
-        words = (*TEXT, "budget.samples=32", f"engine={engine}", f"optim={optimizer}")
-        runs.append(Run(f"{engine} {optimizer}", (*words, "noise.small=rank", "clip_norm=1")))
+    for engine, name, mode in (
+        ("ddp", "lamb", "sync"),
+        ("ddp", "kfac", "async"),
+        ("fsdp", "lamb", "sync"),
+        ("fsdp", "shampoo", "async"),
+        ("fsdp", "kfac", "async"),
+    ):
+        saved = (*SAVED, f"checkpoint.mode={mode}", "checkpoint.every_samples=32", "resume=auto")
+        words = ("budget.samples=64", f"engine={engine}", "noise.small=rank", "clip_norm=1", *saved)
+        runs.append(_run(f"{engine} {name}", "text", name, *words))
     return runs

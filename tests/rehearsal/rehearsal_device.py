@@ -11,6 +11,7 @@ torch 2.13 (`RIGHT_TORCH`).
 import sys
 import types
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -186,6 +187,9 @@ def install(like: str = "xpu") -> None:
     }
     for name, kernel in kernels.items():
         own.impl(name, kernel, "PrivateUse1")
+    for name in operators.OF_DEVICES:
+        op = getattr(torch.ops.aten, name).default
+        own.impl(name, partial(operators.run, op), "PrivateUse1")
     for names, lower in ((operators.LOWER, True), (operators.FULL, False)):
         for name in names:
             own.impl(name, operators.casting(name, lower), "AutocastPrivateUse1")

@@ -28,6 +28,11 @@ _IN_GLOO = {
     "reduce_scatter_single": "_reduce_scatter_base",
     "all_to_all_single": "alltoall_base",
 }
+# Of several tensors at once, which gloo has not: into each, of each.
+_ONE_BY_ONE = {
+    "allgather_into_tensor_coalesced": "_allgather_base",
+    "reduce_scatter_tensor_coalesced": "_reduce_scatter_base",
+}
 
 
 class Group(dist.ProcessGroup):
@@ -88,9 +93,15 @@ def _collective(name: str) -> Callable[..., Any]:
                 raise RuntimeError(
                     f"average operation is not supported (oneCCL 2021.17), in {name}"
                 )
-        work = getattr(self._gloo, _IN_GLOO.get(name, name))(*mapped, **named)
-        if work is not None:
-            work.wait()
+        if name in _ONE_BY_ONE:
+            into, of, *others = mapped
+            one = getattr(self._gloo, _ONE_BY_ONE[name])
+            works = [one(*pair, *others, **named) for pair in zip(into, of, strict=True)]
+        else:
+            works = [getattr(self._gloo, _IN_GLOO.get(name, name))(*mapped, **named)]
+        for work in works:
+            if work is not None:
+                work.wait()
         if name == "barrier":
             deliver()
         future: Future[Any] = Future()  # of no device, which would want a pool of streams

@@ -36,6 +36,9 @@ XPU_ON_THE_HOST = frozenset(_XPU_ON_THE_HOST_NAMES.split())
 # What CUDA's do on the device, and then read whether they have succeeded.
 CUDA_CHECKED = frozenset(["_linalg_eigh", "_linalg_svd", "linalg_eig"])
 
+# What torch composes of other operators, where a device has no kernel; XPU and CUDA have.
+OF_DEVICES = ("silu_backward",)
+
 _INDEXED = frozenset(["index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"])
 
 hosted: set[str] = set()

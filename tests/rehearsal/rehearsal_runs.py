@@ -1,30 +1,30 @@
 """Runs of `largebatch train` on the rehearsal's device, in processes of their own."""
 
 import faulthandler
+import gc
 import json
-import multiprocessing
 import os
 import shutil
 import socket
 import sys
 import tempfile
-import time
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked import Popen, all_ended
 from rehearsal_log import Counts, log
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Outcome = dict[str, Any]
 
-LONGEST = 500
-"""Seconds that all runs of a process may take: then it says where it was, and is killed."""
+LONGEST = 200
+"""Seconds that all runs of a process may take: then it says where it was, and ends."""
 
 
 @dataclass(frozen=True)
@@ -86,31 +86,24 @@ def rehearse(
 ) -> list[dict[str, Outcome]]:
     """What each rank has found in each run, by its name, all in one process a rank.
 
+    Of several ranks a process makes one run.
+
     Args:
         like: as for `rehearsal_device.install`.
         steps: rows of `rehearsal_steps` whose differences to the CPU are found under "steps".
     """
     folder.mkdir(exist_ok=True)
-    own = tempfile.mkdtemp(dir=folder)
-    multiprocessing.set_forkserver_preload(["largebatch.train.run", "largebatch.train.command"])
-    context: Any = multiprocessing.get_context("forkserver")
-    ports = [_free_port() for _ in runs]  # a store serves one run
-    ours = (world_size, ports, runs, folder, own, like, steps, LONGEST)
-    ranks = [context.Process(target=_as_rank, args=(rank, *ours)) for rank in range(world_size)]
-    for process in ranks:
-        process.start()
-    until = time.monotonic() + LONGEST
-    try:
-        for process in ranks:
-            process.join(max(0, until - time.monotonic()))
-    finally:
-        for process in ranks:
-            process.kill()
-    found = [Path(own) / f"rank{rank}.pt" for rank in range(world_size)]
-    for rank, file in enumerate(found):
-        said = Path(own) / f"said{rank}"
-        assert file.exists(), f"rank {rank}: {said.read_text()[-4000:] if said.exists() else ''}"
-    return [torch.load(file, weights_only=False) for file in found]
+    own = Path(tempfile.mkdtemp(dir=folder))
+    ranks = []
+    port = _free_port()
+    for rank in range(world_size):
+        with (own / f"said{rank}").open("w") as said:
+            call = partial(_as_rank, rank, world_size, port, runs, folder, own, like, steps)
+            ranks.append(Popen(call, children=False, stdout=said, stderr=said))
+    failed = all_ended(ranks)
+    said = "" if failed is None else (own / f"said{failed}").read_text()
+    assert failed is None, f"rank {failed} of {[run.name for run in runs]}: {said[-4000:]}"
+    return [torch.load(own / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
 def _free_port() -> int:
@@ -123,21 +116,22 @@ def _free_port() -> int:
 def _as_rank(
     rank: int,
     size: int,
-    ports: Sequence[int],
+    port: int,
     runs: Sequence[Run],
     folder: Path,
-    own: str,
+    own: Path,
     like: str,
     steps: Sequence[str],
-    longest: float,
 ) -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(LONGEST, exit=True)
     sys.argv = ["largebatch"]
     os.environ.update(OMP_NUM_THREADS="1", HYDRA_FULL_ERROR="1", ZE_AFFINITY_MASK=str(rank))
     if size > 1:
+        assert len(runs) == 1, "a process knows its ranks for good, and where they have met"
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-        os.environ.update(LOCAL_WORLD_SIZE=str(size))
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ.update(LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(port)
     import rehearsal_device
     import rehearsal_group
 
@@ -149,23 +143,13 @@ def _as_rank(
         decompositions.DECOMPOSE = decompositions.DECOMPOSE | {ours}  # type: ignore[misc]
     rehearsal_group.install()
     sys.path.append(str(Path(__file__).parents[1] / "train"))  # where guarded_tasks is
-    outcomes: dict[str, Any] = {}
-    with (
-        open(Path(own) / f"said{rank}", "w", buffering=1) as said,
-        redirect_stdout(said),
-        redirect_stderr(said),
-    ):
-        faulthandler.dump_traceback_later(0.9 * longest, exit=True, file=said)
-        for run, port in zip(runs, ports, strict=True):
-            if size > 1:
-                os.environ["MASTER_PORT"] = str(port)
-            outcomes[run.name] = trained(run, folder)
-        faulthandler.cancel_dump_traceback_later()
+    outcomes: dict[str, Any] = {run.name: trained(run, folder) for run in runs}
     if steps:
         from rehearsal_steps import largest_difference
 
         outcomes["steps"] = {name: largest_difference(name) for name in steps}
-    torch.save(outcomes, Path(own) / f"rank{rank}.pt")
+    torch.save(outcomes, own / f"rank{rank}.pt")
+    faulthandler.cancel_dump_traceback_later()
 
 
 def trained(run: Run, folder: Path) -> Outcome:
@@ -174,22 +158,28 @@ def trained(run: Run, folder: Path) -> Outcome:
 
     os.chdir(folder)
     where = folder / (run.folder or run.name)
-    if run.folder is not None:
+    is_first = os.environ.get("RANK", "0") == "0"
+    if run.folder is not None and is_first:
         (where / "summary.json").unlink()
         shutil.rmtree(max((where / "checkpoints").iterdir()))
     recorder = Recorder()
+    if run.limit is not None:
+        gc.collect()  # what is left of other runs is not to be freed on the way
     log.limit = (1 << 40) if run.limit is None else log.allocated + run.limit
     log.peak = log.allocated
     hook = register_optimizer_step_post_hook(recorder)
     before = log.counts()
+    # The device computes attention from its parts: so does a CPU that it is compared with.
+    torch.backends.cuda.enable_flash_sdp("engine.device=cpu" not in run.words)
     try:
         code: int = command.main([*run.words, f"hydra.run.dir={where}"])
         peak = log.peak - log.allocated
-        record = read(where) if os.environ.get("RANK", "0") == "0" else {}
+        record = read(where) if is_first else {}
     except BaseException:
         return {"error": traceback.format_exc()}
     finally:
         hook.remove()
+        torch.backends.cuda.enable_flash_sdp(True)
         log.limit = 1 << 40
     return {
         "code": code,

@@ -26,6 +26,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "shampoo masked": (Shampoo, {"lr": 1e-3, **BLOCKS}, STEPS),
     "soap": (SOAP, {"lr": 1e-3, **BLOCKS}, 6),
     "kfac eigen": (KFAC, {"lr": 1e-2, "inverse_interval": 4}, STEPS),
+    "kfac moved": (KFAC, {"lr": 1e-2, "inverse_interval": 4}, STEPS),
     "kfac masked": (KFAC, {"lr": 1e-2, "inverse_interval": 4}, STEPS),
     "kfac inverse": (KFAC, {"lr": 1e-2, "form": "inverse", "inverse_interval": 4}, STEPS),
     "kfac exact": (KFAC, {"lr": 1e-2, "form": "exact", "inverse_interval": 4}, STEPS),
@@ -33,15 +34,22 @@ ROWS: dict[str, tuple[Any, dict[str, Any], int]] = {
 
 
 def stepped(name: str, device: str) -> list[Tensor]:
-    """The weights after all steps of a row; masked, `found_inf` says that the third is none."""
+    """The weights after all steps of a row.
+
+    Masked, `found_inf` says that the third is none; moved, the optimizer was made on the CPU.
+    """
     kind, options, steps = ROWS[name]
     torch.manual_seed(0)
     model = nn.Sequential(
         *(nn.Embedding(16, 16), nn.Linear(16, 24), nn.Tanh(), nn.LayerNorm(24)),
         *(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 16)),
-    ).to(device, torch.float64)
+    ).to("cpu" if "moved" in name else device, torch.float64)
     takes_model = getattr(kind, "takes_model", False)
     optimizer = kind(model if takes_model else list(model.named_parameters()), **options)
+    # With a device that is built in, `to` leaves every Parameter itself.
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    model.to(device)
+    torch.__future__.set_swap_module_params_on_conversion(False)
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         x, y = torch.randint(0, 16, (2, 64), generator=generator).to(device).unbind()
