@@ -348,8 +348,14 @@ class CurvatureOptimizer(CurvatureState):
             self._notices.append(FailureNotice(self.failures, names, counts))
 
     def _say_once(self) -> None:
-        """Say how much of the model has curvature and which layers go unseen: at the first step."""
-        if self._unsaid and self._curvature.active:  # so that the passes were seen
+        """Say how much of the model has curvature and which layers go unseen: at the first step.
+
+        Not at one with a learning rate of 0, by which torch makes the state that a checkpoint is
+        loaded into: before it there were no passes.
+        """
+        rates = [group["lr"] for group in self.param_groups]
+        still = not any(isinstance(rate, Tensor) or rate for rate in rates)  # read, it might wait
+        if self._unsaid and self._curvature.active and not still:  # so that the passes were seen
             self._unsaid = False
             say_coverage(self._names, self._layers)
             moved = [layer for layer in self._layers if layer.weight.grad is not None]

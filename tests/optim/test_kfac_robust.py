@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn.functional import cross_entropy
 
 from largebatch.optim import KFAC
@@ -310,3 +311,14 @@ def test_it_warns_once_of_what_has_no_curvature(make: Callable[[], Scaled], mess
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer, range(1, 3))
+
+
+def test_making_the_state_to_load_into_says_nothing_of_passes() -> None:
+    """Torch makes it by a step of zero gradients, with a learning rate of 0."""
+    model = Functional()
+    optimizer = KFAC(model, lr=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_optimizer_state_dict(model, optimizer)
+    with pytest.warns(UserWarning, match=r"seen no pass through 'last\.weight', which"):
+        train(model, optimizer, range(1))
