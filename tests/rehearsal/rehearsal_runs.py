@@ -11,13 +11,17 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from forked import Popen, all_ended
+from hydra._internal.hydra import Hydra
+from hydra.types import RunMode
 from rehearsal_log import Counts, log
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -142,6 +146,7 @@ def _as_rank(
         ours = rehearsal_device.NAME
         decompositions.DECOMPOSE = decompositions.DECOMPOSE | {ours}  # type: ignore[misc]
     rehearsal_group.install()
+    _compose_cheaply()
     sys.path.append(str(Path(__file__).parents[1] / "train"))  # where guarded_tasks is
     outcomes: dict[str, Any] = {run.name: trained(run, folder) for run in runs}
     if steps:
@@ -150,6 +155,22 @@ def _as_rank(
         outcomes["steps"] = {name: largest_difference(name) for name in steps}
     torch.save(outcomes, own / f"rank{rank}.pt")
     faulthandler.cancel_dump_traceback_later()
+
+
+def _compose_cheaply() -> None:
+    """Each file of the configuration parsed once a process, and each run composed once: Hydra would
+    do it again, to see whether it is many runs."""
+    parse: Any = yaml.load
+    parsed: dict[str, Any] = {}
+
+    def load(stream: Any, Loader: Any) -> Any:
+        text = stream if isinstance(stream, str) else stream.read()
+        if text not in parsed:
+            parsed[text] = parse(text, Loader)
+        return deepcopy(parsed[text])
+
+    yaml.load = load
+    Hydra.get_mode = lambda self, config_name, overrides: RunMode.RUN  # type: ignore[method-assign]
 
 
 def trained(run: Run, folder: Path) -> Outcome:
