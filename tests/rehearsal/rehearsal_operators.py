@@ -131,16 +131,18 @@ def run(op: Any, *args: Any, **kwargs: Any) -> Any:
     written = traits.returned
     host_args = [call.host(v, n in written) for v, n in zip(args, traits.names, strict=False)]
     host_kwargs = {name: call.host(value, name in written) for name, value in kwargs.items()}
-    if host_kwargs.get("pin_memory"):
+    if kwargs.get("pin_memory"):
         raise RuntimeError("only dense CPU tensors can be pinned")
     _count(traits, args)
     result = op(*host_args, **host_kwargs)
     for ours, sized in call.fresh:
         if sized.numel():
             give(ours, to_device(sized))
-    given = dict(zip(traits.names, args, strict=False)) | kwargs
     if not written:
         return None
+    if written == [None]:
+        return call.back(result, None)
+    given = dict(zip(traits.names, args, strict=False)) | kwargs
     if len(written) == 1:
         return call.back(result, given.get(written[0]))
     return tuple(call.back(v, given.get(n)) for v, n in zip(result, written, strict=True))

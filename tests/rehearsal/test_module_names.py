@@ -85,15 +85,20 @@ def resolves(module: object, name: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("device", ["xpu", "cuda"])
-def test_every_name_asked_of_a_device_module_exists(device: str) -> None:
+@cache
+def asked_of_all() -> list[tuple[str, str]]:
     trees = sources()
     makers = makers_in(trees.values())
-    asked = [
+    return [
         (f"{file}:{line}", name)
         for file, tree in trees.items()
         for line, name in asked_of_devices(tree, makers)
     ]
+
+
+@pytest.mark.parametrize("device", ["xpu", "cuda"])
+def test_every_name_asked_of_a_device_module_exists(device: str) -> None:
+    asked = asked_of_all()
     module = getattr(torch, device)
     wrong = [(place, name) for place, name in asked if not resolves(module, name)]
     assert not wrong, f"torch.{device} has no such name: {wrong}"

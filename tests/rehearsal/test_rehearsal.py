@@ -54,8 +54,8 @@ def test_a_steady_step_waits_for_nothing_but_what_a_refresh_needs(
     outcome = ended(found, name)
     optimizer = name.split()[-1]
     assert outcome["summary"]["provenance"]["device"] == "Rehearsal accelerator"
-    assert len(outcome["steps"]) == cells.STEPS
-    assert len(steady(outcome)) == cells.STEPS - 2  # an evaluation after the first step
+    assert len(outcome["steps"]) == cells.PLAIN_STEPS
+    assert len(steady(outcome)) == cells.PLAIN_STEPS - 2  # an evaluation after the first step
     for step in steady(outcome):
         assert all(at(line, REFRESH) for _, line in step.waits), step.waits
         assert refreshes(step) <= PER_REFRESH.get(optimizer, 0)
