@@ -34,7 +34,7 @@ rehearse: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/rehearsal
 
 test-gpu: $(VENV)/.dev
-	PYTHONPATH=src $(BIN)/python tests/rehearsal/real_device.py
+	PYTHONPATH=src:tests/shared $(BIN)/python tests/rehearsal/real_device.py
 
 WHOLE := tests/optim/test_parity.py tests/optim/test_reshard.py tests/train/test_engines.py \
 	tests/train/test_resume_engines.py

@@ -5,6 +5,8 @@ sees a name that is wrong.
 """
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -134,3 +136,14 @@ def test_a_wrong_name_is_found_through_aliases(text: str) -> None:
     asked = [*asked_of_devices(tree, makers_in([tree]))]
     assert [name for _, name in asked] == ["getdevice_name"]
     assert not resolves(torch.xpu, "getdevice_name")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="it would make its runs here")
+def test_without_an_accelerator_make_test_gpu_says_so() -> None:
+    (line,) = [li for li in (ROOT / "Makefile").read_text().splitlines() if "real_device.py" in li]
+    command = line.strip().replace("$(BIN)/python", sys.executable)
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "torch finds no accelerator here" in done.stderr
