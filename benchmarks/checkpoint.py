@@ -25,10 +25,10 @@ from torch import nn
 
 from largebatch.benchmarks.arguments import Record, add_options, check, device_named, run
 from largebatch.conf.config import CheckpointConfig
-from largebatch.optim.messages import broadcast_json
-from largebatch.train.checkpoint import Checkpoints
-from largebatch.train.checkpoint_tensors import DistributedTensors
-from largebatch.train.ranks import Ranks, find_ranks, meet, process_group
+from largebatch.distributed.ranks import Ranks, find_ranks, meet, process_group
+from largebatch.optim.sharding.messages import broadcast_json
+from largebatch.train.checkpoints.checkpoint import Checkpoints
+from largebatch.train.checkpoints.tensors import DistributedTensors
 
 PROJECTED_BYTES: Final = 17e12
 """A model of 10^12 parameters with its FP32 state: 17 TB, the checkpoint of the talk below."""

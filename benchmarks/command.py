@@ -15,21 +15,22 @@ class Benchmark(NamedTuple):
 BENCHMARKS: Final = {
     "optim": Benchmark("largebatch.benchmarks.optim", "time of an optimizer step, beside peers"),
     "noise": Benchmark(
-        "largebatch.benchmarks.noise", "what measuring the noise scale adds to a step"
+        "largebatch.benchmarks.noise.command", "what measuring the noise scale adds to a step"
     ),
     "ramp": Benchmark("largebatch.benchmarks.ramp", "a batch that follows the noise scale"),
     "collectives": Benchmark(
-        "largebatch.benchmarks.collectives", "all-reduce and its like: values, alpha, beta, advice"
+        "largebatch.benchmarks.collectives.command",
+        "all-reduce and its like: values, alpha, beta, advice",
     ),
     "init": Benchmark("largebatch.benchmarks.init", "what it takes many ranks to meet"),
     "checkpoint": Benchmark(
         "largebatch.benchmarks.checkpoint", "saving and loading, beside the disk and torch.save"
     ),
     "second_order": Benchmark(
-        "largebatch.benchmarks.second_order", "cost of Shampoo, SOAP and K-FAC beside AdamW"
+        "largebatch.benchmarks.second_order.command", "cost of Shampoo, SOAP and K-FAC beside AdamW"
     ),
     "scale": Benchmark(
-        "largebatch.benchmarks.scale", "what one rank of 38,400 sends, holds and works out"
+        "largebatch.benchmarks.scale.command", "what one rank of 38,400 sends, holds and works out"
     ),
 }
 

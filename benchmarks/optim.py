@@ -23,8 +23,8 @@ from largebatch.benchmarks.arguments import add_options, run
 from largebatch.benchmarks.contenders import PEERS, REFERENCE, Contender, contenders
 from largebatch.benchmarks.inventories import Inventory, small_tensors, transformer
 from largebatch.benchmarks.rounds import MEMORY_BYTES, NUM_WARM_UP, Rounds, run_rounds
-from largebatch.train.provenance import provenance
-from largebatch.train.ranks import Ranks
+from largebatch.distributed.ranks import Ranks
+from largebatch.train.reporting.provenance import provenance
 
 FORMULAS: Final = {
     "ms": "median over the rounds of one optimizer.step(), device idle before and after",

@@ -11,8 +11,8 @@ from typing import Any, Final
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.conf.errors import ConfigError, sentence
-from largebatch.schedules.counts import whole_number
+from largebatch.common.errors import ConfigError, sentence
+from largebatch.common.numbers import whole_number
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "scheduler": ("pbs", "slurm", "none"),
@@ -98,7 +98,7 @@ class DomainConfig:
 
 @dataclass
 class NodeConfig:
-    """A node's cores, and who is to use which; launch/binding.py makes the ranks' lists of it.
+    """A node's cores, and who is to use which; launch/jobs/binding.py makes the ranks' lists of it.
 
     Cores are written as people write them: `0,52` or `42-47,94-99`.
     """

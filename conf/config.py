@@ -12,10 +12,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from largebatch.common.errors import ConfigError, sentence
+from largebatch.common.numbers import moment, real_number, whole_number
 from largebatch.conf.engine_config import EngineConfig
-from largebatch.conf.errors import ConfigError, sentence
 from largebatch.conf.sweep_config import LRFindConfig, StudyConfig
-from largebatch.schedules.counts import moment, real_number, whole_number
 from largebatch.schedules.scaling import RULES, check_hold, check_options
 
 Node = dict[str, Any]
@@ -224,7 +224,7 @@ FORMULAS = ("auto", "palm", "megatron", "megatron_recompute", "counted")
 
 @dataclass
 class ThroughputConfig:
-    """What rates are made with; `train/flops.py` and `train/peaks.py` say how."""
+    """What rates are made with: see `flops.py` and `peaks.py` in `train/reporting`."""
 
     formula: str | None = None
     peak_tflops: Any = None

@@ -1,16 +1,28 @@
 """The type of `engine`: how a step's gradient comes about. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from largebatch.schedules.counts import real_number, whole_number
+from largebatch.common.numbers import real_number, whole_number
+
+_MOVED: Final = {
+    "largebatch.train.engines.DDP": "largebatch.train.engines.ddp.DDP",
+    "largebatch.train.engine_fsdp.FSDP": "largebatch.train.engines.fsdp.FSDP",
+    "largebatch.train.engine_deepspeed.DeepSpeed": "largebatch.train.engines.deepspeed.DeepSpeed",
+}
+"""Targets as configurations may have saved them, and what they are called now."""
+
+
+def engine_target(name: str) -> str:
+    """Return what the engine is called now that a configuration, perhaps an older one, names."""
+    return _MOVED.get(name, name)
 
 
 @dataclass
 class EngineConfig:
     """Keys of all engines, and below them those of one; a YAML has only its own."""
 
-    _target_: str = "largebatch.train.engines.DDP"
+    _target_: str = "largebatch.train.engines.ddp.DDP"
     micro_batch_size: Any = None
     nproc: Any = 1
     device: str | None = None
@@ -26,6 +38,7 @@ class EngineConfig:
     zero: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        self._target_ = engine_target(self._target_)
         self.nproc = whole_number(self.nproc, "engine.nproc", 1)
         for name in ("micro_batch_size", "shard_nodes", "replicas", "stage"):
             value = getattr(self, name)
@@ -46,11 +59,11 @@ class EngineConfig:
     @property
     def shards_weights(self) -> bool:
         """Whether it can fill a model shard by shard, as FSDP2 and ZeRO-3 do."""
-        if self._target_ == "largebatch.train.engine_deepspeed.DeepSpeed":
+        if self._target_ == "largebatch.train.engines.deepspeed.DeepSpeed":
             return bool(self.stage == 3)
-        return self._target_ == "largebatch.train.engine_fsdp.FSDP"
+        return self._target_ == "largebatch.train.engines.fsdp.FSDP"
 
     @property
     def needs_group(self) -> bool:
         """Whether it needs a process group in a world of one too."""
-        return self._target_ != "largebatch.train.engines.DDP"
+        return self._target_ != "largebatch.train.engines.ddp.DDP"

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from largebatch.conf.errors import ConfigError
-from largebatch.schedules.counts import real_number, whole_number
+from largebatch.common.errors import ConfigError
+from largebatch.common.numbers import real_number, whole_number
 from largebatch.schedules.scaling import RULES, options_of
 
 FEWEST_POINTS = 5

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from yaml import YAMLError
 
-from largebatch.conf.errors import ConfigError
+from largebatch.common.errors import ConfigError
 
 _folders: list[Path] = []
 """Read by the plugin that makes Hydra's search path, for as long as `first` lasts."""

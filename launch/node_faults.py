@@ -8,7 +8,7 @@ those of ALCF's known issues, of reports to MPICH and of saforem2/ezpz; those of
 import re
 from typing import Final
 
-from largebatch.launch.preflight_nodes import short
+from largebatch.launch.hosts import short
 
 BEFORE_A_NODE: Final = (
     "on", "from", "to", "child", "of", "with", "contact", "reach", "node", "host",

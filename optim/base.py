@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import GradScaler
@@ -11,6 +12,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+Group = dict[str, Any]
+"""A parameter group, as torch's optimizers have them."""
 
 
 def uncompiled(step: Callable[P, T]) -> Callable[P, T]:
@@ -125,3 +129,11 @@ def refuse_param(optimizer: str, needs: str, name: object, param: Tensor) -> Non
             "FullyShardedDataParallel (FSDP1), which does not say what it holds: wrap the model "
             "with torch.distributed.fsdp.fully_shard (FSDP2)."
         )
+
+
+def evaluate(closure: Callable[[], float] | None) -> float | None:
+    """The closure's loss; its backward pass needs gradients although the step does not."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

@@ -2,8 +2,8 @@
 
 Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature",
 https://arxiv.org/abs/1503.05671. For a layer whose gradient is the matrix D, with the factors A of
-its inputs and G of its outputs' gradients (`largebatch.optim.curvature` says which, and why their
-scale depends neither on the batch size nor on how a batch is split):
+its inputs and G of its outputs' gradients (`largebatch.optim.kronecker.statistics` says which, and
+why their scale depends neither on the batch size nor on how a batch is split):
 
     A ← running average of A        G ← running average of G         bias-corrected
     U = (G + s_G)⁻¹ D (A + s_A)⁻¹   every so many steps new inverses  (`kfac_damping`)
@@ -27,25 +27,28 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.base import uncompiled
-from largebatch.optim.chunks import compute_dtype
-from largebatch.optim.curvature_layers import Layer
-from largebatch.optim.curvature_optimizer import CurvatureOptimizer
-from largebatch.optim.curvature_state import Group
-from largebatch.optim.decompositions import Decomposition, decompose
-from largebatch.optim.grafting import WITH_SQUARES, grafted_step, next_squares
-from largebatch.optim.kfac_damping import Damping
-from largebatch.optim.kfac_factors import average, new_roots, roots_of
-from largebatch.optim.kfac_moves import Move, stats_of
-from largebatch.optim.kfac_options import rule_of
-from largebatch.optim.kfac_rules import RULES, Rule
-from largebatch.optim.kfac_teams import Team
-from largebatch.optim.layerwise import evaluate
-from largebatch.optim.layout import Name, local
+from largebatch.optim.base import Group, evaluate, uncompiled
+from largebatch.optim.blockwise.state_memory import DROPPED
+from largebatch.optim.kronecker.damping import Damping
+from largebatch.optim.kronecker.factors import average, new_roots, roots_of
+from largebatch.optim.kronecker.layers import Layer
+from largebatch.optim.kronecker.optimizer import CurvatureOptimizer
+from largebatch.optim.kronecker.options import rule_of
+from largebatch.optim.kronecker.rules import RULES, Rule
+from largebatch.optim.kronecker.work_group import Move, Team, stats_of
+from largebatch.optim.math.decompositions import Decomposition, decompose
+from largebatch.optim.math.grafting import WITH_SQUARES, grafted_step, next_squares
+from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES
+from largebatch.optim.math.tensors import (
+    compute_dtype,
+    gradient_of,
+    root,
+    scalar,
+    without_too_large,
+    write,
+)
 from largebatch.optim.options import require
-from largebatch.optim.roots import TOLERATED_FAILURES
-from largebatch.optim.state_memory import DROPPED
-from largebatch.optim.tensors import gradient_of, root, scalar, without_too_large, write
+from largebatch.optim.sharding.layout import Name, local
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

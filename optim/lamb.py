@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
-from largebatch.optim.adam import adam_direction, average, lr_correction
-from largebatch.optim.base import uncompiled
-from largebatch.optim.bias_correction import rebased
-from largebatch.optim.chunks import Batch, Group, Work
-from largebatch.optim.layerwise import LayerwiseOptimizer, evaluate
-from largebatch.optim.layerwise_step import Agreed
-from largebatch.optim.layout import Name, local
+from largebatch.optim.base import Group, evaluate, uncompiled
+from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer
+from largebatch.optim.layerwise.step_plan import Batch, Work, descend, norms_of
+from largebatch.optim.layerwise.synced_step import Agreed
+from largebatch.optim.math.adam import adam_direction, average, lr_correction
+from largebatch.optim.math.bias_correction import rebased
+from largebatch.optim.math.tensors import Tensors, scalar, write
+from largebatch.optim.math.trust_ratio import UNBOUNDED, Bounds, trust_ratio
 from largebatch.optim.options import require, require_bounds, require_one_of, resolved
-from largebatch.optim.tensors import Tensors, descend, norms_of, scalar, write
-from largebatch.optim.trust_ratio import UNBOUNDED, Bounds, trust_ratio
+from largebatch.optim.sharding.layout import Name, local
 
 PAPER: dict[str, Any] = {
     "bias_correction": "moments",

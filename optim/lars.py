@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.base import uncompiled
-from largebatch.optim.chunks import Batch, Group
-from largebatch.optim.layerwise import LayerwiseOptimizer, evaluate
-from largebatch.optim.layerwise_step import Agreed
+from largebatch.optim.base import Group, evaluate, uncompiled
+from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer
+from largebatch.optim.layerwise.step_plan import Batch, descend, norms_of
+from largebatch.optim.layerwise.synced_step import Agreed
+from largebatch.optim.math.tensors import Tensors, scalar, write
+from largebatch.optim.math.trust_ratio import UNBOUNDED, trust_ratio
 from largebatch.optim.options import require, require_one_of, resolved
-from largebatch.optim.tensors import Tensors, descend, norms_of, scalar, write
-from largebatch.optim.trust_ratio import UNBOUNDED, trust_ratio
 
 PAPER: dict[str, Any] = {
     "eps": 1e-8,

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from largebatch.optim.chunks import compute_dtype
-from largebatch.optim.layout import Name, is_dtensor, local
-
-Group = dict[str, Any]
+from largebatch.optim.base import Group
+from largebatch.optim.math.tensors import compute_dtype
+from largebatch.optim.sharding.layout import Name, is_dtensor, local
 
 # What DistributedDataParallel and torch.compile write into the names of a model's parameters.
 WRAPPED = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")

@@ -25,19 +25,19 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.block_work import BlockAtWork, Work
-from largebatch.optim.blocks import Block
-from largebatch.optim.chunks import Group
-from largebatch.optim.decompositions import Decomposition, Outcome
-from largebatch.optim.factors import factor_beta, in_basis, next_factor
-from largebatch.optim.grafting import GRAFTINGS, WITH_SQUARES, grafted_step, next_squares
-from largebatch.optim.layout import local
+from largebatch.optim.base import Group
+from largebatch.optim.blockwise.block_work import BlockAtWork, Work
+from largebatch.optim.blockwise.blocks import Block
+from largebatch.optim.blockwise.factors import factor_beta, in_basis, next_factor
+from largebatch.optim.blockwise.optimizer import Here, SecondOrderOptimizer
+from largebatch.optim.blockwise.step_stats import Worked, square
+from largebatch.optim.blockwise.work_group import Layer
+from largebatch.optim.math.decompositions import Decomposition, Outcome
+from largebatch.optim.math.grafting import GRAFTINGS, WITH_SQUARES, grafted_step, next_squares
+from largebatch.optim.math.matrix_roots import Root, inverse_root
+from largebatch.optim.math.tensors import write
 from largebatch.optim.options import require, require_one_of
-from largebatch.optim.roots import Root, inverse_root
-from largebatch.optim.second_order import Here, SecondOrderOptimizer
-from largebatch.optim.step_stats import Worked, square
-from largebatch.optim.teams import Layer
-from largebatch.optim.tensors import write
+from largebatch.optim.sharding.layout import local
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -64,7 +64,8 @@ class Shampoo(SecondOrderOptimizer):
     - `momentum`, `nesterov`: of the steps u, as in torch's SGD: b ← μ b + u, and b, or u + μ b. It
       averages what β₁ has averaged before; schedulers that cycle a momentum move β₁, not μ.
     - `decay`: "decoupled", or "l2", λ w added to the gradient.
-    - `block_size`: the longest side of a factor; `merge_dims`: see `largebatch.optim.blocks`.
+    - `block_size`: the longest side of a factor; `merge_dims`: see
+    `largebatch.optim.blockwise.blocks`.
     - `max_preconditioner_dim`: a longer dimension has no factor, as in the code of SOAP's authors:
       an embedding is preconditioned along its features only, and what is longer in all dimensions
       is stepped by AdamW. None: all have factors; 1,024 tokens' take 1,024 / features times the

@@ -41,15 +41,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.block_work import BlockAtWork, Work
-from largebatch.optim.blocks import Block
-from largebatch.optim.chunks import Group
-from largebatch.optim.decompositions import Decomposition, Outcome
-from largebatch.optim.factors import in_basis, next_factor, out_of_basis
+from largebatch.optim.base import Group
+from largebatch.optim.blockwise.block_work import BlockAtWork, Work
+from largebatch.optim.blockwise.blocks import Block
+from largebatch.optim.blockwise.factors import in_basis, next_factor, out_of_basis
+from largebatch.optim.blockwise.optimizer import SecondOrderOptimizer
+from largebatch.optim.blockwise.step_stats import Worked, square
+from largebatch.optim.math.decompositions import Decomposition, Outcome
+from largebatch.optim.math.matrix_roots import Refined, eigenbasis, refined_basis
 from largebatch.optim.options import require
-from largebatch.optim.roots import Refined, eigenbasis, refined_basis
-from largebatch.optim.second_order import SecondOrderOptimizer
-from largebatch.optim.step_stats import Worked, square
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,7 +70,8 @@ class SOAP(SecondOrderOptimizer):
       the first interval once in steps 2 to 3, 4 to 7, 8 to 15, and so on. 1 is for large batches
       that make spikes: a basis that lags behind far steps fits their gradients badly.
     - `decay`: "decoupled", or "l2", λ w added to the gradient.
-    - `block_size`: the longest side of a factor; `merge_dims`: see `largebatch.optim.blocks`.
+    - `block_size`: the longest side of a factor; `merge_dims`: see
+    `largebatch.optim.blockwise.blocks`.
     - `max_preconditioner_dim`: a longer dimension has no factor, as in the authors' code: an
       embedding is preconditioned along its features only, and what is longer in all dimensions
       is stepped by AdamW. None: all have factors; 1,024 tokens' take 1,024 / features times the

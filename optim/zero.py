@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from largebatch.optim.layerwise import LayerwiseOptimizer
-from largebatch.optim.layout import Layout, Name, Piece, Reduction, layout_of, split_sizes
-from largebatch.optim.zero_fragments import Flat, Group, read_flats, refusal
+from largebatch.optim.base import Group
+from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer
+from largebatch.optim.sharding.layout import Layout, Name, Piece, Reduction, layout_of, split_sizes
+from largebatch.optim.sharding.zero_fragments import Flat, read_flats, refusal
 
 
 def bind(wrapper: Any) -> LayerwiseOptimizer:

@@ -4,9 +4,9 @@ A folder may come from anywhere, whole or damaged. The readers wait for no file,
 in one, and say what is wrong in one sentence with the file and the field. Imports no torch.
 """
 
+from largebatch.common.text import printable
 from largebatch.records.fields import Fields, RecordError
 from largebatch.records.reading import find_fields, last_fields, read_fields, read_lines
-from largebatch.records.text import printable
 
 __all__ = [
     "Fields",

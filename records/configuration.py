@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, Final
 
+from largebatch.common.text import printable
 from largebatch.records.fields import RecordError
 from largebatch.records.reading import read_bytes
-from largebatch.records.text import printable
 
 MOST_BYTES: Final = 1 << 20  # Hydra writes some thousand
 MOST_LEVELS: Final = 40  # and five; parsers take 10^5 levels to minutes, or to the stack's end

@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
-from largebatch.records.text import printable, shown
+from largebatch.common.text import printable, shown
+from largebatch.records.names import MOST_RANKS
 
 T = TypeVar("T")
 Check = Callable[[Any], T]
@@ -208,3 +209,7 @@ def optional(check: Check[T]) -> Check[T | None]:
         return None if value is None else check(value)
 
     return either
+
+
+RANKS: Final = list_of(whole(0, MOST_RANKS))
+"""Take a list of ranks."""

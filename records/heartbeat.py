@@ -1,4 +1,4 @@
-"""`heartbeat.json`: how far a run has come, as `train/heartbeat.py` writes it."""
+"""`heartbeat.json`: how far a run has come, as `records/heartbeat_writer.py` writes it."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Final
 
+from largebatch.common.text import printable, shown
 from largebatch.records.fields import Fields, RecordError
-from largebatch.records.text import printable, shown
 
 MOST_BYTES: Final = 64 << 20  # of a file that is read whole
 MOST_LINE_BYTES: Final = 16 << 20  # a line with every layer of a model takes a hundredth

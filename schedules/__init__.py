@@ -1,5 +1,6 @@
 """What batch size and learning rate hold at which sample. Plain arithmetic, without torch."""
 
+from largebatch.common.numbers import whole_number
 from largebatch.schedules.adaptive import (
     CABS,
     DiveBatch,
@@ -8,7 +9,6 @@ from largebatch.schedules.adaptive import (
     NormTest,
     SqrtNoise,
 )
-from largebatch.schedules.counts import whole_number
 from largebatch.schedules.curves import (
     WSD,
     Constant,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from largebatch.schedules.counts import check_fits, real_number, whole_number
+from largebatch.common.numbers import check_fits, real_number, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)

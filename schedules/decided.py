@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from largebatch.schedules.counts import real_number, whole_number
+from largebatch.common.numbers import real_number, whole_number
 from largebatch.schedules.ramps import Stage, StagesRamp, pairs
 
 

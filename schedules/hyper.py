@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from largebatch.schedules.counts import real_number, whole_number
+from largebatch.common.numbers import real_number, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ equally many samples each, at parameters that did not move in between.
 import math
 from typing import Any, NamedTuple
 
-from largebatch.schedules.counts import real_number, whole_number
+from largebatch.common.numbers import real_number, whole_number
 
 # A signal is resolved where zero lies outside of its 95% interval.
 NORMAL_QUANTILE = 1.96

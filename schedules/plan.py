@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from largebatch.schedules.counts import real_number, whole_number
+from largebatch.common.numbers import real_number, whole_number
 from largebatch.schedules.curves import Curve
 from largebatch.schedules.decided import DecidedRamp
 from largebatch.schedules.hyper import Hyper

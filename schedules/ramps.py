@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Final
 
-from largebatch.schedules.counts import whole_number
+from largebatch.common.numbers import whole_number
 
 _MOST_SIZES: Final = 100_000
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from largebatch.schedules.counts import real_number, whole_number
+from largebatch.common.numbers import real_number, whole_number
 from largebatch.schedules.curves import Curve, StepDecay
 from largebatch.schedules.ramps import Ramp, Stage, StagesRamp, check_rises
 

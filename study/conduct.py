@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from largebatch.conf.errors import ConfigError
+from largebatch.common.errors import ConfigError
+from largebatch.common.files import lock, lock_or_warn, write_whole
 from largebatch.records import RecordError, read_fields
 from largebatch.records.fields import number, number_or_none, optional, whole
 from largebatch.records.names import CHECKPOINTS, METRICS, SUMMARY, UNFINISHED
+from largebatch.records.record import telling, words_of
 from largebatch.records.summary import status
 from largebatch.study.progress import StudyProgress
 from largebatch.study.protocol import Job, Protocol
 from largebatch.study.search import Result
-from largebatch.train.locks import lock, lock_or_warn
-from largebatch.train.record import telling, words_of, write_whole
 
 IDENTITY: Final = "study.json"
 

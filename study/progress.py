@@ -11,8 +11,8 @@ from typing import Final, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from largebatch.records.record import SUMMARY
 from largebatch.study.protocol import Job, Place, Protocol
-from largebatch.train.record import SUMMARY
 
 _TYPICAL_TRIALS: Final = 5
 _STARTUP_SAMPLES: Final = 4_000

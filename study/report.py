@@ -10,7 +10,6 @@ and one sentence on stderr where there is nothing to report.
 import argparse
 import base64
 import csv
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,23 +20,29 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from largebatch.records import printable
-from largebatch.study.fit import FEWEST_POINTS, Fit, fit_points
+from largebatch.study.fit import Fit, fit_points
 from largebatch.study.labels import cell
 from largebatch.study.points import Point, RulePoint, curve_points, rule_points, tuned_optimizers
 from largebatch.study.runs import RunSummary, check_one_study, read_runs, recorded
+from largebatch.study.tables import (
+    FIT_HEADS,
+    POINT_HEADS,
+    RULE_HEADS,
+    critical_batch,
+    duration,
+    fit_cells,
+    html_table,
+    point_cells,
+    rule_cells,
+    terminal_table,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 CURVE_COLUMNS = "optimizer,batch_size,steps,samples,lr,trials,at_edge,missed"
 FIT_COLUMNS = "optimizer,s_min,e_min,b_crit"
 RULE_COLUMNS = "optimizer,rule,base_batch,batch_size,lr,steps,tuned_steps,ratio"
-
-# The same tables for people, on the terminal and on the page: words first and last, else numbers.
-POINT_HEADS = ("optimizer", "batch", "steps", "samples", "seconds", "best rate", "rates tried", "")
-FIT_HEADS = ("optimizer", "S_min", "E_min", "B_crit", "leave-one-out range", "rms", "")
-RULE_HEADS = ("optimizer", "rule", "base", "batch", "rate", "steps", "tuned", "ratio", "")
 
 
 @dataclass(frozen=True)
@@ -168,31 +173,17 @@ def headlines(study: Study) -> list[str]:
     return lines
 
 
-def critical_batch(fit: Fit | None) -> str:
-    """B_crit in words, or why there is none."""
-    if fit is None:
-        return f"no fit, it needs {FEWEST_POINTS} batch sizes that reach the target"
-    if not fit.identified:
-        return (
-            f"B_crit not identified (the fit says {_three(fit.b_crit)}, but the batches do not "
-            "reach a factor 4 to both sides of it)"
-        )
-    if fit.b_crit_range is None:
-        return f"B_crit {_three(fit.b_crit)}"
-    return f"B_crit {_three(fit.b_crit)} (leaving one point out: {_range(fit)})"
-
-
 def print_report(report: Report, console: "Console | None" = None) -> None:
     """The points, the headlines and where the files lie, on the terminal."""
     from rich.console import Console
 
     console = console or Console()
     study = report.study
-    console.print(_terminal_table(study.title, POINT_HEADS, map(_point_cells, study.points)))
+    console.print(terminal_table(study.title, POINT_HEADS, map(point_cells, study.points)))
     for line in headlines(study):
         console.print(printable(line), highlight=False, markup=False)
     if study.rules:
-        console.print(_terminal_table("scaling rules", RULE_HEADS, map(_rule_cells, study.rules)))
+        console.print(terminal_table("scaling rules", RULE_HEADS, map(rule_cells, study.rules)))
     for problem in study.problems:
         console.print(f"note: {printable(problem)}", style="yellow", highlight=False, markup=False)
     console.print(f"report: {report.html}", highlight=False, markup=False, soft_wrap=True)
@@ -253,8 +244,8 @@ def _html(report: Report) -> str:
         curve_png=_embedded(report.curve_png),
         curve_caption=escape(_curve_caption(study)),
         learning_rate_png=_embedded(report.learning_rate_png),
-        points_table=_table(POINT_HEADS, map(_point_cells, study.points)),
-        fits_table=_table(FIT_HEADS, starmap(_fit_cells, study.fits.items())),
+        points_table=html_table(POINT_HEADS, map(point_cells, study.points)),
+        fits_table=html_table(FIT_HEADS, starmap(fit_cells, study.fits.items())),
         rules_section=_rules_section(study.rules),
         seeds_note=escape(_seeds_note(study.points)),
     )
@@ -270,7 +261,7 @@ def _measured(study: Study) -> str:
         f"of {study.target_loss:g} or less, or until it gave up",
         f"optimizers: {', '.join(study.fits)}",
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
-        f"together they took {_duration(seconds)}" if seconds else "",
+        f"together they took {duration(seconds)}" if seconds else "",
     ]
     labels = {
         "data": "data", "data_hash": "data hash", "device": "device", "world_size": "ranks",
@@ -308,71 +299,14 @@ def _seeds_note(points: Sequence[Point]) -> str:
     return "Error bars span the seeds at the best rate (least to most steps)."
 
 
-def _point_cells(point: Point) -> list[str]:
-    spread = ""
-    if point.steps is not None and point.seeds > 1:
-        most = f"{point.steps_high:,.0f}" if point.steps_high < math.inf else "missed"
-        spread = f" ({point.steps_low:,.0f} to {most})"
-    rate = "-" if point.lr is None else f"{point.lr:.3g}"
-    flag = "missed" if point.missed else "at edge" if point.at_edge else ""
-    numbers = [f"{point.batch_size:,}", _whole(point.steps) + spread, _whole(point.samples)]
-    seconds = "-" if point.seconds is None else f"{point.seconds:.1f}"
-    return [point.optimizer, *numbers, seconds, rate, str(point.trials), flag]
-
-
-def _fit_cells(name: str, fit: Fit | None) -> list[str]:
-    if fit is None:
-        return [name, "-", "-", "-", "-", "-", critical_batch(fit)]
-    used = f"{fit.num_points} points" + (f", {fit.num_censored} missed" * bool(fit.num_censored))
-    trust = "identified" if fit.identified else "not identified"
-    constants = [_three(fit.s_min), _three(fit.e_min), _three(fit.b_crit)]
-    return [name, *constants, _range(fit), f"{fit.rms:.3f}", f"{trust} ({used})"]
-
-
-def _rule_cells(r: RulePoint) -> list[str]:
-    ratio = "-" if r.ratio is None else f"{r.ratio:.2f}"
-    where = [r.optimizer, r.rule, _whole(r.base_batch), f"{r.batch_size:,}", f"{r.lr:.3g}"]
-    flag = "missed" if r.steps is None else ""
-    return [*where, _whole(r.steps), _whole(r.tuned_steps), ratio, flag]
-
-
 def _rules_section(rules: Sequence[RulePoint]) -> str:
     if not rules:
         return ""
     return (
         "<h2>Scaling rules</h2>\n<p>Learning rates that a rule carried over from the base batch, "
         "against the best one found at each batch: a ratio of 1 is as good as a search.</p>\n"
-        + _table(RULE_HEADS, map(_rule_cells, rules))
+        + html_table(RULE_HEADS, map(rule_cells, rules))
     )
-
-
-def _terminal_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape as plain
-    from rich.table import Table
-
-    table = Table(title=plain(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for head in heads:
-        table.add_column(head, justify="left" if head in ("optimizer", "rule", "") else "right")
-    previous: str | None = None
-    for row in rows:
-        if previous not in (None, row[0]):
-            table.add_section()
-        table.add_row(*map(plain, row))
-        previous = row[0]
-    return table
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table; a line sets off each optimizer's rows."""
-    lines = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
-    previous: str | None = None
-    for row in rows:
-        begins = ' class="first"' if previous not in (None, row[0]) else ""
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row[:-1])
-        lines.append(f'<tr{begins}>{cells}<td class="words">{escape(row[-1])}</td></tr>')
-        previous = row[0]
-    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
 
 
 def _items(lines: Sequence[str]) -> str:
@@ -385,23 +319,3 @@ def _problems(problems: Sequence[str]) -> str:
 
 def _embedded(picture: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
-
-
-def _whole(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} seconds"
-    return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:.3g} hours"
-
-
-def _three(value: float) -> str:
-    """Three significant digits, written in full: 23.3, 1,290 and 30,200."""
-    rounded = float(f"{value:.3g}")
-    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"
-
-
-def _range(fit: Fit) -> str:
-    return "-" if fit.b_crit_range is None else " to ".join(map(_three, fit.b_crit_range))

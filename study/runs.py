@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from largebatch.common.text import shown
 from largebatch.records import RecordError, printable
 from largebatch.records.names import METRICS, SUMMARY
 from largebatch.records.summary import Summary, read_summary
-from largebatch.records.text import shown
 
 RunSummary = Summary
 MOST_TEXT = 200  # characters of a recorded value that a page shows

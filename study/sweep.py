@@ -13,8 +13,8 @@ from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
+from largebatch.common.errors import ConfigError, SweepFailed
 from largebatch.conf.config import typed
-from largebatch.conf.errors import ConfigError, SweepFailed
 from largebatch.study.conduct import (
     check_identity,
     conduct,

@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,48 +15,51 @@ from hydra import compose, initialize_config_module
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+from largebatch.common.errors import ConfigError
 from largebatch.conf.config import TrainConfig, typed
-from largebatch.conf.errors import ConfigError
-from largebatch.train.order import make_plan
+from largebatch.train.run_spec import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("largebatch", "hydra_plugins")
 
 # What of the project the modules of a folder may import. Nothing below src imports src.
+GROUND = ["largebatch.common"]
 MAY_IMPORT = {
-    "records": ["largebatch.records"],
+    "common": [*GROUND],
+    "records": [*GROUND, "largebatch.records"],
+    "distributed": [*GROUND, "largebatch.records", "largebatch.distributed"],
     "optim": ["largebatch.optim"],
-    "schedules": ["largebatch.schedules"],
-    "conf": ["largebatch.conf", "largebatch.schedules"],
+    "schedules": [*GROUND, "largebatch.schedules"],
+    "conf": [*GROUND, "largebatch.conf", "largebatch.schedules"],
     "train": [
+        *GROUND,
         "largebatch.train",
         "largebatch.optim",
         "largebatch.schedules",
         "largebatch.conf",
         "largebatch.records",
+        "largebatch.distributed",
     ],
     "study": [
+        *GROUND,
         "largebatch.study",
         "largebatch.records",
         "largebatch.schedules",
         "largebatch.conf",
-        "largebatch.train.locks",
-        "largebatch.train.record",
-        "largebatch.train.ranks",
+        "largebatch.distributed.ranks",
     ],
     "launch": [
+        *GROUND,
         "largebatch.launch",
         "largebatch.records",
+        "largebatch.distributed",
         "largebatch.conf",
-        "largebatch.train.locks",
-        "largebatch.train.record",
-        "largebatch.train.ranks",
-        "largebatch.train.unpickling",
-        "largebatch.train.walltime",
     ],
     "benchmarks": [
+        *GROUND,
         "largebatch.benchmarks",
         "largebatch.records",
+        "largebatch.distributed",
         "largebatch.conf",
         "largebatch.optim",
         "largebatch.schedules",
@@ -64,12 +68,39 @@ MAY_IMPORT = {
     ],
     "src/largebatch": ["largebatch.cli", "largebatch.completion", "largebatch.train.hydra_app"],
     "src/hydra_plugins": [
+        *GROUND,
         "largebatch.study",
         "largebatch.launch",
         "largebatch.train",
         "largebatch.conf",
     ],
 }
+
+# What a room may import of the other rooms of its folder, and "." of the files beside the rooms.
+# A room that is not here stands alone.
+ROOMS = {
+    "optim/sharding": ["."],
+    "optim/math": [".", "sharding"],
+    "optim/layerwise": [".", "math", "sharding"],
+    "optim/blockwise": [".", "math", "sharding"],
+    "optim/kronecker": [".", "blockwise", "math", "sharding"],
+    "train/tasks": ["data"],
+    "train/checkpoints": ["tasks"],
+    "train/engines": ["checkpoints", "noise", "tasks"],
+    "train/reporting": [".", "models", "tasks"],
+    "train/plan": ["."],
+    "launch/jobs": ["doctor"],
+    "launch/doctor": ["."],
+    "launch/sweeps": ["jobs"],
+    "launch/watch": ["."],
+    "launch/diagnose": ["."],
+    "launch/environments": ["."],
+    "benchmarks/collectives": ["."],
+    "benchmarks/noise": ["."],
+    "benchmarks/scale": [".", "collectives"],
+    "benchmarks/second_order": [".", "noise"],
+}
+LARGEST_FOLDER, LONGEST_FILE = 15, 400
 
 
 def imported(source: str, package: str) -> Iterator[list[str]]:
@@ -122,6 +153,92 @@ def test_imports_point_down_only(folder: str) -> None:
     assert found == set()
 
 
+def files_of(found: Iterable[Path]) -> dict[str, set[str]]:
+    """Of each module, by its path, those of the project that it imports."""
+    paths = {
+        ".".join(("largebatch", *path.relative_to(ROOT).with_suffix("").parts)): path
+        for path in found
+    }
+    paths |= {
+        name.removesuffix(".__init__"): path
+        for name, path in paths.items()
+        if name.endswith(".__init__")
+    }
+    needs = {}
+    for path in set(paths.values()):
+        names = imported(path.read_text(encoding="utf-8"), package_of(path))
+        needs[shown(path)] = {
+            shown(paths[name])
+            for alternatives in names
+            for name in reversed(alternatives)
+            if name in paths
+        } - {shown(path)}
+    return needs
+
+
+def shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="module")
+def needs() -> dict[str, set[str]]:
+    return files_of(path for folder in MAY_IMPORT if "/" not in folder for path in modules(folder))
+
+
+def test_imports_between_rooms_point_one_way(needs: dict[str, set[str]]) -> None:
+    """Whatever lies in folders of a room belongs to it."""
+
+    def room(path: str) -> str:
+        folder, *inside = path.split("/")
+        return f"{folder}/{inside[0]}" if len(inside) > 1 else folder
+
+    arrows = {
+        (room(path), room(other))
+        for path, others in needs.items()
+        for other in others
+        if path.split("/")[0] == other.split("/")[0] and room(path) != room(other)
+    }
+    inside = {(one, other) for one, other in arrows if "/" in one}
+    may = {
+        (one, f"{one.split('/')[0]}/{other}".removesuffix("/."))
+        for one, others in ROOMS.items()
+        for other in others
+    }
+    assert inside == may
+    between = {(one, other) for one, other in inside if "/" in other}
+    assert circles(between) == []
+    assert len([one for one, _ in between if one.startswith("launch/")]) <= 2
+
+
+def circles(arrows: Iterable[tuple[str, str]]) -> list[str]:
+    """What neither leads out of a circle nor into one, taken away; the rest."""
+    left = set(arrows)
+    while True:
+        starts, ends = {one for one, _ in left}, {other for _, other in left}
+        inner = {(one, other) for one, other in left if one in ends and other in starts}
+        if inner == left:
+            return sorted({name for arrow in left for name in arrow})
+        left = inner
+
+
+def test_no_files_import_one_another_in_a_circle(needs: dict[str, set[str]]) -> None:
+    # What a package's own file imports is not for the modules in it to wait for.
+    assert circles(
+        (path, other)
+        for path, others in needs.items()
+        for other in others
+        if not path.endswith("__init__.py")
+    ) == []  # fmt: skip
+    assert circles([("a", "b"), ("b", "c"), ("c", "b"), ("c", "d")]) == ["b", "c"]
+
+
+def test_folders_and_files_are_of_a_size_to_walk(needs: dict[str, set[str]]) -> None:
+    beside = Counter(str(Path(path).parent) for path in needs)
+    assert {folder for folder, count in beside.items() if count > LARGEST_FOLDER} == set()
+    long = {path for path in needs if len((ROOT / path).read_text().splitlines()) > LONGEST_FILE}
+    assert long == set()
+
+
 def test_every_folder_that_is_shipped_has_its_rule() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert set(MAY_IMPORT) == set(project["tool"]["hatch"]["build"]["only-include"])
@@ -142,9 +259,9 @@ def test_every_folder_that_is_shipped_has_its_rule() -> None:
         ("train", "from largebatch.cli import main", ["largebatch.cli.main"]),
         ("train", "import hydra_plugins.largebatch", ["hydra_plugins.largebatch"]),
         ("study", "from largebatch.train.loop import Loop", ["largebatch.train.loop.Loop"]),
-        ("study", "from largebatch.train import run, record", ["largebatch.train.run"]),
+        ("study", "from largebatch import train, schedules", ["largebatch.train"]),
         ("study", "from largebatch.train.records import x", ["largebatch.train.records.x"]),
-        ("study", "from largebatch.train.record import lock\nimport largebatch.conf.config", []),
+        ("study", "from largebatch.records.lock import x\nimport largebatch.conf.config", []),
     ],
 )  # fmt: skip
 def test_an_import_that_points_up_is_found(folder: str, source: str, found: list[str]) -> None:
@@ -169,7 +286,7 @@ with contextlib.suppress(SystemExit):
         ("import largebatch.cli", "largebatch.cli", []),
         ("import largebatch.optim", "torch", ["numpy", "torch"]),
         ("import largebatch.conf.config", "omegaconf", ["omegaconf"]),
-        ("import largebatch.train.order", "hydra", ["hydra", "omegaconf"]),
+        ("import largebatch.train.run_spec", "hydra", ["hydra", "omegaconf"]),
         ("import hydra_plugins.largebatch.study_sweeper", "hydra", ["hydra", "omegaconf"]),
         ("import hydra_plugins.largebatch.parsl_launcher", "hydra", ["hydra", "omegaconf"]),
         (REPORT_HELP, "largebatch.study.report", ["matplotlib", "numpy", "scipy"]),
@@ -180,7 +297,7 @@ with contextlib.suppress(SystemExit):
         "cli",
         "optim",
         "conf",
-        "train.order",
+        "train.run_spec",
         "study_sweeper",
         "parsl_launcher",
         "report --help",

@@ -13,8 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from largebatch import cli
+from largebatch.common.errors import hydra_word, sentence
 from largebatch.completion import SCRIPTS
-from largebatch.conf.errors import hydra_word, sentence
 
 VALUES = [
     "~/x", "~/a b", "runs/lr=0.1", "runs/données", "runs/a(1)", "it's", "a;b", "a#b", "$HOME/x=1",

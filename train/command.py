@@ -15,16 +15,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from largebatch.conf.errors import ConfigError, RanksEnded, RunFailed, SweepFailed
+from largebatch.common.errors import ConfigError, RanksEnded, RunFailed, SweepFailed
+from largebatch.common.user_code import of_user
+from largebatch.distributed.ranks import Ranks, die_with_parent
+from largebatch.distributed.team import Team, find_team, started_team
+from largebatch.records.record import RunEnded
 from largebatch.records.summary import objective
-from largebatch.train.folders import again
-from largebatch.train.hydra_app import import_from_here, parse_options, run_hydra
-from largebatch.train.order import Order, order_of, prepare
-from largebatch.train.ranks import Ranks, die_with_parent
-from largebatch.train.record import RunEnded
+from largebatch.train.hydra_app import again, import_from_here, parse_options, run_hydra
+from largebatch.train.run_spec import Order, order_of, prepare
 from largebatch.train.sweeps import failure_of, shown_folder, told
-from largebatch.train.team import Team, find_team, started_team
-from largebatch.train.user_code import of_user
 
 FAILED: Final = 1
 REFUSED: Final = 2
@@ -150,8 +149,8 @@ def task(composed: DictConfig) -> float | None:
 
 def single_run(composed: DictConfig) -> None:
     """Note the summary, or why the run was refused."""
-    from largebatch.train import lr_results
-    from largebatch.train.display import outcome
+    from largebatch.train.lr_find import results as lr_results
+    from largebatch.train.reporting.display import outcome
 
     try:
         summary = job(composed, display=True)
@@ -191,7 +190,7 @@ def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
             team = stack.enter_context(started_team(order.config.engine.nproc))
         summary = train(team, order, display)
     if not display and order.config.study is None:  # a study has a display of its own
-        from largebatch.train.display import outcome
+        from largebatch.train.reporting.display import outcome
 
         print(outcome(summary, Path(shown_folder())), flush=True)
     if "error" in summary and display:  # a search that found nothing; other errors are raised
@@ -212,10 +211,10 @@ def follow(team: Team) -> int:
 
 def train(team: Team, order: Order | None, display: bool = False) -> dict[str, Any]:
     """Train as rank 0 orders; returns the summary."""
-    from largebatch.train.display import Display
-    from largebatch.train.ranks import pick_device, process_group, set_threads
+    from largebatch.distributed.rank_dump import answering
+    from largebatch.distributed.ranks import pick_device, process_group, set_threads
+    from largebatch.train.reporting.display import Display
     from largebatch.train.run import run
-    from largebatch.train.stacks import answering
 
     ranks = team.ranks
     words = team.tell(None if order is None else order.words)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from largebatch.train.engines import Engine
-from largebatch.train.ranks import Ranks
+from largebatch.distributed.ranks import Ranks
+from largebatch.train.engines.base import Engine
 from largebatch.train.tasks import Task
 
 _MOST_AT_ONCE = 4096

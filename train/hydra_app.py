@@ -11,20 +11,22 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import wraps
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Final
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import largebatch.conf.unique  # noqa: F401 — in names of folders
-from largebatch.conf.errors import ConfigError, sentence
+from largebatch.common.errors import ConfigError, sentence
+from largebatch.common.user_code import keep_request
 from largebatch.conf.user_configs import first, tell_replaced, unreadable_file
-from largebatch.train.record import unwritable
-from largebatch.train.user_code import keep_request
+from largebatch.records.record import unwritable
 
 _WITH_VALUE: Final = ("cfg", "package", "info", "config_path", "config_name", "experimental_rerun")
 _FLAGS: Final = ("help", "hydra_help", "resolve", "run", "multirun", "shell_completion")
@@ -121,3 +123,26 @@ def _numbered_group(arguments: Sequence[str]) -> str:
         and (not value[:1].isalpha() or value.lower() in ("true", "false"))
     ]
     return " ".join(found) or "GROUP=NUMBER"
+
+
+again: list[str] = []
+"""Of the sweep under way, if any: what to add to its command, so that it goes on in its folder."""
+
+
+class Folders(Callback):
+    """Removes the folders that Hydra made for a run which was refused; never one that was there."""
+
+    def on_run_start(self, config: DictConfig, **more: Any) -> None:
+        folder = Path(str(OmegaConf.select(config, "hydra.run.dir"))).absolute()
+        self._new = [path for path in (folder, *folder.parents) if not path.exists()]
+
+    def on_run_end(self, config: DictConfig, **more: Any) -> None:
+        for path in self._new:
+            try:
+                path.rmdir()
+            except OSError:  # in use
+                return
+
+    def on_multirun_start(self, config: DictConfig, **more: Any) -> None:
+        as_given = str(config.hydra.sweep._get_node("dir")._value())
+        again.append(f" with hydra.sweep.dir={config.hydra.sweep.dir}" if "${" in as_given else "")

@@ -10,58 +10,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from largebatch.conf.config import GuardConfig
+from largebatch.distributed.ranks import Ranks
 from largebatch.schedules import Plan, Point
 from largebatch.train.coscaling import CoScaling
-from largebatch.train.engines import Engine
+from largebatch.train.data.randomness import seed_step
+from largebatch.train.data.sampler import Sampler
+from largebatch.train.engines.base import Engine
+from largebatch.train.engines.precision import LossScale
+from largebatch.train.engines.update import Limits, Numbers
 from largebatch.train.evaluation import EvaluationGrid
-from largebatch.train.gradient_noise import GradientNoise
 from largebatch.train.guard import Guard, Verdict
-from largebatch.train.interruption import Interruption
-from largebatch.train.precision import LossScale
-from largebatch.train.randomness import seed_step
-from largebatch.train.ranks import Ranks
-from largebatch.train.readings import Readings
-from largebatch.train.sampler import Sampler
-from largebatch.train.small_gradients import Share
-from largebatch.train.step_clock import StepClock
+from largebatch.train.noise.gradient_noise import GradientNoise
+from largebatch.train.noise.small_gradients import Share
+from largebatch.train.progress import READINGS, Progress
+from largebatch.train.reporting.readings import Readings
+from largebatch.train.reporting.step_clock import StepClock
+from largebatch.train.reporting.trust_ratios import trust_ratios
+from largebatch.train.stop_signal import Interruption
 from largebatch.train.tasks import Batch, Task
-from largebatch.train.update import Limits, Numbers
 
 if TYPE_CHECKING:
-    from largebatch.train.checkpoint import Checkpoints
-
-
-@dataclass
-class Progress:
-    """Where a run stands, and how it ended."""
-
-    status: str = "exhausted"
-    steps: int = 0
-    samples: int = 0
-    loss: float | None = None
-    eval_loss: float | None = None
-    reason: str | None = None
-    """Why it ended, where the guard has ended it."""
-    left_out: int = 0
-    """Samples of the order that were left out, by rolling back: what comes stands so much later."""
-
-
-# What a ramp may decide on.
-READINGS = frozenset(
-    {
-        "batch_size",
-        "eval_loss",
-        "grad_sq_norm",
-        "grad_trace",
-        "loss",
-        "lr",
-        "noise_resolved",
-        "noise_samples",
-        "noise_scale",
-        "noise_scale_error",
-        "step_seconds",
-    }
-)
+    from largebatch.train.checkpoints.checkpoint import Checkpoints
 
 
 @dataclass
@@ -403,23 +372,3 @@ class Loop:
             self.noise.load_state_dict(state["noise"])
         self.grid.due_at = state["evaluation_due_at"]
         self._coscaling.batch_size = state["batch_size"]
-
-
-def trust_ratios(optimizer: Optimizer, by_layer: bool) -> dict[str, Tensor]:
-    """Least, median and greatest trust ratio over the layers, where the optimizer has any.
-
-    With `by_layer` every layer's as well, as `trust_ratio/NAME`.
-    """
-    layer_stats: Callable[[], dict[Any, dict[str, Tensor]]] = getattr(
-        optimizer, "layer_stats", dict
-    )
-    layers = {name: stats["trust_ratio"] for name, stats in layer_stats().items()}
-    if not layers:
-        return {}
-    ratios = torch.stack([*layers.values()])
-    each = {f"trust_ratio/{name}": ratio for name, ratio in layers.items()} if by_layer else {}
-    return each | {
-        "trust_ratio_min": ratios.min(),
-        "trust_ratio_median": ratios.median(),
-        "trust_ratio_max": ratios.max(),
-    }

@@ -12,34 +12,34 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from largebatch.common.errors import ConfigError
+from largebatch.common.memory import check_memory
+from largebatch.common.numbers import real_number
+from largebatch.conf.annotations import in_yaml
+from largebatch.conf.build import build, call, check_arguments, check_kind
 from largebatch.conf.config import TrainConfig
 from largebatch.conf.engine_config import EngineConfig
-from largebatch.conf.errors import ConfigError
-from largebatch.schedules.counts import real_number
-from largebatch.train.annotations import in_yaml
-from largebatch.train.build import build, call, check_arguments, check_kind
-from largebatch.train.engines import Engine
-from largebatch.train.example_gradients import ExampleGradients
-from largebatch.train.flops import flops_of
-from largebatch.train.gradient_noise import GradientNoise
-from largebatch.train.guard import Guard
-from largebatch.train.initial_values import InitialValues, NotRecorded, record
-from largebatch.train.loop import Progress
-from largebatch.train.memory import check_memory
-from largebatch.train.micro_batch import find_micro_batch_size
-from largebatch.train.model_options import (
+from largebatch.distributed.ranks import Ranks
+from largebatch.train.engines.base import Engine
+from largebatch.train.engines.initial_values import InitialValues, NotRecorded, record
+from largebatch.train.engines.micro_batch import find_micro_batch_size
+from largebatch.train.engines.model_options import (
     checkpoint_activations,
     compile_blocks,
     wants_checkpointing,
     within_memory,
 )
-from largebatch.train.order import Order
-from largebatch.train.peaks import chosen, peaks_of
-from largebatch.train.precision import Precision
-from largebatch.train.provenance import device_name
-from largebatch.train.ranks import Ranks
+from largebatch.train.engines.precision import Precision
+from largebatch.train.guard import Guard
+from largebatch.train.noise.example_gradients import ExampleGradients
+from largebatch.train.noise.gradient_noise import GradientNoise
+from largebatch.train.progress import Progress
+from largebatch.train.reporting.flops import flops_of
+from largebatch.train.reporting.peaks import chosen, peaks_of
+from largebatch.train.reporting.provenance import device_name
+from largebatch.train.reporting.throughput import Throughput
+from largebatch.train.run_spec import Order
 from largebatch.train.tasks import Task, check_task
-from largebatch.train.throughput import Throughput
 from largebatch.train.trial import MOST_TRIED, check_batches, try_one_pass
 
 

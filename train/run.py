@@ -8,29 +8,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from largebatch.conf.errors import ConfigError, RanksEnded
-from largebatch.train.build import build
-from largebatch.train.data_identity import check_data, data_of
+from largebatch.common.errors import ConfigError, RanksEnded
+from largebatch.common.memory import ran_out
+from largebatch.conf.build import build
+from largebatch.distributed.ranks import Ranks
+from largebatch.distributed.team import Team
+from largebatch.distributed.walltime import find_stop
+from largebatch.records.record import RunFolder, unwritable
+from largebatch.train.checkpoints.data_identity import check_data, data_of
 from largebatch.train.evaluation import EvaluationGrid, evaluate
 from largebatch.train.guard import Guard
-from largebatch.train.interruption import Interruption
-from largebatch.train.loggers import NoLogger, SafeLogger
 from largebatch.train.loop import Loop
-from largebatch.train.lr_find import LRFinder
-from largebatch.train.lr_results import publish
-from largebatch.train.memory import ran_out
-from largebatch.train.order import Order
+from largebatch.train.lr_find.results import publish
+from largebatch.train.lr_find.search import LRFinder
 from largebatch.train.parts import Parts, build_parts, build_throughput
-from largebatch.train.provenance import provenance
-from largebatch.train.ranks import Ranks
-from largebatch.train.record import RunFolder, unwritable
-from largebatch.train.reporter import Reporter, Silence
+from largebatch.train.reporting.loggers import NoLogger, SafeLogger
+from largebatch.train.reporting.provenance import provenance
+from largebatch.train.reporting.reporter import Reporter, Silence
+from largebatch.train.run_spec import Order
+from largebatch.train.stop_signal import Interruption
 from largebatch.train.tasks import Task, sampler_of
-from largebatch.train.team import Team
-from largebatch.train.walltime import find_stop
 
 if TYPE_CHECKING:
-    from largebatch.train.checkpoint import Checkpoints
+    from largebatch.train.checkpoints.checkpoint import Checkpoints
 
 
 def run(
@@ -196,7 +196,7 @@ def _too_much(device: torch.device, micro_batch_size: int, error: BaseException)
 
 def _checkpoints(order: Order, parts: Parts, ranks: Ranks, tell: Silence) -> "Checkpoints":
     # What it stands on is a quarter of a run's imports: a run without checkpoints does without.
-    from largebatch.train.checkpoint import Checkpoints
+    from largebatch.train.checkpoints.checkpoint import Checkpoints
 
     tensors, config = parts.engine.tensors(parts.optimizer), order.config.checkpoint
     data = data_of(parts.task) if ranks.is_first and config.saves else {}

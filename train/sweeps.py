@@ -19,11 +19,11 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from largebatch.conf.errors import ConfigError, RunFailed, SweepFailed
+from largebatch.common.errors import ConfigError, RunFailed, SweepFailed
 from largebatch.records import find_fields
 from largebatch.records.names import SUMMARY, UNFINISHED
 from largebatch.records.summary import status
-from largebatch.train.resume import check_same
+from largebatch.train.checkpoints.resume import check_same
 
 TRACEBACK: Final = "traceback.txt"
 MULTIRUN: Final = "multirun.yaml"

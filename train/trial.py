@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from largebatch.conf.errors import ConfigError
+from largebatch.common.errors import ConfigError
+from largebatch.common.memory import check_memory, ran_out
+from largebatch.conf.build import is_known
+from largebatch.distributed.ranks import Ranks
 from largebatch.schedules import Plan
-from largebatch.train.build import is_known
-from largebatch.train.memory import check_memory, ran_out
-from largebatch.train.ranks import Ranks
 from largebatch.train.tasks import Task, loss_of
 
 MOST_TRIED: Final = 10_000_000

@@ -20,19 +20,29 @@ class Command(NamedTuple):
 COMMANDS: Final = {
     "train": Command("largebatch.train.command", "one training run (Hydra overrides)"),
     "sweep": Command("largebatch.train.sweep_command", "many runs or a study (Hydra multirun)"),
-    "plan": Command("largebatch.train.plan_command", "a run's schedule, printed and drawn"),
+    "plan": Command("largebatch.train.plan.command", "a run's schedule, printed and drawn"),
     "report": Command("largebatch.study.report", "tables and pictures of the runs below a folder"),
-    "submit": Command("largebatch.launch.submit", "a job on a cluster: its script, submitted"),
-    "doctor": Command("largebatch.launch.doctor", "what is wrong here; a job's preflight"),
-    "env": Command("largebatch.launch.env", "an environment on every node: pack, spread, count"),
-    "watch": Command("largebatch.launch.watch", "end a run that stands still; name the rank"),
-    "data": Command("largebatch.train.data_command", "files of tokens: make and inspect"),
+    "submit": Command("largebatch.launch.jobs.submit", "a job on a cluster: its script, submitted"),
+    "doctor": Command("largebatch.launch.doctor.command", "what is wrong here; a job's preflight"),
+    "env": Command(
+        "largebatch.launch.environments.command",
+        "an environment on every node: pack, spread, count",
+    ),
+    "watch": Command(
+        "largebatch.launch.watch.command", "end a run that stands still; name the rank"
+    ),
+    "data": Command("largebatch.train.data.command", "files of tokens: make and inspect"),
     "checkpoint": Command(
-        "largebatch.train.checkpoint_command", "what a run has saved: ls, verify, export, universal"
+        "largebatch.train.checkpoints.command",
+        "what a run has saved: ls, verify, export, universal",
     ),
     "bench": Command("largebatch.benchmarks.command", "measurements beside peers"),
-    "nic": Command("largebatch.launch.nic", "network counters of the nodes during a run"),
-    "explain": Command("largebatch.launch.explain", "why a run stopped or slowed, in words"),
+    "nic": Command(
+        "largebatch.launch.diagnose.nic.command", "network counters of the nodes during a run"
+    ),
+    "explain": Command(
+        "largebatch.launch.diagnose.command", "why a run stopped or slowed, in words"
+    ),
 }
 
 EXIT_CODES: Final = """exit codes: 0 reached the target, or spent the budget of a run that has none;

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from largebatch.benchmarks import collectives_steps as steps
-from largebatch.train.ranks import Ranks
+from largebatch.benchmarks.collectives import steps
+from largebatch.distributed.ranks import Ranks
 
 WRONG_ELEMENTS = 256
 WRONG_RANKS = (1, 2)

@@ -14,10 +14,10 @@ import forked
 import pytest
 import torch
 
-from largebatch.benchmarks import collectives
-from largebatch.benchmarks.collectives_steps import Job, Measurement, elements, sums
-from largebatch.launch.collective_models import Link, ring
-from largebatch.train.ranks import free_port
+from largebatch.benchmarks.collectives import command as collectives
+from largebatch.benchmarks.collectives.models import Link, ring
+from largebatch.benchmarks.collectives.steps import Job, Measurement, elements, sums
+from largebatch.distributed.ranks import free_port
 
 CPU = torch.device("cpu")
 
@@ -184,7 +184,7 @@ def test_options_that_cannot_be_are_refused(
 def test_ranks_of_a_launcher_are_not_multiplied(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from largebatch.train.ranks import Ranks
+    from largebatch.distributed.ranks import Ranks
 
     monkeypatch.setattr(collectives, "find_ranks", lambda: Ranks("torchrun", 0, 2, 0, 2))
     assert collectives.main(["--processes", "2"]) == 2

@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from largebatch.benchmarks import command, noise, noise_steps, rounds
-from largebatch.benchmarks.noise import Samples, collectives_of, line, run_rounds
-from largebatch.benchmarks.noise_steps import ALONE, ON_RANKS, Bytewise, Decoding, Row, Stepper
-from largebatch.train.ranks import Ranks
+from largebatch.benchmarks import command, rounds
+from largebatch.benchmarks.noise import command as noise
+from largebatch.benchmarks.noise import steps as noise_steps
+from largebatch.benchmarks.noise.command import Samples, collectives_of, line, run_rounds
+from largebatch.benchmarks.noise.steps import ALONE, ON_RANKS, Bytewise, Decoding, Row, Stepper
+from largebatch.distributed.ranks import Ranks
 
 CPU = torch.device("cpu")
 TINY = Decoding(batch_size=32, places=5, width=12, num_blocks=1, vocabulary=7)

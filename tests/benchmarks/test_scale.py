@@ -7,8 +7,8 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from largebatch.benchmarks import scale
-from largebatch.benchmarks.scale_steps import (
+from largebatch.benchmarks.scale import command as scale
+from largebatch.benchmarks.scale.steps import (
     EXCHANGES,
     as_rank,
     exchanged,
@@ -18,9 +18,9 @@ from largebatch.benchmarks.scale_steps import (
     parameters,
     planned,
 )
-from largebatch.train.checkpoint_plan import digest_of, plan_of
-from largebatch.train.checkpoint_torch import SharingPlanner
-from largebatch.train.ranks import Ranks
+from largebatch.distributed.ranks import Ranks
+from largebatch.train.checkpoints.plan import digest_of, plan_of
+from largebatch.train.checkpoints.torch_format import SharingPlanner
 
 SMALL = matrices(num_blocks=2, width=96, hidden=256)
 

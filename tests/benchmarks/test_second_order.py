@@ -11,15 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from largebatch.benchmarks import command, rounds, second_order, second_order_steps
+from largebatch.benchmarks import command, rounds
 from largebatch.benchmarks.contenders import REFERENCE
-from largebatch.benchmarks.noise import collectives_of
-from largebatch.benchmarks.noise_steps import Bytewise, Decoding
-from largebatch.benchmarks.second_order import PARTS, Part, line, rank_line
-from largebatch.benchmarks.second_order_steps import ROWS, Samples, Stepper, Traffic, run_rounds
-from largebatch.benchmarks.second_order_tables import spread
+from largebatch.benchmarks.noise.command import collectives_of
+from largebatch.benchmarks.noise.steps import Bytewise, Decoding
+from largebatch.benchmarks.second_order import command as second_order
+from largebatch.benchmarks.second_order import steps as second_order_steps
+from largebatch.benchmarks.second_order.command import PARTS, Part, line, rank_line
+from largebatch.benchmarks.second_order.steps import ROWS, Samples, Stepper, Traffic, run_rounds
+from largebatch.benchmarks.second_order.tables import spread
+from largebatch.distributed.ranks import Ranks
 from largebatch.optim import KFAC
-from largebatch.train.ranks import Ranks
 
 CPU = torch.device("cpu")
 TINY = Decoding(batch_size=8, places=5, width=12, num_blocks=1, vocabulary=7)

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from largebatch.launch.checks_binding import cpu_list
-from largebatch.launch.system import Disk, Facts, System, look
-from largebatch.train.ranks import Ranks
+from largebatch.distributed.ranks import Ranks
+from largebatch.launch.doctor.checks_binding import cpu_list
+from largebatch.launch.doctor.system import Disk, Facts, System, look
 
 FOLDER = Path(__file__).with_name("situations")
 MERGED = ("environment", "versions", "disk_of")

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from largebatch.train.heartbeat import Heartbeat
-from largebatch.train.stacks import answering
+from largebatch.distributed.rank_dump import answering
+from largebatch.records.heartbeat_writer import Heartbeat
 
 HANGING_RANK = 1
 LAST_STEP = 5

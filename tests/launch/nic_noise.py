@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from largebatch.launch.nic_record import NodeRecord
+from largebatch.launch.diagnose.nic.record import NodeRecord
 
 BEGIN = 1_750_000_000.0
 EVERY = 10.0

@@ -11,8 +11,8 @@ from typing import Any
 
 from nic_tree import root_of
 
-from largebatch.launch.nic_counters import IMPORTANT, list_counters
-from largebatch.launch.nic_record import Recorder
+from largebatch.launch.diagnose.nic.counters import IMPORTANT, list_counters
+from largebatch.launch.diagnose.nic.record import Recorder
 
 TREE = Path(__file__).with_name("nic_tree.py")
 

@@ -18,12 +18,13 @@ import forked
 import torch
 import torch.distributed as dist
 
-from largebatch.launch import preflight_collectives, preflight_speed
-from largebatch.launch.findings import exit_code
-from largebatch.launch.preflight import Verdict, preflight
-from largebatch.launch.preflight_collectives import Collectives
-from largebatch.launch.system import Disk, System, look
-from largebatch.train.ranks import Ranks, meet, process_group
+from largebatch.distributed.ranks import Ranks, meet, process_group
+from largebatch.launch.doctor.findings import exit_code
+from largebatch.launch.doctor.preflight import collectives as preflight_collectives
+from largebatch.launch.doctor.preflight import speed as preflight_speed
+from largebatch.launch.doctor.preflight.collectives import Collectives
+from largebatch.launch.doctor.preflight.command import Verdict, preflight
+from largebatch.launch.doctor.system import Disk, System, look
 
 NEVER = 600.0
 

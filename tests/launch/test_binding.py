@@ -4,9 +4,9 @@ from itertools import product
 
 import pytest
 
+from largebatch.common.errors import ConfigError
 from largebatch.conf.cluster_config import DomainConfig, NodeConfig
-from largebatch.conf.errors import ConfigError
-from largebatch.launch.binding import (
+from largebatch.launch.jobs.binding import (
     Binding,
     bind,
     pals_list,
@@ -15,7 +15,7 @@ from largebatch.launch.binding import (
     slurm_mask,
     spell_cores,
 )
-from largebatch.launch.submit import composed
+from largebatch.launch.jobs.submit import composed
 
 ASKED = ["cluster.queue=debug", "cluster.account=p", "cluster.walltime=01:00:00"]
 CLUSTERS = {"aurora": 12, "sunspot": 12, "polaris": 4}

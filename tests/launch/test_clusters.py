@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from largebatch.common.errors import ConfigError
 from largebatch.conf.cluster_config import clock, seconds
-from largebatch.conf.errors import ConfigError
-from largebatch.launch.cluster import check_queue
-from largebatch.launch.script import Job, script
-from largebatch.launch.submit import completed, composed
+from largebatch.launch.jobs.cluster import check_queue
+from largebatch.launch.jobs.job import Job
+from largebatch.launch.jobs.script import script
+from largebatch.launch.jobs.submit import completed, composed
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTERS = sorted(path.stem for path in (ROOT / "conf" / "cluster").glob("*.yaml"))

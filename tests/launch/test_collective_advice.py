@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from largebatch.launch.collective_advice import Range, oneccl_settings, project, ranges
-from largebatch.launch.collective_models import (
+from largebatch.benchmarks.collectives.advice import Range, oneccl_settings, project, ranges
+from largebatch.benchmarks.collectives.models import (
     Cluster,
     Link,
     hierarchical_seconds,

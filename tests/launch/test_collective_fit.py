@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from largebatch.launch.collective_fit import Timing, fit_link, fits
-from largebatch.launch.collective_models import ALL_REDUCE, Link
+from largebatch.benchmarks.collectives.fit import Timing, fit_link, fits
+from largebatch.benchmarks.collectives.models import ALL_REDUCE, Link
 
 ALPHA, BETA = 3e-6, 5e-10
 SIZES = [2**power for power in range(3, 27, 2)]

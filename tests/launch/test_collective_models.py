@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from collective_schedules import ELEMENT_BYTES, Schedule, Vectors, play
 
-from largebatch.launch import collective_models as models
-from largebatch.launch.collective_models import Cluster, Cost, Link
+from largebatch.benchmarks.collectives import models
+from largebatch.benchmarks.collectives.models import Cluster, Cost, Link
 
 RANKS = range(1, 49)
 

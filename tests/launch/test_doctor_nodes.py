@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from preflight_ranks import quiet_port
 
-from largebatch.launch.doctor import main
+from largebatch.launch.doctor.command import main
 
 LINES = [f"node{n}.hsn.example.org" for n in range(5)]
 

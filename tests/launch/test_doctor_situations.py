@@ -10,12 +10,12 @@ from pathlib import Path
 import doctor_situations as situations
 import pytest
 
-from largebatch.conf.errors import ConfigError
-from largebatch.launch import checks
-from largebatch.launch.findings import Finding, as_json, as_text, exit_code, merged
-from largebatch.launch.system import System, expects_tiles, look, look_at_master
-from largebatch.train.addresses import listen
-from largebatch.train.ranks import Ranks
+from largebatch.common.errors import ConfigError
+from largebatch.distributed.addresses import listen
+from largebatch.distributed.ranks import Ranks
+from largebatch.launch.doctor import checks
+from largebatch.launch.doctor.findings import Finding, as_json, as_text, exit_code, merged
+from largebatch.launch.doctor.system import System, expects_tiles, look, look_at_master
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,8 +46,8 @@ def test_there_are_more_than_twenty_bad_situations() -> None:
 def codes_in_source() -> set[str]:
     """The first argument of every Finding, and of the helper that makes two of them."""
     found: set[str] = set()
-    ours = [*(ROOT / "launch").glob("checks*.py"), *(ROOT / "launch").glob("preflight*.py")]
-    for path in ours:
+    doctor = ROOT / "launch" / "doctor"
+    for path in [*doctor.glob("checks*.py"), *(doctor / "preflight").glob("*.py")]:
         text = path.read_text(encoding="utf-8")
         found |= set(re.findall(r'\b(?:Finding|_full)\(\s*"([a-z0-9-]+)"', text))
     return found
@@ -139,7 +139,7 @@ def test_a_command_that_cannot_be_done_is_refused_in_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from largebatch.launch.doctor import main
+    from largebatch.launch.doctor.command import main
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PBS_NODEFILE", raising=False)

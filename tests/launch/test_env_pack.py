@@ -15,10 +15,11 @@ from typing import Any
 import env_small
 import pytest
 
-from largebatch.launch.env import EnvError, main
-from largebatch.launch.env_manifest import NAME, Entry, Manifest
-from largebatch.launch.env_pack import pack, site_packages
-from largebatch.launch.env_unpack import Damaged, check_ours, is_there, manifest_of, unpack
+from largebatch.launch.environments.command import main
+from largebatch.launch.environments.errors import EnvError
+from largebatch.launch.environments.manifest import NAME, Entry, Manifest
+from largebatch.launch.environments.pack import pack, site_packages
+from largebatch.launch.environments.unpack import Damaged, check_ours, is_there, manifest_of, unpack
 
 SUFFIXES = [".tar.gz", *([".tar.zst"] if shutil.which("zstd") else [])]
 
@@ -368,7 +369,7 @@ for name in ("one", "two", "three"):
 def test_an_imports_files_and_operations_are_counted(
     strace: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from largebatch.launch.env_count import count, table
+    from largebatch.launch.environments.count import count, table
 
     for name in ("one", "two", "three"):
         (tmp_path / name).touch()
@@ -382,7 +383,7 @@ def test_an_imports_files_and_operations_are_counted(
 
 
 def test_straces_lines_are_read_as_calls() -> None:
-    from largebatch.launch.env_count import read_strace
+    from largebatch.launch.environments.count import read_strace
 
     files, calls = read_strace(
         [

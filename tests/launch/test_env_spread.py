@@ -14,9 +14,9 @@ from pathlib import Path
 import env_small
 import pytest
 
-from largebatch.launch.env_manifest import NAME
-from largebatch.launch.env_pack import pack, site_packages
-from largebatch.launch.env_tree import children_of, parent_of
+from largebatch.launch.environments.manifest import NAME
+from largebatch.launch.environments.pack import pack, site_packages
+from largebatch.launch.environments.tree import children_of, parent_of
 
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 pytestmark = pytest.mark.skipif(MPIEXEC is None, reason="needs an MPI launcher")

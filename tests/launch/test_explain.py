@@ -20,12 +20,13 @@ from hanging_ranks import ELEMENTS, HANGING_RANK, LAST_STEP
 from nic_noise import BEGIN, EVERY, healthy, write_records
 from nic_recording import Trees, recording
 
-from largebatch.launch import explain, watch
-from largebatch.launch.explain_causes import Cause
-from largebatch.launch.run_times import read_steps
-from largebatch.launch.watch_processes import running
+from largebatch.distributed.ranks import free_port
+from largebatch.launch.diagnose import command as explain
+from largebatch.launch.diagnose.causes import Cause
+from largebatch.launch.diagnose.run_times import read_steps
+from largebatch.launch.processes import running
+from largebatch.launch.watch import command as watch
 from largebatch.train import command as train_command
-from largebatch.train.ranks import free_port
 
 NODE = socket.gethostname().partition(".")[0]
 Lines = list[dict[str, Any]]

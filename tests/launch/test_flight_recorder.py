@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from largebatch.launch.flight_recorder import compare, main, named
-from largebatch.launch.flight_records import read, record_of
+from largebatch.launch.watch.flight_recorder import compare, main, named
+from largebatch.launch.watch.flight_records import read, record_of
 
 
 def entry(number: int, op: str, sizes: Sequence[Sequence[int]] = ((10,),), **more: Any) -> Any:

@@ -17,9 +17,10 @@ import pytest
 import torch
 from fake_cluster import AURORA, SMALL, Cluster, read
 
-from largebatch.train.addresses import free_port
-from largebatch.train.checkpoint_export import weights
-from largebatch.train.checkpoint_files import listed, read_state
+from largebatch.distributed.addresses import free_port
+from largebatch.records.checkpoints import listed
+from largebatch.train.checkpoints.export import weights
+from largebatch.train.checkpoints.files import read_state
 
 STEPS = 400
 TRAIN = [*SMALL, "optim=lamb", "batch.size=24", f"budget.samples={24 * STEPS}",

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from nic_tree import HANDLER, HEALTHY, plant, root_of, write
 
-from largebatch.launch import nic
-from largebatch.launch.nic_counters import IMPORTANT, list_counters
-from largebatch.launch.nic_record import NodeRecord, Recorder, read_record
+from largebatch.launch.diagnose.nic import command as nic
+from largebatch.launch.diagnose.nic.counters import IMPORTANT, list_counters
+from largebatch.launch.diagnose.nic.record import NodeRecord, Recorder, read_record
 
 TREE = Path(__file__).with_name("nic_tree.py")
 
@@ -178,7 +178,8 @@ def test_a_record_survives_kill_minus_nine_and_is_gone_on_with(tmp_path: Path) -
 
 
 def start_recorder(root: Path, out: Path, every: float) -> "subprocess.Popen[str]":
-    code = "import sys; from largebatch.launch.nic import main; sys.exit(main(sys.argv[1:]))"
+    module = "largebatch.launch.diagnose.nic.command"
+    code = f"import sys; from {module} import main; sys.exit(main(sys.argv[1:]))"
     words = ["record", "--root", root, "--out", out, "--every", str(every), "--node", "n"]
     return subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True)
 

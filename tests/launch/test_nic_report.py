@@ -10,11 +10,13 @@ import pytest
 from nic_noise import BEGIN, EVERY, healthy, write_records
 from nic_recording import Trees, recording
 
-from largebatch.launch import explain, nic, nic_survey
-from largebatch.launch.nic_record import NodeRecord
-from largebatch.launch.nic_report import Episode
-from largebatch.launch.nic_report import unusual as unusual_in
-from largebatch.launch.nic_survey import (
+from largebatch.launch.diagnose import command as explain
+from largebatch.launch.diagnose.nic import command as nic
+from largebatch.launch.diagnose.nic import survey as nic_survey
+from largebatch.launch.diagnose.nic.record import NodeRecord
+from largebatch.launch.diagnose.nic.report import Episode
+from largebatch.launch.diagnose.nic.report import unusual as unusual_in
+from largebatch.launch.diagnose.nic.survey import (
     Survey,
     borders_of,
     read_span,

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from largebatch.common.errors import ConfigError
 from largebatch.conf.cluster_config import ClusterConfig, NodeConfig
-from largebatch.conf.errors import ConfigError
-from largebatch.launch.sweep_checks import checked
-from largebatch.launch.sweep_conduct import Conductor
-from largebatch.launch.sweep_nodes import Blame
-from largebatch.launch.sweep_progress import SweepProgress
-from largebatch.launch.sweep_record import Record, Trial, is_busy
-from largebatch.launch.sweep_slices import Slices, nodes_here
-from largebatch.train.walltime import end_of_job
+from largebatch.distributed.walltime import end_of_job
+from largebatch.launch.sweeps.checks import checked
+from largebatch.launch.sweeps.conduct import Conductor
+from largebatch.launch.sweeps.nodes import Blame
+from largebatch.launch.sweeps.progress import SweepProgress
+from largebatch.launch.sweeps.record import Record, Trial, is_busy
+from largebatch.launch.sweeps.slices import Slices, nodes_here
 
 HERE = Path(__file__).parent
 
@@ -156,7 +156,7 @@ def test_a_record_that_was_cut_off_within_a_line_goes_on(tmp_path: Path) -> None
 
 
 def test_a_run_that_somebody_is_at_is_busy(tmp_path: Path) -> None:
-    from largebatch.train.locks import lock
+    from largebatch.common.files import lock
 
     assert not is_busy(tmp_path)
     with (tmp_path / "metrics.jsonl").open("w") as file:

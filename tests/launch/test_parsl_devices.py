@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("parsl", reason="the extra parsl is not installed")
 
-from largebatch.launch.parsl_devices import OnlyOn
+from largebatch.launch.sweeps.parsl_devices import OnlyOn
 
 HERE = Path(__file__).parent
 
@@ -158,10 +158,10 @@ def test_folders_and_trials_may_be_called_anything(tmp_path: Path) -> None:
 def test_without_its_extra_parsl_is_named_with_the_line_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from largebatch.conf.errors import ConfigError
-    from largebatch.launch.sweep_checks import checked
-    from largebatch.launch.sweep_launcher import ground
-    from largebatch.launch.sweep_record import Record
+    from largebatch.common.errors import ConfigError
+    from largebatch.launch.sweeps.checks import checked
+    from largebatch.launch.sweeps.launcher import ground
+    from largebatch.launch.sweeps.record import Record
 
     monkeypatch.setitem(sys.modules, "parsl", None)
     with (

@@ -17,7 +17,7 @@ from typing import Any
 import forked
 import pytest
 
-from largebatch.launch.sweep_record import Record
+from largebatch.launch.sweeps.record import Record
 
 HERE = Path(__file__).parent
 NODES = ("n1", "n2", "n3", "n4")

@@ -9,9 +9,8 @@ import pytest
 import torch
 from preflight_ranks import fly
 
-from largebatch.launch.findings import Finding
-from largebatch.launch.preflight import seconds_for
-from largebatch.launch.preflight_collectives import (
+from largebatch.launch.doctor.findings import Finding
+from largebatch.launch.doctor.preflight.collectives import (
     DTYPES,
     GROUPS,
     SIZES,
@@ -25,9 +24,11 @@ from largebatch.launch.preflight_collectives import (
     total,
     trials,
 )
-from largebatch.launch.preflight_nodes import TooFewNodes, choose, host_lines, write
-from largebatch.launch.preflight_speed import partners, slow_nodes
-from largebatch.launch.preflight_watch import Stage, hang
+from largebatch.launch.doctor.preflight.command import seconds_for
+from largebatch.launch.doctor.preflight.nodes import TooFewNodes, choose
+from largebatch.launch.doctor.preflight.speed import partners, slow_nodes
+from largebatch.launch.doctor.preflight.watch import Stage, hang
+from largebatch.launch.hosts import host_lines, write_hosts
 
 
 def test_healthy_ranks_find_nothing_and_say_so_on_every_rank(tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_bad_nodes_are_left_out_and_doubtful_ones_are_taken_last(tmp_path: Path)
     assert choice.lines == (LINES[1], LINES[2], LINES[4])
     assert choice.left_out == {"x1c0s0b0n0": "node-slow", "x1c0s3b0n0": "rank-silent"}
     assert choose(LINES, found, 4).lines == (LINES[0], LINES[1], LINES[2], LINES[4])
-    write(choice.lines, tmp_path / "good")
+    write_hosts(choice.lines, tmp_path / "good")
     assert host_lines(tmp_path / "good") == list(choice.lines)
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
 

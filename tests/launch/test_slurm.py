@@ -136,7 +136,7 @@ def test_srun_hands_on_the_word_to_stop(slurm: dict[str, str], tmp_path: Path) -
 
 
 def test_a_sweep_knows_when_slurm_ends_its_job(slurm: dict[str, str]) -> None:
-    code = "from largebatch.train.walltime import end_of_job; print(end_of_job(None))"
+    code = "from largebatch.distributed.walltime import end_of_job; print(end_of_job(None))"
     done = subprocess.run(
         ["srun", "--ntasks=1", "--time=10", sys.executable, "-c", code],
         env=slurm, timeout=60, capture_output=True, text=True, check=True,

@@ -17,14 +17,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from largebatch.common.errors import ConfigError
 from largebatch.conf.cluster_config import ClusterConfig, SettingsConfig, SubmitConfig
-from largebatch.conf.errors import ConfigError
-from largebatch.launch.cluster import check_queue, doubts
-from largebatch.launch.script import Job, script
-from largebatch.launch.script_words import quoted
-from largebatch.launch.submit import completed, composed, main
-from largebatch.launch.sweep_checks import checked, cluster_of
-from largebatch.launch.sweep_slices import start_script
+from largebatch.launch.jobs.cluster import check_queue, doubts
+from largebatch.launch.jobs.job import Job, quoted
+from largebatch.launch.jobs.script import script
+from largebatch.launch.jobs.submit import completed, composed, main
+from largebatch.launch.sweeps.checks import checked, cluster_of
+from largebatch.launch.sweeps.slices import start_script
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 BIN = Path(sys.executable).parent

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from largebatch.launch import watch
-from largebatch.launch.watch_processes import running
-from largebatch.launch.watch_report import report
-from largebatch.train.heartbeat import HEARTBEAT, Heartbeat
+from largebatch.launch.processes import running
+from largebatch.launch.watch import command as watch
+from largebatch.launch.watch.report import report
+from largebatch.records.heartbeat_writer import HEARTBEAT, Heartbeat
 
 RANKS = Path(__file__).with_name("watched_ranks.py")
 SCRIPTS = Path(sys.executable).parent
@@ -136,8 +136,8 @@ def test_ranks_under_mpiexec_and_torchrun_are_gone_afterwards(tmp_path: Path) ->
 
 NO_TORCH = """
 import os, pathlib, signal, sys, time
-from largebatch.train.heartbeat import Heartbeat
-from largebatch.train.stacks import answering
+from largebatch.records.heartbeat_writer import Heartbeat
+from largebatch.distributed.rank_dump import answering
 signal.signal(signal.SIGTERM, lambda number, frame: None)
 rank, run = int(os.environ["{rank}"]), pathlib.Path(sys.argv[1])
 run.mkdir(exist_ok=True)
@@ -153,7 +153,7 @@ with answering(run, rank, 2):
 # Makes a step; then does what is asked of its first, second, … start.
 STARTS = """
 import json, pathlib, sys, time
-from largebatch.train.heartbeat import Heartbeat
+from largebatch.records.heartbeat_writer import Heartbeat
 run, deeds = pathlib.Path(sys.argv[1]), sys.argv[2:]
 run.mkdir(exist_ok=True)
 count = run / "starts"
@@ -224,7 +224,7 @@ def test_nodes_that_the_launcher_names_are_replaced_and_the_last_is_remembered(
 
 SLOW = """
 import pathlib, sys, time
-from largebatch.train.heartbeat import Heartbeat
+from largebatch.records.heartbeat_writer import Heartbeat
 with Heartbeat(pathlib.Path(sys.argv[1]), 1) as heartbeat:
     heartbeat.beat(1, 8)
     time.sleep(2.5)
@@ -274,8 +274,8 @@ def test_a_run_that_ends_is_left_alone(tmp_path: Path) -> None:
 
 STOPPED = """
 import os, pathlib, signal, subprocess, sys, time
-from largebatch.train.heartbeat import Heartbeat
-from largebatch.train.stacks import answering
+from largebatch.records.heartbeat_writer import Heartbeat
+from largebatch.distributed.rank_dump import answering
 run, rank = pathlib.Path(sys.argv[1]), 1
 run.mkdir()
 with Heartbeat(run, 2) as heartbeat:
@@ -338,8 +338,8 @@ def test_what_a_command_leaves_behind_is_ended_before_the_next_start(tmp_path: P
 
 HANGING_RUN = """
 import pathlib, sys, time
-from largebatch.train.heartbeat import Heartbeat
-from largebatch.train.stacks import answering
+from largebatch.records.heartbeat_writer import Heartbeat
+from largebatch.distributed.rank_dump import answering
 run = pathlib.Path(sys.argv[1])
 run.mkdir()
 with answering(run, 0, 1), Heartbeat(run, 1) as heartbeat:

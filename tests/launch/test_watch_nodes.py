@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from largebatch.launch.preflight_nodes import choose, remembered
-from largebatch.launch.watch_nodes import Faults, Nodes
+from largebatch.launch.doctor.preflight.nodes import choose, remembered
+from largebatch.launch.watch.nodes import Faults, Nodes
 
 LINES = [f"x400{n}c0s0b0n0.hsn.site" for n in range(4)]
 NAMES = [line.partition(".")[0] for line in LINES]

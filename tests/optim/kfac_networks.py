@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from largebatch.optim.curvature_layers import Layer, find_layers
+from largebatch.optim.kronecker.layers import Layer, find_layers
 
 
 @dataclass(frozen=True)

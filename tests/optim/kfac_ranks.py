@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.functional import cross_entropy, linear
 
 from largebatch.optim import KFAC
-from largebatch.optim.layout import local
-from largebatch.optim.roots import RootError
+from largebatch.optim.math.matrix_roots import RootError
+from largebatch.optim.sharding.layout import local
 
 NUM_STEPS = 20
 BATCH_SIZE = 16  # samples, over all ranks

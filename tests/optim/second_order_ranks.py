@@ -12,11 +12,11 @@ from parity_layouts import mesh_of
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from largebatch.optim import exchange as exchanging
-from largebatch.optim import exchange_rounds
-from largebatch.optim.exchange import Exchange
-from largebatch.optim.exchange_rounds import Parcel
-from largebatch.optim.spread import Box, Spread, spread_of
+from largebatch.optim.sharding import redistribution as exchanging
+from largebatch.optim.sharding import rounds as exchange_rounds
+from largebatch.optim.sharding.placement import Box, Spread, spread_of
+from largebatch.optim.sharding.redistribution import Exchange
+from largebatch.optim.sharding.rounds import Parcel
 
 SHAPES = ((7, 3), (1, 4), (5,), (2, 3, 4), ())
 

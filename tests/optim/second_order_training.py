@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from largebatch.optim import SOAP, Shampoo
-from largebatch.optim.roots import RootError
+from largebatch.optim.math.matrix_roots import RootError
 
 NUM_STEPS = 20
 BATCH_SIZE = 16  # samples, over all ranks

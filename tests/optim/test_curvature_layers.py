@@ -6,8 +6,8 @@ from kfac_networks import CASES, Case, deltas_of, only_layer, rows_of
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from largebatch.optim import curvature_layers
-from largebatch.optim.curvature_layers import find_layers, input_sum, output_sum
+from largebatch.optim.kronecker import layers as curvature_layers
+from largebatch.optim.kronecker.layers import find_layers, input_sum, output_sum
 
 # torch's own, of uneven padding.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

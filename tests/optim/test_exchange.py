@@ -9,9 +9,9 @@ from gloo_ranks import Outcome, launch, successful
 from second_order_ranks import SHAPES, Case, blocks_of_two, carry
 from torch import Tensor
 
-from largebatch.optim.exchange import Exchange
-from largebatch.optim.exchange_rounds import MOST, whole
-from largebatch.optim.spread import Spread, whole_box
+from largebatch.optim.sharding.placement import Spread, whole_box
+from largebatch.optim.sharding.redistribution import Exchange
+from largebatch.optim.sharding.rounds import MOST, whole
 
 WORLDS = {
     4: ["fsdp", "columns", "replicated", "hsdp", "twice", "group"],

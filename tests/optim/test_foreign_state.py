@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from largebatch.optim import LAMB, LARS
-from largebatch.optim.foreign_state import to_native
+from largebatch.optim.layerwise.state_import import to_native
 
 StateDict = dict[str, Any]
 NUM_STEPS = 5

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from largebatch.optim import KFAC
-from largebatch.optim.curvature_layers import Layer, find_layers
-from largebatch.optim.kfac_factors import averages
+from largebatch.optim.kronecker.factors import averages
+from largebatch.optim.kronecker.layers import Layer, find_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}

@@ -19,9 +19,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from largebatch.optim import KFAC, param_groups
-from largebatch.optim.kfac_factors import averages
-from largebatch.optim.kfac_teams import cost
-from largebatch.optim.roots import RootError
+from largebatch.optim.kronecker.factors import averages
+from largebatch.optim.kronecker.work_group import cost
+from largebatch.optim.math.matrix_roots import RootError
 
 each_row = pytest.mark.parametrize("row", ROWS)
 
@@ -391,7 +391,7 @@ def test_a_model_outlives_its_optimizer_unwatched() -> None:
     del optimizer
     gc.collect()
     x, y = data(0)
-    with mock.patch("largebatch.optim.curvature.input_sum") as watched:
+    with mock.patch("largebatch.optim.kronecker.statistics.input_sum") as watched:
         cross_entropy(model(x), y).backward()
     assert not watched.called
 

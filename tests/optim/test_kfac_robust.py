@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn.functional import cross_entropy
 
 from largebatch.optim import KFAC
-from largebatch.optim.kfac_damping import FORMS, Damping, decomposed
-from largebatch.optim.roots import RootError
+from largebatch.optim.kronecker.damping import FORMS, Damping, decomposed
+from largebatch.optim.math.matrix_roots import RootError
 
 OPTIONS = [
     {},

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
 from largebatch.optim import KFAC
-from largebatch.optim.kfac_factors import averages
+from largebatch.optim.kronecker.factors import averages
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 PLAIN = {"rule": "plain", "graft": "none", "factor_decay": 0.0, "inverse_interval": 1}

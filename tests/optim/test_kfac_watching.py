@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, softplus
 from torch.utils.checkpoint import checkpoint
 
 from largebatch.optim import KFAC
-from largebatch.optim.kfac_factors import averages
+from largebatch.optim.kronecker.factors import averages
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by dynamo
 Data = tuple[Tensor, Tensor]

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from largebatch.optim.ownership import assign
+from largebatch.optim.sharding.work_assignment import assign
 
 
 def heaviest(costs: list[int], bins: list[int], num_bins: int) -> int:

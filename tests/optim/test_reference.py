@@ -19,9 +19,9 @@ from optimizer_rows import (
 from torch import Tensor
 
 from largebatch.optim import LAMB, LARS
-from largebatch.optim.adam import bias_correction
-from largebatch.optim.chunks import CPU_BATCH
-from largebatch.optim.trust_ratio import trust_ratio
+from largebatch.optim.layerwise.step_plan import CPU_BATCH
+from largebatch.optim.math.adam import bias_correction
+from largebatch.optim.math.trust_ratio import trust_ratio
 
 NUM_STEPS = 60
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from largebatch.optim.failure_notice import FailureNotice, counts_of
-from largebatch.optim.roots import (
+from largebatch.optim.blockwise.failure_notice import FailureNotice, counts_of
+from largebatch.optim.math.matrix_roots import (
     Failures,
     RootError,
     eigenbasis,

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.optim import SOAP, Shampoo
-from largebatch.optim.blocks import blocks_of
+from largebatch.optim.blockwise.blocks import blocks_of
 
 Make = Callable[..., Any]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from largebatch.optim import SOAP, Shampoo
-from largebatch.optim.blocks import blocks_of
+from largebatch.optim.blockwise.blocks import blocks_of
 
 Make = Callable[..., Any]
 

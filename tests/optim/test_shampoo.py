@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from largebatch.optim import Shampoo
-from largebatch.optim.roots import RootError
+from largebatch.optim.math.matrix_roots import RootError
 
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,

@@ -10,7 +10,7 @@ from hydra.test_utils.test_utils import TSweepRunner
 
 # After each of Hydra's tests, what has registered with Hydra meanwhile is forgotten, and a module
 # does so once: for the tests of other files, those of the launcher are imported before.
-import largebatch.launch.sweep_workers  # noqa: F401
+import largebatch.launch.sweeps.workers  # noqa: F401
 
 
 def test_hydra_finds_the_launchers() -> None:

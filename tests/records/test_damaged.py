@@ -19,24 +19,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from largebatch.launch import explain, flight_recorder, watch
-from largebatch.launch.nic_record import Recorder
-from largebatch.launch.nic_report import told
-from largebatch.launch.nic_survey import read_survey
-from largebatch.launch.run_times import read_steps
-from largebatch.launch.sweep_record import Record, samples_of, summary_of
-from largebatch.launch.watch_report import report as watch_report
+from largebatch.distributed.rank_dump import where_it_stands
+from largebatch.launch.diagnose import command as explain
+from largebatch.launch.diagnose.nic.record import Recorder
+from largebatch.launch.diagnose.nic.report import told
+from largebatch.launch.diagnose.nic.survey import read_survey
+from largebatch.launch.diagnose.run_times import read_steps
+from largebatch.launch.sweeps.record import Record, samples_of, summary_of
+from largebatch.launch.watch import command as watch
+from largebatch.launch.watch import flight_recorder
+from largebatch.launch.watch.report import report as watch_report
+from largebatch.records.checkpoints import listed
+from largebatch.records.record import words_of
 from largebatch.records.summary import has_ended
 from largebatch.study import report
 from largebatch.study.conduct import check_identity
 from largebatch.study.layers import read_layers
 from largebatch.study.noise import read_noise
-from largebatch.train import checkpoint_command
 from largebatch.train import command as train_command
-from largebatch.train.checkpoint_files import listed
-from largebatch.train.record import words_of
-from largebatch.train.resume import find_resumption
-from largebatch.train.stacks import where_it_stands
+from largebatch.train.checkpoints import command as checkpoint_command
+from largebatch.train.checkpoints.resume import find_resumption
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWERS = "watch/2026-01-01_00-00-00"

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from largebatch.common.text import printable, shown
 from largebatch.records import Fields, RecordError, find_fields, last_fields, read_fields
 from largebatch.records import fields as checks
 from largebatch.records.reading import MOST_LINE_BYTES, read_lines
-from largebatch.records.text import printable, shown
 
 
 @pytest.mark.parametrize(

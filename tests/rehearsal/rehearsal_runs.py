@@ -141,7 +141,7 @@ def _as_rank(
 
     rehearsal_device.install(like)
     if like == "cuda":  # a device that has decompositions of its own
-        from largebatch.optim import decompositions
+        from largebatch.optim.math import decompositions
 
         ours = rehearsal_device.NAME
         decompositions.DECOMPOSE = decompositions.DECOMPOSE | {ours}  # type: ignore[misc]

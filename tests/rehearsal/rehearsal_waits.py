@@ -8,9 +8,9 @@ from rehearsal_runs import Outcome, Step
 # A process makes many runs; on a machine that is busy with others it may take minutes.
 MARKS = [pytest.mark.skipif(not RIGHT_TORCH, reason=WHY_NOT), pytest.mark.timeout(600)]
 
-READINGS, REFRESH = "train/readings.py", "optim/decompositions.py"
+READINGS, REFRESH = "train/reporting/readings.py", "optim/math/decompositions.py"
 # What reads whether a decomposition on the device has succeeded, and how it went.
-ROOTS = ("optim/roots.py", "optim/kfac_damping.py")
+ROOTS = ("optim/math/matrix_roots.py", "optim/kronecker/damping.py")
 # One transfer to the host for all factors of a kind of number, whatever number of them.
 PER_REFRESH = dict.fromkeys(cells.SECOND_ORDER, 1)
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("optim", "schedules", "train", "study", "launch", "benchmarks", "records", "conf")
+FOLDERS = ("optim", "schedules", "train", "study", "launch", "benchmarks", "records", "conf",
+    "common", "distributed")  # fmt: skip
 OF_DEVICES = "get_device_module"
 
 

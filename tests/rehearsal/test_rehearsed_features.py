@@ -12,7 +12,7 @@ pytestmark = MARKS
 
 # Beside what a refresh needs: whether the step counts. K-FAC asks at a refresh; Muon, which is
 # torch's and has no masked step, at each.
-ASKED = {"kfac": ("optim/kfac.py",), "muon": ("train/update.py",)}
+ASKED = {"kfac": ("optim/kfac.py",), "muon": ("train/engines/update.py",)}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from largebatch.schedules.counts import real_number, whole_number
+from largebatch.common.numbers import real_number, whole_number
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,13 @@ import forked
 import pytest
 from rich.console import Console
 
-from largebatch.conf.errors import ConfigError
+from largebatch.common.errors import ConfigError
 from largebatch.conf.sweep_config import StudyConfig
+from largebatch.records.record import RunFolder
 from largebatch.study.conduct import check_identity, conduct, make_room, owned, result_of
 from largebatch.study.progress import StudyProgress, clock
 from largebatch.study.protocol import Protocol
 from largebatch.study.search import Result
-from largebatch.train.record import RunFolder
 
 Simulate = Callable[[str, int, float, int, int], Result]
 

@@ -13,8 +13,9 @@ from checkpoint_ranks import Trainee, ranks_here, state_after
 from gloo_ranks import Outcome
 
 from largebatch.conf.config import CheckpointConfig
-from largebatch.train import checkpoint_plan, checkpoint_tensors
-from largebatch.train.checkpoint import Checkpoints
+from largebatch.train.checkpoints import plan as checkpoint_plan
+from largebatch.train.checkpoints import tensors as checkpoint_tensors
+from largebatch.train.checkpoints.checkpoint import Checkpoints
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from largebatch.conf.config import CheckpointConfig
+from largebatch.distributed.ranks import Ranks
 from largebatch.optim import LAMB, LARS
-from largebatch.train.checkpoint import CheckpointFailed, Checkpoints
-from largebatch.train.checkpoint_files import File, Part, crc32_of, listed, problem
-from largebatch.train.checkpoint_tensors import DistributedTensors, Writing
-from largebatch.train.ranks import Ranks
+from largebatch.records.checkpoints import listed
+from largebatch.train.checkpoints.checkpoint import CheckpointFailed, Checkpoints
+from largebatch.train.checkpoints.files import File, Part, crc32_of, problem
+from largebatch.train.checkpoints.tensors import DistributedTensors, Writing
 
 OPTIMIZERS: dict[str, Any] = {
     "LAMB": lambda params: LAMB(params, lr=0.01),

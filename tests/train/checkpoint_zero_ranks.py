@@ -19,10 +19,10 @@ from gloo_ranks import Outcome
 from torch import Tensor, nn
 
 from largebatch.conf.config import CheckpointConfig
-from largebatch.train.checkpoint import Checkpoints
-from largebatch.train.checkpoint_deepspeed import convert
-from largebatch.train.checkpoint_tensors import DeepSpeedTensors
-from largebatch.train.ranks import Ranks
+from largebatch.distributed.ranks import Ranks
+from largebatch.train.checkpoints.checkpoint import Checkpoints
+from largebatch.train.checkpoints.deepspeed import convert
+from largebatch.train.checkpoints.tensors import DeepSpeedTensors
 
 MOMENTS = {
     "LAMB": ("exp_avg", "exp_avg_sq"),
@@ -58,7 +58,7 @@ class Trainee:
     """The network in one of the project's DeepSpeed engines."""
 
     def __init__(self, stage: int, optimizer: str, seed: int, tiny: bool = False) -> None:
-        from largebatch.train.engine_deepspeed import DeepSpeed
+        from largebatch.train.engines.deepspeed import DeepSpeed
 
         self.optimizer_name = optimizer
         self.ranks = Ranks("test", dist.get_rank(), dist.get_world_size())

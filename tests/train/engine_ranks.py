@@ -16,10 +16,10 @@ from gloo_ranks import Outcome
 from hydra import compose, initialize_config_module
 
 from largebatch.conf.config import typed
-from largebatch.train.order import Order, make_plan
-from largebatch.train.ranks import Ranks
+from largebatch.distributed.ranks import Ranks
+from largebatch.distributed.team import Team
 from largebatch.train.run import run
-from largebatch.train.team import Team
+from largebatch.train.run_spec import Order, make_plan
 
 STEPS, BATCH_SIZE = 20, 64
 # Rates at which the losses fall without a jump, and a ridge that keeps roots of nearly singular

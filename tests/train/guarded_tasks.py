@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from largebatch.train.sampler import Indices, Sampler
+from largebatch.train.data.sampler import Indices, Sampler
 from largebatch.train.tasks import Batch
 from largebatch.train.tasks.digits import Digits
 

@@ -12,10 +12,10 @@ from gloo_ranks import Outcome
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from largebatch.conf.build import build
+from largebatch.distributed.ranks import Ranks
 from largebatch.train import parts
-from largebatch.train.build import build
-from largebatch.train.engine_fsdp import FSDP
-from largebatch.train.ranks import Ranks
+from largebatch.train.engines.fsdp import FSDP
 
 CPU = torch.device("cpu")
 LARGE = ("model.dim=512", "model.depth=12", "model.heads=8")

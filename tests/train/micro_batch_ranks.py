@@ -10,15 +10,16 @@ from gloo_ranks import Outcome
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from largebatch.distributed.ranks import Ranks
 from largebatch.optim import KFAC
-from largebatch.train.engine_deepspeed import DeepSpeed
-from largebatch.train.engines import DDP, Engine
-from largebatch.train.micro_batch import find_micro_batch_size
+from largebatch.train.data.sampler import Indices
+from largebatch.train.engines.base import Engine
+from largebatch.train.engines.ddp import DDP
+from largebatch.train.engines.deepspeed import DeepSpeed
+from largebatch.train.engines.micro_batch import find_micro_batch_size
+from largebatch.train.engines.update import Limits
 from largebatch.train.models import MLP
-from largebatch.train.ranks import Ranks
-from largebatch.train.sampler import Indices
 from largebatch.train.tasks import Batch
-from largebatch.train.update import Limits
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 64

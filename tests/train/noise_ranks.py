@@ -10,9 +10,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from largebatch.train.example_gradients import ExampleGradients
-from largebatch.train.sharded_gradients import ShardedGradients
-from largebatch.train.small_gradients import (
+from largebatch.train.noise.example_gradients import ExampleGradients
+from largebatch.train.noise.sharded_gradients import ShardedGradients
+from largebatch.train.noise.small_gradients import (
     MicroBatchGradients,
     RankGradients,
     Share,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from largebatch.train.sampler import Indices
+from largebatch.train.data.sampler import Indices
 from largebatch.train.tasks import Batch
 
 IMAGES = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))

@@ -11,12 +11,13 @@ from gloo_ranks import Outcome
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from largebatch.train.engine_fsdp import FSDP
-from largebatch.train.engines import DDP, Engine
+from largebatch.distributed.ranks import Ranks
+from largebatch.train.engines.base import Engine
+from largebatch.train.engines.ddp import DDP
+from largebatch.train.engines.fsdp import FSDP
+from largebatch.train.engines.update import Limits
 from largebatch.train.models import Transformer
-from largebatch.train.ranks import Ranks
 from largebatch.train.tasks import Batch
-from largebatch.train.update import Limits
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 8

@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from largebatch.train.sampler import Indices
+from largebatch.train.data.sampler import Indices
 from largebatch.train.tasks import Batch
 from largebatch.train.tasks.digits import Digits
 

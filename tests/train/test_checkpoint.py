@@ -14,19 +14,14 @@ import torch
 from checkpoint_ranks import SmallDisk, Trainee, sign, state_after, work
 from gloo_ranks import launch, successful
 
+from largebatch.common.errors import ConfigError
 from largebatch.conf.config import CheckpointConfig
-from largebatch.conf.errors import ConfigError
-from largebatch.train.checkpoint import CheckpointFailed, Checkpoints
-from largebatch.train.checkpoint_command import main
-from largebatch.train.checkpoint_files import (
-    check_elsewhere,
-    listed,
-    problem,
-    retire,
-    samples_of,
-)
-from largebatch.train.ranks import Ranks
-from largebatch.train.resume import last_good
+from largebatch.distributed.ranks import Ranks
+from largebatch.records.checkpoints import listed, samples_of
+from largebatch.train.checkpoints.checkpoint import CheckpointFailed, Checkpoints
+from largebatch.train.checkpoints.command import main
+from largebatch.train.checkpoints.files import check_elsewhere, problem, retire
+from largebatch.train.checkpoints.resume import last_good
 
 Train = Callable[..., int]
 Saved = list[Path]
@@ -151,7 +146,7 @@ def test_a_damaged_checkpoint_is_passed_by_for_the_last_good_one(
 
 def make_large(checkpoint: Path) -> None:
     """Above what is read in any case."""
-    import largebatch.train.checkpoint_files as files
+    import largebatch.train.checkpoints.files as files
 
     whole = (checkpoint / "__0_0.distcp").read_bytes()
     larger = whole + bytes(2 << 20)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from largebatch.train.checkpoint_torch import MomentsPlanner, quiet
+from largebatch.train.checkpoints.torch_format import MomentsPlanner, quiet
 
 
 @pytest.mark.parametrize("name", ["exp_avg_extra_steps", "factor_extra_steps", "dropped_elements"])

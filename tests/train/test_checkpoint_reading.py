@@ -14,15 +14,16 @@ from torch.distributed.checkpoint import metadata as describing
 from torch.distributed.checkpoint.metadata import Metadata
 
 from largebatch import cli
+from largebatch.common.errors import ConfigError
 from largebatch.conf.config import CheckpointConfig
-from largebatch.conf.errors import ConfigError
-from largebatch.train.checkpoint import Checkpoints
-from largebatch.train.checkpoint_command import main
-from largebatch.train.checkpoint_description import problem_of
-from largebatch.train.checkpoint_files import listed, problem
-from largebatch.train.checkpoint_reading import weights_only
-from largebatch.train.ranks import Ranks
-from largebatch.train.resume import last_good
+from largebatch.distributed.ranks import Ranks
+from largebatch.records.checkpoints import listed
+from largebatch.train.checkpoints.checkpoint import Checkpoints
+from largebatch.train.checkpoints.command import main
+from largebatch.train.checkpoints.description import problem_of
+from largebatch.train.checkpoints.files import problem
+from largebatch.train.checkpoints.reading import weights_only
+from largebatch.train.checkpoints.resume import last_good
 
 Train = Callable[..., int]
 

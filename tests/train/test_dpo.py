@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from largebatch.train.flops import flops_of, palm
 from largebatch.train.models import Transformer
+from largebatch.train.reporting.flops import flops_of, palm
 from largebatch.train.tasks.dpo import DPO, log_probabilities
 from largebatch.train.tasks.protein_pairs import (
     AMINO_ACIDS,

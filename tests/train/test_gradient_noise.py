@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from largebatch.optim import LAMB, Shampoo
 from largebatch.schedules import NoiseScale
-from largebatch.train.gradient_noise import GradientNoise
-from largebatch.train.small_gradients import MicroBatchGradients, Share
+from largebatch.train.noise.gradient_noise import GradientNoise
+from largebatch.train.noise.small_gradients import MicroBatchGradients, Share
 
 Train = Callable[..., int]
 ReadRun = Callable[[Path], tuple[list[dict[str, Any]], dict[str, Any]]]

@@ -12,10 +12,10 @@ from typing import Any
 import forked
 import pytest
 
+from largebatch.common.errors import ConfigError
 from largebatch.conf.config import GuardConfig
-from largebatch.conf.errors import ConfigError
-from largebatch.train.events import EVENTS, Events
 from largebatch.train.guard import Guard, Verdict, in_words, not_finite
+from largebatch.train.reporting.events import EVENTS, Events
 
 
 def line(step: int, norm: float, loss: float = 2.0, **more: Any) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def test_parameters_that_are_not_finite_are_named() -> None:
 
 WRITES_AND_IS_KILLED = """
 import os, pathlib, signal, sys
-from largebatch.train.events import Events
+from largebatch.train.reporting.events import Events
 events = Events(pathlib.Path(sys.argv[1]))
 for step in range(1, 4):
     events.write("skip", step=step, samples=8 * step, reason="inf", value=float("inf"), names=["w"])

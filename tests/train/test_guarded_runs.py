@@ -58,7 +58,7 @@ def test_a_skipped_step_leaves_no_trace_but_its_samples(
 
 def bad_position(epoch: int) -> int:
     """Where the image that stands at position 1,001 stands in another epoch."""
-    from largebatch.train.sampler import shuffled
+    from largebatch.train.data.sampler import shuffled
 
     index = shuffled(1437, 0, 0)[1001]
     return 1437 * epoch + int(np.flatnonzero(shuffled(1437, 0, epoch) == index)[0])
@@ -113,8 +113,8 @@ def expected_losses(checkpoints: Path, position: int, num_steps: int) -> list[fl
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     from largebatch.optim import LAMB
+    from largebatch.train.data.sampler import Sampler
     from largebatch.train.models import MLP
-    from largebatch.train.sampler import Sampler
 
     model = MLP(64, 64, 10)
     optimizer = LAMB(list(model.named_parameters()), lr=0.005, betas=(0.9, 0.99))

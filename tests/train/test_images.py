@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from largebatch.train.sampler import Sampler
+from largebatch.train.data.sampler import Sampler
 from largebatch.train.tasks.images import Images
 
 

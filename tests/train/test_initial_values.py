@@ -13,10 +13,10 @@ from initial_ranks import LARGE, Asks, bits, losses, peak
 from torch import Tensor, nn
 
 from largebatch.conf.engine_config import EngineConfig
+from largebatch.distributed.ranks import Ranks
 from largebatch.train import parts
-from largebatch.train.initial_values import NotRecorded, record
+from largebatch.train.engines.initial_values import NotRecorded, record
 from largebatch.train.models import CNN, Transformer
-from largebatch.train.ranks import Ranks
 
 CPU = torch.device("cpu")
 
@@ -107,7 +107,7 @@ def test_a_model_that_has_to_be_built_whole_is_and_the_run_says_so(
 ) -> None:
     monkeypatch.setattr(parts, "MOST_TRIED", 0)
     config: Any = SimpleNamespace(
-        engine=EngineConfig(_target_="largebatch.train.engine_fsdp.FSDP"),
+        engine=EngineConfig(_target_="largebatch.train.engines.fsdp.FSDP"),
         model={"_target_": "initial_ranks.Asks"},
     )
     model, values = parts.build_model(config, Ranks(), CPU)

@@ -14,12 +14,12 @@ from pathlib import Path
 import forked
 import pytest
 
-from largebatch.conf.errors import ConfigError
-from largebatch.train.events import Events
-from largebatch.train.heartbeat import Heartbeat
-from largebatch.train.launchers import ranks_from
-from largebatch.train.lr_results import COLUMNS, append
-from largebatch.train.record import write_whole
+from largebatch.common.errors import ConfigError
+from largebatch.common.files import write_whole
+from largebatch.distributed.launchers import ranks_from
+from largebatch.records.heartbeat_writer import Heartbeat
+from largebatch.train.lr_find.results import COLUMNS, append
+from largebatch.train.reporting.events import Events
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_variables_that_say_nothing_are_refused_with_the_way_out(
 
 CHILD = """
 import sys, time
-from largebatch.train.ranks import die_with_parent
+from largebatch.distributed.ranks import die_with_parent
 die_with_parent()
 print("up", flush=True)
 time.sleep(1.5)

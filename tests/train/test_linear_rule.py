@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from largebatch.distributed.ranks import Ranks
 from largebatch.schedules import scale_lr
-from largebatch.train.engines import DDP
+from largebatch.train.data.sampler import Sampler
+from largebatch.train.engines.ddp import DDP
 from largebatch.train.models import MLP
-from largebatch.train.ranks import Ranks
-from largebatch.train.sampler import Sampler
 from largebatch.train.tasks.digits import Digits
 
 

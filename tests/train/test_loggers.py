@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ReadRun, Train
 
-from largebatch.train.loggers import Wandb
+from largebatch.train.reporting.loggers import Wandb
 
 RUN = ("task=digits", "optim=sgd", "optim.lr=0.05", "batch.size=64", "budget.samples=192",
        "target.loss=null", "evaluation.growth=100", "hydra.run.dir=run")  # fmt: skip

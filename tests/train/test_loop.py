@@ -8,17 +8,17 @@ import torch
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from largebatch.distributed.ranks import Ranks
 from largebatch.optim import LAMB, LARS
 from largebatch.schedules import Constant, ConstantBatch, Plan
-from largebatch.train.engines import DDP
+from largebatch.train.data.sampler import Sampler
+from largebatch.train.engines.ddp import DDP
 from largebatch.train.evaluation import EvaluationGrid
-from largebatch.train.gradient_noise import GradientNoise
-from largebatch.train.interruption import Interruption
 from largebatch.train.loop import Loop
 from largebatch.train.models import MLP
-from largebatch.train.ranks import Ranks
-from largebatch.train.readings import Readings
-from largebatch.train.sampler import Sampler
+from largebatch.train.noise.gradient_noise import GradientNoise
+from largebatch.train.reporting.readings import Readings
+from largebatch.train.stop_signal import Interruption
 from largebatch.train.tasks.digits import Digits
 
 ASKS = ("_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero")

@@ -19,13 +19,13 @@ import forked
 import pytest
 from hydra import compose, initialize_config_module
 
+from largebatch.common.errors import ConfigError
 from largebatch.conf.config import typed
-from largebatch.conf.errors import ConfigError
 from largebatch.conf.sweep_config import LRFindConfig
 from largebatch.schedules import ConstantBatch, GeometricSweep, Plan
-from largebatch.train.lr_find import Found, LRFinder, NothingFound, find
-from largebatch.train.lr_results import COLUMNS, append, check_table
-from largebatch.train.order import make_plan
+from largebatch.train.lr_find.results import COLUMNS, append, check_table
+from largebatch.train.lr_find.search import Found, LRFinder, NothingFound, find
+from largebatch.train.run_spec import make_plan
 
 Train = Callable[..., int]
 ReadRun = Callable[[Path], tuple[list[dict[str, Any]], dict[str, Any]]]
@@ -193,7 +193,7 @@ def test_the_table_keeps_every_row(train: Train, tmp_path: Path) -> None:
 APPEND = """
 import sys
 from pathlib import Path
-from largebatch.train.lr_results import COLUMNS, append
+from largebatch.train.lr_find.results import COLUMNS, append
 while not Path("go").exists():
     pass
 for number in range(100):

@@ -9,11 +9,15 @@ from gloo_ranks import launch, successful
 from micro_batch_ranks import Noting, first_step, memory, of_unequal_devices
 from torch import Tensor, nn
 
-from largebatch.train.engines import DDP
-from largebatch.train.memory import ran_out
-from largebatch.train.micro_batch import candidates, find_micro_batch_size, largest_that_fits
+from largebatch.common.memory import ran_out
+from largebatch.distributed.ranks import Ranks
+from largebatch.train.engines.ddp import DDP
+from largebatch.train.engines.micro_batch import (
+    candidates,
+    find_micro_batch_size,
+    largest_that_fits,
+)
 from largebatch.train.models import MLP
-from largebatch.train.ranks import Ranks
 from largebatch.train.tasks import Batch
 
 

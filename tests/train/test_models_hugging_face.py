@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from largebatch.conf.errors import ConfigError
-from largebatch.train.initial_values import record
-from largebatch.train.model_options import blocks
+from largebatch.common.errors import ConfigError
+from largebatch.train.engines.initial_values import record
+from largebatch.train.engines.model_options import blocks
 from largebatch.train.models import HuggingFace
 
 LLAMA = {

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.optim import LAMB
-from largebatch.optim.tensors import CPU_STRETCH
-from largebatch.train.gradient_noise import metric_of
-from largebatch.train.small_gradients import squares, squares_of, trainable, weighted_squares
+from largebatch.optim.math.tensors import CPU_STRETCH
+from largebatch.train.noise.gradient_noise import metric_of
+from largebatch.train.noise.small_gradients import squares, squares_of, trainable, weighted_squares
 
 SIZES = (1, 1000, CPU_STRETCH, CPU_STRETCH + 1, 3 * CPU_STRETCH + 17)
 

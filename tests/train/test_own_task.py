@@ -81,7 +81,7 @@ def test_an_order_without_a_list_is_one(monkeypatch: pytest.MonkeyPatch) -> None
     """Each sample once an epoch, epochs and seeds unlike each other, however it is cut."""
     import numpy as np
 
-    from largebatch.train import sampler
+    from largebatch.train.data import sampler
 
     monkeypatch.setattr(sampler, "MOST_LISTED", 10)
     order = sampler.Sampler(1000, 3, replacement=False)

@@ -15,10 +15,10 @@ from pathlib import Path
 import forked
 import pytest
 
-from largebatch.train import owner as owner_module
-from largebatch.train.owner import OWNER, STALE_SECONDS, Owned, Owner
-from largebatch.train.record import RunFolder, claim
-from largebatch.train.resume import Resumption, find_resumption
+from largebatch.records import lock as owner_module
+from largebatch.records.lock import OWNER, STALE_SECONDS, Owned, Owner
+from largebatch.records.record import RunFolder, claim
+from largebatch.train.checkpoints.resume import Resumption, find_resumption
 
 CONFIG = "checkpoint: {verify: auto}\nseed: 0\n"
 
@@ -26,7 +26,7 @@ CONFIG = "checkpoint: {verify: auto}\nseed: 0\n"
 HOLDS = """
 import errno, fcntl, sys
 from pathlib import Path
-from largebatch.train.record import RunFolder
+from largebatch.records.record import RunFolder
 def none(descriptor, operation):
     raise OSError(errno.{error}, "no locks here")
 if {error!r} != "none":

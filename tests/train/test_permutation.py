@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from largebatch.train.sampler import ROUNDS, permuted
+from largebatch.train.data.sampler import ROUNDS, permuted
 
 MASK = 2**64 - 1
 GAMMA = 0x9E3779B97F4A7C15

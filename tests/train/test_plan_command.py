@@ -22,7 +22,7 @@ def plan(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> PlanCommand:
     """`largebatch plan` in this process, in a folder of its own: exit code, output, errors."""
-    from largebatch.train import plan_command
+    from largebatch.train.plan import command as plan_command
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
@@ -143,7 +143,7 @@ def test_the_picture_goes_where_it_is_wanted(
 
 def test_the_picture_shows_batch_rate_and_steps_as_the_steps_take_them() -> None:
     from largebatch.schedules import WSD, Plan, StagedBatch
-    from largebatch.train.plan_picture import draw
+    from largebatch.train.plan.picture import draw
 
     plan = Plan(
         ramp=StagedBatch(spec="0:10 1000:40 5000:160"), curve=WSD(warmup_samples=300),

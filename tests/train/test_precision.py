@@ -11,16 +11,16 @@ from gloo_ranks import Outcome, launch, successful
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from largebatch.distributed.ranks import Ranks
 from largebatch.optim import KFAC, LAMB, LARS, Muon, Shampoo
-from largebatch.optim.layout import local
-from largebatch.train.engine_deepspeed import DeepSpeed
-from largebatch.train.engine_fsdp import FSDP
-from largebatch.train.engines import DDP
+from largebatch.optim.sharding.layout import local
+from largebatch.train.engines.ddp import DDP
+from largebatch.train.engines.deepspeed import DeepSpeed
+from largebatch.train.engines.fsdp import FSDP
+from largebatch.train.engines.precision import LossScale, Precision
+from largebatch.train.engines.update import Limits, masked_step
 from largebatch.train.models import MLP
-from largebatch.train.precision import LossScale, Precision
-from largebatch.train.ranks import Ranks
 from largebatch.train.tasks import Batch
-from largebatch.train.update import Limits, masked_step
 
 CPU = torch.device("cpu")
 ACCUMULATION, MICRO = 64, 4

@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 from processes import is_running
 
-from largebatch.conf.errors import ConfigError
-from largebatch.train import addresses
-from largebatch.train.addresses import check_is_here, free_port
-from largebatch.train.command import check_single
-from largebatch.train.ranks import (
+from largebatch.common.errors import ConfigError
+from largebatch.distributed import addresses
+from largebatch.distributed.addresses import check_is_here, free_port
+from largebatch.distributed.ranks import (
     Ranks,
     meet,
     pick_device,
@@ -29,6 +28,7 @@ from largebatch.train.ranks import (
     ranks_from,
     started_ranks,
 )
+from largebatch.train.command import check_single
 
 BIN = Path(sys.executable).parent
 ALONE = Ranks("none", 0, 1, 0, 1)
@@ -47,7 +47,7 @@ def python(code: str, cwd: Path, *launcher: str, **environment: str) -> str:
 
 # A real MPI that was not started by a launcher: one process, a world of one.
 ASK = (
-    "from largebatch.train.ranks import find_ranks\n"
+    "from largebatch.distributed.ranks import find_ranks\n"
     "from largebatch.conf.config import ConfigError\n"
     "try:\n"
     "    print(find_ranks())\n"
@@ -191,7 +191,7 @@ def test_ranks_of_mpi_meet_where_the_script_says_or_end_with_a_sentence(tmp_path
 # Ends by itself after a minute, to leave no trace where it should not have lived.
 SLEEP = (
     "import os, sys, time\n"
-    "from largebatch.train.ranks import die_with_parent\n"
+    "from largebatch.distributed.ranks import die_with_parent\n"
     "die_with_parent()\n"
     "open(f'pid{os.getpid()}', 'w').close()\n"
     "time.sleep(60)\n"
@@ -269,8 +269,8 @@ def test_one_rank_has_a_group_where_an_engine_asks_for_one() -> None:
 
 SILENT = """
 import sys
-from largebatch.train import addresses
-from largebatch.train.ranks import ConfigError, Ranks, meet
+from largebatch.distributed import addresses
+from largebatch.distributed.ranks import ConfigError, Ranks, meet
 addresses.ANSWER_SECONDS = 0.2
 try:
     meet(Ranks("torchrun", 1, 2, 1, 2, "127.0.0.1", int(sys.argv[1])))
@@ -304,7 +304,7 @@ def test_a_rank_0_that_is_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) ->
 
 HANG = """
 import sys, time, torch, torch.distributed as dist
-from largebatch.train.ranks import Ranks, meet, process_group
+from largebatch.distributed.ranks import Ranks, meet, process_group
 ranks = Ranks("test", int(sys.argv[1]), 2, 0, 2, "127.0.0.1", int(sys.argv[2]))
 with process_group(meet(ranks), ranks, torch.device("cpu"), timeout_seconds=2):
     if ranks.rank == 1:
@@ -339,7 +339,7 @@ def test_the_timeout_of_a_group_ends_a_collective_that_hangs(tmp_path: Path) -> 
 def test_a_rank_sees_to_its_sockets(tmp_path: Path) -> None:
     allow = (
         "import resource\n"
-        "from largebatch.train.ranks import _allow_sockets\n"
+        "from largebatch.distributed.ranks import _allow_sockets\n"
         "from largebatch.conf.config import ConfigError\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 2000))\n"
         "_allow_sockets(500)\n"
@@ -391,7 +391,7 @@ def test_a_rank_that_is_shown_one_device_takes_it(monkeypatch: pytest.MonkeyPatc
 def test_ipex_is_imported_first_where_it_is_wanted(tmp_path: Path) -> None:
     code = (
         "from largebatch.conf.config import ConfigError\n"
-        "from largebatch.train.ranks import Ranks, pick_device\n"
+        "from largebatch.distributed.ranks import Ranks, pick_device\n"
         "try:\n"
         "    print(pick_device('cpu', Ranks(), ipex=True))\n"
         "except ConfigError as error:\n"

@@ -264,7 +264,7 @@ def test_a_run_killed_before_its_configuration_was_written_begins(
 
 SIGNALLING = """
 import os, signal
-from largebatch.train.sampler import Sampler
+from largebatch.train.data.sampler import Sampler
 from largebatch.train.tasks.digits import Digits
 class Task(Digits):
     _left = 0

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from token_writers import plain
 
+from largebatch.common.files import write_whole
 from largebatch.train import command
-from largebatch.train.checkpoint_command import main
-from largebatch.train.record import write_whole
+from largebatch.train.checkpoints.command import main
 
 Train = Callable[..., int]
 
@@ -325,3 +325,14 @@ def test_ls_offers_what_resume_takes_and_no_more(
     (run / ".hydra" / "config.yaml").unlink()
     assert offered()[0] == []
     assert "lacks .hydra/config.yaml" in offered()[1]
+
+
+def test_a_run_goes_on_whose_engine_was_recorded_under_an_earlier_name(
+    killed: Path, train: Train
+) -> None:
+    recorded = killed / ".hydra" / "config.yaml"
+    text = recorded.read_text()
+    assert "largebatch.train.engines.ddp.DDP" in text
+    recorded.write_text(text.replace("engines.ddp.DDP", "engines.DDP"))
+    assert train(*WORDS, "engine._target_=largebatch.train.engines.DDP") == 0
+    assert losses(killed).keys() == {*range(1, STEPS + 1)}

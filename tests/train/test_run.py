@@ -51,8 +51,8 @@ def test_the_loss_is_the_mean_over_the_global_batch_before_the_update(
 ) -> None:
     import torch
 
+    from largebatch.train.data.sampler import Sampler
     from largebatch.train.models import MLP
-    from largebatch.train.sampler import Sampler
     from largebatch.train.tasks.digits import Digits
 
     assert train(*SHORT, "hydra.run.dir=run", "engine.micro_batch_size=16") == 0

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
-from largebatch.train.sampler import Indices, Sampler, mix, random_words
+from largebatch.train.data.sampler import Indices, Sampler, mix, random_words
 
 KINDS = pytest.mark.parametrize("replacement", [True, False], ids=["replacement", "epochs"])
 

@@ -5,7 +5,7 @@ import torch
 from gloo_ranks import Outcome, launch
 from sharding_ranks import Way, shared
 
-from largebatch.train.engines import bucket_size
+from largebatch.train.engines.ddp import bucket_size
 
 # Four ranks, how often each way holds the model, and a word of the refusal where there is one.
 HELD = {

@@ -12,8 +12,13 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
 from largebatch.schedules import NoiseScale
-from largebatch.train.example_gradients import ExampleGradients
-from largebatch.train.small_gradients import MicroBatchGradients, RankGradients, Share, squares
+from largebatch.train.noise.example_gradients import ExampleGradients
+from largebatch.train.noise.small_gradients import (
+    MicroBatchGradients,
+    RankGradients,
+    Share,
+    squares,
+)
 
 
 def each_gradient(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -15,11 +15,16 @@ from typing import Any
 
 import pytest
 
-from largebatch.launch.watch_ranks import ask, dismiss
-from largebatch.train import stacks
-from largebatch.train.heartbeat import WATCH
-from largebatch.train.interruption import SIGNALS, Interruption
-from largebatch.train.stacks import answering, last_of_each, seconds_between_looks, where_it_stands
+from largebatch.distributed import rank_dump as stacks
+from largebatch.distributed.rank_dump import (
+    answering,
+    last_of_each,
+    seconds_between_looks,
+    where_it_stands,
+)
+from largebatch.launch.watch.ranks import ask, dismiss
+from largebatch.records.heartbeat_writer import WATCH
+from largebatch.train.stop_signal import SIGNALS, Interruption
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +106,7 @@ def test_a_full_disk_is_no_end_of_the_run(tmp_path: Path) -> None:
 
 HANGS = """
 import pathlib, sys, time
-from largebatch.train.stacks import answering
+from largebatch.distributed.rank_dump import answering
 with answering(pathlib.Path(sys.argv[1]), 0, 1):
     print("on", flush=True)
     time.sleep(1000)  # where it hangs

@@ -11,7 +11,7 @@ import forked
 import pytest
 from team_ranks import begin
 
-from largebatch.train.ranks import free_port
+from largebatch.distributed.ranks import free_port
 
 BIN = Path(sys.executable).parent
 
@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from largebatch.train.engines import DDP
-from largebatch.train.loggers import NoLogger
+from largebatch.train.engines.ddp import DDP
+from largebatch.train.reporting.loggers import NoLogger
 from largebatch.train.tasks.digits import Digits
 
 
@@ -171,7 +171,7 @@ def test_a_fault_at_any_stage_ends_all_ranks_with_one_message(
 
 LEAVING = """
 import sys, threading, time
-from largebatch.train.team import Team, find_team
+from largebatch.distributed.team import Team, find_team
 look = Team._look
 Team._look = lambda self, store: (look(self, store), time.sleep(0.5))  # a busy machine's
 try:

@@ -7,13 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from largebatch.train.flops import FORMULAS, Flops, flops_of, megatron, megatron_recompute, palm
+from largebatch.train.data.sampler import Indices
 from largebatch.train.models import MLP, HuggingFace, Transformer
-from largebatch.train.peaks import PEAKS, Peak, chosen, peaks_of
-from largebatch.train.sampler import Indices
+from largebatch.train.reporting.flops import (
+    FORMULAS,
+    Flops,
+    flops_of,
+    megatron,
+    megatron_recompute,
+    palm,
+)
+from largebatch.train.reporting.peaks import PEAKS, Peak, chosen, peaks_of
+from largebatch.train.reporting.throughput import Throughput
 from largebatch.train.tasks import Batch
 from largebatch.train.tasks.digits import Digits
-from largebatch.train.throughput import Throughput
 
 MAX_1550 = "Intel(R) Data Center GPU Max 1550"
 
@@ -118,7 +125,7 @@ def test_a_model_that_runs_nowhere_but_on_its_device_is_not_counted_and_not_refu
 
 
 def test_a_large_model_is_given_no_memory_to_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("largebatch.train.flops._MOST_ON_CPU", 1000)
+    monkeypatch.setattr("largebatch.train.reporting.flops._MOST_ON_CPU", 1000)
     with pytest.warns(UserWarning, match="no kernel for meta\\)$"):
         assert flops_of(lambda: NotOnTheCPU(64, 32, 10), Digits()) is None
 

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 from largebatch.train.data import documents, writer
+from largebatch.train.data.command import main
 from largebatch.train.data.token_files import open_tokens
-from largebatch.train.data_command import main
 
 TEXTS = ["Grüße, 世界!\n", "def f(x):\n    return x\n", "", "🜁" * 300, "the end"]
 
@@ -416,7 +416,7 @@ def test_a_document_longer_than_an_index_counts_is_refused(
 
 SLOW = """
 import sys, time
-import largebatch.train.data_command as command
+import largebatch.train.data.command as command
 whole = command.write
 def slow(writer, *rest):
     whole(writer, *rest)
@@ -457,7 +457,7 @@ def test_one_that_is_killed_half_way_leaves_no_file_of_the_final_name(
 
 FLAT = """
 import resource, sys
-from largebatch.train.data_command import main
+from largebatch.train.data.command import main
 assert main(["tokenize", sys.argv[1], "--output", "small"]) == 0
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert main(["tokenize", sys.argv[2], "--output", "large", "--format", "megatron"]) == 0

@@ -14,7 +14,7 @@ from token_writers import megatron, plain
 from torch import nn
 
 from largebatch.train.data.mixture import Mixture
-from largebatch.train.sampler import Sampler
+from largebatch.train.data.sampler import Sampler
 from largebatch.train.tasks import sampler_of
 from largebatch.train.tasks.bytes import Bytes
 from largebatch.train.tasks.digits import Digits

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from largebatch.train.data.mixture import MOST_WEIGHT, Mixture, dealt, whole_weights
-from largebatch.train.sampler import permuted
+from largebatch.train.data.sampler import permuted
 
 WEIGHTS = {
     "one": (1,),

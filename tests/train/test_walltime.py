@@ -10,9 +10,9 @@ import pytest
 import team_ranks
 from conftest import ReadRun, Train
 
-from largebatch.train import walltime
-from largebatch.train.addresses import free_port
-from largebatch.train.walltime import JOB_END, clock, end_of_job, find_stop
+from largebatch.distributed import walltime
+from largebatch.distributed.addresses import free_port
+from largebatch.distributed.walltime import JOB_END, clock, end_of_job, find_stop
 
 LONG = [
     "task=digits", "optim=sgd", "target.loss=null", "budget.samples=4e6", "batch.size=64",

@@ -20,9 +20,9 @@ from typing import Final
 
 import numpy as np
 
-from largebatch.train.sampler import Indices, Sampler, permuted
+from largebatch.train.data.sampler import Indices, Sampler, permuted
 
-# Beside the streams of other orders (train/sampler.py) and of the steps (train/randomness.py).
+# Beside the streams of other orders (sampler.py) and of the steps (randomness.py).
 _FIRST_STREAM: Final = 1 << 41
 
 MOST_WEIGHT: Final = 2**31

@@ -13,8 +13,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from largebatch.train.data.sampler import Indices
 from largebatch.train.data.token_files import TokenFile
-from largebatch.train.sampler import Indices
 
 
 @dataclass(frozen=True)

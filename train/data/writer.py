@@ -14,10 +14,9 @@ from typing import IO, Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
+from largebatch.common.files import lock_or_warn, write_whole
 from largebatch.train.data.megatron import DTYPES, HEADER, MAGIC
 from largebatch.train.data.token_files import FORMAT
-from largebatch.train.locks import lock_or_warn
-from largebatch.train.record import write_whole
 
 FORMATS: Final = ("bin", "megatron")
 

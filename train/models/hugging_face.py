@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from largebatch.conf.errors import ConfigError
-from largebatch.schedules.counts import real_number
+from largebatch.common.errors import ConfigError
+from largebatch.common.numbers import real_number
 
 
 class HuggingFace(nn.Module):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from largebatch.schedules.counts import real_number, whole_number
+from largebatch.common.numbers import real_number, whole_number
 
 _WIDTHS_OF = 64
 """A SwiGLU width that is not given is a multiple of it, as matrix units like it."""

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from largebatch.conf.errors import ConfigError
-from largebatch.train.sampler import MOST_SAMPLES, Indices, Sampler
+from largebatch.common.errors import ConfigError
+from largebatch.train.data.sampler import MOST_SAMPLES, Indices, Sampler
 
 Batch = tuple[Tensor, ...]
 """Tensors whose first dimension is the sample."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from largebatch.schedules import whole_number
-from largebatch.train.sampler import Indices, random_words
+from largebatch.train.data.sampler import Indices, random_words
 from largebatch.train.tasks import Batch
 
 VOCABULARY: Final = 96

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from largebatch.train.sampler import Indices, shuffled
+from largebatch.train.data.sampler import Indices, shuffled
 from largebatch.train.tasks import Batch
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from largebatch.schedules.counts import real_number
-from largebatch.train.build import build
-from largebatch.train.sampler import Indices
+from largebatch.common.numbers import real_number
+from largebatch.conf.build import build
+from largebatch.train.data.sampler import Indices
 from largebatch.train.tasks import Batch
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from largebatch.train.sampler import Indices
+from largebatch.train.data.sampler import Indices
 
 Pixels = npt.NDArray[np.uint8]
 """(images, size, size, channels)."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from largebatch.common.numbers import real_number
 from largebatch.schedules import whole_number
-from largebatch.schedules.counts import real_number
-from largebatch.train.sampler import Indices
+from largebatch.train.data.sampler import Indices
 from largebatch.train.tasks import Batch
 from largebatch.train.tasks.image_sources import Folder, Source, open_source
 

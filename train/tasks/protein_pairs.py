@@ -14,9 +14,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from largebatch.common.numbers import real_number
 from largebatch.schedules import whole_number
-from largebatch.schedules.counts import real_number
-from largebatch.train.sampler import Indices, random_words
+from largebatch.train.data.sampler import Indices, random_words
 
 AMINO_ACIDS: Final = "ARNDCQEGHILKMFPSTWYV"
 START: Final = len(AMINO_ACIDS)

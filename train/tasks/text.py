@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.schedules import whole_number
-from largebatch.train.sampler import Indices
+from largebatch.train.data.sampler import Indices
 from largebatch.train.tasks import Batch
 from largebatch.train.tasks.bytes import Bytes
 from largebatch.train.tasks.tokens import loss_per_token

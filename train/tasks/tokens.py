@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from largebatch.common.numbers import real_number
 from largebatch.schedules import whole_number
-from largebatch.schedules.counts import real_number
 from largebatch.train.data.mixture import Mixture, dealt, whole_weights
+from largebatch.train.data.sampler import Indices, Sampler
 from largebatch.train.data.token_files import PLAIN_DTYPES, TokenFile, find_files, open_tokens
 from largebatch.train.data.windows import Span, Windows, read_spans
-from largebatch.train.sampler import Indices, Sampler
 from largebatch.train.tasks import Batch
 
 MOST_EVAL: Final = 256

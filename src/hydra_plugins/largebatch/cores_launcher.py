@@ -43,7 +43,7 @@ class CoresLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         # Hydra imports its plugins at every start: what they stand on comes only when it is used.
-        from largebatch.launch.sweep_workers import Sweep, Workers, num_workers
+        from largebatch.launch.sweeps.workers import Sweep, Workers, num_workers
 
         if self._workers is None:
             self._workers = Workers(num_workers(self._n_jobs))

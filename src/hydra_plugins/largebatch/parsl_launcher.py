@@ -11,7 +11,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from largebatch.launch.sweep_settings import SweepSettings
+from largebatch.launch.sweeps.settings import SweepSettings
 
 
 @dataclass
@@ -43,7 +43,7 @@ class ParslLauncher(Launcher):
         # Another process runs the task, by hydra.launcher.command.
         own = task_function.__module__.startswith("largebatch.")
         if not own and list(self._values["command"]) == _TRAIN:
-            from largebatch.conf.errors import ConfigError
+            from largebatch.common.errors import ConfigError
 
             name = getattr(task_function, "__qualname__", type(task_function).__qualname__)
             raise ConfigError(
@@ -58,7 +58,7 @@ class ParslLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         # Hydra imports its plugins at every start: what they stand on comes only when it is used.
-        from largebatch.launch.sweep_launcher import TrialLauncher
+        from largebatch.launch.sweeps.launcher import TrialLauncher
 
         if self._launcher is None:
             self._launcher = TrialLauncher(

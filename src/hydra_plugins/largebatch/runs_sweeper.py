@@ -40,7 +40,7 @@ class RunsSweeper(BasicSweeper):
     def split_arguments(
         overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
-        from largebatch.conf.errors import ConfigError
+        from largebatch.common.errors import ConfigError
 
         for override in overrides:
             if override.is_discrete_sweep() and not any(override.sweep_string_iterator()):

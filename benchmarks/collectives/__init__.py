@@ -1,0 +1,1 @@
+"""`largebatch bench collectives`: measured values, models of their cost, advice."""

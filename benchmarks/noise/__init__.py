@@ -1,0 +1,1 @@
+"""`largebatch bench noise`: what measuring the gradient noise costs a step."""

@@ -1,0 +1,333 @@
+"""`largebatch bench noise`: what measuring the gradient noise scale adds to a training step.
+
+Steps of the training loop with and without it, in interleaved rounds: in one process at the
+bundled byte model and at a decoder, and on two gloo ranks at the decoder. Times are told as ratios
+to the same step without it in the same round. A second row without it says how far a ratio can be
+trusted here. Beside the time that is added stands the least that could be: that of reading from
+memory, once, what the norms are taken of.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from torch.multiprocessing.spawn import start_processes
+from torch.profiler import ProfilerActivity, profile
+
+from largebatch.benchmarks.arguments import add_options, run
+from largebatch.benchmarks.noise.steps import (
+    ALONE,
+    NUM_MICRO_BATCHES,
+    ON_RANKS,
+    Bytewise,
+    Decoding,
+    Row,
+    Stepper,
+    Workload,
+)
+from largebatch.benchmarks.rounds import FEWEST_ROUNDS, MEMORY_BYTES, NUM_WARM_UP, timed
+from largebatch.distributed.ranks import Ranks
+from largebatch.train.reporting.provenance import provenance
+
+NUM_RANKS: Final = 2
+ONE_PROCESS: Final[tuple[Workload, ...]] = (
+    Bytewise(256),
+    Bytewise(1024),
+    Bytewise(4096),
+    Decoding(),
+)
+RANKS: Final[tuple[Workload, ...]] = (Decoding(),)
+
+FORMULAS: Final = {
+    "ms": "median over the rounds of one step, from an idle device to an idle device",
+    "ratio": "median over the rounds of t / t(the row without, of the same round); its quartiles",
+    "of work": "as the ratio, of this process's processor time: what else runs here hardly counts",
+    "own ms": "processor time of one step inside of what measures, mean of 3 steps",
+    "of step": "own ms / processor time of the row without, median",
+    "floor ms": "bytes that norms are taken of / speed of adding up 256 MiB in the same rounds",
+    "of floor": "own ms / floor ms: how far from the least that is possible",
+    "collectives": "of one step, counted by the profiler, beyond those of the row without",
+    "floats": "FP32 values beyond its own in the one all-reduce that takes the loss",
+}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds of every sample: a list for each row, one entry a round."""
+
+    steps: dict[str, list[float]]
+    work: dict[str, list[float]]
+    """Of processor time, of all threads of this process."""
+    reads: list[float]
+    """Of adding up MEMORY_BYTES, on all ranks at a time."""
+
+    def __len__(self) -> int:
+        return len(self.reads)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row at one workload; ratio, extra seconds and collectives are to its reference."""
+
+    name: str
+    seconds: float
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+    work_ratio: float
+    extra_seconds: float
+    own_seconds: float
+    own_share: float
+    """Of the reference's processor time."""
+    floor_seconds: float
+    extra_collectives: int
+    extra_floats: int
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`largebatch bench noise`; 0, or 2 where an option cannot be."""
+    parser = argparse.ArgumentParser(prog="largebatch bench noise", description=__doc__)
+    add_options(parser, 240.0)
+
+    def measured(device: torch.device, seconds: float) -> dict[str, Any]:
+        return measure(ONE_PROCESS, RANKS, device, seconds)
+
+    return run(parser, arguments, measured, show)
+
+
+def measure(
+    alone: Sequence[Workload], on_ranks: Sequence[Workload], device: torch.device, seconds: float
+) -> dict[str, Any]:
+    """The record: provenance, formulas, and the lines of each workload.
+
+    Ranks are processes on the CPU, whatever the device, and share its threads.
+    """
+    record: dict[str, Any] = {
+        "benchmark": "noise",
+        "provenance": provenance(Ranks(), device),
+        "load_average": os.getloadavg()[0],
+        "num_warm_up": NUM_WARM_UP,
+        "num_micro_batches": NUM_MICRO_BATCHES,
+        "formulas": FORMULAS,
+        "workloads": [],
+    }
+    share = seconds / (len(alone) + len(on_ranks))
+    columns = TextColumn("{task.description}"), BarColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        for workload in alone:
+            task = bar.add_task(workload.name, total=share)
+
+            def progress(elapsed: float, task: Any = task) -> None:
+                bar.update(task, completed=elapsed)
+
+            record["workloads"].append(compare(ALONE, workload, Ranks(), device, share, progress))
+            bar.remove_task(task)
+        for workload in on_ranks:
+            bar.add_task(f"{workload.name}, {NUM_RANKS} ranks", total=None)
+            record["workloads"].append(compare_on_ranks(workload, share))
+    return record
+
+
+def compare(
+    rows: Sequence[Row],
+    workload: Workload,
+    ranks: Ranks,
+    device: torch.device,
+    seconds: float,
+    progress: Callable[[float], None] = lambda elapsed: None,
+) -> dict[str, Any]:
+    """What the rows cost at one workload, on every rank of `ranks`."""
+    steppers = {row.name: Stepper(row, workload, ranks, device) for row in rows}
+    samples = run_rounds(steppers, device, seconds, progress)
+    collectives = {name: collectives_of(stepper.step) for name, stepper in steppers.items()}
+    own = {name: stepper.own_work(FEWEST_ROUNDS) for name, stepper in steppers.items()}
+    for stepper in steppers.values():
+        stepper.finish()
+    read_speed = MEMORY_BYTES / statistics.median(samples.reads)
+    return {
+        "name": workload.name,
+        "num_ranks": ranks.size,
+        "num_parameters": sum(param.numel() for param in workload.model().parameters()),
+        "num_rounds": len(samples),
+        "num_threads": torch.get_num_threads(),
+        "read_bytes_per_second": read_speed,
+        "collectives": collectives,
+        "rows": [
+            asdict(line(row, samples, steppers, collectives, own[row.name], read_speed))
+            for row in rows
+        ],
+    }
+
+
+def compare_on_ranks(workload: Workload, seconds: float) -> dict[str, Any]:
+    """As `compare`, on gloo ranks of their own that share this process's threads."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the ranks' profiler speaks of itself, else
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(  # type: ignore[no-untyped-call]
+            _as_rank,
+            args=(workload, seconds, max(1, torch.get_num_threads() // NUM_RANKS), folder),
+            nprocs=NUM_RANKS,
+            start_method="spawn",
+        )
+        found: dict[str, Any] = json.loads(Path(folder, "found.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _as_rank(rank: int, workload: Workload, seconds: float, threads: int, folder: str) -> None:
+    torch.set_num_threads(threads)
+    # FSDP2 advises on in-place operations after a linear layer; there is none.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=NUM_RANKS
+    )
+    try:
+        ranks = Ranks(rank=rank, size=NUM_RANKS, local_rank=rank, local_size=NUM_RANKS)
+        found = compare(ON_RANKS, workload, ranks, torch.device("cpu"), seconds)
+        gc.collect()  # models and their hooks hold one another, and the group that is to go
+        dist.barrier()
+        if ranks.is_first:
+            Path(folder, "found.json").write_text(json.dumps(found), encoding="utf-8")
+    finally:
+        dist.destroy_process_group()
+
+
+def run_rounds(
+    steppers: dict[str, Stepper],
+    device: torch.device,
+    seconds: float,
+    progress: Callable[[float], None],
+) -> Samples:
+    """As many rounds as fit into `seconds`, warm-up included, but never less than FEWEST_ROUNDS."""
+    began = time.perf_counter()
+    memory = torch.ones(MEMORY_BYTES // 4, device=device)
+
+    def one(work: Callable[[], object]) -> float:
+        progress(time.perf_counter() - began)
+        if dist.is_initialized():
+            dist.barrier()
+        return timed(work, device)
+
+    samples = Samples({name: [] for name in steppers}, {name: [] for name in steppers}, [])
+    for _ in range(NUM_WARM_UP):
+        for stepper in steppers.values():
+            one(stepper.step)
+        one(memory.sum)
+    while len(samples) < FEWEST_ROUNDS or time_is_left(time.perf_counter() - began < seconds):
+        for name, stepper in steppers.items():
+            worked = time.process_time()
+            samples.steps[name].append(one(stepper.step))
+            samples.work[name].append(time.process_time() - worked)
+        samples.reads.append(one(memory.sum))
+    return samples
+
+
+def time_is_left(here: bool) -> bool:
+    """As rank 0 finds it: all ranks go on, or none."""
+    told = torch.tensor(here)
+    if dist.is_initialized():
+        dist.broadcast(told, 0)
+    return bool(told)
+
+
+def collectives_of(step: Callable[[], None]) -> int:
+    """How many collectives this process takes part in during one step."""
+    if not dist.is_initialized():
+        return 0
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        step()
+        dist.barrier()  # what is still on its way has begun
+    counts: dict[str, int] = {event.key: event.count for event in seen.key_averages()}
+    return sum(count for name, count in counts.items() if name.startswith("gloo:")) - 1
+
+
+def line(
+    row: Row,
+    samples: Samples,
+    steppers: dict[str, Stepper],
+    collectives: dict[str, int],
+    own_seconds: float,
+    read_speed: float,
+) -> Line:
+    own, without = samples.steps[row.name], samples.steps[row.reference]
+    pairs = list(zip(own, without, strict=True))
+    low, middle, high = statistics.quantiles([a / b for a, b in pairs], n=4, method="inclusive")
+    work = zip(samples.work[row.name], samples.work[row.reference], strict=True)
+    stepper, reference = steppers[row.name], steppers[row.reference]
+    return Line(
+        name=row.name,
+        seconds=statistics.median(own),
+        ratio=middle,
+        ratio_quartiles=(low, high),
+        work_ratio=statistics.median(a / b for a, b in work),
+        extra_seconds=statistics.median(a - b for a, b in pairs),
+        own_seconds=own_seconds,
+        own_share=own_seconds / statistics.median(samples.work[row.reference]),
+        floor_seconds=stepper.least_bytes / read_speed,
+        extra_collectives=collectives[row.name] - collectives[row.reference],
+        extra_floats=stepper.num_summed - reference.num_summed,
+    )
+
+
+def show(record: dict[str, Any], console: Console) -> None:
+    """What was measured with, how, and a table for each workload."""
+    made = record["provenance"]
+    lines = [
+        ", ".join(f"{name} {number}" for name, number in made["versions"].items()),
+        f"{made['device']}, {made['num_threads']} threads; {record['num_warm_up']} warm-up steps; "
+        f"{record['num_micro_batches']} micro-batches a step on each rank; load average "
+        f"{record['load_average']:.1f} at the start, best below 0.5",
+        *(f"{name}: {formula}" for name, formula in record["formulas"].items()),
+    ]
+    for text in lines:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    for workload in record["workloads"]:
+        console.print()
+        console.print(table(workload))
+
+
+def table(workload: dict[str, Any]) -> Table:
+    ranks = workload["num_ranks"]
+    title = (
+        f"{workload['name']}, {ranks} rank{'s' * (ranks > 1)} of {workload['num_threads']} "
+        f"thread{'s' * (workload['num_threads'] > 1)}: {workload['num_parameters'] / 1e6:.2f} M "
+        f"parameters, {workload['num_rounds']} rounds; memory "
+        f"{workload['read_bytes_per_second'] / 1e9:.1f} GB/s reading"
+    )
+    shown = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    shown.add_column("noise scale")
+    times = ("ms", "ratio", "quartiles", "of work", "own ms", "of step", "floor ms", "of floor")
+    for head in (*times, "collectives", "floats"):
+        shown.add_column(head, justify="right", no_wrap=True)
+    for entry in workload["rows"]:
+        low, high = entry["ratio_quartiles"]
+        shown.add_row(
+            entry["name"],
+            f"{1e3 * entry['seconds']:.2f}",
+            f"{entry['ratio']:.3f}",
+            f"{low:.3f}-{high:.3f}",
+            f"{entry['work_ratio']:.3f}",
+            f"{1e3 * entry['own_seconds']:.3f}",
+            f"{entry['own_share']:.1%}",
+            f"{1e3 * entry['floor_seconds']:.3f}",
+            f"{entry['own_seconds'] / floor:.1f}" if (floor := entry["floor_seconds"]) else "",
+            f"{entry['extra_collectives']:+d}",
+            f"{entry['extra_floats']:+d}",
+        )
+    return shown

@@ -1,0 +1,311 @@
+"""Training steps that are alike but for what they measure of the noise scale.
+
+They are those of `largebatch.train.loop`, method by method, evaluations left out. Every row steps a
+model of its own from the same start, over the same samples in the same micro-batches.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.optim import AdamW
+
+from largebatch.distributed.ranks import Ranks
+from largebatch.schedules import Constant, ConstantBatch, Plan
+from largebatch.train.data.sampler import Indices, Sampler
+from largebatch.train.engines.base import Engine
+from largebatch.train.engines.ddp import DDP
+from largebatch.train.engines.fsdp import FSDP
+from largebatch.train.evaluation import EvaluationGrid
+from largebatch.train.loop import Loop
+from largebatch.train.models import ByteMLP
+from largebatch.train.noise.gradient_noise import GradientNoise
+from largebatch.train.stop_signal import Interruption
+from largebatch.train.tasks import Batch, Task
+from largebatch.train.tasks.bytes import Bytes
+
+NUM_MICRO_BATCHES = 2  # of a rank's share: the fewest that differ from their mean
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to step: without the noise scale (`seam` None), or with it."""
+
+    name: str
+    seam: str | None = None
+    by_layer: bool = False
+    preconditioned: bool = False
+    reference: str = "without"
+    """The row, of the same round, that the ratio is to."""
+    sharded: bool = False
+
+
+ALONE = (
+    Row("without"),
+    Row("without, again"),
+    Row("micro_batch", "micro_batch"),
+    Row("micro_batch by layer", "micro_batch", by_layer=True),
+    Row("micro_batch preconditioned", "micro_batch", preconditioned=True),
+    Row("example", "example"),
+    Row("example by layer", "example", by_layer=True),
+)
+ON_RANKS = (
+    Row("without"),
+    Row("without, again"),
+    Row("rank", "rank"),
+    Row("rank by layer", "rank", by_layer=True),
+    Row("rank preconditioned", "rank", preconditioned=True),
+    Row("FSDP2 without", reference="FSDP2 without", sharded=True),
+    Row("FSDP2 rank", "rank", reference="FSDP2 without", sharded=True),
+    Row("FSDP2 rank by group", "rank", True, reference="FSDP2 without", sharded=True),
+)
+
+
+class Workload(Protocol):
+    """What a step learns, with what model, from how much."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def batch_size(self) -> int:
+        """Global, in samples."""
+
+    def model(self) -> nn.Module: ...
+
+    def task(self) -> Task: ...
+
+
+@dataclass(frozen=True)
+class Bytewise:
+    """The bundled byte model on its task."""
+
+    batch_size: int
+
+    @property
+    def name(self) -> str:
+        return f"byte MLP, batch {self.batch_size}"
+
+    def model(self) -> nn.Module:
+        return ByteMLP(context=8)
+
+    def task(self) -> Task:
+        return _bytes()
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A decoder on sequences of `places` symbols, drawn at random: only time counts."""
+
+    batch_size: int = 16
+    places: int = 128
+    width: int = 384
+    num_blocks: int = 6
+    vocabulary: int = 1024
+
+    @property
+    def name(self) -> str:
+        return f"decoder, batch {self.batch_size} x {self.places}"
+
+    def model(self) -> nn.Module:
+        return Decoder(self.width, self.num_blocks, self.vocabulary)
+
+    def task(self) -> Task:
+        return Symbols(self.places, self.vocabulary)
+
+
+@cache
+def _bytes() -> Bytes:
+    return Bytes()
+
+
+class Symbols:
+    """Predict each symbol of a sequence from those before it."""
+
+    num_train, num_eval, replacement = 256, 1, True
+
+    def __init__(self, places: int, vocabulary: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._symbols = torch.randint(vocabulary, (self.num_train, places + 1), generator=generator)
+
+    def train_batch(self, indices: Indices) -> Batch:
+        return (self._symbols[torch.from_numpy(indices)],)
+
+    eval_batch = train_batch
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        (symbols,) = batch
+        logits = model(symbols[:, :-1])
+        return cross_entropy(logits.flatten(0, 1), symbols[:, 1:].flatten())
+
+    def provenance(self) -> dict[str, str]:
+        return {}
+
+
+class Decoder(nn.Module):
+    """Pre-norm blocks between an embedding and a head of its own; input (samples, places)."""
+
+    def __init__(self, width: int, num_blocks: int, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(num_blocks))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary))
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        x = self.embedding(symbols)  # (samples, places, width)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+class Block(nn.Module):
+    """Causal attention, then a hidden layer four times as wide."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = max(1, width // 64)
+        self.before_mix, self.before_hidden = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.queries_keys_values = nn.Linear(width, 3 * width)
+        self.mixed = nn.Linear(width, width)
+        self.hidden = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # (samples, places, width)
+        joint = self.queries_keys_values(self.before_mix(x)).unflatten(2, (3, self.heads, -1))
+        queries, keys, values = joint.permute(2, 0, 3, 1, 4).unbind()  # (samples, heads, places, …)
+        mixed = scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        x = x + self.mixed(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = x + self.hidden(self.before_hidden(x))
+        return out
+
+
+class Stepper:
+    """A model that one row steps."""
+
+    def __init__(self, row: Row, workload: Workload, ranks: Ranks, device: torch.device) -> None:
+        torch.manual_seed(0)
+        task, model = workload.task(), workload.model()
+        micro_batch_size = workload.batch_size // (ranks.size * NUM_MICRO_BATCHES)
+        make = FSDP if row.sharded else DDP
+        engine = make(model, ranks, device, micro_batch_size)
+        optimizer = AdamW(list(engine.model.named_parameters()), lr=1e-5, fused=True)
+        self.model, self.noise = engine.model, noise_of(row, engine, optimizer)
+        self._loop = Loop(
+            plan=Plan(
+                ramp=ConstantBatch(size=workload.batch_size),
+                curve=Constant(),
+                budget_samples=1 << 50,
+                base_lr=1e-5,
+                base_batch=workload.batch_size,
+            ),
+            task=task,
+            engine=engine,
+            optimizer=optimizer,
+            sampler=Sampler(task.num_train, 0, task.replacement),
+            ranks=ranks,
+            evaluate=lambda: 0.0,
+            grid=EvaluationGrid(2.0),
+            record=lambda line: None,
+            interruption=Interruption(),
+            noise=self.noise,
+        )
+        self._points = self._loop.plan.steps_from(0)
+        self.num_summed = 0
+        self.least_bytes = (
+            0 if self.noise is None else least_bytes(row, self.noise, workload, ranks)
+        )
+
+    def step(self) -> None:
+        """As `Loop.run` does it."""
+        loop, point = self._loop, next(self._points)
+        batch = loop.take(point)
+        loss = loop.engine.forward_backward(loop.task, batch, point.batch_size)
+        numbers = loop.measure(point, loss)
+        numbers |= loop.update(point.lr)
+        before = loop.send_off(point, numbers)
+        loop.advance(point)
+        loop.ends_with(before)
+        self.num_summed = len(numbers.summed)
+
+    def finish(self) -> None:
+        """Wait for what is still on its way."""
+        self._loop._readings.flush()
+
+    def own_work(self, num_steps: int) -> float:
+        """Processor seconds of a step inside of the calls that measure, each timed by itself."""
+        if self.noise is None:
+            return 0.0
+        spent = 0.0
+
+        def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                nonlocal spent
+                began = time.process_time()
+                result = call(*arguments)
+                spent += time.process_time() - began
+                return result
+
+            return run
+
+        calls: list[tuple[object, str]] = [
+            (self.noise, name) for name in ("begin", "parts", "take")
+        ]
+        calls.append((self.noise.seam, "see"))
+        for owner, name in calls:
+            setattr(owner, name, timed(getattr(owner, name)))  # shadows the method
+        for _ in range(num_steps):
+            self.step()
+        for owner, name in calls:
+            delattr(owner, name)
+        return spent / num_steps
+
+
+def noise_of(row: Row, engine: Engine, optimizer: AdamW) -> GradientNoise | None:
+    if row.seam is None:
+        return None
+    measured = optimizer if row.preconditioned else None
+    seam = engine.small_gradients(row.seam)
+    return GradientNoise(
+        seam, 8192, by_layer=row.by_layer, optimizer=measured, copies=engine.gradient_copies
+    )
+
+
+def least_bytes(row: Row, noise: GradientNoise, workload: Workload, ranks: Ranks) -> int:
+    """What the norms of one step are taken of, on one rank, read once.
+
+    That is every small gradient that goes by and the whole one, each with the second moment where
+    they are weighted with it; where there is no small gradient, what came into layers and back.
+    """
+    held = sum(param.numel() for params in noise.seam.layers.values() for param in params)
+    whole = held // ranks.size if row.sharded else held
+    if row.seam == "example":
+        num_samples = workload.batch_size // ranks.size
+        return 4 * (whole + num_samples * passing_values(workload))
+    small = held * (NUM_MICRO_BATCHES if row.seam == "micro_batch" else 1)
+    return 4 * (small + whole) * (2 if row.preconditioned else 1)
+
+
+def passing_values(workload: Workload) -> int:
+    """Values of one sample that come into layers, and those that come back from them."""
+    counted = 0
+
+    def on_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal counted
+        del module
+        counted += output.numel() + (inputs[0].numel() if inputs[0].is_floating_point() else 0)
+
+    model, task = workload.model(), workload.task()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
+            module.register_forward_hook(on_forward)
+    with torch.no_grad():
+        task.loss(model, task.train_batch(np.zeros(1, dtype=np.int64)))
+    return counted

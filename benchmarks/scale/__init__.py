@@ -1,0 +1,1 @@
+"""`largebatch bench scale`: messages, bytes and memory at 38,400 ranks, over fake groups."""

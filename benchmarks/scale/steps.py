@@ -1,0 +1,335 @@
+"""What one rank of very many does, run here by itself: every collective goes to a fake group.
+
+Tensors are meta tensors, which have shapes and no data: a rank of 38,400 is built and run in
+seconds, by the code that trains.
+"""
+
+import gc
+import pickle
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from largebatch.distributed.ranks import Ranks
+from largebatch.optim import LAMB, SOAP, Shampoo
+from largebatch.optim.blockwise.work_group import make_layer, share_out, teams_of
+from largebatch.optim.kronecker.layers import find_layers
+from largebatch.optim.kronecker.work_group import make_teams
+from largebatch.optim.sharding.placement import Spread, spread_of
+from largebatch.optim.sharding.redistribution import Exchange
+from largebatch.train.checkpoints.plan import digest_of, parts_of, plan_of
+from largebatch.train.checkpoints.torch_format import SharingPlanner
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+PER_NODE: Final = 12
+
+LAYOUTS: Final = ("ddp", "hsdp")
+"""Copies on all ranks; shards within a node, and copies of them from node to node."""
+
+
+def matrices(num_blocks: int = 32, width: int = 4096, hidden: int = 11008) -> Shapes:
+    """Those in the blocks of a decoder of 7 B parameters; embeddings and gains aside."""
+    found: dict[str, tuple[int, ...]] = {}
+    for number in range(num_blocks):
+        found |= {f"{number}.{name}.weight": (width, width) for name in ("q", "k", "v", "o")}
+        found |= {f"{number}.{name}.weight": (hidden, width) for name in ("gate", "up")}
+        found[f"{number}.down.weight"] = (width, hidden)
+    return found
+
+
+@contextmanager
+def as_rank(rank: int, size: int) -> Iterator[None]:
+    """This process as one rank of a group whose others are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own is not annotated
+    """Counts the collectives that begin, and the bytes of tensors made meanwhile that are alive."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.collectives: list[tuple[str, int, int]] = []
+        """Of each its name, the bytes that this rank puts in, and the ranks that it sends to where
+        that is its own choice, else 0."""
+        self.most_bytes = 0
+        self._bytes: dict[int, int] = {}
+        self._given = {tensor.untyped_storage()._cdata for tensor in given}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::").rstrip("_")
+            swaps = name == "alltoall_base"
+            given = args[1] if swaps else args[0]
+            given = given[0] if isinstance(given, list) else given
+            partners = sum(1 for split in args[4] if split) if swaps else 0
+            self.collectives.append((name, given.numel() * given.element_size(), partners))
+            return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, Tensor):
+                self._note(tensor)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._bytes and key not in self._given:
+            self._bytes[key] = storage.nbytes()
+            weakref.finalize(storage, self._bytes.pop, key, None)
+            self.most_bytes = max(self.most_bytes, sum(self._bytes.values()))
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What an exchange of one rank was like, in a step; seconds are of processor time."""
+
+    owners: int
+    """Ranks that own anything."""
+    largest_share: int
+    """Bytes of results that the owner of most has."""
+    plan_seconds: float
+    host_seconds: float
+    """Of the step's exchange without what travels, and without arithmetic on data."""
+    memory: int
+    """The most bytes that the exchange has in hand at once, beside what it is given."""
+    collectives: dict[str, int]
+    sent: int
+    partners: list[tuple[int, int]]
+    """Of each all-to-all the bytes sent and to how many ranks."""
+    reduced: list[int]
+    """Of each all-reduce its bytes."""
+
+
+def parameters(shapes: Shapes, layout: str, size: int) -> dict[str, nn.Parameter]:
+    """Meta parameters of one rank: plain, or sharded within a node and replicated across."""
+    found: dict[str, nn.Parameter] = {}
+    mesh = None
+    if layout == "hsdp":
+        mesh = init_device_mesh("cpu", (size // PER_NODE, PER_NODE), mesh_dim_names=("r", "s"))
+    for name, shape in shapes.items():
+        found[name] = nn.Parameter(spread_out(shape, mesh))
+    return found
+
+
+def spread_out(shape: tuple[int, ...], mesh: DeviceMesh | None, device: str = "meta") -> Tensor:
+    """A tensor of zeros, or of none, cut by rows within a node where there is a mesh."""
+    if mesh is None:
+        return torch.zeros(shape, device=device)
+    chunk = -(-shape[0] // PER_NODE)
+    place = mesh.get_local_rank(1)
+    rows = max(0, min(chunk, shape[0] - chunk * place))
+    held = torch.zeros(rows, *shape[1:], device=device)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        held, mesh, [Replicate(), Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def block_exchange(make: Callable[..., Any]) -> Callable[[dict[str, nn.Parameter]], Exchange]:
+    """That of Shampoo or SOAP."""
+
+    def build(params: dict[str, nn.Parameter]) -> Exchange:
+        group = make([*params.items()], process_group=dist.group.WORLD).param_groups[0]
+        layers = [make_layer(p, name, group, dist.group.WORLD) for name, p in params.items()]
+        share_out(layers, dict.fromkeys(params.values(), group))
+        (team,) = teams_of(layers)
+        return team.exchange
+
+    return build
+
+
+def layer_exchange(params: dict[str, nn.Parameter]) -> Exchange:
+    """That of K-FAC."""
+    model = nn.ModuleDict()
+    for name, param in params.items():
+        linear = nn.Linear(param.shape[1], param.shape[0], bias=False, device="meta")
+        linear.weight = param
+        model[name.replace(".", "/")] = linear
+    layers = find_layers(model, 4096)
+    spreads: dict[Tensor, Spread] = {
+        p: spread_of(p, name, dist.group.WORLD) for name, p in params.items()
+    }
+    (team,) = make_teams(layers, spreads, 10)
+    return team.exchange
+
+
+EXCHANGES: Final[Mapping[str, Callable[[dict[str, nn.Parameter]], Exchange]]] = {
+    "Shampoo": block_exchange(
+        lambda params, **more: Shampoo(params, lr=0.1, max_preconditioner_dim=None, **more)
+    ),
+    "SOAP": block_exchange(lambda params, **more: SOAP(params, lr=0.1, **more)),
+    "K-FAC": layer_exchange,
+}
+"""Shampoo cuts all sides to 1024, SOAP by its defaults leaves those above 10,000 whole, and K-FAC
+has layers for blocks. Muon has no owners, and no exchange."""
+
+
+def exchanged(optimizer: str, shapes: Shapes, layout: str, size: int, rank: int = 0) -> Exchanged:
+    """One step's exchange on one rank of `size`."""
+    with as_rank(rank, size):
+        params = parameters(shapes, layout, size)
+        begun = time.process_time()
+        exchange = EXCHANGES[optimizer](params)
+        planned = time.process_time()
+        parts = [getattr(p, "to_local", lambda p=p: p)().detach() for p in params.values()]
+        results = owned(exchange)
+        sums = torch.zeros(6 * len(parts), device="meta")
+        started = time.process_time()
+        given = [*parts, sums, *(block for own in results for block in own.values())]
+        with Watch(*given) as watch:
+            exchange.to_owners(parts, sums if layout == "hsdp" else None)
+            pieces, _ = exchange.to_holders(results, sums)
+            for _ in pieces:
+                pass
+        ended = time.process_time()
+        return summary(exchange, watch, planned - begun, ended - started)
+
+
+def owned(exchange: Exchange) -> list[dict[int, Tensor]]:
+    """A result for each block that this rank owns."""
+    found: list[dict[int, Tensor]] = []
+    for parcel in exchange.parcels:
+        pairs = enumerate(zip(parcel.blocks, parcel.owners, strict=True))
+        mine = {number: block for number, (block, owner) in pairs if owner == exchange.me}
+        found.append({n: torch.zeros(block.size, device="meta") for n, block in mine.items()})
+    return found
+
+
+def summary(exchange: Exchange, watch: Watch, plan: float, host: float) -> Exchanged:
+    shares: Counter[int] = Counter()
+    for parcel in exchange.parcels:
+        for block, owner in zip(parcel.blocks, parcel.owners, strict=True):
+            shares[owner] += 4 * block.numel
+    swaps = [(sent, to) for name, sent, to in watch.collectives if name == "alltoall_base"]
+    return Exchanged(
+        owners=len(shares),
+        largest_share=max(shares.values()),
+        plan_seconds=plan,
+        host_seconds=host,
+        memory=watch.most_bytes,
+        collectives=dict(Counter(name for name, _, _ in watch.collectives)),
+        sent=sum(sent for _, sent, _ in watch.collectives),
+        partners=swaps,
+        reduced=[sent for name, sent, _ in watch.collectives if name == "allreduce"],
+    )
+
+
+def norms_reduced(shapes: Shapes, layout: str, size: int) -> Exchanged:
+    """A step of LAMB with as many tensors, of two columns: what travels are numbers of layers."""
+    with as_rank(0, size):
+        mesh = None
+        if layout == "hsdp":
+            mesh = init_device_mesh("cpu", (size // PER_NODE, PER_NODE), mesh_dim_names=("r", "s"))
+        params = [nn.Parameter(spread_out((PER_NODE, 2), mesh, "cpu")) for _ in shapes]
+        begun = time.process_time()
+        optimizer = LAMB(params, lr=0.1)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        planned = time.process_time()
+        optimizer.step()
+        ended = time.process_time()
+        with Watch() as watch:
+            optimizer.step()
+        reduced = [sent for name, sent, _ in watch.collectives if name == "allreduce"]
+        return Exchanged(
+            size, 0, planned - begun, ended - planned, sum(reduced),
+            dict(Counter(name for name, _, _ in watch.collectives)), sum(reduced), [], reduced,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What planning a checkpoint takes, of model and LAMB's state; seconds of processor time."""
+
+    writers: int
+    first_seconds: float
+    """On rank 0, the first time."""
+    bystander_seconds: float
+    """On a rank that writes nothing, the first time."""
+    again_seconds: float
+    """On any rank, at a later save."""
+    agreed_bytes: int
+    """That a rank sends, for ranks to agree."""
+    torch_bytes: int
+    """That a rank sends to rank 0 where torch plans: one pickled plan."""
+    torch_seconds: float
+    """Of rank 0 for each such plan: unpickling, joining."""
+
+
+def planned(shapes: Shapes, layout: str, size: int) -> Planned:
+    """The planning of a checkpoint by the first of `size` ranks, and by one that writes nothing."""
+    with as_rank(0, size):
+        params = parameters(shapes, layout, size)
+        first = Ranks(rank=0, size=size)
+        planner = SharingPlanner(first)
+        planner.set_up_planner(nested(params), is_coordinator=True)
+        state, paths = planner.state_dict, planner.mappings
+        begun = time.process_time()
+        digest = digest_of(state, paths, first)
+        told = time.process_time()
+        whole = plan_of(digest, state, paths, first)
+        ended = time.process_time()
+        writers = {r for value in state.values() for _, may in parts_of(value, size) for r in may}
+        # Of the same shard as the first, which is all that this process has.
+        idle = next((r for r in range(0, size, PER_NODE) if r not in writers), 0)
+        between = time.process_time()
+        other = plan_of(digest, state, paths, Ranks(rank=idle, size=size))
+        last = time.process_time()
+        assert whole is not None
+        assert other is not None
+        return Planned(
+            len(writers), ended - begun, last - between + told - begun, told - begun, 2 * 8,
+            *by_torch(nested(params)),
+        )  # fmt: skip
+
+
+def nested(params: dict[str, nn.Parameter]) -> dict[str, Any]:
+    """What a checkpoint of a model and of LAMB has."""
+    moments = {
+        name: {
+            "exp_avg": torch.zeros_like(param),
+            "exp_avg_sq": torch.zeros_like(param),
+            "step": torch.zeros(()),
+        }
+        for name, param in params.items()
+    }
+    groups = [{"lr": 0.1, "betas": (0.9, 0.999), "params": [*params]}]
+    return {"model": dict(params), "optimizer": {"state": moments, "param_groups": groups}}
+
+
+def by_torch(tensors: dict[str, Any], num_plans: int = 8) -> tuple[int, float]:
+    """Bytes of one rank's plan, and seconds that joining such plans takes for each of them."""
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(tensors, is_coordinator=True)
+    told = pickle.dumps(planner.create_local_plan())
+    collects = gc.isenabled()
+    gc.disable()  # what there is to search depends on what else this process has made
+    try:
+        begun = time.process_time()
+        planner._dedup_save_plans([pickle.loads(told) for _ in range(num_plans)])
+        return len(told), (time.process_time() - begun) / num_plans
+    finally:
+        if collects:
+            gc.enable()

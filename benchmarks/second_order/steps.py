@@ -1,0 +1,220 @@
+"""Training steps that are alike but for the optimizer, and what each of them costs.
+
+Every row steps a model of its own from the same start, over the same samples. Learning rates are
+small, so that weights stay about where they are over the steps of a benchmark.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from largebatch.benchmarks.contenders import REFERENCE
+from largebatch.benchmarks.noise.command import time_is_left
+from largebatch.benchmarks.noise.steps import Decoding, Workload
+from largebatch.benchmarks.rounds import FEWEST_ROUNDS, NUM_WARM_UP, timed
+from largebatch.distributed.ranks import Ranks
+from largebatch.optim import KFAC, SOAP, Shampoo
+from largebatch.train.data.sampler import Sampler
+from largebatch.train.tasks import to_device
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+LR: Final = 1e-5
+
+
+def adamw(model: nn.Module, interval: int, group: "ProcessGroup | None") -> Optimizer:
+    del interval, group  # every rank does all of it
+    return AdamW(model.parameters(), lr=LR, fused=True)
+
+
+def shampoo(model: nn.Module, interval: int, group: "ProcessGroup | None") -> Optimizer:
+    return Shampoo(model.parameters(), LR, precondition_interval=interval, process_group=group)
+
+
+def soap(model: nn.Module, interval: int, group: "ProcessGroup | None") -> Optimizer:
+    return SOAP(model.parameters(), LR, precondition_interval=interval, process_group=group)
+
+
+def kfac(model: nn.Module, interval: int, group: "ProcessGroup | None") -> Optimizer:
+    return KFAC(model, LR, inverse_interval=interval, process_group=group)
+
+
+# Of a model, the steps from roots to roots of a factor, and the ranks that share the work out.
+Make = Callable[[nn.Module, int, "ProcessGroup | None"], Optimizer]
+ROWS: Final[dict[str, Make]] = {
+    REFERENCE: adamw,
+    "Shampoo": shampoo,
+    "SOAP": soap,
+    "K-FAC": kfac,
+}
+
+
+class Stepper:
+    """A model that one optimizer steps. On ranks of DDP, of which each has its share of the batch.
+
+    A training step is `take`, `backward` and `step`, in this order.
+    """
+
+    def __init__(
+        self, make: Make, interval: int, workload: Workload, ranks: Ranks, device: torch.device
+    ) -> None:
+        torch.manual_seed(0)
+        self._task, model = workload.task(), workload.model().to(device)
+        self._device, self._ranks = device, ranks
+        self._share = workload.batch_size // ranks.size
+        self._items = self._share * (workload.places if isinstance(workload, Decoding) else 1)
+        self._sampler = Sampler(self._task.num_train, 0, self._task.replacement)
+        self._position = 0
+        self._model, group = model, None
+        if ranks.size > 1:
+            self._model, group = DistributedDataParallel(model), dist.group.WORLD
+        self.optimizer = make(self._model, interval, group)
+
+    def take(self) -> None:
+        """The next batch, of no cost to the step."""
+        first = self._position + self._ranks.rank * self._share
+        indices = self._sampler.take(first, self._share)
+        self._batch = to_device(self._task.train_batch(indices), self._device)
+        self._position += self._share * self._ranks.size
+
+    def backward(self) -> None:
+        """From no gradient to that of the mean loss over all ranks' samples."""
+        self.optimizer.zero_grad()
+        if isinstance(self.optimizer, KFAC):
+            self.optimizer.items(self._items)
+        torch.autograd.backward(self._task.loss(self._model, self._batch))
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def state_bytes(self) -> dict[str, int]:
+        """Of every tensor in `optimizer.state` on this rank, by parameter and key."""
+        params: list[Tensor] = [*self._model.parameters()]
+        places = {param: place for place, param in enumerate(params)}
+        return {
+            f"{places[param]}/{key}": value.numel() * value.element_size()
+            for param, state in self.optimizer.state.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+
+
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own is not annotated
+    """Counts the collectives that this process begins, and the bytes that it puts into them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_collectives = 0
+        self.num_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            self.num_collectives += 1
+            named = {
+                argument.name: value
+                for argument, value in zip(func._schema.arguments, args, strict=False)
+            }
+            # Those that reduce or broadcast in place have one name, others another for each side.
+            for name in ("tensors", "input", "input_tensor", "input_tensors"):
+                self.num_bytes += bytes_in(named.get(name))
+        return func(*args, **(kwargs or {}))
+
+
+def bytes_in(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(bytes_in, value)) if isinstance(value, list | tuple) else 0
+
+
+@dataclass
+class Samples:
+    """What was seen of one row, seconds where nothing else is said, one entry a round."""
+
+    steps: list[float] = field(default_factory=list)
+    """Of `optimizer.step()`."""
+    work: list[float] = field(default_factory=list)
+    """Of processor time in it, of all threads of this process."""
+    wholes: list[float] = field(default_factory=list)
+    """Of forward pass, backward pass and `optimizer.step()`."""
+    early: list[float] = field(default_factory=list)
+    """Of the steps before the first round."""
+    traffic: list[tuple[int, int]] = field(default_factory=list)
+    """Collectives and bytes of those steps, but for the first, which makes the state."""
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def run_rounds(
+    steppers: dict[str, Stepper],
+    interval: int,
+    device: torch.device,
+    seconds: float,
+    progress: Callable[[float], None],
+) -> dict[str, Samples]:
+    """Interleaved rounds over whole intervals, after one that is not timed, by row.
+
+    As many intervals as fit into `seconds`, the first included, but never less than one, nor less
+    than FEWEST_ROUNDS rounds.
+    """
+    began = time.perf_counter()
+    samples = {name: Samples() for name in steppers}
+    for number in range(max(NUM_WARM_UP, interval)):
+        for name, stepper in steppers.items():
+            progress(time.perf_counter() - began)
+            warm_up(stepper, samples[name], device, is_first=number == 0)
+    length = 0.0
+
+    def go_on() -> bool:
+        num_rounds = len(next(iter(samples.values())))
+        fits = time.perf_counter() - began + length < seconds
+        return num_rounds < FEWEST_ROUNDS or time_is_left(fits)
+
+    while go_on():
+        interval_began = time.perf_counter()
+        for _ in range(interval):
+            for name, stepper in steppers.items():
+                progress(time.perf_counter() - began)
+                one_round(stepper, samples[name], device)
+        length = time.perf_counter() - interval_began
+    return samples
+
+
+def warm_up(stepper: Stepper, samples: Samples, device: torch.device, is_first: bool) -> None:
+    stepper.take()
+    stepper.backward()
+    wait_for_ranks()
+    seen = Traffic()
+    with seen if dist.is_initialized() else nullcontext():  # it costs time in every operation
+        samples.early.append(timed(stepper.step, device))
+    if not is_first:
+        samples.traffic.append((seen.num_collectives, seen.num_bytes))
+
+
+def one_round(stepper: Stepper, samples: Samples, device: torch.device) -> None:
+    stepper.take()
+    wait_for_ranks()
+    backward = timed(stepper.backward, device)
+    wait_for_ranks()
+    worked = time.process_time()
+    step = timed(stepper.step, device)
+    samples.work.append(time.process_time() - worked)
+    samples.steps.append(step)
+    samples.wholes.append(backward + step)
+
+
+def wait_for_ranks() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,1 @@
+"""Ranks and launchers, and what a rank shows of itself; no training."""

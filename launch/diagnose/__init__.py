@@ -1,0 +1,1 @@
+"""`largebatch explain`: why a run stopped or slowed, from what it left behind."""

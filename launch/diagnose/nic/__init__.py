@@ -1,0 +1,1 @@
+"""`largebatch nic`: network counters of the nodes, recorded, surveyed and drawn."""

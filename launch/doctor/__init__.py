@@ -1,0 +1,1 @@
+"""`largebatch doctor`: look at a machine, and say what is wrong in findings."""

@@ -1,0 +1,143 @@
+"""Which cores the ranks of a node run on, beside one another and beside oneCCL's workers.
+
+An Aurora node has cores 0-51 and 52-103, and their hyperthreads 104 higher. The system keeps 0 and
+52; Copper, where it is started, 48-51; oneCCL's workers, unless told, the last 12 of each socket.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Final
+
+from largebatch.launch.doctor.findings import Finding
+from largebatch.launch.doctor.system import Facts
+
+_AURORA_CPUS: Final = 208
+_CORES: Final = 104
+_SOCKET: Final = 52
+_RESERVED: Final = frozenset({0, 52})
+_COPPER: Final = frozenset(range(48, 52))
+_DEFAULT_WORKERS: Final = frozenset(range(40, 52)) | frozenset(range(92, 104))
+SAFE_LIST: Final = (
+    "--cpu-bind list:4-7:8-11:12-15:16-19:20-23:24-27:56-59:60-63:64-67:68-71:72-75:76-79"
+)
+SAFE_WORKERS: Final = "CCL_WORKER_AFFINITY=42,43,44,45,46,47,94,95,96,97,98,99"
+
+
+def check_node(ranks: Sequence[Facts]) -> Iterator[Finding]:
+    """cores-unbound, cores-overlap, cores-reserved, cores-two-sockets, cores-ccl, cores-copper."""
+    node = ranks[0].node
+    cores = {facts.rank: physical(facts) for facts in ranks if facts.cores}
+    if len(cores) > 1 and all(len(held) == _all(ranks[0]) for held in cores.values()):
+        if ranks[0].expects_tiles:
+            yield Finding(
+                "cores-unbound",
+                "warning",
+                f"every rank of a node may run on all {_all(ranks[0])} cores",
+                "the ranks, their dataloaders and oneCCL's workers move about and displace one "
+                "another",
+                f"mpiexec {SAFE_LIST}, with {SAFE_WORKERS}",
+            )
+        return
+    yield from _overlap(cores, node)
+    if ranks[0].num_cpus == _AURORA_CPUS:
+        yield from _aurora(ranks, cores)
+
+
+def physical(facts: Facts) -> frozenset[int]:
+    """The cores under the logical CPUs of a rank: a hyperthread is its core."""
+    if facts.num_cpus != _AURORA_CPUS:
+        return frozenset(facts.cores)
+    return frozenset(cpu % _CORES for cpu in facts.cores)
+
+
+def _all(facts: Facts) -> int:
+    return _CORES if facts.num_cpus == _AURORA_CPUS else facts.num_cpus
+
+
+def _overlap(cores: dict[int, frozenset[int]], node: str) -> Iterator[Finding]:
+    owner: dict[int, int] = {}
+    for rank, held in cores.items():
+        shared = sorted(core for core in held if core in owner)
+        if shared:
+            yield Finding(
+                "cores-overlap",
+                "warning",
+                f"ranks {owner[shared[0]]} and {rank} share the cores {written(shared)}",
+                "they take turns on them, and all ranks wait for these two at every collective",
+                f"give each rank its own cores: mpiexec {SAFE_LIST}",
+                (node,),
+            )
+            return  # the first names the mistake; the others follow from it
+        owner |= dict.fromkeys(held, rank)
+
+
+def _aurora(ranks: Sequence[Facts], cores: dict[int, frozenset[int]]) -> Iterator[Finding]:
+    taken = frozenset[int]().union(*cores.values())
+    if taken & _RESERVED:
+        yield Finding(
+            "cores-reserved",
+            "warning",
+            f"ranks run on the cores {written(taken & _RESERVED)}",
+            "the system keeps 0 and 52 for itself since March 2025: a rank there is late",
+            f"mpiexec {SAFE_LIST}",
+        )
+    for rank, held in cores.items():
+        if min(held) < _SOCKET <= max(held):
+            yield Finding(
+                "cores-two-sockets",
+                "warning",
+                f"rank {rank} has cores of both sockets ({written(held)})",
+                "half of its memory is the other socket's; --cpu-bind depth with --depth=8 does "
+                "this to rank 6",
+                f"mpiexec {SAFE_LIST}",
+            )
+            break
+    workers = worker_cores(ranks[0])
+    if taken & workers:
+        told = ranks[0].environment.get("CCL_WORKER_AFFINITY", "unset: the last 12 of each socket")
+        yield Finding(
+            "cores-ccl",
+            "warning",
+            f"ranks and oneCCL's workers share the cores {written(taken & workers)} "
+            f"(CCL_WORKER_AFFINITY is {told})",
+            "a rank that computes holds up the worker that would move its gradients",
+            f"mpiexec {SAFE_LIST}, with {SAFE_WORKERS}",
+        )
+    busy = (taken | workers if "CCL_WORKER_AFFINITY" in ranks[0].environment else taken) & _COPPER
+    if ranks[0].copper and busy:
+        yield Finding(
+            "cores-copper",
+            "warning",
+            f"Copper is mounted, and the cores {written(busy)} that it runs on have other work",
+            "imports through Copper are slow, and so is the rank or worker beside it",
+            f"leave 48-51 free: mpiexec {SAFE_LIST}, with {SAFE_WORKERS}",
+        )
+
+
+def worker_cores(facts: Facts) -> frozenset[int]:
+    """Where oneCCL's workers of this node run; none where nothing asks for tiles."""
+    if not facts.expects_tiles:
+        return frozenset()
+    told = facts.environment.get("CCL_WORKER_AFFINITY", "auto")
+    if told == "auto":
+        return _DEFAULT_WORKERS
+    return frozenset(cpu % _CORES for cpu in cpu_list(told))
+
+
+def cpu_list(text: str) -> list[int]:
+    """The numbers in a list such as 1,4-7; parts that are none are passed by."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if first.isdigit() and (last or first).isdigit():
+            found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def written(cores: Sequence[int] | frozenset[int]) -> str:
+    """1, 2, 3, 7 as 1-3,7."""
+    spans = []
+    for _, run in groupby(enumerate(sorted(cores)), key=lambda pair: pair[1] - pair[0]):
+        span = [core for _, core in run]
+        spans.append(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}")
+    return ",".join(spans)

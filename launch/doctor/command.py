@@ -1,0 +1,222 @@
+"""`largebatch doctor`: what is wrong here, what it means and what to do; under a launcher, the
+preflight of all its ranks.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from largebatch.launch.doctor import checks
+from largebatch.launch.doctor.findings import Finding, as_json, as_text, exit_code
+from largebatch.launch.doctor.preflight.command import MODES, Verdict, preflight, seconds_for
+from largebatch.launch.doctor.preflight.meeting import Unreachable
+from largebatch.launch.doctor.preflight.nodes import TooFewNodes, choose, remembered, told
+from largebatch.launch.doctor.preflight.probe import ANSWER, TEMPLATE, give, probe
+from largebatch.launch.doctor.system import Facts, System, alone, look
+from largebatch.launch.hosts import host_lines, write_hosts
+
+REFUSED = 2
+
+
+def main(arguments: list[str]) -> int:
+    """Run `largebatch doctor ARGUMENTS`; returns 0 (no error found), 1 (errors), 2 (refused)."""
+    options = _parser().parse_args(arguments)
+    system = System()
+    try:
+        _check(options)
+        lines = _hostfile(options, system) if options.nodes else []
+        taken_out = remembered(options.bad)
+    except ValueError as error:
+        print(f"largebatch: {error}", file=sys.stderr)
+        return REFUSED
+    if options.answer is not None:
+        facts = look(alone(system), options.run_folder)
+        give(options.answer, facts.node, as_json(checks.of_all([facts]), _about(facts)))
+        return 0
+    facts = look(system, options.run_folder)
+    desk = _Desk(options, facts, lines)
+    if options.probe:
+        seconds = options.timeout or seconds_for("fast", len(lines))
+        found = probe(lines, options.probe, seconds, options.hostfile_out)
+        return desk.report(Verdict([*found, *taken_out]))
+    mode = options.preflight or "fast"
+    if facts.size == 1 or mode == "off":
+        verdict = Verdict(checks.of_all([facts]))
+        return desk.report(verdict) if facts.rank == 0 else exit_code(verdict.findings)
+    try:
+        return preflight(
+            facts, system.ranks(), mode, report=desk.report, timeout_seconds=options.timeout,
+            all_to_all=options.all_to_all,
+        ).code  # fmt: skip
+    except Unreachable as error:
+        if facts.local_rank == 0:  # one voice a node
+            print(f"largebatch doctor on {facts.node}: master-unreachable: {error}: {_DIAL}",
+                  file=sys.stderr)  # fmt: skip
+        return 1
+
+
+_DIAL = (
+    "is rank 0 alive, does MASTER_ADDR name its node on a network that this node reaches, is "
+    "MASTER_PORT free there?"
+)
+
+
+class _Desk:
+    """Says what was found, on rank 0."""
+
+    def __init__(self, options: argparse.Namespace, facts: Facts, lines: list[str]) -> None:
+        self.options, self.facts, self.lines = options, facts, lines
+
+    def report(self, verdict: Verdict) -> int:
+        """Print it, choose nodes where that is asked for; returns the exit code."""
+        code = exit_code(verdict.findings)
+        chosen: dict[str, Any] = {}
+        words = ""
+        if self.options.nodes:
+            try:
+                choice = choose(self.lines, verdict.findings, self.options.nodes)
+            except TooFewNodes as error:
+                code, words = 1, f"too-few-nodes: {error}"
+                chosen = {"too_few_nodes": str(error)}
+            else:
+                write_hosts(choice.lines, self.options.hostfile_out)
+                if self.options.spares_out is not None:
+                    write_hosts(choice.spares, self.options.spares_out)
+                # What was wrong is left out.
+                code, words = 0, told(choice, self.options.hostfile_out)
+                chosen = {"nodes": list(choice.lines), "left_out": dict(choice.left_out)}
+        if self.options.json:
+            print(as_json(verdict.findings, {**_about(self.facts), **verdict.measured, **chosen}))
+        else:
+            print(page(self.facts, verdict.findings, verdict.measured))
+            if words:
+                print(words, file=sys.stderr if code else sys.stdout)
+        sys.stdout.flush()
+        return code
+
+
+def page(facts: Facts, findings: list[Finding], measured: dict[str, Any]) -> str:
+    """The short page for people."""
+    known = {name: version for name, version in facts.versions.items() if version}
+    lines = [
+        f"node {facts.node}: " + ", ".join(f"{name} {known[name]}" for name in known),
+        f"{facts.size:,} {'rank' if facts.size == 1 else 'ranks'} (launcher: {facts.launcher}), "
+        f"{facts.local_size} on this node; {len(facts.cores)} of {facts.num_cpus} CPUs, "
+        f"{facts.nofile_soft:,} open files",
+        f"run folder {facts.run_folder.path} ({facts.run_folder.free_bytes / 2**30:,.0f} GiB "
+        f"free), TMPDIR {facts.tmpdir.path} ({facts.tmpdir.free_bytes / 2**30:,.0f} GiB free)",
+    ]
+    if facts.torch.get("xpu"):
+        lines.append(f"{facts.torch['devices']} XPU tiles")
+    elif not facts.expects_tiles:
+        lines.append("no sign of XPU tiles here: torch was not asked for them")
+    for name, seconds in measured.get("collective_seconds", {}).items():
+        lines.append(f"  {name:28} {seconds * 1e3:10.2f} ms")
+    rates = measured.get("node_gb_per_second", {})
+    if rates:
+        slowest = sorted(rates.items(), key=lambda row: row[1])[:8]
+        lines.append(
+            "slowest nodes in pairs, GB/s: " + ", ".join(f"{n} {r:.3g}" for n, r in slowest)
+        )
+    lines.append(as_text(findings) if findings else "nothing found that speaks against a run")
+    return "\n".join(lines)
+
+
+def _about(facts: Facts) -> dict[str, Any]:
+    return {
+        "node": facts.node,
+        "ranks": facts.size,
+        "launcher": facts.launcher,
+        "versions": facts.versions,
+    }
+
+
+def _check(options: argparse.Namespace) -> None:
+    if (options.nodes is None) != (options.hostfile_out is None):
+        raise ValueError("--nodes N and --hostfile-out FILE are given together, or neither")
+    if options.nodes is not None and options.nodes < 1:
+        raise ValueError(f"--nodes must be at least 1, got {options.nodes}")
+    if options.probe and options.nodes is None:
+        raise ValueError("--probe asks the nodes among which --nodes N chooses: give that too")
+    for name in ("spares_out", "bad"):
+        if getattr(options, name) is not None and not options.probe:
+            raise ValueError(f"--{name.replace('_', '-')} is for --probe: give that too")
+    if options.timeout is not None and options.timeout <= 0:
+        raise ValueError(f"--timeout must be > 0 seconds, got {options.timeout:g}")
+    if options.hostfile_out is not None and not options.hostfile_out.absolute().parent.is_dir():
+        raise ValueError(f"--hostfile-out {options.hostfile_out}: there is no such folder")
+
+
+def _hostfile(options: argparse.Namespace, system: System) -> list[str]:
+    named = options.hostfile or system.environment.get("PBS_NODEFILE")
+    if not named:
+        raise ValueError(
+            "--nodes chooses from the allocation's hostfile: give it with --hostfile FILE, or run "
+            "in a PBS job, where PBS_NODEFILE names it"
+        )
+    lines = host_lines(Path(named))
+    if len(lines) < options.nodes:
+        raise ValueError(f"--nodes {options.nodes}, but {named} names {len(lines)} nodes")
+    return lines
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="largebatch doctor",
+        description="What is wrong here, what it means and what to do. Under mpiexec, srun or "
+        "torchrun: the preflight of all ranks.",
+        epilog="exit codes: 0 no error found (there may be warnings), or --nodes good nodes "
+        "written; 1 errors found, or too few good nodes; 2 refused. docs/doctor.md explains every "
+        "code.",
+    )
+    parser.add_argument(
+        "--preflight",
+        choices=MODES,
+        help="for several ranks: fast (default; seconds), full (larger messages, more pairs of "
+        "nodes), off (this rank's own facts only)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the page")
+    parser.add_argument(
+        "--run-folder", type=Path, default=Path(), metavar="DIR", help="where the run will write"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="of each part of the preflight (default: "
+        + ", ".join(f"{seconds_for(mode, 0):g} for {mode}" for mode in MODES[:2])
+        + ", and one more for every 100 ranks)",
+    )
+    parser.add_argument(
+        "--all-to-all",
+        action="store_true",
+        help="try all_to_all too, which second-order optimizers use; not from 1,024 ranks on",
+    )
+    # What --probe starts on many nodes at once.
+    parser.add_argument(ANSWER, type=Path, dest="answer", metavar="DIR", help=argparse.SUPPRESS)
+    nodes = parser.add_argument_group("choosing nodes from an allocation with spares")
+    nodes.add_argument("--nodes", type=int, metavar="N", help="how many good nodes are wanted")
+    nodes.add_argument(
+        "--hostfile-out", type=Path, metavar="FILE", help="write the hostfile of N good nodes here"
+    )
+    nodes.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="the allocation's (default: $PBS_NODEFILE)"
+    )
+    nodes.add_argument(
+        "--spares-out", type=Path, metavar="FILE", help="and the good nodes beside them here"
+    )
+    nodes.add_argument(
+        "--bad", type=Path, metavar="FILE",
+        help="nodes, a line each, that failed in earlier jobs: they come last",
+    )  # fmt: skip
+    nodes.add_argument(
+        "--probe",
+        nargs="?",
+        const=TEMPLATE,
+        metavar="COMMAND",
+        help="from the batch script, without mpiexec: ask each node by itself, started by COMMAND "
+        "with {hostfile} or {node} in it; with {nodes} too, all of a rack at once, where names "
+        f"tell racks (default: {TEMPLATE!r})",
+    )
+    return parser

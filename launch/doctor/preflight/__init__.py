@@ -1,0 +1,1 @@
+"""The checks that a job's ranks make together before it trains."""

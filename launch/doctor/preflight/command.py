@@ -1,0 +1,382 @@
+"""The preflight: the first thing of a job, by all its ranks, before any compute is spent.
+
+    meet at rank 0  ->  each rank's facts  ->  the process group  ->  every collective by value
+    ->  nodes timed in pairs  ->  one verdict, on rank 0, heard by all
+
+It ends within a few times `timeout_seconds` whatever hangs: then rank 0 has named who does not
+answer, and the process ends, since nothing else ends a collective on XPU.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from largebatch.launch.doctor import checks
+from largebatch.launch.doctor.findings import Finding, found_from, merged
+from largebatch.launch.doctor.preflight.meeting import Meeting, first_line
+from largebatch.launch.doctor.preflight.speed import (
+    FEWEST_NODES,
+    NUM_BYTES,
+    ROUNDS,
+    Seat,
+    partners,
+    rates,
+    seconds_with,
+    slow_nodes,
+)
+from largebatch.launch.doctor.preflight.watch import Stage, Watch, hang, lost, ranks_in_words
+from largebatch.launch.doctor.system import Facts, System
+
+if TYPE_CHECKING:
+    import torch
+
+    from largebatch.distributed.ranks import Ranks
+    from largebatch.launch.doctor.preflight.collectives import Collectives, Trial
+
+MODES: Final = ("full", "fast", "off")
+_SECONDS: Final = {"fast": 60.0, "full": 180.0}
+
+
+def seconds_for(mode: str, size: int) -> float:
+    """The time-out of each part in a world of `size` ranks: their start spreads with their number
+    (194 s at 49,152 ranks on Aurora, as users of ezpz have measured it).
+    """
+    return _SECONDS[mode] + size / 100
+
+
+@dataclass
+class Verdict:
+    """What all ranks together have found: the same on each of them."""
+
+    findings: list[Finding]
+    measured: dict[str, Any] = field(default_factory=dict)
+    """On rank 0: seconds of each collective, GB/s of each node."""
+    code: int = 0
+    """What `report` returned: the exit code, where this is a command."""
+    meeting: Meeting | None = None
+    """Where ranks met: a run in the same processes keeps it until they have met again, since the
+    store is rank 0's."""
+
+
+def preflight(
+    facts: Facts,
+    ranks: "Ranks",
+    mode: str,
+    *,
+    report: Callable[[Verdict], int],
+    system: System | None = None,
+    collectives: "Collectives | None" = None,
+    device: "torch.device | None" = None,
+    timeout_seconds: float | None = None,
+    all_to_all: bool = False,
+) -> Verdict:
+    """Check this world of more than one rank; every rank has to call it, before its own process
+    group is made. Prints nothing.
+
+    Args:
+        mode: "fast" (seconds) or "full" (larger messages, more pairs; about a minute).
+        report: called on rank 0 with the verdict; returns the exit code. Where a rank hangs it is
+            called from another thread, and all processes end with that code.
+        device: whose backend is tried; None: the accelerator where there is one.
+        timeout_seconds: of each part; None: `seconds_for` this world.
+        all_to_all: try this collective too, in worlds that are small enough for it.
+
+    Raises:
+        Unreachable: this rank cannot reach rank 0, or no longer.
+    """
+    seconds = timeout_seconds or seconds_for(mode, ranks.size)
+    meeting = Meeting.of(ranks, seconds)
+    flight = _Flight(facts, ranks, mode, seconds, meeting, system or System(), report, all_to_all)
+    return flight.run(collectives, device)
+
+
+@dataclass
+class _Flight:
+    facts: Facts
+    ranks: "Ranks"
+    mode: str
+    seconds: float
+    meeting: Meeting
+    system: System
+    report: Callable[[Verdict], int]
+    all_to_all: bool
+    arrived: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """On rank 0: what each rank has read and found by itself."""
+    rows: list[list[int]] = field(default_factory=list)
+    """The ranks of each node, and below the nodes' names."""
+    nodes: list[str] = field(default_factory=list)
+
+    def run(self, collectives: "Collectives | None", device: "torch.device | None") -> Verdict:
+        seats = self._arrive()
+        if seats is None:
+            return self._conclude(self._absent())
+        self.rows, self.nodes = seats["rows"], seats["nodes"]
+        with Watch(self.seconds, self._late) as watch:
+            told = self._fly(watch, collectives, device)
+            watch.next("telling rank 0")
+            self.meeting.post("told", told)
+        if not self.ranks.is_first:
+            return self._conclude([])
+        answers = self.meeting.collect("told", self.seconds)
+        return self._conclude(self._judge(answers), self._measured(answers))
+
+    def _arrive(self) -> dict[str, Any] | None:
+        """All facts to rank 0, which then says who sits where; None where ranks are missing."""
+        own = [asdict(finding) for finding in checks.of_one(self.facts)]
+        self.meeting.post("arrived", {"facts": checks.thin(self.facts), "found": own})
+        if self.ranks.is_first:
+            self.arrived = self.meeting.collect("arrived", self.seconds)
+            seats = None
+            if len(self.arrived) == self.ranks.size:
+                held = checks.by_node(self._world())
+                rows = [[facts.rank for facts in row] for row in held.values()]
+                seats = {"rows": rows, "nodes": list(held)}
+            self.meeting.announce("seats", seats)
+            return seats
+        heard: dict[str, Any] | None = self.meeting.hear("seats", 2 * self.seconds)
+        return heard
+
+    def _fly(
+        self, watch: Watch, collectives: "Collectives | None", device: "torch.device | None"
+    ) -> dict[str, Any]:
+        """This rank's own result: what was wrong, what failed, how long things took."""
+        from largebatch.distributed.ranks import pick_device, process_group
+        from largebatch.launch.doctor.preflight.collectives import (
+            GROUPS,
+            MOST_TO_ALL,
+            Collectives,
+            make_group,
+            members,
+            trials,
+        )
+
+        told: dict[str, Any] = {"wrong": [], "seconds": {}, "pairs": []}
+        calls = collectives or Collectives()
+        with ExitStack() as stack:
+            try:
+                watch.next("taking its device")
+                device = device or pick_device(None, self.ranks)
+                calls.settle(device)
+                watch.next("making the process group")
+                watch.enter()
+                stack.enter_context(process_group(self.meeting.own_store(), self.ranks, device))
+                for among in GROUPS:
+                    ranks = members(among, self.ranks.rank, self.rows)
+                    if among:
+                        watch.next(f"making a group of {among}")
+                        calls.settle(device)
+                        watch.enter()
+                        calls.group = make_group(ranks) if ranks else None
+                    to_all = self.all_to_all and not among and self.ranks.size < MOST_TO_ALL
+                    for trial in trials(self.mode, among, to_all):
+                        watch.next(str(trial))
+                        if ranks:
+                            self._try(trial, ranks, watch, calls, device, told)
+                calls.group = None
+                self._race(watch, calls, device, told)
+            except Exception as error:  # whatever a backend raises is a result
+                # Before the group ends, which makes the others fail too.
+                told["failed_as"] = self.meeting.count("failed")
+                message = f"{type(error).__name__}: {first_line(error)}"
+                told["failed"] = f"{watch.stage.name}: {message}"
+        return told
+
+    def _try(
+        self,
+        trial: "Trial",
+        ranks: list[int],
+        watch: Watch,
+        calls: "Collectives",
+        device: "torch.device",
+        told: dict[str, Any],
+    ) -> None:
+        from largebatch.launch.doctor.preflight.collectives import mistake, problem, run
+
+        if trial.collective == "barrier":
+            calls.settle(device)
+            self.meeting.count("barrier")
+            watch.enter()
+            calls.barrier()
+            # All leave it at one moment, which is when clocks can be compared.
+            told["clock"] = self.system.clock()
+            before = self.meeting.count("barrier", 0)
+            if before < self.ranks.size:
+                told["wrong"].append(f"barrier: open after {before:,} of {self.ranks.size:,} ranks")
+            return
+        posed = problem(trial, ranks.index(self.ranks.rank), len(ranks), device)
+        calls.settle(device)
+        watch.enter()
+        started = time.perf_counter()
+        found = run(trial, posed, calls)
+        calls.settle(device)
+        if self.ranks.is_first:
+            told["seconds"][str(trial)] = time.perf_counter() - started
+        if wrong := mistake(found, posed.right):
+            told["wrong"].append(f"{trial}: {wrong}")
+
+    def _race(
+        self, watch: Watch, calls: "Collectives", device: "torch.device", told: dict[str, Any]
+    ) -> None:
+        """Exchanges between pairs of nodes, all pairs of a round at once."""
+        if len(self.nodes) < FEWEST_NODES:
+            return
+        node = next(n for n, row in enumerate(self.rows) if self.ranks.rank in row)
+        seat = Seat(node, self.rows[node].index(self.ranks.rank), self.rows)
+        for number, pairs in enumerate(partners(len(self.nodes), ROUNDS[self.mode]), 1):
+            watch.next(f"timing nodes in pairs, round {number}")
+            calls.settle(device)
+            watch.enter()
+            calls.barrier()
+            peer = seat.peer(pairs)
+            taken = None if peer is None else seconds_with(
+                peer, NUM_BYTES[self.mode], device, calls
+            )  # fmt: skip
+            told["pairs"].append(taken)
+
+    def _late(self, stage: Stage) -> None:
+        """This rank hangs: tell where, let rank 0 say who is to blame, and end the process."""
+        grace = max(2.0, self.seconds / 2)
+        code = 1
+        try:
+            other = self.meeting.again()
+            other.post("late", asdict(stage))
+            if self.ranks.is_first:
+                code = self._blame(other, grace).code
+            else:
+                code = self._heard(other, 2 * grace + self.seconds).code
+        except Exception as error:
+            if self.ranks.local_rank == 0:
+                print(f"largebatch doctor: {error}; it hangs at {stage.name}", file=sys.stderr)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _blame(self, other: Meeting, grace: float) -> Verdict:
+        size = self.ranks.size
+        answers = other.collect("told", 0)
+        late = other.collect(
+            "late",
+            grace,
+            lambda: other.count("late/count", 0) + other.count("told/count", 0) >= size,
+        )
+        answers |= other.collect("told", 0)
+        stages = {rank: Stage(**row) for rank, row in late.items()}
+        # Who has told its result waits for the others, which is no fault.
+        stages |= {rank: Stage(1 << 30, "the verdict", True) for rank in answers}
+        found = [
+            *hang(stages, size, self._node_of, self.seconds),
+            *self._failures(answers),
+            *self._of_arrived(),
+        ]
+        return self._announce(other, Verdict(merged(found)))
+
+    def _judge(self, answers: Mapping[int, dict[str, Any]]) -> list[Finding]:
+        missing = [rank for rank in range(self.ranks.size) if rank not in answers]
+        found = self._failures(answers)
+        if missing:
+            found.append(lost(missing, self._node_of, f"has not answered for {self.seconds:g} s"))
+        for rank, told in answers.items():
+            if "clock" in told and "clock" in answers.get(0, {}):
+                offset = told["clock"] - answers[0]["clock"]
+                self.arrived[rank]["facts"]["clock_offset_seconds"] = offset
+        return [*found, *slow_nodes(self._rates(answers)), *self._of_arrived()]
+
+    def _failures(self, answers: Mapping[int, dict[str, Any]]) -> list[Finding]:
+        found = []
+        wrong = {rank: told["wrong"][0] for rank, told in answers.items() if told["wrong"]}
+        if wrong:
+            found.append(
+                Finding(
+                    "collective-wrong",
+                    "error",
+                    f"{wrong[min(wrong)]} ({ranks_in_words(sorted(wrong))} of {self.ranks.size:,} "
+                    "ranks)",
+                    "training would go on with wrong gradients, and nothing would say so",
+                    "try another algorithm (CCL_ALLREDUCE_SCALEOUT=direct, ring, rabenseifner); "
+                    "leave the node out where one alone is wrong",
+                    self._some(wrong),
+                )
+            )
+        failed = {rank: told for rank, told in answers.items() if "failed" in told}
+        if failed:
+            first = min(failed, key=lambda rank: failed[rank]["failed_as"])
+            same = [rank for rank in failed if failed[rank]["failed"] == failed[first]["failed"]]
+            found.append(
+                Finding(
+                    "collective-failed",
+                    "error",
+                    f"rank {first} (the first of {len(failed):,}) at {failed[first]['failed']}",
+                    "the run would fail there too; that others fail after it is often its echo",
+                    "look up the message, and at the node; leave it out if it stays the first",
+                    self._some(same),
+                )
+            )
+        return found
+
+    def _some(self, ranks: Iterable[int]) -> tuple[str, ...]:
+        """Their nodes, if these are the fewer: what most nodes show is no node's fault."""
+        nodes = tuple(dict.fromkeys(self._node_of(rank) for rank in ranks))
+        return nodes if 2 * len(nodes) < len(self.nodes) else ()
+
+    def _absent(self) -> list[Finding]:
+        missing = [rank for rank in range(self.ranks.size) if rank not in self.arrived]
+        return [
+            lost(missing, self._node_of, f"has not come within {self.seconds:g} s"),
+            *self._of_arrived(),
+        ] if self.ranks.is_first else []  # fmt: skip
+
+    def _of_arrived(self) -> list[Finding]:
+        own = [found_from(row) for told in self.arrived.values() for row in told["found"]]
+        return [*own, *checks.together(self._world())]
+
+    def _world(self) -> list[Facts]:
+        return [Facts(**told["facts"]) for told in self.arrived.values()]
+
+    def _node_of(self, rank: int) -> str:
+        """A rank's node; for one that never came, by its place in the hostfile."""
+        if rank in self.arrived:
+            return str(self.arrived[rank]["facts"]["node"])
+        named, per_node = self.facts.nodes_expected, self.ranks.local_size
+        index = rank // per_node
+        return named[index] if index < len(named) else f"the node of rank {rank}"
+
+    def _rates(self, answers: Mapping[int, dict[str, Any]]) -> dict[str, float]:
+        timed = {rank: told["pairs"] for rank, told in answers.items() if told["pairs"]}
+        if not timed or any("failed" in told for told in answers.values()):
+            return {}
+        rounds = partners(len(self.nodes), ROUNDS[self.mode])
+        return rates(rounds, self.nodes, timed, self.rows, NUM_BYTES[self.mode])
+
+    def _measured(self, answers: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "collective_seconds": answers[0]["seconds"],
+            "node_gb_per_second": self._rates(answers),
+        }
+
+    def _conclude(self, findings: list[Finding], measured: dict[str, Any] | None = None) -> Verdict:
+        """Rank 0's verdict, on every rank."""
+        if self.ranks.is_first:
+            return self._announce(self.meeting, Verdict(merged(findings), measured or {}))
+        return self._heard(self.meeting, 3 * self.seconds)
+
+    def _heard(self, meeting: Meeting, seconds: float) -> Verdict:
+        word = meeting.hear("verdict", seconds)
+        meeting.count("heard")
+        found = [found_from(row) for row in word["findings"]]
+        return Verdict(found, code=word["code"], meeting=meeting)
+
+    def _announce(self, meeting: Meeting, verdict: Verdict) -> Verdict:
+        verdict.code, verdict.meeting = self.report(verdict), meeting
+        rows = [asdict(finding) for finding in verdict.findings]
+        meeting.announce("verdict", {"findings": rows, "code": verdict.code})
+        # The store ends with this process: first the others read it.
+        deadline = time.monotonic() + 2 + self.ranks.size / 10_000
+        present = len(self.arrived) - 1
+        while meeting.count("heard", 0) < present and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return verdict

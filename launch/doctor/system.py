@@ -1,0 +1,382 @@
+"""The outside world as the doctor sees it: one seam, and what one process reads through it.
+
+`System` is what a check could ask for. A test replays a recorded situation by giving other answers:
+another environment, another root for /proc and /sys, another affinity, another clock.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from largebatch.launch.hosts import node_name
+
+if TYPE_CHECKING:
+    from largebatch.distributed.ranks import Ranks
+
+# HPE names a node by rack, chassis, slot, board and node: x4519c2s3b0n0. Aurora's racks begin with
+# 4, those of Sunspot, its testbed, with 1; Polaris's, whose nodes have no tiles, with 3.
+_NODE_OF_TILES: Final = re.compile(r"x[14]\d*c\d+s\d+b\d+n\d+")
+_OF_INTEREST: Final = re.compile(
+    r"(CCL|FI|ZE|ZEX|PALS|PMI|PMIX|PBS|SLURM|OMPI|MPICH|MPIR|DS|TORCH|ONEAPI|LARGEBATCH)_|"
+    r"(.*BACKEND|DEEPSPEED.*|MASTER_ADDR|MASTER_PORT|USE_LIBUV|TMPDIR|PYTHONPATH|LD_PRELOAD|USER|"
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|OMP_NUM_THREADS|http_proxy|NO_PROXY)$"
+)
+DISTRIBUTIONS: Final = (
+    "torch",
+    "largebatch",
+    "numpy",
+    "mpi4py",
+    "hydra-core",
+    "hydra-joblib-launcher",
+    "deepspeed",
+    "intel-extension-for-pytorch",
+    "oneccl-bind-pt",
+    "oneccl",
+)
+
+
+def find_ranks() -> "Ranks":
+    """This process among all, by its launcher. Needs omegaconf, which a bare install lacks."""
+    from largebatch.distributed.ranks import find_ranks
+
+    return find_ranks()
+
+
+def affinity() -> frozenset[int]:
+    """The logical CPUs that this process may run on."""
+    return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+
+
+def nofile() -> tuple[int, int]:
+    """Soft and hard limit of open files and sockets."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def torch_facts() -> dict[str, Any]:
+    """What torch itself says; imports it, so this is asked for only where tiles are expected."""
+    try:
+        import torch
+    except Exception as error:  # a broken torch raises anything, OSError for a missing library
+        return {"error": f"{type(error).__name__}: {error}"}
+    xpu = torch.xpu.is_available()
+    return {"xpu": xpu, "devices": torch.xpu.device_count() if xpu else 0}
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that matter, from their metadata: nothing is imported."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def has_module(name: str) -> bool:
+    """Whether `import name` would find something."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+class Disk(NamedTuple):
+    """What a folder's file system has left for an unprivileged user."""
+
+    exists: bool
+    writable: bool
+    free_bytes: int
+
+
+def disk(folder: Path) -> Disk:
+    """Of `folder`, or of the nearest folder above it that exists."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    writable = os.access(there, os.W_OK)
+    return Disk(there == folder, writable, shutil.disk_usage(there).free)
+
+
+def addresses() -> dict[str, str]:
+    """Network interface -> its IPv4 address."""
+    found: dict[str, str] = {}
+    try:
+        import fcntl
+    except ImportError:
+        return found
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an IPv4 address
+                packed = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(asked.fileno(), 0x8915, packed)  # SIOCGIFADDR
+                found[name] = socket.inet_ntoa(answer[20:24])
+    return found
+
+
+def resolve(host: str) -> list[str]:
+    """The IPv4 addresses of `host`; none where the name is unknown."""
+    try:
+        return sorted({str(row[4][0]) for row in socket.getaddrinfo(host, None, socket.AF_INET)})
+    except OSError:
+        return []
+
+
+def is_here(address: str) -> bool:
+    """Whether this node has the address, be it an interface's second one."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def reverse_seconds(address: str) -> float:
+    """How long it takes to be told the name of an address, or that it has none."""
+    started = time.perf_counter()
+    with suppress(OSError):
+        socket.getnameinfo((address, 1), 0)
+    return time.perf_counter() - started
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on this TCP port now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class System:
+    """Everything that the doctor asks of the world outside."""
+
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    root: Path = Path("/")
+    """Above /proc and /sys."""
+    node: Callable[[], str] = lambda: node_name()
+    ranks: Callable[[], "Ranks"] = find_ranks
+    affinity: Callable[[], frozenset[int]] = affinity
+    num_cpus: Callable[[], int] = lambda: os.cpu_count() or 1
+    nofile: Callable[[], tuple[int, int]] = nofile
+    torch: Callable[[], dict[str, Any]] = torch_facts
+    versions: Callable[[], dict[str, str | None]] = versions
+    has_module: Callable[[str], bool] = has_module
+    disk: Callable[[Path], Disk] = disk
+    addresses: Callable[[], dict[str, str]] = addresses
+    resolve: Callable[[str], list[str]] = resolve
+    port_is_free: Callable[[int], bool] = port_is_free
+    is_here: Callable[[str], bool] = is_here
+    reverse_seconds: Callable[[str], float] = reverse_seconds
+    clock: Callable[[], float] = time.time
+
+    def number(self, path: str) -> int | None:
+        """The whole number in a file of /proc or /sys; None where there is none."""
+        try:
+            return int((self.root / path).read_text(encoding="ascii").split()[0])
+        except (OSError, ValueError, IndexError):
+            return None
+
+    def mounts(self) -> list[tuple[str, str]]:
+        """(mount point, file system type), as in /proc/mounts."""
+        try:
+            lines = (self.root / "proc/mounts").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return []
+        return [(parts[1], parts[2]) for parts in map(str.split, lines) if len(parts) > 2]
+
+
+def alone(system: System) -> System:
+    """The same for a process that is one of its own, with whichever others it was started."""
+
+    def one() -> "Ranks":
+        from largebatch.distributed.ranks import Ranks
+
+        return Ranks()
+
+    launchers = ("PALS_", "PMI_", "PMIX_", "SLURM_", "OMPI_")
+    kept = {k: v for k, v in system.environment.items() if not k.startswith(launchers)}
+    return replace(system, environment=kept, ranks=one)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder that a run writes to. `error` is set where it could not be looked at."""
+
+    path: str
+    free_bytes: int = 0
+    file_system: str = ""
+    exists: bool = True
+    writable: bool = True
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one process has read: plain values, so that they travel and can be written down."""
+
+    node: str
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    launcher: str = "none"
+    launcher_error: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    expects_tiles: bool = False
+    torch: dict[str, Any] = field(default_factory=dict)
+    """Empty where torch was not asked: no tiles are expected."""
+    versions: dict[str, str | None] = field(default_factory=dict)
+    missing_modules: list[str] = field(default_factory=list)
+    dead_modules: list[str] = field(default_factory=list)
+    cores: list[int] = field(default_factory=list)
+    num_cpus: int = 1
+    nofile_soft: int = 0
+    nofile_hard: int = 0
+    somaxconn: int | None = None
+    syn_backlog: int | None = None
+    tmpdir: Folder = Folder("/tmp")
+    run_folder: Folder = Folder(".")
+    addresses: dict[str, str] = field(default_factory=dict)
+    master: str = ""
+    master_port: int = 0
+    master_resolves: list[str] = field(default_factory=list)
+    master_is_here: bool = True
+    master_port_free: bool = True
+    reverse_seconds: float = 0.0
+    """Of a reverse lookup of the master's address, on rank 0."""
+    nodes_expected: list[str] = field(default_factory=list)
+    copper: bool = False
+    clock_offset_seconds: float = 0.0
+    """This node's clock minus rank 0's, where they have compared them."""
+
+
+def look(system: System, run_folder: Path = Path()) -> Facts:
+    """Read everything once. Imports torch only where tiles are expected, MPI only where started by
+    an MPI launcher (then this is a collective call).
+    """
+    environment = {k: v for k, v in system.environment.items() if _OF_INTEREST.match(k)}
+    node = system.node()
+    place: dict[str, Any] = {}
+    missing = [name for name in ("numpy", "torch", *MODULES) if not system.has_module(name)]
+    try:
+        ranks = system.ranks()
+    except ModuleNotFoundError:
+        pass  # it is among the missing ones
+    except Exception as error:  # the sentence is for the user, whatever its type
+        place["launcher_error"] = str(error)
+    else:
+        place = {
+            "rank": ranks.rank,
+            "size": ranks.size,
+            "local_rank": ranks.local_rank,
+            "local_size": ranks.local_size,
+            "launcher": ranks.launcher,
+            "master": ranks.master_addr,
+            "master_port": ranks.master_port,
+        }
+        if ranks.launcher in ("pals", "mpi") and not system.has_module("mpi4py"):
+            missing.append("mpi4py")
+        if ranks.rank == 0 and ranks.size > 1:
+            place |= look_at_master(ranks, system)
+    tiles = expects_tiles(environment, node)
+    soft, hard = system.nofile()
+    mounts = system.mounts()
+    return Facts(
+        node=node,
+        environment=environment,
+        expects_tiles=tiles,
+        torch=system.torch() if tiles else {},
+        versions=system.versions() | {"oneCCL (CCL_ROOT)": ccl_version(environment)},
+        missing_modules=missing,
+        dead_modules=[name for name in DEAD_MODULES if system.has_module(name)],
+        cores=sorted(system.affinity()),
+        num_cpus=system.num_cpus(),
+        nofile_soft=soft,
+        nofile_hard=hard,
+        somaxconn=system.number("proc/sys/net/core/somaxconn"),
+        syn_backlog=system.number("proc/sys/net/ipv4/tcp_max_syn_backlog"),
+        tmpdir=look_at(Path(environment.get("TMPDIR") or tempfile.gettempdir()), system, mounts),
+        run_folder=look_at(run_folder.absolute(), system, mounts),
+        nodes_expected=nodes_of(environment),
+        copper=any("/copper" in point and kind.startswith("fuse") for point, kind in mounts),
+        **place,
+    )
+
+
+def look_at_master(ranks: "Ranks", system: System) -> dict[str, Any]:
+    """Rank 0's address and port, on rank 0."""
+    resolved = system.resolve(ranks.master_addr)
+    return {
+        "addresses": system.addresses(),
+        "master_resolves": resolved,
+        "master_is_here": any(map(system.is_here, resolved)),
+        "reverse_seconds": system.reverse_seconds(resolved[0]) if resolved else 0.0,
+        # torchrun's agent holds the port already.
+        "master_port_free": ranks.launcher == "torchrun"
+        or ranks.listener is not None  # taken by rank 0 itself
+        or system.port_is_free(ranks.master_port),
+    }
+
+
+# What `largebatch train` imports beside torch and numpy.
+MODULES: Final = ("hydra", "omegaconf")
+DEAD_MODULES: Final = ("oneccl_bindings_for_pytorch",)
+
+
+def expects_tiles(environment: Mapping[str, str], node: str) -> bool:
+    """Whether something says that this process should see XPU tiles."""
+    if any(name.startswith(("ZE_", "ZEX_")) for name in environment):
+        return True
+    return "PBS_JOBID" in environment and _NODE_OF_TILES.match(node) is not None
+
+
+def ccl_version(environment: Mapping[str, str]) -> str | None:
+    """oneCCL's version as far as the path of its module names it (…/ccl/2021.17)."""
+    found = re.findall(r"\d{4}\.\d+(?:\.\d+)*", environment.get("CCL_ROOT", ""))
+    return found[-1] if found else None
+
+
+def nodes_of(environment: Mapping[str, str]) -> list[str]:
+    """The allocation's nodes by their short names, in the order of its hostfile."""
+    path = environment.get("PBS_NODEFILE")
+    if not path:
+        return []
+    with suppress(OSError):
+        return read_hostfile(Path(path))
+    return []
+
+
+def read_hostfile(path: Path) -> list[str]:
+    """The names in a hostfile, each once, without their domain, comments and slot counts."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    words = [line.split("#")[0].split() for line in lines]
+    return list(dict.fromkeys(row[0].split(".")[0] for row in words if row))
+
+
+def look_at(path: Path, system: System, mounts: list[tuple[str, str]]) -> Folder:
+    """A folder's state and the type of its file system."""
+    held = [row for row in mounts if path.is_relative_to(row[0])]
+    file_system = max(held, key=lambda row: len(row[0]))[1] if held else ""
+    try:
+        exists, writable, free = system.disk(path)
+    except OSError as error:
+        return Folder(str(path), 0, file_system, False, False, error.strerror or str(error))
+    return Folder(str(path), free, file_system, exists, writable)

@@ -1,0 +1,1 @@
+"""`largebatch env`: a Python environment, packed and spread to every node."""

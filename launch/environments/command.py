@@ -1,0 +1,131 @@
+"""`largebatch env pack|spread|count`: a Python environment on every node's own disk.
+
+Tens of thousands of ranks that import from one file system ask it for hundreds of millions of
+file names. So: count what an import asks for, pack the environment once, spread it over MPI.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from largebatch.launch.environments.errors import EnvError
+
+REFUSED: Final = 2
+
+
+def main(arguments: list[str]) -> int:
+    """Run `largebatch env ARGUMENTS`; returns 0, 1 (failed on some node), or 2 (refused)."""
+    options = _parser().parse_args(arguments)
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+        "pack": _pack,
+        "spread": _spread,
+        "count": _count,
+    }
+    try:
+        return commands[options.command](options)
+    except EnvError as error:
+        print(f"largebatch: {error}", file=sys.stderr)
+        return REFUSED
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from largebatch.launch.environments.pack import pack
+
+    print(pack(options.python, options.output, with_site=options.with_site))
+    return 0
+
+
+def _spread(options: argparse.Namespace) -> int:
+    if options.copper:
+        print(COPPER)
+        return 0
+    if options.archive is None:
+        raise EnvError("env spread needs the ARCHIVE that env pack has made (or --copper)")
+    from largebatch.launch.environments.spread import spread
+
+    return spread(options.archive, options.to, options.timeout)
+
+
+def _count(options: argparse.Namespace) -> int:
+    from largebatch.launch.environments.count import count, table
+
+    print(table(count(options.modules, options.strace), options.ranks))
+    return 0
+
+
+COPPER: Final = """\
+# Copper caches reads of one path on every node; for imports only, never for what a job writes.
+# Files above 10 MB are not cached by default. Keep ranks and CCL workers off its cores, 48-51.
+module load copper
+launch_copper.sh                       # mounts /tmp/$USER/copper on every node of the job
+# Prefix only the path of your own environment, not the module's:
+export PYTHONPATH=/tmp/${USER}/copper/ABSOLUTE/PATH/TO/ENV/lib/python3.12/site-packages
+mpiexec ... python -m largebatch train ...
+stop_copper.sh"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="largebatch env",
+        description="A Python environment on every node's own disk, and what imports cost.",
+        epilog="exit codes: 0 done; 1 some node failed, and is named; 2 refused",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    pack = commands.add_parser("pack", help="a relocatable archive of a virtual environment")
+    pack.add_argument(
+        "output", type=Path, metavar="OUTPUT.tar.gz|.tar.zst", help="the archive, not there yet"
+    )
+    pack.add_argument(
+        "--python",
+        type=Path,
+        default=Path(sys.prefix),
+        metavar="PREFIX",
+        help="the virtual environment (default: the one that runs this, %(default)s)",
+    )
+    pack.add_argument(
+        "--with-site",
+        action="store_true",
+        help="also the packages that it sees in its base Python or module "
+        "(--system-site-packages); without, these are read from where they are",
+    )
+
+    spread = commands.add_parser("spread", help="under mpiexec: the archive onto every node")
+    spread.add_argument(
+        "archive", type=Path, nargs="?", metavar="ARCHIVE", help="of largebatch env pack"
+    )
+    spread.add_argument(
+        "--to",
+        type=Path,
+        metavar="DIR",
+        help="on each node (default: /tmp/$USER/NAME-HASH, a folder of this archive's own)",
+    )
+    spread.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="without progress, after which a rank is taken for lost (default: %(default)g)",
+    )
+    spread.add_argument(
+        "--copper", action="store_true", help="print how Copper does it on Aurora instead"
+    )
+
+    count = commands.add_parser("count", help="files and file-system operations of an import")
+    count.add_argument(
+        "modules", nargs="*", default=["torch", "largebatch.train.command"], metavar="MODULE",
+        help="to import (default: torch largebatch.train.command)",
+    )  # fmt: skip
+    count.add_argument(
+        "--ranks", type=int, nargs="+", default=[12, 3072, 38_400, 98_304], metavar="N",
+        help="to multiply with (default: 12 3072 38400 98304)",
+    )  # fmt: skip
+    count.add_argument(
+        "--no-strace",
+        dest="strace",
+        action="store_false",
+        help="count from inside Python even where strace is installed",
+    )
+    return parser

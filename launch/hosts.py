@@ -1,0 +1,54 @@
+"""Names of nodes: this one's, those of a hostfile, and a few of many in words."""
+
+import os
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+_NAMED_PLACES: Final = 4
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """This node's short name; LARGEBATCH_FAKE_NODE stands in where one machine plays several."""
+    return environment.get("LARGEBATCH_FAKE_NODE") or socket.gethostname().split(".")[0]
+
+
+def places(nodes: Sequence[str]) -> str:
+    """The first few names and how many more there are."""
+    if not nodes:
+        return "nowhere"
+    more = len(nodes) - _NAMED_PLACES
+    return ", ".join(nodes[:_NAMED_PLACES]) + (f" and {more} more" if more > 0 else "")
+
+
+def short(line: str) -> str:
+    """A hostfile's line as a node is called here."""
+    return line.split()[0].split(".")[0]
+
+
+def host_lines(path: Path) -> list[str]:
+    """The hostfile's lines, each node's first one.
+
+    Raises:
+        ValueError: there is no such file, or nothing in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"the hostfile {path} cannot be read ({error.strerror}): give the allocation's with "
+            "--hostfile, or run in a job, where PBS_NODEFILE names it"
+        ) from error
+    rows = [line.strip() for line in text.splitlines()]
+    first = {short(line): line for line in reversed(rows) if line and not line.startswith("#")}
+    if not first:
+        raise ValueError(f"the hostfile {path} names no node")
+    return list(reversed(first.values()))
+
+
+def write_hosts(lines: Iterable[str], path: Path) -> None:
+    """Write a hostfile under a temporary name first: a job never reads half of one."""
+    own = path.with_name(f".{path.name}.{os.getpid()}")
+    own.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    own.replace(path)

@@ -1,0 +1,305 @@
+"""Conducts a sweep: begins trials where there is room, retries what failed, stops in time.
+
+Who runs a trial is a `Ground` (a device, a slice of nodes, a job of its own); everything that is
+decided is decided here, and is in the sweep's record before it happens.
+"""
+
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+from largebatch.launch.sweeps.ground import Attempt, Ended, Ground
+from largebatch.launch.sweeps.nodes import Blame
+from largebatch.launch.sweeps.progress import SweepProgress
+from largebatch.launch.sweeps.record import (
+    Record,
+    Trial,
+    is_busy,
+    samples_of,
+    summary_of,
+)
+from largebatch.launch.sweeps.settings import SweepSettings
+
+REFUSED: Final = 2
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
+
+
+@dataclass
+class Outcome:
+    """What a trial came to: a summary, or why it has none."""
+
+    status: str
+    summary: dict[str, Any] | None = None
+    why: str = ""
+
+
+@dataclass
+class Conductor:
+    """One batch of trials.
+
+    Attributes:
+        end: of this job, in seconds since the epoch.
+    """
+
+    trials: Sequence[Trial]
+    ground: Ground
+    record: Record
+    blame: Blame
+    settings: SweepSettings
+    end: float | None
+    progress: SweepProgress
+
+    def __post_init__(self) -> None:
+        self.outcomes: dict[str, Outcome] = {}
+        self._waiting: deque[Trial] = deque()
+        self._running: dict[str, Attempt] = {}
+        self._failures: dict[str, int] = {}
+        self._reached: dict[str, int] = {}
+        self._told: set[str] = set()
+        self._avoid: dict[str, set[str]] = {}
+        self._begin = time.time()
+        self._signal: int | None = None
+        self._stopping: str | None = None
+
+    def run(self) -> dict[str, Outcome]:
+        """Every trial's outcome; of those that were stopped there is none."""
+        for trial in self.trials:
+            self._pass_by_or_queue(trial)
+        with self._listening(), self.progress:
+            while self._waiting or self._running:
+                for ended in self.ground.ended():
+                    self._take(ended)
+                self._stop_if_it_is_time()
+                if self._stopping is None:
+                    self._begin_what_can()
+                elif self.ground.outlives or not self._running:
+                    break
+                self._show()
+                if self._waiting or self._running:
+                    time.sleep(self.settings.poll_seconds)
+            self._show()
+        if self._stopping is not None and len(self.outcomes) < len(self.trials):
+            self._tell(
+                f"stopped, {self._stopping}: {len(self.outcomes)} of {len(self.trials)} trials "
+                "have come to their end; the same command goes on"
+            )
+        return self.outcomes
+
+    def _pass_by_or_queue(self, trial: Trial) -> None:
+        self.record.check_same(trial)
+        if self._has_ended(trial):
+            return
+        job = self.record.jobs.get(trial.name)
+        if job is not None:
+            attempt = Attempt(trial, self.record.attempts[trial.name])
+            if self.ground.adopt(attempt, job):
+                self._running[trial.name] = attempt
+                return
+        self._waiting.append(trial)
+
+    def _has_ended(self, trial: Trial) -> bool:
+        """Whether the trial's folder says so, whoever made it."""
+        summary = summary_of(trial.folder)
+        if summary is not None:
+            self.outcomes[trial.name] = Outcome(str(summary["status"]), summary)
+        return summary is not None
+
+    def _begin_what_can(self) -> None:
+        if self.ground.is_spent():
+            self._give_up()
+            return
+        busy: list[Trial] = []
+        while self._waiting:
+            trial = self._waiting.popleft()
+            if is_busy(trial.folder):  # of a sweep that was killed, and about to end
+                self._tell_once(f"trial {trial.name} waits: another process is at work on it")
+                busy.append(trial)
+            elif self._has_ended(trial):
+                continue
+            elif not (self._can_end() and self._begin_one(trial)):
+                self._waiting.appendleft(trial)
+                break
+        self._waiting.extendleft(reversed(busy))
+        if self._waiting and not self._can_end() and not self._running:
+            self._stopping = "as no further trial would end in time"
+
+    def _begin_one(self, trial: Trial) -> bool:
+        # Other nodes, and none that is in doubt, as far as there are others.
+        all_nodes = self.ground.nodes()
+        avoid = self._avoid.get(trial.name, set()) & all_nodes
+        for unwanted in (avoid | (self.blame.doubtful & all_nodes), avoid):
+            if unwanted < all_nodes or not unwanted:
+                avoid = unwanted
+                break
+        else:
+            avoid = set()
+        nodes = self.ground.room(frozenset(avoid))
+        if nodes is None:
+            return False
+        attempt = Attempt(trial, self.record.attempts.get(trial.name, 0) + 1, nodes)
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        self.record.write(
+            "begun", trial=trial.name, attempt=attempt.number, nodes=nodes, words=list(trial.words)
+        )
+        self.ground.begin(attempt)
+        self._running[trial.name] = attempt
+        return True
+
+    def _take(self, ended: Ended) -> None:
+        attempt, trial = ended.attempt, ended.attempt.trial
+        del self._running[trial.name]
+        outcome = self._outcome(ended)
+        self.record.write(
+            "ended", trial=trial.name, attempt=attempt.number, nodes=attempt.nodes,
+            outcome=outcome.status, code=ended.code, resumed=attempt.number > 1,
+            seconds=round(time.monotonic() - attempt.began, 3),
+        )  # fmt: skip
+        if outcome.status == "refused":
+            self._tell(f"trial {trial.name} refused: {outcome.why}")
+        if outcome.summary is not None or outcome.status == "refused":
+            self.outcomes[trial.name] = outcome
+            if outcome.summary is not None:
+                self.blame.came_to_its_end(trial.name, attempt.nodes)
+        elif self._stopping is not None:
+            self._waiting.append(trial)
+        elif outcome.status == "interrupted" and self._got_further(trial):
+            # Its job's walltime, or a node that others of its slice died with: not its failure.
+            self._look_for_the_dead(attempt)
+            self._waiting.appendleft(trial)
+        else:
+            self._failed(attempt, outcome)
+        self._leave_out()
+
+    def _outcome(self, ended: Ended) -> Outcome:
+        summary = summary_of(ended.attempt.trial.folder)
+        if summary is not None:
+            return Outcome(str(summary["status"]), summary)
+        log = ended.attempt.file("log")
+        if ended.code == REFUSED:
+            return Outcome("refused", why=_last_words(log))
+        interrupted = samples_of(ended.attempt.trial.folder) is not None
+        status = "interrupted" if interrupted or self._stopping is not None else "failed"
+        return Outcome(status, why=f"exit code {ended.code}, see {log}")
+
+    def _got_further(self, trial: Trial) -> bool:
+        """Whether a trial that was interrupted has made progress since it was the last time."""
+        before, now = self._reached.get(trial.name, -1), samples_of(trial.folder)
+        self._reached[trial.name] = now or 0
+        return now is not None and now > before
+
+    def _look_for_the_dead(self, attempt: Attempt) -> set[str]:
+        """Those of an attempt's nodes that start nothing any more."""
+        dead = {node for node in attempt.nodes if self.ground.is_dead(node)}
+        for node in dead:
+            self.blame.is_dead(node)
+        return dead
+
+    def _failed(self, attempt: Attempt, outcome: Outcome) -> None:
+        trial = attempt.trial
+        dead = self._look_for_the_dead(attempt)
+        if not dead:
+            self.blame.failed(trial.name, attempt.nodes)
+        self._failures[trial.name] = self._failures.get(trial.name, 0) + 1
+        where = f" on {', '.join(attempt.nodes)}" if attempt.nodes else ""
+        if self._failures[trial.name] > self.settings.retries:
+            self.blame.was_its_own(trial.name)
+            self.outcomes[trial.name] = outcome
+            self._tell(f"trial {trial.name} failed{where} ({outcome.why}): no retry is left")
+            return
+        self._avoid.setdefault(trial.name, set()).update(dead or attempt.nodes)
+        self._waiting.appendleft(trial)
+        self._tell(f"trial {trial.name} failed{where} ({outcome.why}): it is begun again")
+
+    def _leave_out(self) -> None:
+        new = self.blame.to_leave_out()
+        for node in sorted(new):
+            self.record.write("left_out", node=node)
+            self._tell(f"node {node} is left out: it failed twice")
+        if new:
+            self.ground.leave_out(new)
+
+    def _give_up(self) -> None:
+        why = f"too few nodes are left, after {', '.join(sorted(self.blame.left_out))} failed twice"
+        for trial in self._waiting:
+            self.outcomes[trial.name] = Outcome("failed", why=why)
+        self._waiting.clear()
+
+    def _can_end(self) -> bool:
+        """Whether a trial that is begun now would end in time; one that is longer than the whole
+        job has to be made in parts, and may begin whenever.
+        """
+        if self.end is None:
+            return True
+        stop = self.end - self.settings.stop_before_walltime
+        needs = float(self.settings.trial_seconds or 0.0)
+        if self.settings.trial_seconds is None:
+            needs = max(self.record.seconds, default=0.0)
+        return time.time() + needs <= stop or bool(self._begin + needs > stop > time.time())
+
+    def _stop_if_it_is_time(self) -> None:
+        now = time.time()
+        if self._stopping is None:
+            if self._signal is not None:
+                self._stopping = f"by {signal.Signals(self._signal).name}"
+            elif self.end is not None and now >= self.end - self.settings.stop_before_walltime:
+                self._stopping = f"{max(0, round(self.end - now))} s before the walltime"
+            else:
+                return
+            self._signal = None
+            self._kill_at = now + _grace(self.settings.stop_before_walltime)
+            self.ground.stop()
+        elif self._running and (self._signal is not None or now >= self._kill_at):
+            self.ground.kill()
+            self._signal = None
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """The first of `SIGNALS` stops the sweep, a second kills what has not ended by then."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            del frame
+            self._signal = number
+
+        before = {number: signal.signal(number, note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _show(self) -> None:
+        self.progress.show(
+            done=len(self.outcomes),
+            running=len(self._running),
+            failed=sum(outcome.summary is None for outcome in self.outcomes.values()),
+            nodes_out=len(self.blame.left_out),
+        )
+
+    def _tell_once(self, sentence: str) -> None:
+        if sentence not in self._told:
+            self._told.add(sentence)
+            self._tell(sentence)
+
+    def _tell(self, sentence: str) -> None:
+        self.progress.tell(f"largebatch: {sentence}")
+
+
+def _grace(stop_before: int) -> float:
+    """Seconds between SIGTERM and SIGKILL, so that the record is closed before the walltime."""
+    return max(0.8 * stop_before, stop_before - 30.0)
+
+
+def _last_words(log: Path) -> str:
+    """What a refused trial has said."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return "it said nothing"
+    said = [line for line in lines if line.startswith("largebatch: ")]
+    return (said or lines or ["it said nothing"])[-1].removeprefix("largebatch: ")

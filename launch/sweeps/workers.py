@@ -1,0 +1,299 @@
+"""`hydra/launcher=cores`: jobs of a sweep side by side in worker processes on this machine.
+
+A worker makes one job after another, as what it imports takes longer than many a job. One that dies
+takes its job along and nothing else: another is started in its place. All of them end with the
+sweep's process, whatever ends it.
+"""
+
+import atexit
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+import cloudpickle
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+import largebatch.conf.unique  # noqa: F401 — names of folders, in workers too
+from largebatch.common.errors import ConfigError, RunFailed
+from largebatch.distributed.ranks import die_with_parent
+
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
+LOOK_SECONDS: Final = 0.2
+
+# With the paths of this process: what it can import, a worker can.
+_START: Final = (
+    "import sys; sys.path[:] = {path!r}; "
+    "from largebatch.launch.sweeps.workers import work; work({descriptor})"
+)
+
+
+@dataclass
+class Sweep:
+    """What all jobs of a sweep share."""
+
+    context: HydraContext
+    config: DictConfig
+    task: TaskFunction
+
+    def job(self, number: int, overrides: Sequence[str]) -> DictConfig:
+        """Compose the configuration of one job."""
+        loader = self.context.config_loader
+        config = loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(config):
+            config.hydra.job.id = f"{config.hydra.job.name}_{number}"
+            config.hydra.job.num = number
+        return config
+
+    def run(self, number: int, overrides: Sequence[str]) -> JobReturn:
+        """Run one job in this process, in its folder."""
+        config = self.job(number, overrides)
+        HydraConfig.instance().set_config(config)
+        return run_job(
+            hydra_context=self.context,
+            task_function=self.task,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+
+    def folder(self, number: int, overrides: Sequence[str]) -> Path:
+        config = self.job(number, overrides)
+        return Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
+
+
+class Worker:
+    """A process that runs jobs, tied to this one.
+
+    Attributes:
+        job: the place among the batch of the one it runs; None: idle.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self.job: int | None = None
+        self.connection, theirs = Pipe()
+        threads = {"OMP_NUM_THREADS": str(max(1, num_cores() // num_workers))}
+        start = _START.format(path=sys.path, descriptor=theirs.fileno())
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", start], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+            env=threads | os.environ | {"LARGEBATCH_PARENT": str(os.getpid())},
+            start_new_session=True,  # Ctrl-C is the sweep's, which passes it on
+        )  # fmt: skip
+        theirs.close()
+
+    def begin(self, job: int, message: bytes) -> None:
+        self.job = job
+        with suppress(OSError):  # it has just died, as `ended` finds
+            self.connection.send_bytes(message)
+
+    def ended(self) -> JobReturn | KeyboardInterrupt | int | None:
+        """What its job has come to, the exit code of a worker that died, or None as yet."""
+        try:
+            if self.connection.poll():
+                found: JobReturn | KeyboardInterrupt = pickle.loads(self.connection.recv_bytes())
+                return found
+        except (EOFError, OSError):
+            return self._process.wait()
+        return self._process.poll()
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def close(self) -> None:
+        """End it, its job too."""
+        self.connection.close()
+        self._process.kill()
+        self._process.wait()
+
+
+class Workers:
+    """At most `num_workers` of them, kept from one batch of jobs to the next."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._num = num_workers
+        self._all: list[Worker] = []
+        self._signals: list[int] = []
+        atexit.register(self.close)
+
+    def launch(self, sweep: Sweep, jobs: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+        """Run the jobs; returns what each has come to, in their order.
+
+        Raises:
+            KeyboardInterrupt: a signal ended the sweep, after its running jobs.
+        """
+        shared = cloudpickle.dumps((sweep, Singleton.get_state()))
+        waiting = deque(enumerate(jobs))
+        returns: dict[int, JobReturn] = {}
+        interrupted = False
+        with self._listening():
+            while waiting or self._busy():
+                if self._signals:
+                    # A second one is for those that did not heed the first.
+                    number = signal.SIGKILL if interrupted else self._signals[0]
+                    self._signals.clear()
+                    interrupted = True
+                    for worker in self._busy():
+                        worker.signal(number)
+                while waiting and not interrupted and (idle := self._idle()) is not None:
+                    job, overrides = waiting.popleft()
+                    idle.begin(job, pickle.dumps((shared, first + job, list(overrides))))
+                busy = self._busy()
+                if interrupted and not busy:
+                    break
+                wait([worker.connection for worker in busy], LOOK_SECONDS)
+                for worker in busy:
+                    ended, place = worker.ended(), worker.job
+                    if ended is None or place is None:
+                        continue
+                    worker.job = None
+                    if isinstance(ended, KeyboardInterrupt):
+                        self._signals += [] if interrupted else [signal.SIGTERM]
+                        waiting.append((place, jobs[place]))
+                        continue
+                    if isinstance(ended, int):
+                        self._drop(worker)
+                        if not interrupted:
+                            returns[place] = _died(sweep, first + place, jobs[place], ended)
+                    else:
+                        returns[place] = ended
+        if len(returns) < len(jobs):
+            self.close()
+            raise KeyboardInterrupt
+        return [returns[job] for job in range(len(jobs))]
+
+    def _busy(self) -> list[Worker]:
+        return [worker for worker in self._all if worker.job is not None]
+
+    def _idle(self) -> Worker | None:
+        for worker in list(self._all):
+            if worker.job is None:
+                if worker.is_alive():
+                    return worker
+                self._drop(worker)
+        if len(self._all) == self._num:
+            return None
+        self._all.append(Worker(self._num))
+        return self._all[-1]
+
+    def _drop(self, worker: Worker) -> None:
+        self._all.remove(worker)
+        worker.close()
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in list(self._all):
+            self._drop(worker)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Note signals, which reach a process's main thread alone."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            del frame
+            self._signals.append(number)
+
+        before = {number: signal.signal(number, note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def num_workers(n_jobs: int) -> int:
+    """Return how many workers `n_jobs` asks for: -1 a core each, -2 one core less, ….
+
+    Raises:
+        ConfigError: none.
+    """
+    asked = n_jobs if n_jobs > 0 else num_cores() + 1 + n_jobs
+    if n_jobs == 0 or asked < 1:
+        raise ConfigError(
+            f"hydra.launcher.n_jobs must be > 0, or below it down to {-num_cores()} (-1: a core "
+            f"each), got {n_jobs}"
+        )
+    return asked
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _died(sweep: Sweep, number: int, overrides: Sequence[str], code: int) -> JobReturn:
+    """Tell of a job whose process is gone, and return it as failed."""
+    why = f"its process ended with exit code {code}"
+    if code < 0:
+        why = f"its process was killed by {signal.Signals(-code).name}"
+        why += " (out of memory, as a rule)" if -code == signal.SIGKILL else ""
+    folder = sweep.folder(number, overrides)
+    error = RunFailed(os.path.relpath(folder), why)
+    print(f"largebatch: {error}", file=sys.stderr, flush=True)
+    returned = JobReturn(overrides=list(overrides), working_dir=str(folder))
+    returned.status, returned.return_value = JobStatus.FAILED, error
+    return returned
+
+
+def work(descriptor: int) -> None:
+    """Run the jobs that come in, in a worker, until there are no more to come."""
+    os.set_inheritable(descriptor, False)
+    die_with_parent()
+    connection = Connection(descriptor)
+    while True:
+        try:
+            shared, number, overrides = pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            return
+        connection.send_bytes(_pickled(_run(shared, number, overrides)))
+
+
+def _run(shared: bytes, number: int, overrides: Sequence[str]) -> JobReturn | KeyboardInterrupt:
+    try:
+        setup_globals()
+        sweep, singletons = pickle.loads(shared)
+        Singleton.set_state(singletons)
+        done: JobReturn = sweep.run(number, overrides)
+        return done
+    except KeyboardInterrupt as error:
+        return error
+    except BaseException as error:  # of a configuration, an import, or the task's own sys.exit
+        return _failed(overrides, error)
+
+
+def _failed(overrides: Sequence[str], error: BaseException) -> JobReturn:
+    failed = JobReturn(overrides=list(overrides))
+    failed.status, failed.return_value = JobStatus.FAILED, error
+    return failed
+
+
+def _pickled(returned: JobReturn | KeyboardInterrupt) -> bytes:
+    try:
+        text: bytes = cloudpickle.dumps(returned)
+        pickle.loads(text)  # some errors can be pickled, and not be read back
+    except Exception as error:
+        assert isinstance(returned, JobReturn)
+        said = returned._return_value if returned.status == JobStatus.FAILED else error
+        text = cloudpickle.dumps(
+            _failed(returned.overrides or [], RuntimeError(f"{type(said).__name__}: {said}"))
+        )
+    return text

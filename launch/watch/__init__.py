@@ -1,0 +1,1 @@
+"""`largebatch watch`: end a run that hangs, name the rank, start it again."""

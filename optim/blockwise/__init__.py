@@ -1,0 +1,1 @@
+"""The family of Shampoo and SOAP: preconditioners of blocks, owned by ranks."""

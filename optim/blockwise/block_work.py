@@ -1,0 +1,130 @@
+"""What a rank has in hand in a step of Shampoo or SOAP: gradients, blocks, directions."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from largebatch.optim.base import Group
+from largebatch.optim.blockwise.owned_state import BlockState
+from largebatch.optim.blockwise.step_stats import Stats, Worked
+from largebatch.optim.blockwise.work_group import Layer, Team
+from largebatch.optim.math.decompositions import Decomposition, Outcome, decompose
+from largebatch.optim.math.matrix_roots import Failures
+from largebatch.optim.math.tensors import write
+
+Result = TypeVar("Result")
+
+Work = Generator[list[Decomposition[Any]], list[Outcome[Any]], Worked]
+"""What is done to a block in a step: once at most it hands out what it wants decomposed, with that
+of all other blocks, and goes on with the outcomes."""
+
+
+@dataclass(frozen=True)
+class BlockAtWork:
+    """One block in one step."""
+
+    layer: Layer
+    number: int
+    group: Group
+    grad: Tensor
+    """In the block's merged shape; not to be written to."""
+    state: BlockState
+    step: int
+    """t, from 1."""
+    ages: Mapping[str, float]
+    """t of each running average, for its bias correction: `step`, but where its β has changed as
+    many steps as the new one would have needed for the weight that it has."""
+    failures: Failures
+    skip: Tensor | None
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The dimensions that have a factor."""
+        return self.layer.blocks[self.number].dims
+
+    def attempt(self, compute: Callable[[], Result], dim: int) -> Result | None:
+        """The decomposition of a factor; None where it fails, and the last good one stays.
+
+        Raises:
+            RootError: too many failures, where no other rank waits for this one.
+        """
+        part, alone = (self.number, dim), self.layer.spread.group is None
+        return self.failures.attempt(compute, str(self.layer.name), part, raises=alone)
+
+    def put(self, name: str, value: Tensor) -> Tensor:
+        """state ← value, unless the step is skipped; returns the value."""
+        write([self.state[name]], [value], self.skip)
+        return value
+
+    def is_due(self, first: int) -> bool:
+        """Whether roots are taken now: once in an interval, in this block's slot of it.
+
+        They are first needed at step `first`. Where that is in the first interval, factors are
+        young and change much: all blocks' roots are then taken at `first`, and once more within
+        steps 2 to 3 from there, 4 to 7, 8 to 15, and so on up to the interval's length. Otherwise
+        those for `first` have been spread over the interval before it.
+        """
+        interval: int = self.group["precondition_interval"]
+        slot, age = self.layer.slots[self.number], self.step - first + 1
+        if first < interval and age < interval:
+            phase = 1 << (age.bit_length() - 1) if age > 0 else 0  # begins and lasts so
+            return age > 0 and age == phase + slot * phase // interval
+        return self.step > first - interval and (self.step - 1 - slot) % interval == 0
+
+
+def all_worked(works: Sequence[Work]) -> list[Worked]:
+    """Have all blocks worked on, and decompose at once what they ask for."""
+    worked: dict[int, Worked] = {}
+
+    def go_on(number: int, outcomes: list[Outcome[Any]] | None) -> list[Decomposition[Any]]:
+        try:
+            return works[number].send(outcomes)  # type: ignore[arg-type]  # None: begin
+        except StopIteration as end:
+            worked[number] = end.value
+            return []
+
+    asked = {number: go_on(number, None) for number in range(len(works))}
+    outcomes = iter(decompose([each for some in asked.values() for each in some]))
+    for number, some in asked.items():
+        if some:
+            go_on(number, [*islice(outcomes, len(some))])
+    return [worked[number] for number in range(len(works))]
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What a step starts from: the same on all ranks before any state is touched."""
+
+    teams: "list[Gathered]"
+    active: set[Tensor]
+    """The parameters that some rank has a gradient for."""
+    skip: Tensor | None
+    """0-d bool: where true, nothing may change."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A team's gradients as they have arrived."""
+
+    team: Team
+    parts: list[Tensor | None]
+    """For each layer this rank's part of the gradient."""
+    dropped: list[Tensor | None]
+    """For each layer how many elements of this rank's part were too large, 0-d."""
+    blocks: list[dict[int, Tensor]]
+    """For each layer the gradient's blocks that this rank owns."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What a rank has made of a team's gradients."""
+
+    team: Team
+    blocks: list[dict[int, Tensor]]
+    """For each layer the directions of the blocks owned here."""
+    elementwise: dict[int, Tensor]
+    """By layer, this rank's part of the directions of what has no blocks."""
+    stats: Stats

@@ -1,0 +1,91 @@
+"""How a tensor is cut into the blocks that are preconditioned, each with factors of its own.
+
+Neighbouring small dimensions are merged first, the pair with the smallest product before others, as
+long as the product fits into a block and more than two dimensions are left. Dimension 0 stays by
+itself: it counts outputs, or matrices of a stack, and a kernel (64, 32, 3, 3) becomes (64, 288).
+
+A dimension longer than `max_preconditioner_dim` has no factor and is not cut, as in the code of
+SOAP's authors (`max_precond_dim`, https://github.com/nikhilvyas/SOAP): blocks of such a tensor are
+preconditioned along the other dimensions only, and a tensor without any other has no blocks. Every
+other dimension longer than `block_size` is cut into parts of nearly equal length. All of it depends
+on the shape alone, not on how the tensor is spread over ranks.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from largebatch.optim.sharding.placement import Box
+
+
+@dataclass(frozen=True)
+class Block:
+    box: Box
+    """Where it lies in the tensor, in the tensor's own dimensions."""
+    shape: tuple[int, ...]
+    """Its shape once dimensions are merged."""
+    dims: tuple[int, ...]
+    """Those of `shape` that have a factor; at least one."""
+
+    @property
+    def cost(self) -> int:
+        """Of its eigendecompositions and products, relative to other blocks'."""
+        sides = [self.shape[dim] for dim in self.dims]
+        return sum(n**3 for n in sides) + self.box.numel * sum(sides)
+
+
+def blocks_of(
+    shape: Sequence[int],
+    block_size: int,
+    merge_dims: bool,
+    max_preconditioner_dim: int | None = None,
+) -> tuple[Block, ...]:
+    """The blocks of a tensor, in the order of their elements; none where nothing of it has factors.
+
+    At least two dimensions have to be longer than 1.
+
+    Args:
+        max_preconditioner_dim: the longest dimension that has factors; None: all have.
+    """
+    longest = math.inf if max_preconditioner_dim is None else max_preconditioner_dim
+    groups = merged_dims(shape, min(block_size, longest) if merge_dims else 0)
+    if len(groups) < 2 or 0 in shape:
+        return ()
+    lengths = [math.prod(shape[dim] for dim in group) for group in groups]
+    dims = tuple(dim for dim, length in enumerate(lengths) if length <= longest)
+    if not dims:
+        return ()
+    blocks = []
+    limits = [block_size if dim in dims else length for dim, length in enumerate(lengths)]
+    for parts in itertools.product(*map(even_parts, lengths, limits)):
+        start, size = [0] * len(shape), list(shape)
+        for group, (first, length) in zip(groups, parts, strict=True):
+            if len(group) == 1:  # merged ones fit into a block as they are
+                start[group[0]], size[group[0]] = first, length
+        box = Box(tuple(start), tuple(size))
+        blocks.append(Block(box, tuple(length for _, length in parts), dims))
+    return tuple(blocks)
+
+
+def merged_dims(shape: Sequence[int], limit: float) -> list[list[int]]:
+    """The dimensions longer than 1, in groups of neighbours with products up to `limit`."""
+    groups = [[dim] for dim, length in enumerate(shape) if length != 1]
+    while len(groups) > 2:
+        products = [
+            math.inf if left == [0] else math.prod(shape[dim] for dim in (*left, *right))
+            for left, right in itertools.pairwise(groups)
+        ]
+        smallest = min(products)
+        if smallest > limit:
+            break
+        place = products.index(smallest)
+        groups[place : place + 2] = [groups[place] + groups[place + 1]]
+    return groups
+
+
+def even_parts(length: int, limit: int) -> list[tuple[int, int]]:
+    """(start, length) of the fewest parts up to `limit`, as equal as they can be."""
+    count = math.ceil(length / limit)
+    ends = [length * part // count for part in range(count + 1)]
+    return [(start, end - start) for start, end in itertools.pairwise(ends)]

@@ -1,0 +1,53 @@
+"""How all ranks come to raise the error of the one that owns the layer.
+
+A rank that stopped alone would leave the others waiting in a collective for their group's timeout.
+So the owner goes on with its last good roots, its failure travels with the numbers that ranks add
+up at that step anyway, and at the beginning of the next step, when the sums have long arrived on
+the host, every rank raises the same sentence.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from largebatch.optim.math.matrix_roots import REASONS, Failures
+from largebatch.optim.sharding.layout import Name
+from largebatch.optim.sharding.step_counts import Arriving
+
+
+def counts_of(failures: Failures, layers: Sequence[Name]) -> list[float]:
+    """How often a layer's matrices have failed for good on this rank, layer by layer and in each by
+    reason: numbers to be added up over the ranks."""
+    counts = Counter((layer, reason) for (layer, _), reason in failures.exhausted.items())
+    return [float(counts[str(name), reason]) for name in layers for reason in range(len(REASONS))]
+
+
+class FailureNotice:
+    """What the ranks of one process group have told each other at a step.
+
+    Args:
+        counts: the sum of `counts_of` over the ranks, the same bits on each.
+    """
+
+    def __init__(self, failures: Failures, layers: Sequence[Name], counts: Tensor) -> None:
+        self._failures, self._layers = failures, layers
+        self._first = Arriving(first_failure(counts))
+
+    def check(self) -> None:
+        """Raise what was told.
+
+        Raises:
+            RootError: a layer has failed for good, on whichever rank.
+        """
+        place, failed = self._first.wait().tolist()
+        if failed:
+            layer, reason = divmod(int(place), len(REASONS))
+            raise self._failures.error(str(self._layers[layer]), reason)
+
+
+def first_failure(counts: Tensor) -> Tensor:
+    """The place of the first count above 0, and whether there is one; shape (2,)."""
+    failed = (counts > 0).to(torch.int64)
+    return torch.stack([failed.argmax(), failed.amax()])

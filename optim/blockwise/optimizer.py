@@ -1,0 +1,357 @@
+"""What Shampoo and SOAP share around their formulas: the way of a gradient through the ranks.
+
+A step, in this order:
+
+1. every rank's part of the gradients, unscaled, travels to the owners of its blocks, and with it
+   what has to be agreed on: `found_inf`, and which parameters have a gradient;
+2. the owners precondition their blocks, and advance the state that only they have; vectors and
+   scalars, which have no blocks, are stepped by AdamW where they lie;
+3. the squares from which norms of whole layers are made are added up over the ranks;
+4. directions travel back to all that hold a part of the parameter, piece by piece, and every rank
+   moves its part of the weights by each piece as it arrives.
+
+That is one sum and a few rounds each way for each process group, more where more bytes travel
+(`largebatch.optim.sharding.redistribution`), and the same ones on every rank whatever gradients are
+missing: a parameter takes part in a step if any rank has a gradient for it, and counts as zeros
+where there is none. Only a rank that lacks some gradient waits for the device to learn which the
+others have.
+
+Plain parameters are those of one process, or of DDP's replicas: each rank computes all of it, which
+needs no collective, but needs like ranks: on unlike hardware replicas would drift apart. With
+`process_group` the ranks of the group share the work and the memory of the factors; their gradients
+must be the same, as DDP leaves them, and results travel once.
+
+Promises as in `largebatch.optim.layerwise.optimizer`: `p.grad` is left as it was, arithmetic and
+state are FP32 at least, a step with `found_inf` changes nothing by one bit. The device is waited
+for where roots or bases are taken, which cannot be done without: see
+`largebatch.optim.math.decompositions`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from largebatch.optim.base import Group, evaluate, uncompiled
+from largebatch.optim.blockwise.block_work import (
+    Agreed,
+    BlockAtWork,
+    Directions,
+    Gathered,
+    Work,
+    all_worked,
+)
+from largebatch.optim.blockwise.factors import factor_beta
+from largebatch.optim.blockwise.failure_notice import FailureNotice, counts_of
+from largebatch.optim.blockwise.owned_state import OwnedState
+from largebatch.optim.blockwise.state_memory import DROPPED
+from largebatch.optim.blockwise.step_stats import DROPPED_ROW, Stats, Tally
+from largebatch.optim.blockwise.work_group import Layer, Team
+from largebatch.optim.math.matrix_roots import REASONS, TOLERATED_FAILURES, full_precision
+from largebatch.optim.math.tensors import gradient_of, on_device, without_too_large, write
+from largebatch.optim.options import require, require_lr, require_one_of
+from largebatch.optim.sharding.layout import Name, local
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Here = Callable[[Tensor], Tensor]
+"""The view of a piece in tensors that are laid out like this rank's part of a parameter."""
+
+
+class SecondOrderOptimizer(OwnedState):
+    """Base of optimizers that precondition blocks of matrices."""
+
+    _stats: tuple[Stats, ...] = ()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        process_group: "ProcessGroup | None" = None,
+        tolerated_failures: int = TOLERATED_FAILURES,
+    ) -> None:
+        require(tolerated_failures >= 0, "tolerated_failures", ">= 0", tolerated_failures)
+        self._check_options(defaults)
+        super().__init__(params, defaults, process_group, tolerated_failures)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Refuse options (the defaults, or one group's) out of range; subclasses add their own."""
+        lr, betas = options["lr"], options["betas"]
+        require_lr(lr)
+        in_range = len(betas) == 2 and 0 <= betas[0] < 1 and 0 <= betas[1] < 1
+        require(in_range, "betas", "two numbers in [0, 1)", betas)
+        for name in ("eps", "weight_decay"):
+            require(0 <= options[name] < math.inf, name, "in [0, inf)", options[name])
+        for name in ("block_size", "precondition_interval"):
+            whole = isinstance(options[name], int) and options[name] >= 1
+            require(whole, name, "a whole number >= 1", options[name])
+        longest = options["max_preconditioner_dim"]
+        holds = longest is None or (isinstance(longest, int) and longest >= 1)
+        require(holds, "max_preconditioner_dim", "a whole number >= 1 or None", longest)
+        for name in ("maximize", "merge_dims", "precondition"):
+            require(isinstance(options[name], bool), name, "True or False", options[name])
+        require_one_of(options, "decay", ("decoupled", "l2"))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch. In it, `precondition=False` leaves its tensors to AdamW.
+
+        Raises:
+            ValueError: an option out of range, a parameter that cannot be treated.
+        """
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            self._check_options(group)
+            *_, names = self._names()
+            for name, param in zip(names, group["params"], strict=True):
+                self._refuse(name, param)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    # What a subclass says of its formula --------------------------------------------------------
+
+    def _work_on(self, block: BlockAtWork) -> Work:
+        """Advance a block's state by one gradient, and return its direction.
+
+        Called with `full_precision` set.
+        """
+        raise NotImplementedError
+
+    def _uses_momentum(self, group: Group) -> bool:
+        """Whether a layer's steps are averaged once more where the weights lie."""
+        return False
+
+    def _step_with_momentum(
+        self, layer: Layer, group: Group, direction: Tensor, here: Here, skip: Tensor | None
+    ) -> Tensor:
+        """The step from a piece of a layer's direction, which lies `here` in its tensors."""
+        return direction
+
+    def _betas(self, group: Group) -> dict[str, float]:
+        beta1, beta2 = group["betas"]
+        factors = factor_beta(group)
+        return {"exp_avg": beta1, "exp_avg_sq": beta2, "factor": 0.0 if factors == 1 else factors}
+
+    def _elementwise_keys(self, has_blocks: bool, group: Group) -> tuple[str, ...]:
+        if not has_blocks:
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum_buffer",) if self._uses_momentum(group) else ()
+
+    # The phases of a step -----------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @uncompiled
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
+        loss = evaluate(closure)
+        self._heed_failures()
+        self._counts.settle()
+        self._counts.read(self._states())
+        agreed = self._agree(self._teams())
+        with full_precision():
+            directions = [self._work(gathered, agreed) for gathered in agreed.teams]
+        for ours in directions:
+            self._descend(ours, agreed)
+        self._stats = tuple(ours.stats for ours in directions)
+        self._advance(agreed)
+        return loss
+
+    def _heed_failures(self) -> None:
+        """Raise what any rank has told of the step before."""
+        notices, self._notices = self._notices, []
+        for notice in notices:
+            notice.check()
+
+    def _agree(self, teams: list[Team]) -> Agreed:
+        """Bring the gradients to the owners of their blocks, before any state is touched."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        device = teams[0].layers[0].device if teams else torch.device("cpu")
+        flag = None if found_inf is None else on_device(found_inf, device).float()
+        active: set[Tensor] = set()
+        gathered: list[Gathered] = []
+        for team in teams:
+            read = [self._gradient(layer) for layer in team.layers]
+            ours, dropped = [each[0] for each in read], [each[1] for each in read]
+            present = [part is not None for part in ours]
+            sums = None
+            if team.is_sharded:
+                # Of all ranks: is the step to be skipped, and who has a gradient of what. Made on
+                # the device: a copy to it would wait for all that it has still to do.
+                size = 1 + len(present)
+                sums = torch.ones(size, dtype=team.dtype, device=team.exchange.device)
+                sums[0] = 0.0 if flag is None else flag
+                for place, has in enumerate(present):
+                    if not has:
+                        sums[1 + place] = 0.0
+            arrived, totals = team.exchange.to_owners(ours, sums)
+            if totals is not None:
+                if flag is not None:
+                    flag = totals[0]
+                if not all(present):
+                    present = [count > 0 for count in totals[1:].tolist()]
+            active |= {layer.param for layer, has in zip(team.layers, present, strict=True) if has}
+            gathered.append(Gathered(team, ours, dropped, arrived))
+        return Agreed(gathered, active, None if flag is None else flag != 0)
+
+    def _gradient(self, layer: Layer) -> tuple[Tensor | None, Tensor | None]:
+        """This rank's part of the gradient to descend along, not to be written to; and how many of
+        its elements were dropped, 0-d."""
+        param, group = layer.param, self._group_of[layer.param]
+        if param.grad is None:
+            return None, None
+        grad = gradient_of(param).to(layer.dtype)
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if grad_scale is not None:
+            grad = grad / on_device(grad_scale, grad.device).to(grad.dtype)
+        if group["maximize"]:
+            grad = -grad
+        if group["decay"] == "l2" and group["weight_decay"]:
+            grad = grad.add(local(param), alpha=group["weight_decay"])
+        return without_too_large(grad)
+
+    def _work(self, gathered: Gathered, agreed: Agreed) -> Directions:
+        """The directions of the blocks owned here, and of this rank's part of what has none."""
+        team = gathered.team
+        tally = Tally(team.layers, team.dtype, team.exchange.device)
+        blocks: list[dict[int, Tensor]] = [{} for _ in team.layers]
+        at_work: list[tuple[int, BlockAtWork]] = []
+        elementwise: dict[int, Tensor] = {}
+        for place, layer in enumerate(team.layers):
+            if layer.param not in agreed.active:
+                continue
+            param = layer.param
+            group = self._group_of[param]
+            self._make_state(layer, group)
+            step = self._counts.of(param, self.state[param]) + 1
+            ages = self._ages_of(layer, step)
+            tally.moves(place, gathered.dropped[place])
+            if not layer.blocks:
+                part = gathered.parts[place]
+                if part is None:
+                    part = torch.zeros_like(local(param), dtype=layer.dtype)
+                elementwise[place] = self._adamw(param, group, part, ages, agreed.skip)
+                tally.add_part(place, part, elementwise[place])
+            for k, own in gathered.blocks[place].items():
+                grad = own.to(layer.dtype).reshape(layer.blocks[k].shape)
+                state = self._block_state(layer, k)
+                work = BlockAtWork(
+                    layer, k, group, grad, state, step, ages, self.failures, agreed.skip
+                )
+                at_work.append((place, work))
+        found = all_worked([self._work_on(work) for _, work in at_work])
+        for (place, work), worked in zip(at_work, found, strict=True):
+            k = work.number
+            blocks[place][k] = worked.direction.reshape(work.layer.blocks[k].box.size)
+            tally.add_block(place, k, work.grad, worked, work.state["condition"])
+        return Directions(team, blocks, elementwise, tally.stats())
+
+    def _descend(self, ours: Directions, agreed: Agreed) -> None:
+        """Bring the directions back, and move this rank's part of the weights."""
+        team, stats = ours.team, ours.stats
+        failed = self._failed(team)
+        sums = [stats.squares.flatten(), stats.conditions, failed]
+        pieces, totals = team.exchange.to_holders(ours.blocks, torch.cat(sums))
+        assert totals is not None
+        squares, stats.conditions, failed = torch.split(totals, [part.numel() for part in sums])
+        # A sum of squares that has overflown is large and not infinite: ratios stay numbers.
+        stats.squares = squares.view_as(stats.squares).clamp(max=torch.finfo(totals.dtype).max)
+        if failed.numel():
+            names = [layer.name for layer in team.layers]
+            self._notices.append(FailureNotice(self.failures, names, failed))
+        scales, moved = stats.scales(), set(stats.moved)
+        for piece, part in pieces:  # all are to be taken, whether they move anything or not
+            if piece.parcel in moved:
+                layer = team.layers[piece.parcel]
+                direction = part.to(layer.dtype) * scales[piece.parcel].to(layer.device)
+                here = partial(piece.box.of, within=layer.spread.boxes[layer.spread.me])
+                self._move(layer, direction.to(layer.dtype), here, agreed.skip)
+        for place, direction in ours.elementwise.items():
+            self._move(team.layers[place], direction, lambda tensor: tensor, agreed.skip)
+        for place in stats.moved:
+            dropped = self.state[team.layers[place].param][DROPPED]
+            new = stats.squares[place, DROPPED_ROW].to(dropped)
+            write([dropped], [dropped + new], agreed.skip)
+
+    def _move(self, layer: Layer, direction: Tensor, here: Here, skip: Tensor | None) -> None:
+        """Move the piece of this rank's part of the weights that lies `here` in it."""
+        group, weight = self._group_of[layer.param], here(local(layer.param))
+        if layer.blocks:
+            direction = self._step_with_momentum(layer, group, direction, here, skip)
+        old = weight.to(layer.dtype)
+        if group["decay"] == "decoupled" and group["weight_decay"]:
+            direction = direction.add(old, alpha=group["weight_decay"])
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            lr = on_device(lr, weight.device).to(layer.dtype)
+        write([weight], [old - lr * direction], skip)
+
+    def _failed(self, team: Team) -> Tensor:
+        """What of this rank's own has failed for good, for others to know; empty where none is."""
+        device, dtype = team.exchange.device, team.dtype
+        if team.exchange.group is None:
+            return torch.empty(0, device=device, dtype=dtype)
+        names = [layer.name for layer in team.layers]
+        if not self.failures.exhausted:  # made there: a copy would wait for the device
+            return torch.zeros(len(names) * len(REASONS), device=device, dtype=dtype)
+        counts = torch.tensor(counts_of(self.failures, names), device=device, dtype=dtype)
+        self.failures.exhausted.clear()
+        return counts
+
+    def _advance(self, agreed: Agreed) -> None:
+        """Count the step, on the device and on the host."""
+        moved = [layer.param for gathered in agreed.teams for layer in gathered.team.layers]
+        moved = [param for param in moved if param in agreed.active]
+        for param in moved:
+            step = self.state[param]["step"]
+            skip = None if agreed.skip is None else agreed.skip.to(step.device)
+            write([step], [step + 1], skip)
+        self._counts.stepped(moved, agreed.skip)
+
+    def _adamw(
+        self,
+        param: Tensor,
+        group: Group,
+        grad: Tensor,
+        ages: Mapping[str, float],
+        skip: Tensor | None,
+    ) -> Tensor:
+        """m̂ / (√v̂ + ε) of this rank's part of a parameter; advances m and v."""
+        (beta1, beta2), state = group["betas"], self.state[param]
+        exp_avg, exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
+        mean = exp_avg.lerp(grad, 1 - beta1)
+        squares = exp_avg_sq.lerp(grad * grad, 1 - beta2)
+        write([exp_avg, exp_avg_sq], [mean, squares], skip)
+        denominator = (squares / (1 - beta2 ** ages["exp_avg_sq"])).sqrt_().add_(group["eps"])
+        return mean.div_(1 - beta1 ** ages["exp_avg"]).div_(denominator)
+
+    def layer_stats(self) -> dict[Name, dict[str, Tensor]]:
+        """What the last step was like, for every layer moved by it.
+
+        Keys are the parameters' names where the optimizer was given `model.named_parameters()`,
+        else their index over all groups. Values are 0-d tensors on the device:
+
+        - `weight_norm`: ‖w‖ before the step;
+        - `update_norm`: ‖u‖ of the step's direction as it goes into momentum, decay and lr;
+        - `trust_ratio`: what the preconditioned direction was multiplied by for that length;
+        - `cosine`: of the angle between u and the gradient, 1 for plain gradient descent;
+        - `condition_number`: the largest of the layer's factors when roots or bases were last
+          taken; for layers that are preconditioned only;
+        - `dropped_elements`: how many elements of the gradient were taken for 0, see below.
+
+        An element of a gradient above 1.8e16 (FP64: 1.3e151), which is finite but whose square FP32
+        could not average with others, counts as 0; the state sums them up as `dropped_elements`.
+        After a step masked by `found_inf` they are void.
+        """
+        return {name: layer for stats in self._stats for name, layer in stats.by_layer()}

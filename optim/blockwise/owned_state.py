@@ -1,0 +1,394 @@
+"""State that lies with the owners of blocks, and how it is saved and loaded.
+
+A parameter's state is one flat dict: `step`; what lies like the parameter itself, such as a
+momentum buffer; and for each of its blocks entries "block_3/factor_0", whole on the block's owner
+and empty elsewhere. The keys are the same on every rank. In a state dict the latter are spread over
+the ranks: see `largebatch.optim.blockwise.portable`.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from largebatch.optim.base import Group, MaskedOptimizer
+from largebatch.optim.blockwise.blocks import Block
+from largebatch.optim.blockwise.failure_notice import FailureNotice
+from largebatch.optim.blockwise.portable import Key, Portable
+from largebatch.optim.blockwise.state_memory import (
+    AVERAGES,
+    DROPPED,
+    Part,
+    memory_in_words,
+    new_entry,
+)
+from largebatch.optim.blockwise.work_group import (
+    CUT,
+    Layer,
+    Team,
+    blocks_in,
+    look_of,
+    make_layer,
+    share_out,
+    teams_of,
+)
+from largebatch.optim.loading import as_state, in_own_order, of_no_parameter
+from largebatch.optim.math.bias_correction import SUFFIX, ages_of
+from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES, Failures
+from largebatch.optim.sharding.layout import Name, is_dtensor
+from largebatch.optim.sharding.step_counts import StepCounts
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+BlockState = dict[str, Tensor]
+
+
+class OwnedState(MaskedOptimizer):
+    """An optimizer whose parameters have blocks, with owners among the ranks that share them."""
+
+    # On the class too, because pickle keeps an optimizer's groups and state only.
+    _process_group: "ProcessGroup | None" = None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        process_group: "ProcessGroup | None",
+        tolerated_failures: int,
+    ) -> None:
+        self._process_group = process_group
+        self._begin(tolerated_failures)
+        super().__init__(params, defaults)
+
+    def _begin(self, tolerated_failures: int = TOLERATED_FAILURES) -> None:
+        self.failures = Failures(tolerated_failures)
+        self._layers: dict[Tensor, Layer] = {}
+        self._group_of: dict[Tensor, Group] = {}
+        self._known_teams: tuple[Any, list[Team]] = ((), [])
+        self._counts = StepCounts()
+        self._history: dict[Tensor, dict[str, tuple[float, float]]] = {}
+        self._notices: list[FailureNotice] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        shared = any(layer.spread.group is not None for layer in self._layers.values())
+        if shared or self._process_group is not None:
+            raise ValueError(
+                f"{type(self).__name__} cannot be copied or pickled where ranks share its work, "
+                "because each has other parts of its state: save state_dict(), load it into another"
+            )
+        self._count_in_new_betas()
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        failures: Failures | None = self.__dict__.get("failures")
+        self._begin(TOLERATED_FAILURES if failures is None else failures.tolerated)
+
+    # What a subclass says ------------------------------------------------------------------------
+
+    def _block_shapes(self, group: Group, block: Block) -> dict[str, tuple[int, ...]]:
+        """The shapes of the state of a block, by name; none of them 0-d."""
+        raise NotImplementedError
+
+    def _elementwise_keys(self, has_blocks: bool, group: Group) -> tuple[str, ...]:
+        """The state tensors that lie like the parameter."""
+        raise NotImplementedError
+
+    def _betas(self, group: Group) -> dict[str, float]:
+        """β of each of `AVERAGES`; 0 for a sum, which needs no correction."""
+        raise NotImplementedError
+
+    # Who has what --------------------------------------------------------------------------------
+
+    def _refuse(self, name: Name, param: Tensor) -> None:
+        if param.is_complex():
+            raise ValueError(
+                f"{type(self).__name__} takes real parameters, got {param.dtype} for "
+                f"parameter {name!r}: hold its real and imaginary part as two parameters."
+            )
+        if getattr(param, "_fsdp_flattened", False):
+            raise ValueError(
+                f"{type(self).__name__} works on whole matrices, and parameter {name!r} is a flat "
+                "shard of FullyShardedDataParallel (FSDP1), which does not say what of: wrap the "
+                "model with torch.distributed.fsdp.fully_shard (FSDP2)."
+            )
+        if is_dtensor(param):
+            for placement in param.placements:  # type: ignore[attr-defined]
+                if placement.is_partial():
+                    raise ValueError(
+                        f"parameter {name!r} is placed as {placement}: its ranks hold summands of "
+                        "it, shard or replicate it instead"
+                    )
+
+    def _names(self) -> Iterator[list[Name]]:
+        """The names of each group's parameters, or their index over all groups."""
+        first = 0
+        for group in self.param_groups:
+            end = first + len(group["params"])
+            names = group.get("param_names", ())
+            yield list(names if len(names) == len(group["params"]) else range(first, end))
+            first = end
+
+    def _teams(self) -> list[Team]:
+        """All parameters that may have a gradient. Made anew where they have changed."""
+        key: list[Any] = []
+        named: list[tuple[Tensor, Name]] = []
+        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+        for group, names in zip(self.param_groups, self._names(), strict=True):
+            for name, param in zip(names, group["params"], strict=True):
+                if param.grad is not None and param.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} needs dense gradients, got a {param.grad.layout} "
+                        f"gradient for a parameter of shape {tuple(param.shape)}."
+                    )
+                is_live = param.requires_grad or param.grad is not None
+                named.append((param, name))
+                key.append((id(param), name, look_of(param, group), is_live))
+        if self._known_teams[0] == key:
+            return self._known_teams[1]
+        layers = {param: self._layer_of(param, name) for param, name in named}
+        share_out(layers.values(), self._group_of)
+        # One that has left the groups may come back to its state, and so to its owners.
+        left = {p: layer for p, layer in self._layers.items() if p not in layers}
+        self._layers = layers | {p: layer for p, layer in left.items() if p in self.state}
+        live = {param for (param, _), entry in zip(named, key, strict=True) if entry[-1]}
+        teams = teams_of(layer for param, layer in layers.items() if param in live)
+        self._known_teams = key, teams
+        return teams
+
+    def _layer_of(self, param: Tensor, name: Name) -> Layer:
+        """The layer that a parameter is known as, or, where it is cut otherwise now, a new one."""
+        group, known = self._group_of[param], self._layers.get(param)
+        if known is not None and known.seen == look_of(param, group):
+            known.name = name
+            return known
+        layer = make_layer(param, name, group, self._process_group)
+        if known is None:
+            return layer
+        if known.blocks == layer.blocks and known.spread == layer.spread:
+            layer.owners, layer.slots = known.owners, known.slots
+        elif self.state.pop(param, None):
+            self._counts.forget(param)
+            warnings.warn(
+                f"parameter {name!r} is cut into other blocks than before, because its shape, its "
+                f"placement or one of {', '.join(CUT)} has changed: its state begins anew.",
+                stacklevel=4,
+            )
+        return layer
+
+    def _params(self) -> Iterator[Tensor]:
+        return (param for group in self.param_groups for param in group["params"])
+
+    def _states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        return ((param, self.state[param]) for param in self._params() if param in self.state)
+
+    def _make_state(self, layer: Layer, group: Group) -> None:
+        """Make what state is missing, as at a parameter's first gradient; on every rank alike."""
+        state = self.state[layer.param]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=layer.device)
+            layer.state_names = ()
+            self._counts.begin(layer.param)
+            self._history[layer.param] = {n: (b, 0.0) for n, b in self._betas(group).items()}
+        for key in self._scalar_keys(layer):
+            if key not in state:
+                state[key] = torch.zeros((), dtype=torch.float32, device=layer.device)
+        for key in self._elementwise_keys(bool(layer.blocks), group):
+            if key not in state:
+                state[key] = torch.zeros_like(layer.param, dtype=layer.dtype)
+        if not layer.state_names:
+            self._make_block_states(layer, group)
+
+    def _make_block_states(self, layer: Layer, group: Group) -> None:
+        state, me = self.state[layer.param], layer.spread.me
+        for number, (block, owner) in enumerate(zip(layer.blocks, layer.owners, strict=True)):
+            shapes = self._block_shapes(group, block)
+            layer.state_names = tuple(shapes)
+            if all(f"block_{number}/{name}" in state for name in shapes):
+                continue
+            for name, shape in shapes.items():
+                value = new_entry(name, shape if owner == me else (0,), layer)
+                state.setdefault(f"block_{number}/{name}", value)
+
+    def _scalar_keys(self, layer: Layer) -> tuple[str, ...]:
+        """0-d entries, zeros at first, and zeros where a checkpoint has none."""
+        averages = AVERAGES if layer.blocks else AVERAGES[:2]
+        return (*(average + SUFFIX for average in averages), DROPPED)
+
+    def _ages_of(self, layer: Layer, step: int) -> dict[str, float]:
+        """The t of each running average for its bias correction, at the parameter's step `step`."""
+        param, betas = layer.param, self._betas(self._group_of[layer.param])
+        return ages_of(self.state[param], self._history.setdefault(param, {}), betas, step)
+
+    def _count_in_new_betas(self) -> None:
+        """Before state is saved: β may have been set for the next step, and is saved with it."""
+        self._teams()
+        self._counts.settle()
+        self._counts.read(self._states())
+        for param in self._params():
+            if "step" in self.state.get(param, {}):
+                self._ages_of(self._layers[param], self._counts.of(param, self.state[param]) + 1)
+
+    def _block_state(self, layer: Layer, number: int) -> BlockState:
+        state = self.state[layer.param]
+        return {name: state[f"block_{number}/{name}"] for name in layer.state_names}
+
+    # To and from state dicts ----------------------------------------------------------------------
+
+    def state_dict(self) -> StateDict:
+        """As torch's. Where blocks have owners among several ranks, all of them have to call it.
+
+        What lies whole on its owner is then a DTensor, cut by rows: any world size can load it.
+        """
+        self._count_in_new_betas()
+
+        def spread(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
+            ids = [index for group in packed["param_groups"] for index in group["params"]]
+            index_of = dict(zip(self._params(), ids, strict=True))
+            state = dict(packed["state"])
+            for portable, keys in self._portables(self.state):
+                cut = portable.cut({(param, key): self.state[param][key] for param, key in keys})
+                for (param, key), value in cut.items():
+                    state[index_of[param]] = {**state[index_of[param]], key: value}
+            return {**packed, "state": state}
+
+        hook = self.register_state_dict_post_hook(spread, prepend=True)
+        state, known = self.state, self._group_of
+        # Torch has no number for a parameter that has left the groups.
+        here = {k: v for k, v in state.items() if k in known or not isinstance(k, Tensor)}
+        self.state = defaultdict(dict, here)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+            self.state = state
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load as torch does, hooks included, but keep the state in FP32; as for `state_dict`.
+
+        Raises:
+            ValueError: a state that does not fit these parameters or its own options; what was
+                there before remains.
+        """
+        loaded: dict[int, dict[str, Any]] = {}
+        ids: list[int] = []
+
+        def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
+            final = in_own_order(final, self.param_groups)
+            loaded.update(final["state"])
+            ids.extend(index for group in final["param_groups"] for index in group["params"])
+            # Torch would cast it to the parameters' dtype.
+            return {**final, "state": of_no_parameter(final)}
+
+        def put_state(_: Optimizer) -> None:  # before the user's post-hooks
+            params = [*self._params()]
+            by_param = {p: loaded[i] for p, i in zip(params, ids, strict=True) if i in loaded}
+            self.state.update(self._ready(by_param))
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(take_state),
+            self.register_load_state_dict_post_hook(put_state, prepend=True),
+        )
+        before = self.__dict__.copy()
+        try:
+            super().load_state_dict(state_dict)
+        except Exception:
+            self.__dict__.update(before)  # groups and state, which torch has replaced
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _ready(self, by_param: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+        """The loaded state of each parameter as `step` expects it, from options loaded before.
+
+        Raises:
+            ValueError: a tensor that is missing or of another shape.
+        """
+        self._teams()
+        ready: dict[Tensor, dict[str, Any]] = {}
+        for param, found in by_param.items():
+            layer = self._layers[param]
+            group = self._group_of[param]
+            shapes, scalars = self._shapes_of(layer), self._scalar_keys(layer)
+            keys = ("step", *shapes, *self._elementwise_keys(bool(layer.blocks), group))
+            missing = [key for key in keys if key not in found]
+            if missing:
+                raise ValueError(
+                    f"state of parameter {layer.name!r} must have an entry {missing[0]!r}, got "
+                    f"{', '.join(found) or 'none'}: was it saved by another optimizer, or with "
+                    f"another grafting, {', '.join(CUT)} (None in older versions)?"
+                )
+            for key, shape in shapes.items():
+                if tuple(found[key].shape) != shape:
+                    raise ValueError(
+                        f"state {key!r} of parameter {layer.name!r} must have the shape {shape}, "
+                        f"got {tuple(found[key].shape)}"
+                    )
+            ready[param] = {
+                key: found[key].to(layer.device, layer.dtype)
+                if key in shapes
+                else as_state(key, found[key], layer.name, param)
+                for key in keys
+            }
+            for key in scalars:
+                value = torch.as_tensor(found.get(key, 0.0), dtype=torch.float32)
+                ready[param][key] = value.to(layer.device)
+            self._history[param] = {
+                name: (beta, float(ready[param][name + SUFFIX]))
+                for name, beta in self._betas(group).items()
+                if name + SUFFIX in scalars
+            }
+            for key, value in found.items():  # what a wrapper keeps beside ours
+                if key not in ready[param] and not key.startswith("block_"):
+                    kept = isinstance(value, Tensor) and not is_dtensor(value)
+                    ready[param][key] = value.to(layer.device) if kept else value
+        for portable, held in self._portables(ready):
+            joined = portable.join({(param, key): ready[param][key] for param, key in held})
+            for (param, key), value in joined.items():
+                ready[param][key] = value
+        return ready
+
+    def _portables(self, state: Mapping[Tensor, Any]) -> Iterator[tuple[Portable, list[Key]]]:
+        """For each process group the block states of the layers that have any."""
+        by_group: dict[Any, list[Layer]] = {}
+        for param in self._params():
+            layer = self._layers[param]
+            if layer.spread.group is not None and layer.blocks and param in state:
+                by_group.setdefault(layer.spread.group, []).append(layer)
+        for layers in by_group.values():
+            shapes: dict[Key, tuple[int, ...]] = {}
+            owners: dict[Key, int] = {}
+            for layer in layers:
+                for key, shape in self._shapes_of(layer).items():
+                    shapes[layer.param, key] = shape
+                    owners[layer.param, key] = layer.owners[int(key[6 : key.index("/")])]
+            yield Portable(layers, shapes, owners), [*shapes]
+
+    def _shapes_of(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """The shapes of a layer's block states, by their keys in its state."""
+        group = self._group_of[layer.param]
+        return {
+            f"block_{number}/{name}": shape
+            for number, block in enumerate(layer.blocks)
+            for name, shape in self._block_shapes(group, block).items()
+        }
+
+    def __repr__(self) -> str:
+        """As torch's, and how much memory the state takes, over all ranks that share it."""
+        return f"{super().__repr__()}\n{memory_in_words(self._parts())}"
+
+    def _parts(self) -> Iterator[Part]:
+        """What the state of each parameter takes, known from its shape."""
+        for group, names in zip(self.param_groups, self._names(), strict=True):
+            for name, param in zip(names, group["params"], strict=True):
+                blocks = blocks_in(group, param.shape)
+                shapes = [self._block_shapes(group, block) for block in blocks]
+                beside = param.numel() * len(self._elementwise_keys(bool(blocks), group))
+                yield Part(name, param, blocks, shapes, beside)

@@ -1,0 +1,112 @@
+"""State that only a block's owner has, in a form that every rank can save and any world can load.
+
+At work a factor lies whole on one rank, the others hold an empty tensor in its place. In a state
+dict it is a DTensor, cut by rows over the same ranks as its parameter, and so every rank has a
+part of every factor: `torch.distributed.checkpoint` saves and reshards it like any other state. The
+way there and back is one collective for each process group.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from largebatch.optim.blockwise.work_group import Layer
+from largebatch.optim.sharding.layout import is_dtensor, local
+from largebatch.optim.sharding.placement import spread_over
+from largebatch.optim.sharding.redistribution import Exchange
+from largebatch.optim.sharding.rounds import whole
+
+Key = tuple[Tensor, str]
+
+
+class Portable:
+    """The block states of layers that are spread over one process group.
+
+    Args:
+        shapes: of every block state, none of them 0-d.
+        owners: of every block state.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[Layer],
+        shapes: Mapping[Key, tuple[int, ...]],
+        owners: Mapping[Key, int],
+    ) -> None:
+        by_param = {layer.param: layer for layer in layers}
+        self._keys, self._shapes = [*shapes], shapes
+        self._meshes = {param: mesh_of(layer) for param, layer in by_param.items()}
+        parcels = []
+        for param, key in self._keys:
+            spread = spread_over(shapes[param, key], *self._meshes[param], by_param[param].name)
+            parcels.append(whole(spread, owners[param, key]))
+        wide = any(layer.dtype == torch.float64 for layer in by_param.values())
+        first = next(iter(by_param.values()))
+        self._exchange = Exchange(parcels, torch.float64 if wide else torch.float32, first.device)
+        self._mine = [parcel.owners[0] == self._exchange.me for parcel in parcels]
+
+    def cut(self, states: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        """From what this rank has at work to its parts of all states."""
+        from torch.distributed.tensor import DTensor
+
+        blocks = [
+            {0: states[key]} if mine else {}
+            for key, mine in zip(self._keys, self._mine, strict=True)
+        ]
+        pieces, _ = self._exchange.to_holders(blocks)
+        found: dict[Key, Tensor] = {}
+        for index, part in self._exchange.joined(pieces):
+            key = self._keys[index]
+            mesh, placements = self._meshes[key[0]]
+            shape = torch.Size(self._shapes[key])
+            found[key] = DTensor.from_local(
+                part.to(states[key].dtype).clone(memory_format=torch.contiguous_format),
+                mesh,
+                placements,
+                run_check=False,
+                shape=shape,
+                stride=torch.empty(shape, device="meta").stride(),
+            )
+        return found
+
+    def join(self, states: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        """The opposite of `cut`; takes whole tensors too, where every rank has them.
+
+        What others own is an empty tensor.
+        """
+        parts: list[Tensor | None] = []
+        for key in self._keys:
+            value = states[key]
+            if is_dtensor(value):
+                mesh, placements = self._meshes[key[0]]
+                if value.placements != tuple(placements):  # type: ignore[attr-defined]
+                    value = value.redistribute(mesh, placements)  # type: ignore[attr-defined]
+                parts.append(local(value))
+            else:
+                parts.append(None)
+        blocks, _ = self._exchange.to_owners(parts)
+        found: dict[Key, Tensor] = {}
+        for key, mine, block in zip(self._keys, self._mine, blocks, strict=True):
+            value = states[key]
+            if not mine:
+                found[key] = torch.empty(0, dtype=value.dtype, device=self._exchange.device)
+            else:
+                found[key] = (block[0] if is_dtensor(value) else value).to(value.dtype).clone()
+        return found
+
+
+def mesh_of(layer: Layer) -> tuple[Any, tuple[Any, ...]]:
+    """Where a layer's block states lie in a state dict: like its parameter, but cut by rows."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Replicate, Shard
+
+    param: Any = layer.param
+    if not is_dtensor(param):
+        assert layer.spread.group is not None
+        return DeviceMesh.from_group(layer.spread.group, layer.device.type), (Shard(0),)
+    placements = tuple(
+        Replicate() if placement.is_replicate() else Shard(0) for placement in param.placements
+    )
+    return param.device_mesh, placements

@@ -1,0 +1,147 @@
+"""Which ranks share the work on which parameters, and what of it falls to whom and when."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from largebatch.optim.base import Group
+from largebatch.optim.blockwise.blocks import Block, blocks_of
+from largebatch.optim.math.tensors import compute_dtype
+from largebatch.optim.sharding.layout import Name, local
+from largebatch.optim.sharding.placement import Spread, spread_of
+from largebatch.optim.sharding.redistribution import Exchange
+from largebatch.optim.sharding.rounds import Parcel
+from largebatch.optim.sharding.work_assignment import assign
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+# The options of a group that say which blocks its parameters have.
+CUT = ("precondition", "block_size", "merge_dims", "max_preconditioner_dim")
+
+
+@dataclass(eq=False)
+class Layer:
+    """A parameter as a second-order optimizer treats it."""
+
+    param: Tensor
+    name: Name
+    spread: Spread
+    blocks: tuple[Block, ...]
+    """What is preconditioned; none: a first-order method moves it."""
+    seen: tuple[Any, ...] = ()
+    """What it was made from, by `look_of`: where that has changed, it is another layer."""
+    owners: tuple[int, ...] = ()
+    """Of each block, by rank in the process group."""
+    slots: tuple[int, ...] = ()
+    """At which steps of an interval each block's roots are taken."""
+    state_names: tuple[str, ...] = ()
+    """Of each block's state, once there is any."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.param)
+
+    @property
+    def device(self) -> torch.device:
+        return local(self.param).device
+
+
+@dataclass(eq=False)
+class Team:
+    """Parameters that are spread over the same ranks."""
+
+    layers: list[Layer]
+    exchange: Exchange = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.exchange = Exchange(
+            [
+                Parcel(layer.spread, tuple(block.box for block in layer.blocks), layer.owners)
+                for layer in self.layers
+            ],
+            dtype=self.dtype,
+            device=self.layers[0].device,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Wide enough for all of its parameters."""
+        wide = any(layer.dtype == torch.float64 for layer in self.layers)
+        return torch.float64 if wide else torch.float32
+
+    @property
+    def is_sharded(self) -> bool:
+        return any(layer.spread.is_sharded for layer in self.layers)
+
+
+def look_of(param: Tensor, group: Group) -> tuple[Any, ...]:
+    """What decides how a parameter is cut and where it lies."""
+    cut = tuple(group[name] for name in CUT)
+    placements = getattr(param, "placements", None)
+    return cut, param.shape, param.dtype, param.device, placements
+
+
+def blocks_in(group: Group, shape: Sequence[int]) -> tuple[Block, ...]:
+    """The blocks of a tensor of this shape."""
+    precondition, *cut = (group[name] for name in CUT)
+    return blocks_of(shape, *cut) if precondition else ()
+
+
+def make_layer(
+    param: Tensor, name: Name, group: Group, process_group: "ProcessGroup | None"
+) -> Layer:
+    """A parameter with its blocks, which nobody owns yet.
+
+    Raises:
+        ValueError: a parameter whose parts cannot be known.
+    """
+    spread = spread_of(param, name, process_group)
+    return Layer(param, name, spread, blocks_in(group, param.shape), look_of(param, group))
+
+
+def share_out(layers: Iterable[Layer], group_of: Mapping[Tensor, Group]) -> None:
+    """Give every block of the layers an owner and a slot; those who have some keep them.
+
+    Slots are the same whatever the world size, and so are the steps at which roots are taken.
+    """
+    listed = sorted(layers, key=lambda layer: len(layer.owners) < len(layer.blocks))
+    by_interval: dict[int, list[Layer]] = {}
+    for layer in listed:
+        interval = group_of[layer.param]["precondition_interval"]
+        by_interval.setdefault(interval, []).append(layer)
+    for interval, members in by_interval.items():
+        fill(members, "slots", interval)
+    by_team: dict[Any, list[Layer]] = {}
+    for layer in listed:
+        by_team.setdefault(layer.spread.group, []).append(layer)
+    for process_group, members in by_team.items():
+        rounds = [slot for layer in members for slot in layer.slots]
+        fill(members, "owners", 1 if process_group is None else process_group.size(), rounds)
+
+
+def fill(layers: list[Layer], what: str, num_bins: int, rounds: list[int] | None = None) -> None:
+    """Set `slots` or `owners` of the layers, those that have none last in the list."""
+    costs = [block.cost for layer in layers for block in layer.blocks]
+    given = [chosen for layer in layers for chosen in getattr(layer, what)]
+    bins = assign(costs, num_bins, given=[chosen % num_bins for chosen in given], rounds=rounds)
+    ends = [0]
+    for layer in layers:
+        ends.append(ends[-1] + len(layer.blocks))
+    for layer, (start, end) in zip(layers, pairwise(ends), strict=True):
+        setattr(layer, what, tuple(bins[start:end]))
+
+
+def teams_of(layers: Iterable[Layer]) -> list[Team]:
+    """The layers by what they are spread over, in an order that all ranks share."""
+    by_group: dict[Any, list[Layer]] = {}
+    for layer in layers:
+        # The collectives of a team are on one device.
+        key = layer.spread.group, None if layer.spread.group is not None else layer.device
+        by_group.setdefault(key, []).append(layer)
+    return [Team(members) for members in by_group.values()]

@@ -1,0 +1,1 @@
+"""The family of K-FAC: Kronecker factors of layers that a model is watched for."""

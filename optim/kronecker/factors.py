@@ -1,0 +1,132 @@
+"""A layer's running averages and what is made of them, as they lie in the state of its weight.
+
+Only the rank that works on a layer has them; the others hold empty tensors in their place. Those
+of a layer's groups lie one below the other: a factor is (groups · n, n), a diagonal (groups · n,).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from largebatch.optim.kronecker.damping import Damping, Roots, decomposed
+from largebatch.optim.kronecker.layers import Layer, Sums
+from largebatch.optim.math.decompositions import Decomposition
+from largebatch.optim.math.tensors import write
+
+State = Mapping[str, Tensor]
+
+FACTORS = ("factor_in", "factor_out")
+ROOTS = (
+    *("inverse_in", "inverse_out"),  # of the factored forms
+    *("basis_in", "basis_out", "eigenvalues_in", "eigenvalues_out", "shift"),  # of "exact"
+)
+SCALARS = ("factor_weight", "items", "condition", "dropped_updates")
+FACTOR_STATE = frozenset((*FACTORS, *ROOTS, *SCALARS))
+
+
+def state_shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:
+    """All that is kept for a layer, none of it 0-d."""
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(SCALARS, (1,))
+    for side, (groups, *sizes) in (("in", layer.shape_in), ("out", layer.shape_out)):
+        factor = (groups * sizes[0], *sizes[1:])
+        shapes[f"factor_{side}"] = factor
+        if form != "exact":
+            shapes[f"inverse_{side}"] = factor
+            continue
+        shapes[f"eigenvalues_{side}"] = factor[:1]
+        if len(sizes) == 2:
+            shapes[f"basis_{side}"] = factor
+    return shapes if form != "exact" else shapes | {"shift": (layer.groups,)}
+
+
+def make_factor_state(layer: Layer, form: str, device: torch.device) -> dict[str, Tensor]:
+    """Averages of nothing, and the identity for a preconditioner."""
+    made: dict[str, Tensor] = {}
+    for name, shape in state_shapes(layer, form).items():
+        made[name] = torch.zeros(shape, dtype=layer.dtype, device=device)
+        if name == "condition":
+            made[name].fill_(1)
+        elif name.startswith(("inverse_", "basis_")):
+            in_groups(layer, made[name]).add_(_identity(made[name]))
+    return made
+
+
+def _identity(like: Tensor) -> Tensor:
+    """For each group of a matrix, or of a diagonal."""
+    if like.dim() == 1:
+        return torch.ones_like(like[:1])
+    return torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
+
+
+def average(
+    layer: Layer,
+    state: State,
+    sums: Sums,
+    items: Tensor,
+    scale: Tensor,
+    decay: float,
+    skip: Tensor | None,
+) -> None:
+    """F ← d F + (1 - d) F̂ for both factors, d the decay, where the layer has seen anything.
+
+    The sum of the weights is kept beside them: F divided by it is the average whatever d was. Sums
+    that are not finite, as of gradients whose squares overflow, are dropped and counted.
+
+    Args:
+        items: N, 0-d.
+        scale: of Σ δ̃δ̃ᵀ, N / R²c².
+    """
+    idle = ~(sums.positions > 0)
+    idle = idle if skip is None else idle | skip
+    found = (sums.inputs / sums.positions, sums.outputs * scale)
+    finite = found[0].isfinite().all() & found[1].isfinite().all()
+    dropped = state["dropped_updates"]
+    write([dropped], [dropped + 1], idle | finite)
+    idle = idle | ~finite
+    before = [in_groups(layer, state[key]) for key in FACTORS]
+    after = [old.lerp(new, 1 - decay) for old, new in zip(before, found, strict=True)]
+    weight, seen = state["factor_weight"], state["items"]
+    write([*before, weight, seen], [*after, decay * weight + (1 - decay), seen + items], idle)
+
+
+def averages(layer: Layer, state: State) -> tuple[Tensor, Tensor]:
+    """A and G of each group, bias-corrected; zeros before the first samples."""
+    weight = state["factor_weight"]
+    factor = torch.where(weight > 0, 1 / weight, 0.0)
+    factor_in, factor_out = (in_groups(layer, state[key] * factor) for key in FACTORS)
+    return factor_in, factor_out
+
+
+def new_roots(
+    layer: Layer, form: str, damping: Damping, state: State
+) -> Decomposition[dict[str, Tensor]]:
+    """What the averages come to, as it is kept; it raises what `decomposed` does."""
+    diagonal, value = (layer.diagonal_in, layer.diagonal_out), damping.value
+
+    def compute(factor_in: Tensor, factor_out: Tensor, *values: Tensor) -> dict[str, Tensor]:
+        with_value = replace(damping, value=values[0]) if values else damping
+        roots = decomposed(form, with_value, factor_in, factor_out, diagonal)
+        return {
+            name: value.reshape(-1) if value.dim() < 2 else value.flatten(0, 1)
+            for name, value in roots.items()
+        }
+
+    values = (value,) if isinstance(value, Tensor) else ()
+    device = state["factor_in"].device
+    return Decomposition(compute, lambda: (*averages(layer, state), *values), device)
+
+
+def roots_of(layer: Layer, state: State) -> Roots:
+    """What `precondition` needs."""
+    return {
+        key: state[key] if key == "shift" else in_groups(layer, state[key])
+        for key in ROOTS
+        if key in state
+    }
+
+
+def in_groups(layer: Layer, tensor: Tensor) -> Tensor:
+    """(groups · n, …) as (groups, n, …), a view."""
+    return tensor.view(layer.groups, -1, *tensor.shape[1:])

@@ -1,0 +1,391 @@
+"""What K-FAC needs around its formula: a model's layers, their ranks, groups, and state.
+
+Promises as in `largebatch.optim.layerwise.optimizer`: `p.grad` is left as it was, state is FP32 at
+least, also after `load_state_dict`, a step with `found_inf` on any rank changes nothing by one bit.
+The host waits for the device where a layer is decomposed, and nowhere else.
+"""
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from largebatch.optim.base import Group
+from largebatch.optim.blockwise.failure_notice import FailureNotice, counts_of
+from largebatch.optim.kronecker import saving
+from largebatch.optim.kronecker.coverage import (
+    coverage,
+    say_coverage,
+    warn_of_blind,
+    warn_of_uses_elsewhere,
+)
+from largebatch.optim.kronecker.factors import FACTOR_STATE
+from largebatch.optim.kronecker.layers import Layer, find_layers, signature, without_bias
+from largebatch.optim.kronecker.options import check_group, check_whole
+from largebatch.optim.kronecker.state import CurvatureState
+from largebatch.optim.kronecker.statistics import Curvature
+from largebatch.optim.kronecker.turns import Turns
+from largebatch.optim.kronecker.work_group import Team, make_teams
+from largebatch.optim.math.matrix_roots import REASONS, Failures
+from largebatch.optim.math.tensors import on_device
+from largebatch.optim.options import require
+from largebatch.optim.sharding.layout import Name, is_dtensor, local
+from largebatch.optim.sharding.placement import Spread, spread_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class CurvatureOptimizer(CurvatureState):
+    """Base of optimizers that watch a model's layers.
+
+    Args:
+        params: parameter groups; None: one of all parameters.
+        defaults: the options of a group.
+        options: those of the whole optimizer: `fisher`, `factor_interval`, `inverse_interval`,
+            `max_factor_size`.
+    """
+
+    takes_model: ClassVar[bool] = True
+    _OWN: ClassVar[tuple[str, ...]] = (
+        *("_model", "_options", "_process_group", "_elsewhere", "loss_scale", "failures"),
+    )
+    _curvature: Curvature
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: ParamsT | None,
+        defaults: Group,
+        options: Mapping[str, Any],
+        tolerated_failures: int,
+        process_group: "ProcessGroup | None",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"KFAC takes the model, whose layers it watches, got {type(model).__name__}: write "
+                "KFAC(model, lr=…), or KFAC(model, lr=…, params=…) for some of its parameters"
+            )
+        check_group(defaults)
+        check_whole(options)
+        require(tolerated_failures >= 0, "tolerated_failures", ">= 0", tolerated_failures)
+        model, averaging = unwrapped(model)
+        self._model, self._options = model, dict(options)
+        self._process_group = process_group or averaging
+        self.loss_scale: float | Tensor = 1.0
+        """c, for whoever scales losses by other means than GradScaler, which is asked."""
+        self.failures = Failures(tolerated_failures)
+        self._elsewhere = frozenset()
+        super().__init__(list(model.named_parameters()) if params is None else params, defaults)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Watch the model; what has been here before is in groups and state."""
+        self._stats: dict[Name, dict[str, Tensor]] = {}
+        self._notices: list[FailureNotice] = []
+        self._unsaid = True
+        self._layers: list[Layer] = []
+        self._teams: list[Team] = []
+        self._seen = []
+        self._shared: list[tuple[Any, ...]] | None = None
+        self._curvature = Curvature(self._model, self._find, self._options["fisher"] == "true")
+        self._find()
+        self._share()
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, as in torch, with options of its own.
+
+        Raises:
+            ValueError: an option out of range, a parameter that cannot be treated.
+        """
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1])
+            for name, param in [*self._named_params()][-len(self.param_groups[-1]["params"]) :]:
+                self._refuse(name, param)
+            clips = {group["kl_clip"] for group in self.param_groups}
+            require(len(clips) == 1, "kl_clip", "the same in every group", sorted(map(str, clips)))
+        except Exception:
+            self.param_groups.pop()
+            raise
+        if hasattr(self, "_curvature"):
+            self._find()
+            self._share()
+
+    def _name_of_new(self, param: Tensor, index: int) -> str:
+        names = {id(known): name for name, known in self._model.named_parameters()}
+        return names.get(id(param)) or super()._name_of_new(param, index)
+
+    def _refuse(self, name: Name, param: Tensor) -> None:
+        if param.is_complex():
+            raise ValueError(
+                f"KFAC takes real parameters, got {param.dtype} for parameter {name!r}: hold its "
+                "real and imaginary part as two parameters."
+            )
+        if getattr(param, "_fsdp_flattened", False):
+            raise ValueError(
+                f"KFAC needs whole layers, and parameter {name!r} is a flat shard of "
+                "FullyShardedDataParallel (FSDP1), which does not say what it holds: wrap the "
+                "model with torch.distributed.fsdp.fully_shard (FSDP2)."
+            )
+
+    def _named_params(self) -> Iterator[tuple[Name, nn.Parameter]]:
+        """Every parameter with its name, or its index over all groups where unnamed."""
+        first = 0
+        for group in self.param_groups:
+            params, names = group["params"], group.get("param_names", ())
+            if len(names) != len(params):  # edited without them
+                names = range(first, first + len(params))
+            yield from zip(names, params, strict=True)
+            first += len(params)
+
+    def _find(self) -> None:
+        """Find the layers, and hook into them, where groups or parameters are not as they were.
+
+        Before a forward pass and a step; communicates with nobody.
+        """
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        seen = [
+            (id(group), id(p), name, p.device, p.dtype, p.requires_grad)
+            for group, (name, p) in zip(groups, self._named_params(), strict=True)
+        ]
+        if seen == self._seen:
+            return
+        self._seen = seen
+        for group in self.param_groups:
+            for option, value in self.defaults.items():
+                group.setdefault(option, value)
+        self._names: dict[Tensor, Name] = {p: name for name, p in self._named_params()}
+        self._group_of = {param: group for group in self.param_groups for param in group["params"]}
+        self._spreads: dict[Tensor, Spread] = {
+            param: spread_of(param, name, self._process_group)
+            for param, name in self._names.items()
+        }
+        self._ranks = distinct(spread.group for spread in self._spreads.values())
+        known = {signature(layer): layer for layer in self._layers}
+        found = find_layers(self._model, self._options["max_factor_size"], self._is_trained)
+        found = [layer if self._together(layer) else without_bias(layer) for layer in found]
+        layers = [
+            layer
+            for layer in found
+            if self._together(layer) and layer.weight not in self._elsewhere
+        ]
+        self._layers = [known.get(signature(layer), layer) for layer in layers]
+        self._preconditioned = {param for layer in self._layers for param in layer.params}
+        self._refuse_alone(self._layers)
+        self._curvature.watch(self._layers)
+
+    def _is_trained(self, param: Tensor) -> bool:
+        """Or has been: what is frozen for a while keeps its curvature."""
+        return param.requires_grad or "step" in self.state.get(param, {})
+
+    def _together(self, layer: Layer) -> bool:
+        """Whether all of it is the optimizer's, and spread over the same ranks."""
+        known = all(param in self._spreads for param in layer.params)
+        return known and len({id(self._spreads[param].group) for param in layer.params}) == 1
+
+    def _share(self) -> None:
+        """Share the work on the layers out among their ranks, anew where they are not as they were.
+
+        What a layer's owner has moves with the work. A collective, if anything has changed.
+        """
+        shared = [
+            (layer, local(layer.weight).device, layer.dtype, self._spreads[layer.weight].group)
+            for layer in self._layers
+        ]
+        if shared == self._shared:
+            return
+        forms, copied = self._forms(), self._shared is None  # or new, with no state to speak of
+        interval = self._options["inverse_interval"]
+        known = {layer.weight for layer in self._layers if copied or layer in forms}
+        found = {param: state for param, state in self.state.items() if param in known}
+        found = saving.cut(self._teams, forms, found)
+        self._teams, self._shared = make_teams(self._layers, self._spreads, interval), shared
+        self.state.update(saving.join(self._teams, self._forms(), found))
+        for param in self._names.keys() - known:  # what has no curvature, or another kind of it
+            for key in self.state.get(param, {}).keys() & FACTOR_STATE:
+                del self.state[param][key]
+        phases = {layer: phase for team in self._teams for layer, phase in team.phases.items()}
+        self._turns = Turns(phases, interval, self._options["factor_interval"])
+        self._go_on()
+
+    def _agree_on_uses(self) -> None:
+        """Leave weights that passes on any rank have used without their modules to the fallback.
+
+        A collective of each team, at the first step after passes through layers that are new.
+        """
+        if not self._curvature.looks:
+            return
+        found = (self._curvature.elsewhere or set()) & self._curvature.passes
+        looked, used = self._curvature.looked(), []
+        for team in self._teams:
+            flags = [looked, *(layer in found for layer in team.layers)]
+            if team.group is not None:
+                told = torch.tensor(flags, dtype=torch.float32, device=team.device)
+                dist.all_reduce(told, dist.ReduceOp.MAX, group=team.group)
+                flags = [flag > 0 for flag in told.tolist()]
+            looked = looked or flags[0]
+            used += [
+                layer for layer, is_used in zip(team.layers, flags[1:], strict=True) if is_used
+            ]
+        self._curvature.looks = not looked
+        if used:
+            self.leave_out(layer.weight for layer in used)
+            for layer in used:
+                for param in layer.params:  # as a checkpoint of before this was looked for has it
+                    self.state.pop(param, None)
+            self._find()
+            self._share()
+            warn_of_uses_elsewhere(used)
+
+    def _refuse_alone(self, layers: Iterable[Layer]) -> None:
+        """Refuse plain layers of which nobody has said whether other ranks have them too."""
+        if self._process_group is not None or not dist.is_initialized():
+            return
+        plain = [layer.name for layer in layers if not is_dtensor(layer.weight)]
+        if plain and dist.get_world_size() > 1:
+            raise ValueError(
+                f"process_group must be given on {dist.get_world_size()} ranks, because the "
+                f"curvature of layer {plain[0]!r} is an average over those that average its "
+                "gradients, as the gradients are: torch.distributed.group.WORLD with DDP, a group "
+                "of this rank alone for a model of its own"
+            )
+
+    def _go_on(self) -> None:
+        """Take up the state's count of steps, which waits for the device."""
+        steps = [state["step"] for state in self.state.values() if "step" in state]
+        decomposed = [layer for layer in self._layers if self._has_factors(layer)]
+        self._turns.go_on(max(steps, default=None, key=float), decomposed)
+        self._curvature.active = self._turns.begin()
+
+    def _owned(self) -> Iterator[Layer]:
+        return (layer for team in self._teams for layer in team.owned)
+
+    # What users call ----------------------------------------------------------------------------
+
+    def items(self, number: int) -> None:
+        """Say of how many items the loss of a pass is the mean, on this rank; once for each pass.
+
+        Needed where they are not the samples: tokens, or what a mask leaves of them. With losses
+        scaled such that the gradient is of the mean over all items, `number` is this pass's own.
+        """
+        require(number >= 0, "number", ">= 0", number)
+        self._curvature.tell(number)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; the curvature of gradients that no step has used goes with them."""
+        super().zero_grad(set_to_none)
+        self._curvature.drop()
+
+    def fisher_backward(self, loss: Tensor) -> None:
+        """For `fisher="true"`: take the curvature from this loss, whose labels are samples.
+
+        Between the model's forward pass and the backward pass of training. `loss` is the training
+        loss, scaled alike, with labels sampled from the model's own prediction:
+
+            logits = model(x)
+            labels = torch.distributions.Categorical(logits=logits.detach()).sample()
+            optimizer.fisher_backward(cross_entropy(logits, labels))
+            cross_entropy(logits, y).backward()
+
+        It costs a backward pass through activations; no gradient of a parameter is computed.
+
+        Raises:
+            RuntimeError: the optimizer takes the empirical Fisher, or has not seen a forward pass.
+        """
+        if self._options["fisher"] != "true":
+            raise RuntimeError("fisher_backward needs fisher='true', got 'empirical'")
+        self._curvature.backward(loss)
+
+    # The phases of a step that do not depend on the formula -------------------------------------
+
+    def _refuse_sparse(self) -> None:
+        for name, param in self._named_params():
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"KFAC needs dense gradients, got a {param.grad.layout} gradient for "
+                    f"parameter {name!r}."
+                )
+
+    def _agreed_skip(self) -> Tensor | None:
+        """Whether any rank has found a gradient that is not finite, 0-d bool; None: not asked."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is None:
+            return None
+        device = local(next(iter(self._names))).device
+        flag = on_device(found_inf, device).float().clone()
+        for group in self._ranks:
+            dist.all_reduce(flag, group=group)
+        return flag != 0
+
+    def _take_loss_scale(self) -> float | Tensor:
+        """What the losses of this step were multiplied by, unscaled since or not."""
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        scale = self._take_scale_of_scaler()
+        scale = scale if grad_scale is None else grad_scale
+        return self.loss_scale if scale is None else scale
+
+    def _heed_failures(self) -> None:
+        """Raise, on every rank, what failed for good on one of them at the step before."""
+        notices, self._notices = self._notices, []
+        for notice in notices:
+            notice.check()
+
+    def _exhausted(self, team: Team) -> Tensor:
+        """What failed for good on this rank, for the others to know; empty where there are none."""
+        if team.group is None:
+            return torch.empty(0, device=team.device)
+        names = [layer.name for layer in team.layers]
+        if not self.failures.exhausted:  # made there: a copy would wait for the device
+            return torch.zeros(len(names) * len(REASONS), device=team.device)
+        return torch.tensor(counts_of(self.failures, names), device=team.device)
+
+    def _tell_failures(self, team: Team, counts: Tensor) -> None:
+        if counts.numel():
+            names = [layer.name for layer in team.layers]
+            self._notices.append(FailureNotice(self.failures, names, counts))
+
+    def _say_once(self) -> None:
+        """Say how much of the model has curvature and which layers go unseen: at the first step.
+
+        Not at one with a learning rate of 0, by which torch makes the state that a checkpoint is
+        loaded into: before it there were no passes.
+        """
+        rates = [group["lr"] for group in self.param_groups]
+        still = not any(isinstance(rate, Tensor) or rate for rate in rates)  # read, it might wait
+        if self._unsaid and self._curvature.active and not still:  # so that the passes were seen
+            self._unsaid = False
+            say_coverage(self._names, self._layers)
+            moved = [layer for layer in self._layers if layer.weight.grad is not None]
+            warn_of_blind([layer for layer in moved if layer not in self._curvature.passes])
+
+    def __repr__(self) -> str:
+        options = {**self._options, **self._essentials()}
+        said = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return f"{super().__repr__()}\n{said}\n{coverage(self._names, self._layers)[0]}"
+
+    def _essentials(self) -> dict[str, Any]:
+        """Options of the whole optimizer, beside those that every subclass has."""
+        return {}
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, "ProcessGroup | None"]:
+    """What DDP and torch.compile have wrapped, and the ranks that DDP averages over."""
+    process_group = None
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # of torch.compile
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            process_group, inner = model.process_group, model.module
+        if not isinstance(inner, nn.Module):
+            return model, process_group
+        model = inner
+
+
+T = TypeVar("T", bound=Hashable)
+
+
+def distinct(things: Iterable[T | None]) -> list[T]:
+    return list(dict.fromkeys(thing for thing in things if thing is not None))

@@ -1,0 +1,109 @@
+"""How what only the owner of a layer has is saved, and loaded in another world.
+
+As in `largebatch.optim.blockwise.portable`: in a state dict it is a DTensor, of which every rank
+has a part.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from largebatch.optim.blockwise.portable import Key, Portable
+from largebatch.optim.blockwise.state_memory import DROPPED
+from largebatch.optim.blockwise.work_group import Layer as Spreading
+from largebatch.optim.kronecker.factors import state_shapes
+from largebatch.optim.kronecker.layers import Layer
+from largebatch.optim.kronecker.work_group import Team
+from largebatch.optim.loading import as_kept, as_state
+from largebatch.optim.sharding.layout import Name, local
+from largebatch.optim.sharding.placement import Spread
+
+States = Mapping[Tensor, Mapping[str, Any]]
+Forms = Mapping[Layer, str]
+
+
+def cut(teams: list[Team], forms: Forms, states: States) -> dict[Tensor, dict[str, Any]]:
+    """The state of every parameter as it is saved. A collective of each team."""
+    saved = {param: dict(state) for param, state in states.items()}
+    for portable, keys in portables(teams, forms, states):
+        for (param, key), value in portable.cut(entries(states, keys)).items():
+            saved[param][key] = value
+    return saved
+
+
+def join(teams: list[Team], forms: Forms, states: States) -> dict[Tensor, dict[str, Any]]:
+    """The opposite of `cut`."""
+    ready = {param: dict(state) for param, state in states.items()}
+    for portable, keys in portables(teams, forms, states):
+        for (param, key), value in portable.join(entries(states, keys)).items():
+            ready[param][key] = value
+    return ready
+
+
+def entries(states: States, keys: list[Key]) -> dict[Key, Tensor]:
+    return {(param, key): states[param][key] for param, key in keys}
+
+
+def portables(
+    teams: list[Team], forms: Forms, states: States
+) -> Iterator[tuple[Portable, list[Key]]]:
+    for team in teams:
+        held = [layer for layer in team.layers if "factor_in" in states.get(layer.weight, {})]
+        if team.group is None or not held:
+            continue
+        shapes: dict[Key, tuple[int, ...]] = {}
+        owners: dict[Key, int] = {}
+        for layer in held:
+            for key, shape in state_shapes(layer, forms[layer]).items():
+                shapes[layer.weight, key] = shape
+                owners[layer.weight, key] = team.owners[layer]
+        spreads = [spreading(layer, team.spreads[layer.weight]) for layer in held]
+        yield Portable(spreads, shapes, owners), [*shapes]
+
+
+def spreading(layer: Layer, spread: Spread) -> Spreading:
+    return Spreading(layer.weight, layer.name, spread, ())
+
+
+def checked(
+    param: Tensor,
+    name: Name,
+    found: Mapping[str, Any],
+    keys: set[str],
+    layer: Layer | None,
+    form: str,
+) -> dict[str, Any]:
+    """A parameter's loaded state in the dtype and on the device that `step` expects.
+
+    Args:
+        keys: what there has to be, apart from the layer's own.
+
+    Raises:
+        ValueError: an entry that is missing or of another shape; one that is unknown is kept.
+    """
+    shapes = {} if layer is None else state_shapes(layer, form)
+    zeros = {"dropped_updates": torch.zeros(1)} if layer is not None else {}
+    found = {DROPPED: torch.zeros(()), **zeros, **found}  # of before these were counted
+    if (keys | shapes.keys()) - found.keys():
+        wrong = sorted(found.keys() ^ (keys | shapes.keys()))
+        raise ValueError(
+            f"state of parameter {name!r} must have the entries that its options make, got or "
+            f"lacks {', '.join(wrong[:4])}: was it saved by another optimizer, or with another "
+            "form, graft, rule or fallback?"
+        )
+    ready = {}
+    for key, value in found.items():
+        if key not in shapes:
+            known = key in keys and key != DROPPED
+            ready[key] = as_state(key, value, name, param) if known else as_kept(value, param)
+            continue
+        assert layer is not None
+        if tuple(value.shape) != shapes[key]:
+            raise ValueError(
+                f"state {key!r} of parameter {name!r} must have the shape {shapes[key]}, got "
+                f"{tuple(value.shape)}: was it saved with another max_factor_size?"
+            )
+        ready[key] = value.to(local(param).device, layer.dtype, copy=True)
+    return ready

@@ -1,0 +1,215 @@
+"""The state of an optimizer that watches a model's layers: made, saved, loaded and copied."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, StateDict
+
+from largebatch.optim.base import Group, MaskedOptimizer
+from largebatch.optim.blockwise.state_memory import DROPPED
+from largebatch.optim.kronecker import saving
+from largebatch.optim.kronecker.factors import make_factor_state, state_shapes
+from largebatch.optim.kronecker.layers import Layer
+from largebatch.optim.kronecker.turns import Turns
+from largebatch.optim.kronecker.work_group import Team
+from largebatch.optim.loading import in_own_order, of_no_parameter
+from largebatch.optim.math.tensors import compute_dtype, write
+from largebatch.optim.sharding.layout import Name, local
+
+ELSEWHERE = "used_elsewhere"
+
+
+class CurvatureState(MaskedOptimizer):
+    """An optimizer with factors in the state of its layers' weights."""
+
+    _OWN: ClassVar[tuple[str, ...]] = ()
+    """What a copy has beside groups and state."""
+    _elsewhere: frozenset[Tensor]
+    """Weights that the model uses without their modules too, which have no curvature."""
+    _seen: list[Any]
+    """By which `_find` knows what has changed."""
+    _names: dict[Tensor, Name]
+    _group_of: dict[Tensor, Group]
+    _teams: list[Team]
+    _turns: Turns
+
+    def _begin(self) -> None:
+        """Watch the model; what has been here before is in groups and state."""
+        raise NotImplementedError
+
+    def _find(self) -> None:
+        """Find the layers of the parameters as they are now."""
+        raise NotImplementedError
+
+    def _share(self) -> None:
+        """Share them out among their ranks."""
+        raise NotImplementedError
+
+    def _go_on(self) -> None:
+        """Take up the state's count of steps."""
+        raise NotImplementedError
+
+    def _keys(self, param: Tensor, group: Group) -> tuple[str, ...]:
+        """The state tensors that are shaped like the parameter."""
+        raise NotImplementedError
+
+    # What a step makes --------------------------------------------------------------------------
+
+    def _count_step(self, skip: Tensor | None) -> None:
+        """Make what state is missing, and advance the step of every parameter with a gradient."""
+        for team in self._teams:
+            for layer in team.layers:
+                state = self.state.get(layer.weight, {})
+                if (team.size > 1 or layer.weight.grad is not None) and "factor_in" not in state:
+                    self.state[layer.weight].update(self._new_factor_state(team, layer))
+                    self._make_state(layer.weight)  # whole, for it may be saved without a gradient
+        moved = [param for _, param in self._moved()]
+        self._turns.counts.read((p, self.state[p]) for p in moved if p in self.state)
+        for param in moved:
+            state = self._make_state(param)
+            self._turns.counts.of(param, state)  # before it is advanced
+            write([state["step"]], [state["step"] + 1], skip)
+
+    def _make_state(self, param: Tensor) -> dict[str, Tensor]:
+        """The parameter's state, with zeros for what of its own shape is missing."""
+        state: dict[str, Tensor] = self.state[param]
+        for key in self._keys(param, self._group_of[param]):
+            if key not in state:
+                state[key] = torch.zeros_like(param, dtype=compute_dtype(param))
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=local(param).device)
+            self._turns.counts.begin(param)
+        if DROPPED not in state:
+            state[DROPPED] = torch.zeros_like(state["step"])
+        if param in self._elsewhere and ELSEWHERE not in state:
+            state[ELSEWHERE] = torch.ones_like(state["step"])  # for a run that goes on from here
+        return state
+
+    def _new_factor_state(self, team: Team, layer: Layer) -> dict[str, Tensor]:
+        form = self._forms()[layer]
+        if layer in team.owned:
+            return make_factor_state(layer, form, team.device)
+        empty = torch.empty(0, dtype=layer.dtype, device=team.device)
+        return {name: empty.clone() for name in state_shapes(layer, form)}
+
+    def _forms(self) -> dict[Layer, str]:
+        """Of the layers that are shared out and still in a group."""
+        layers = (layer for team in self._teams for layer in team.layers)
+        known = (layer for layer in layers if layer.weight in self._group_of)
+        return {layer: self._group_of[layer.weight]["form"] for layer in known}
+
+    def _moved(self) -> Iterator[tuple[Group, Tensor]]:
+        return ((g, param) for param, g in self._group_of.items() if param.grad is not None)
+
+    def _has_factors(self, layer: Layer) -> bool:
+        return "factor_in" in self.state.get(layer.weight, {})
+
+    # What is saved ------------------------------------------------------------------------------
+
+    def state_dict(self) -> StateDict:
+        """As torch's. Where ranks share the work, all of them have to call it, and to load it.
+
+        What lies on the rank that works on a layer is then a DTensor: any world size can load it.
+        """
+
+        self._find()
+        self._share()
+
+        def spread(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
+            found = {param: self.state[param] for param in self._names if param in self.state}
+            saved = saving.cut(self._teams, self._forms(), found)
+            state = dict(packed["state"])
+            for param, index in self._numbered(packed):
+                if param in saved:
+                    state[index] = saved[param]
+            return {**packed, "state": state}
+
+        hook = self.register_state_dict_post_hook(spread, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load as torch does, hooks included, but keep state in FP32; as for `state_dict`.
+
+        Raises:
+            ValueError: a state that does not fit these parameters or these options; what was there
+                before remains.
+        """
+        loaded: StateDict = {}
+
+        def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
+            final = in_own_order(final, self.param_groups)
+            loaded.update(final)
+            # Torch would cast it to the parameters' dtype.
+            return {**final, "state": of_no_parameter(final)}
+
+        def put_state(_: Optimizer) -> None:  # before the user's post-hooks
+            state = loaded["state"]
+            found = {p: state[i] for p, i in self._numbered(loaded) if i in state}
+            self.leave_out(param for param in found if ELSEWHERE in found[param])
+            self._find()
+            self._share()
+            self.state.update(self._ready(found))
+            self._go_on()
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(take_state),
+            self.register_load_state_dict_post_hook(put_state, prepend=True),
+        )
+        before = self.__dict__.copy()
+        try:
+            super().load_state_dict(state_dict)
+        except Exception:
+            self.__dict__.update(before)  # groups and state, which torch has replaced
+            self._seen = []  # for the hooks are those of what has not been loaded
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def leave_out(self, params: Iterable[Tensor]) -> None:
+        """Leave weights to the fallback from the next step, or look at the state, on.
+
+        For a state that is read in place: whose entries have ELSEWHERE had no curvature.
+        """
+        self._elsewhere, self._seen = self._elsewhere.union(params), []
+
+    def _numbered(self, packed: StateDict) -> Iterator[tuple[Tensor, Any]]:
+        """Every parameter with its number in a state dict."""
+        for ours, theirs in zip(self.param_groups, packed["param_groups"], strict=True):
+            yield from zip(ours["params"], theirs["params"], strict=True)
+
+    def _ready(self, found: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+        """Loaded state as `step` expects it.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        forms, layers = self._forms(), {layer.weight: layer for layer in self._forms()}
+        ready = {}
+        for param, state in found.items():
+            keys = {"step", DROPPED, *self._keys(param, self._group_of[param])}
+            layer = layers.get(param)  # type: ignore[call-overload] # by identity
+            form = "" if layer is None else forms[layer]
+            ready[param] = saving.checked(param, self._names[param], state, keys, layer, form)
+        return saving.join(self._teams, forms, ready)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if any(team.group is not None for team in self._teams):
+            raise TypeError(
+                "KFAC shares its work with other ranks and cannot be copied or pickled: build one "
+                "for the other model and give it this one's state_dict()"
+            )
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "own": {name: self.__dict__[name] for name in self._OWN}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = state.pop("own", None)
+        super().__setstate__(state)
+        if own is not None:  # a copy; else groups and state alone are loaded
+            self.__dict__.update(own)
+            self._begin()

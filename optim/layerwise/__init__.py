@@ -1,0 +1,1 @@
+"""The family of LARS and LAMB: one trust ratio for each layer."""

@@ -1,0 +1,394 @@
+"""What every layer-wise optimizer needs around its formula.
+
+A step is a list of phases that each optimizer writes out for itself: see what there is to do, agree
+on what all ranks must decide alike, take the norms of every layer, and the trust ratios from them,
+move the weights. Here are the phases that do not depend on the formula, and the promises that hold
+for every optimizer:
+
+- a layer's norm is that of the whole layer, however it is spread over ranks, and all norms of a
+  step travel in one collective for each process group (two where the gradients are clipped);
+- no host synchronisation: norms, ratios, step counters and the decision to skip stay on the device;
+- `p.grad` is left as it was found;
+- arithmetic and state are FP32 for bf16 and fp16 parameters, also after `load_state_dict`; the new
+  weight is rounded once, when it is written;
+- torch's `grad_scale` / `found_inf` protocol (`torch.amp.GradScaler` sets both attributes): a step
+  with a non-zero `found_inf` on any rank changes neither parameters nor state, not by one bit.
+
+What composes with what, in this order: unscale, agree on `found_inf`, clip by the global norm,
+[the optimizer's update and its norm], φ and the ratio, its bounds, the rule for zero norms,
+`adapt=False`; `largebatch.optim.math.trust_ratio` has the last four.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from largebatch.optim.base import Group, MaskedOptimizer, refuse_param
+from largebatch.optim.layerwise.state_import import to_native
+from largebatch.optim.layerwise.step_plan import Batch, Work, norms_of, plan_work
+from largebatch.optim.layerwise.synced_step import Agreed, Stats
+from largebatch.optim.layerwise.unbound import Unbound, refuse_redundancy
+from largebatch.optim.loading import as_kept, as_state, in_own_order, laid_out_as, of_no_parameter
+from largebatch.optim.math.tensors import (
+    Tensors,
+    compute_dtype,
+    gradient_of,
+    in_dtype,
+    on_device,
+    root,
+)
+from largebatch.optim.math.trust_ratio import ADAPT_UNDECAYED
+from largebatch.optim.options import require, require_lr, require_one_of
+from largebatch.optim.sharding.layout import Layout, Name, layout_of, local
+
+
+class LayerwiseOptimizer(MaskedOptimizer):
+    """Base of the layer-wise optimizers: their groups, their state, and the phases they share."""
+
+    # On the class too, because deepcopy and pickle keep an optimizer's groups and state only.
+    _stats: Mapping[Any, Stats] = MappingProxyType({})
+    _clip_norm: Callable[[], Tensor] | None = None
+
+    variant = "paper"
+
+    _known_state: ClassVar[tuple[str, ...]] = ()
+    """All state that is shaped like its parameter, whatever the options."""
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        defaults = {"adapt": True, "norm_groups": None, "norm_dim": 0, **defaults}
+        self._unbound = Unbound()
+        self._forget_work()
+        self._check_options(defaults)
+        super().__init__(params, defaults)
+
+    def _forget_work(self) -> None:
+        self._bound: dict[Tensor, Layout] = {}
+        self._work: dict[Any, Work] = {}
+        self._rooms: dict[torch.dtype, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "variant": self.variant}
+
+    def __repr__(self) -> str:
+        """As torch's, with the variant that the options were made from."""
+        name = type(self).__name__
+        return super().__repr__().replace(f"{name} (", f"{name} (variant: {self.variant}", 1)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_unbound", Unbound())  # none comes with a copy
+        self._forget_work()
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Refuse options (the defaults, or one group's) out of range; subclasses add their own."""
+        lr, weight_decay = options["lr"], options["weight_decay"]
+        require_lr(lr)
+        require(0 <= weight_decay < math.inf, "weight_decay", "in [0, inf)", weight_decay)
+        for switch in ("adapt", "maximize", "master_weights"):
+            require(isinstance(options[switch], bool), switch, "True or False", options[switch])
+        require(options["max_grad_norm"] > 0, "max_grad_norm", "> 0", options["max_grad_norm"])
+        require_one_of(options, "adapt_undecayed", ADAPT_UNDECAYED)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch.
+
+        In it, `adapt=False` fixes its layers' trust ratios at 1; `norm_groups=N`, or a tuple of
+        sizes, splits each of its tensors along `norm_dim` into layers of their own.
+
+        Raises:
+            ValueError: an option out of range, a split that does not fit, a parameter whose layers
+                cannot be known.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_options(self.param_groups[-1])
+            *_, (group, names) = self._named_groups()
+            for name, param in zip(names, group["params"], strict=True):
+                refuse_param(type(self).__name__, "to know layers", name, param)
+                layout_of(param, name, group["norm_groups"], group["norm_dim"])
+            self._max_grad_norm()
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._unbound.give(group["params"])
+
+    def _named_groups(self) -> Iterator[tuple[Group, list[Name]]]:
+        """Each group with its parameters' names, or their index over all groups where unnamed."""
+        first = 0
+        for group in self.param_groups:
+            end = first + len(group["params"])
+            names = group.get("param_names", ())
+            # A wrapper may have put parameters of its own in the place of those that were named.
+            named = len(names) == len(group["params"])
+            yield group, list(names if named else range(first, end))
+            first = end
+
+    def _max_grad_norm(self) -> float:
+        """The bound of the global norm, which all groups share.
+
+        Raises:
+            ValueError: they do not.
+        """
+        values = {float(group["max_grad_norm"]) for group in self.param_groups}
+        if len(values) > 1:
+            raise ValueError(
+                "max_grad_norm bounds the norm over all parameter groups and must be the same in "
+                f"each, got {sorted(values)}"
+            )
+        return values.pop()
+
+    def bind_layouts(
+        self,
+        layouts: Mapping[Tensor, Layout],
+        clip_norm: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """Say where the layers lie in parameters that do not show it, such as flat buffers.
+
+        Args:
+            clip_norm: the global gradient norm, 0-d, of unscaled gradients and before any clipping,
+                for those who cannot see all of them in one step; taken in place of the optimizer's
+                own.
+        """
+        self._bound.update(layouts)
+        self._clip_norm = clip_norm
+        self._work.clear()
+
+    # The phases of a step -----------------------------------------------------------------------
+
+    def _plan(self) -> Work:
+        """What there is to do. A sparse gradient is refused before anything has changed."""
+        key: list[Any] = []
+        for group in self.param_groups:
+            key.append((id(group), group["norm_groups"], group["norm_dim"]))
+            for param in group["params"]:
+                key.append((id(param), param.grad is None, param.dtype, param.device, param.shape))
+                key.append(param.stride())  # of all: what lies in order decides how it is cut
+                if param.grad is not None and param.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} needs dense gradients, got a "
+                        f"{param.grad.layout} gradient for parameter {self._name_of(param)!r}."
+                    )
+        known = self._work.get(tuple(key))
+        if known is None:
+            # Plans made for other strides go with the state's; and those of gradients that come
+            # and go in ever new patterns.
+            if self._follow_strides() or len(self._work) >= 64:
+                self._work.clear()
+            known = plan_work(self.param_groups, self._layouts())
+            known.flats = self._unbound.flats(self.param_groups, self._bound)
+            if self._clip_norm is None:
+                refuse_redundancy(self, self._max_grad_norm())
+            self._work[tuple(key)] = known
+        self._unbound.refuse_flats(type(self).__name__, known.flats)
+        return known
+
+    def _follow_strides(self) -> bool:
+        """Lay state out as its parameter is now, which may have become channels-last or have got
+        another tensor for its data; whether there was any to lay out.
+        """
+        moved = False
+        for group in self.param_groups:
+            for param in group["params"]:
+                for key, value in self.state.get(param, {}).items():
+                    if isinstance(value, Tensor) and value.shape == param.shape:
+                        followed = laid_out_as(param, value)
+                        moved |= followed is not value
+                        self.state[param][key] = followed
+        return moved
+
+    def _name_of(self, wanted: Tensor) -> Name:
+        return next(
+            name
+            for group, names in self._named_groups()
+            for name, param in zip(names, group["params"], strict=True)
+            if param is wanted
+        )
+
+    def _layouts(self) -> dict[Tensor, Layout]:
+        return {
+            param: self._bound.get(param)
+            or layout_of(param, name, group["norm_groups"], group["norm_dim"])
+            for group, names in self._named_groups()
+            for name, param in zip(names, group["params"], strict=True)
+        }
+
+    def _agree(self, work: Work) -> Agreed:
+        """Whether to skip, and what to divide the gradients by: the same on every rank."""
+        # Of all parameters, held here or not: placing a gradient may be a collective.
+        gradients = {param: gradient_of(param) for _, param in work.params}
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        max_norm = self._max_grad_norm()
+        divisor = None if grad_scale is None else on_device(grad_scale, work.device).float()
+        flag = None if found_inf is None else on_device(found_inf, work.device).float().clone()
+        if max_norm < math.inf and self._clip_norm is not None:
+            norm = on_device(self._clip_norm(), work.device)
+        elif max_norm < math.inf:
+            norms: list[Tensor] = []
+            for batch in work.batches:
+                norms += norms_of(batch, batch.cut(gradients.__getitem__))
+            squares = work.squares(norms)
+            norm = work.complete(squares, flag).sum().sqrt()
+            norm = norm if divisor is None else norm / divisor
+        elif flag is not None and work.exchanges:
+            none = torch.zeros(len(work.names), 0, dtype=work.dtype, device=work.device)
+            work.complete(none, flag)
+        if max_norm < math.inf:
+            clip = torch.clamp(norm / max_norm, min=1.0)
+            divisor = clip if divisor is None else divisor * clip
+        return Agreed(gradients, divisor, None if flag is None else flag != 0)
+
+    def _gradients(self, batch: Batch, agreed: Agreed) -> Tensors:
+        """The chunks' gradients to descend along, in the batch's dtype; not to be written to."""
+        grads: Tensors = in_dtype(batch.cut(agreed.gradients.__getitem__), batch.dtype)
+        if agreed.divisor is not None:
+            grads = torch._foreach_div(grads, agreed.divisor.to(batch.device, batch.dtype))
+        return torch._foreach_neg(grads) if batch.group["maximize"] else grads
+
+    def _weights(self, batch: Batch) -> list[Tensor]:
+        """The chunks' weights in the batch's dtype.
+
+        The parameters themselves where they have that dtype, else their FP32 master copies, else
+        copies of the moment.
+        """
+        if not batch.group["master_weights"]:
+            return in_dtype(batch.cut(local), batch.dtype)
+        chunks = batch.cut(lambda param: local(self.state[param].get("master_weight", param)))
+        return in_dtype(chunks, batch.dtype)
+
+    def _state_of(self, batch: Batch, key: str) -> list[Tensor]:
+        """The chunks of a state that is shaped like the parameters."""
+        return batch.cut(lambda param: local(self.state[param][key]))
+
+    def _make_state(self, work: Work) -> None:
+        """Make what state is missing, as at a parameter's first gradient; on every rank alike."""
+        for group, param in work.params:
+            dtype, held = compute_dtype(param), self.state.get(param, {})
+            for key in self._state_keys(group):
+                if key not in held:
+                    self.state[param][key] = torch.zeros_like(param, dtype=dtype)
+            if group["master_weights"] and "master_weight" not in held and param.dtype != dtype:
+                self.state[param]["master_weight"] = param.detach().to(dtype)
+
+    def _state_keys(self, group: Group) -> tuple[str, ...]:
+        """The state tensors that are shaped like the parameter, zeros at first."""
+        raise NotImplementedError
+
+    def _room(self, batch: Batch) -> Tensor:
+        """Working memory with an element for each of the batch's, not to be shared with others.
+
+        On a CPU it is kept from step to step, because fresh pages cost more than the arithmetic on
+        them; elsewhere the allocator keeps them, and lends them out between steps.
+        """
+        if batch.device.type != "cpu":
+            return torch.empty(batch.numel, dtype=batch.dtype, device=batch.device)
+        end, room = batch.start + batch.numel, self._rooms.get(batch.dtype)
+        if room is None or room.numel() < end:
+            batches = self._plan().batches
+            need = max(b.start + b.numel for b in batches if b.dtype == batch.dtype)
+            room = self._rooms[batch.dtype] = torch.empty(need, dtype=batch.dtype)
+        return room[batch.start : end]
+
+    def _trust_ratios(self, work: Work, weight_norms: Tensors, update_norms: Tensors) -> Tensor:
+        """The trust ratio of every layer, shape (layers,), from the norms of all chunks in order.
+
+        This is the step's last collective, and the numbers behind `layer_stats`.
+        """
+        sums = torch.stack([work.squares([*weight_norms]), work.squares([*update_norms])], dim=1)
+        weight_norm, update_norm = root(work.complete(sums)).unbind(dim=1)
+        ratios = [
+            self._ratio(group, weight_norm[layers], update_norm[layers])
+            for group, layers in work.groups
+        ]
+        ratio = torch.cat(ratios) if len(ratios) > 1 else ratios[0]
+        shown = [each.to(work.stats_dtype) for each in (weight_norm, update_norm, ratio)]
+        stats = Stats(work.names, work.moved, *shown)
+        # Wrappers that bind layouts may show the parameters part by part, a step for each.
+        self._stats = {**self._stats, tuple(work.names): stats} if self._bound else {None: stats}
+        return ratio
+
+    def _ratio(self, group: Group, weight_norm: Tensor, update_norm: Tensor) -> Tensor:
+        """The trust ratios of a group's layers, shape (layers,), from their norms."""
+        raise NotImplementedError
+
+    def _adapts(self, group: Group) -> bool:
+        """Whether the layers of a group have a trust ratio, or 1."""
+        rule, decays = group["adapt_undecayed"], group["weight_decay"] != 0
+        if not group["adapt"] or (rule == "never" and not decays):
+            return False
+        return not (rule == "unless_excluded" and not decays and self.defaults["weight_decay"] != 0)
+
+    # What users call ----------------------------------------------------------------------------
+
+    def layer_stats(self) -> dict[Name, dict[str, Tensor]]:
+        """‖w‖ before the step, ‖u‖ and the trust ratio of every layer moved by the last step.
+
+        Keys are the parameters' names where the optimizer was given `model.named_parameters()`,
+        else their index over all groups; the layers of a split one are called "name[0]", "name[1]",
+        and so on. Values are 0-d tensors on the device; when to read them on the host is the
+        caller's choice. After a step masked by `found_inf` they are void.
+        """
+        return {name: layer for stats in self._stats.values() for name, layer in stats.by_layer()}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load as torch does, hooks included, but keep the state in FP32.
+
+        `torch.optim.Optimizer` casts every floating-point state to its parameter's dtype, which
+        would round the moments of a bf16 parameter to bf16. So torch is handed the groups alone.
+        State of the same algorithm in another library is taken too: see
+        `largebatch.optim.layerwise.state_import`.
+
+        Raises:
+            ValueError: a state that does not fit these parameters or this algorithm.
+        """
+        loaded: dict[Tensor, dict[str, Any]] = {}
+
+        def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
+            native = to_native(in_own_order(final, self.param_groups), self)
+            loaded.update(self._state_by_param(native))
+            return {**native, "state": of_no_parameter(native)}
+
+        def put_state(_: Optimizer) -> None:  # before the user's post-hooks
+            self.state.update(loaded)
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(take_state),
+            self.register_load_state_dict_post_hook(put_state, prepend=True),
+        )
+        bound, clip_norm = self._bound, self._clip_norm
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            # The parameters are the same ones, and lie where they did.
+            self.bind_layouts(bound, clip_norm)
+
+    def _state_by_param(self, native: StateDict) -> dict[Tensor, dict[str, Any]]:
+        """The state of each parameter, ready for `step`.
+
+        Raises:
+            ValueError: a tensor that does not have its parameter's shape and placement.
+        """
+        ids = [index for group in native["param_groups"] for index in group["params"]]
+        named = [
+            (name, param)
+            for group, names in self._named_groups()
+            for name, param in zip(names, group["params"], strict=True)
+        ]
+        if len(ids) != len(named):
+            return {}  # torch refuses it
+        known = ("step", "master_weight", *self._known_state)
+        return {
+            param: {
+                key: as_state(key, value, name, param) if key in known else as_kept(value, param)
+                for key, value in native["state"][index].items()
+            }
+            for index, (name, param) in zip(ids, named, strict=True)
+            if index in native["state"]
+        }

@@ -1,0 +1,38 @@
+"""What a layer-wise step starts from, and what it was like."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from largebatch.optim.sharding.layout import Name
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What a step starts from: decided alike by all ranks before any moment is touched."""
+
+    gradients: Mapping[Tensor, Tensor]
+    """The local part of each parameter's gradient, as it is, placed like the parameter."""
+    divisor: Tensor | None
+    """0-d: what every gradient is divided by, loss scale and clip together."""
+    skip: Tensor | None
+    """0-d bool: where true, nothing may change."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The layers' norms and ratios of a step, vectors over `names`."""
+
+    names: list[Name]
+    moved: list[int]
+    weight_norm: Tensor
+    update_norm: Tensor
+    trust_ratio: Tensor
+
+    def by_layer(self) -> Iterator[tuple[Name, dict[str, Tensor]]]:
+        keys = ("weight_norm", "update_norm", "trust_ratio")
+        values = [*zip(*(getattr(self, key).unbind() for key in keys), strict=True)]
+        return (
+            (self.names[layer], dict(zip(keys, values[layer], strict=True))) for layer in self.moved
+        )

@@ -1,0 +1,1 @@
+"""Arithmetic on tensors that several optimizers share; no state, no communication."""

@@ -1,0 +1,108 @@
+"""Arithmetic on tensors that all families share. Nothing waits for a device."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from largebatch.optim.sharding.layout import is_dtensor, local
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+# Elements whose squares a CPU may add up in one go in FP32: it costs 4e-7 of the sum at most.
+CPU_STRETCH = 1 << 16
+
+
+def root(squares: Tensor) -> Tensor:
+    """√squares, elementwise.
+
+    Not by `sqrt`: on a CPU that wakes a pool of threads of its own for a few hundred numbers, which
+    can cost more than the rest of the step.
+    """
+    return torch.where(squares > 0, squares * squares.rsqrt(), squares)
+
+
+def norm_in_stretches(chunk: Tensor, dtype: torch.dtype) -> Tensor:
+    """‖chunk‖₂ as the norm of the norms of its stretches, 0-d."""
+    norm: Callable[..., Tensor] = torch.linalg.vector_norm
+    numel = chunk.numel()
+    if numel <= CPU_STRETCH:
+        return norm(chunk, dtype=dtype)
+    flat, whole = chunk.view(-1), numel - numel % CPU_STRETCH
+    norms = norm(flat[:whole].view(-1, CPU_STRETCH), dim=1, dtype=dtype)
+    if whole < numel:
+        norms = torch.cat([norms, norm(flat[whole:], dtype=dtype).reshape(1)])
+    return norm(norms)
+
+
+def gradient_of(param: Tensor) -> Tensor:
+    """The local part of a parameter's gradient, placed like it, and contiguous where it is."""
+    assert param.grad is not None
+    grad = param.grad
+    if type(grad) is Tensor:
+        return grad if grad.is_contiguous() or not param.is_contiguous() else grad.contiguous()
+    if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        # Left as a sum over ranks still to be taken, as tensor parallelism may leave it.
+        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    grad = local(grad)
+    return grad.contiguous() if local(param).is_contiguous() else grad
+
+
+def write(targets: Tensors, values: Tensors, skip: Tensor | None) -> None:
+    """targets ← values, rounded to the targets' dtype; where `skip`, they keep their very bits."""
+    if skip is None:
+        torch._foreach_copy_(targets, values)
+        return
+    for target, value in zip(targets, values, strict=True):
+        # A choice, not arithmetic: values may be NaN, and 0 * NaN is NaN.
+        torch.where(skip, target, value.to(target.dtype), out=target)
+
+
+def largest_element(dtype: torch.dtype) -> float:
+    """Of a gradient: its square leaves room for sums of a million of them."""
+    return 1e-3 * math.sqrt(torch.finfo(dtype).max)
+
+
+def without_too_large(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient with zeros for elements that are finite and above `largest_element`, and how
+    many of them there were, 0-d."""
+    size = gradient.abs()
+    too_large = (size > largest_element(gradient.dtype)) & (size < math.inf)
+    return torch.where(too_large, 0.0, gradient), too_large.sum()
+
+
+def in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in a dtype; themselves where they have it."""
+    if all(tensor.dtype == dtype for tensor in tensors):
+        return tensors
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def on_device(scalar: Tensor, device: torch.device) -> Tensor:
+    """A one-element tensor as a 0-d one on `device`, without waiting for a copy to an accelerator.
+
+    To the host there is no way around waiting: what comes next reads it there.
+    """
+    return local(scalar).to(device, non_blocking=device.type != "cpu").reshape(())
+
+
+def scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number or a one-element tensor as a 0-d tensor beside `like`."""
+    if isinstance(value, Tensor):
+        return on_device(value, like.device).to(like.dtype)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+def squares_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Of sums of squares: FP64, which holds those of any FP32 numbers, or `dtype` without it."""
+    if device.type == "mps":
+        return dtype
+    if device.type == "xpu" and not torch.xpu.get_device_capability(device)["has_fp64"]:
+        return dtype
+    return torch.float64
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """FP32, or the parameter's own dtype where that is wider."""
+    return torch.promote_types(param.dtype, torch.float32)

@@ -1,0 +1,267 @@
+"""Where a run may go on: in its own folder, from its last good checkpoint, with the same words.
+
+Imports no torch: a refusal takes no longer than any other.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from omegaconf import OmegaConf
+
+from largebatch.common.errors import ConfigError
+from largebatch.conf.config import BudgetConfig
+from largebatch.conf.engine_config import engine_target
+from largebatch.records.checkpoints import listed
+from largebatch.records.configuration import read_yaml
+from largebatch.records.fields import RecordError
+from largebatch.records.lock import Owner
+from largebatch.records.names import CHECKPOINTS, CONFIG
+from largebatch.records.record import METRICS, RunEnded, check_unfinished, claim, kept_lines
+from largebatch.schedules import Plan
+from largebatch.train.checkpoints.files import UNIVERSAL, problem, read_state
+from largebatch.train.checkpoints.lengthening import check_past
+
+_BUDGET: Final = ("budget.samples", "budget.tokens")
+
+# What may differ between a run and its resumption: none of it decides the trajectory.
+_FREE: Final = (
+    "engine", "logger", "record", "checkpoint", "resume", "throughput", "stop_at",
+    "stop_before_walltime",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A run that is there, and where it goes on."""
+
+    checkpoint: Path | None
+    """None: it has left none, and begins again."""
+    samples: int
+    """Samples seen by then."""
+    owner: Owner | None = None
+    """This process's hold on the folder, on rank 0; the run's record takes it over."""
+    hole: str | None = None
+    """What is missing of its record, in words."""
+
+    def release(self) -> None:
+        """Let go of the folder: there is to be no run after all."""
+        if self.owner is not None:
+            self.owner.release()
+
+
+def find_resumption(
+    folder: Path, config: str, world: int | None = None, plan: Plan | None = None
+) -> Resumption | None:
+    """Where the run in `folder` goes on; None where there is none. From now on, or until the
+    resumption is released, the folder is this process's.
+
+    Args:
+        config: the resolved configuration, as YAML.
+        world: ranks of the run to come; None: whether a checkpoint fits them is not asked.
+        plan: of the run to come; None: it has the budget that it had.
+
+    Raises:
+        ConfigError: the run has ended, or was made with another configuration, another process is
+            at work on it, or it has left checkpoints and none can be read.
+    """
+    if not (folder / METRICS).exists() and not listed(folder):
+        return None
+    if not (folder / CONFIG).exists():
+        check_unfinished(folder)
+    check_complete(folder)
+    owner = claim(folder, world or 1)
+    try:
+        if not (folder / CONFIG).exists():  # killed before it had begun
+            return Resumption(None, 0, owner)
+        before = check_same(folder, config)
+        _check_ended(folder, plan, may_grow=True)
+        verify = OmegaConf.create(config).checkpoint.verify
+        checkpoint = last_good(folder, verify)
+        if checkpoint is None:
+            _check_ended(folder, plan, may_grow=False)
+            return Resumption(None, 0, owner)
+        state = read_state(checkpoint)
+        _check_world(checkpoint, state.get("saved_by", {}), world, verify)
+        samples = int(state["progress"]["samples"])
+        if plan is not None:
+            check_past(
+                plan, int(state.get("budget_samples", before)), samples, state.get("plan", {})
+            )
+        return Resumption(checkpoint, samples, owner, _hole(folder, state))
+    except BaseException:
+        owner.release()
+        raise
+
+
+def _check_ended(folder: Path, plan: Plan | None, may_grow: bool) -> None:
+    """Refuse a run that has ended, but for one whose budget grows.
+
+    Raises:
+        RunEnded: with the budget that the plan has, so that a sweep may pass it by.
+        ConfigError: with another.
+    """
+    budget = 0 if plan is None else plan.budget_samples
+    try:
+        check_unfinished(folder, budget if may_grow else 0)
+    except RunEnded as error:
+        had = error.summary.get("budget_samples", budget)
+        if had == budget or plan is None:
+            raise
+        raise ConfigError(f"{error} (it had budget.samples={had})") from error
+
+
+def check_complete(folder: Path) -> None:
+    """Refuse a run whose record was left behind: it is not begun again unasked.
+
+    Raises:
+        ConfigError: naming what is missing and the way out.
+    """
+    checkpoints = listed(folder)
+    missing = [name for name in (CONFIG, METRICS) if not (folder / name).exists()]
+    if checkpoints and missing:
+        what = f"{len(checkpoints)} checkpoint(s)"
+    elif CONFIG in missing and (folder / METRICS).stat().st_size > 0:
+        what = "the lines of a run"
+    else:
+        return
+    ways = {
+        CONFIG: "copy .hydra too (`cp -r RUN/* …` leaves it behind, `cp -r RUN/. …` does not)",
+        METRICS: f"restore {METRICS}, or make an empty one to go on without its lines",
+    }
+    raise ConfigError(
+        f"{folder} holds {what} and lacks {' and '.join(missing)}, so nothing is resumed and "
+        f"nothing begun again: {', and '.join(ways[name] for name in missing)}; or choose another "
+        "hydra.run.dir"
+    )
+
+
+def _hole(folder: Path, state: Mapping[str, Any]) -> str | None:
+    """Say which steps before the checkpoint have lost their lines, on stderr too."""
+    progress = state["progress"]
+    kept, wanted = kept_lines(folder, progress["samples"]), state.get("recorded_steps", 0)
+    if kept.step >= wanted:
+        return None
+    hole = (
+        f"{METRICS} ends after step {kept.step}, and the checkpoint is of step "
+        f"{progress['steps']}: the lines in between are lost, and these steps are not made again"
+    )
+    print(f"largebatch: {folder}: {hole}", file=sys.stderr)
+    return hole
+
+
+def last_good(folder: Path, verify: str = "auto") -> Path | None:
+    """The last checkpoint that is whole; None where the run has left none at all. Each that is
+    passed by is told on stderr.
+
+    Raises:
+        ConfigError: there are some, and all are broken: to begin from the start is the user's to
+            decide.
+    """
+    broken: list[str] = []
+    for checkpoint in reversed(listed(folder)):
+        what = problem(checkpoint, verify)
+        if what is None:
+            for told in broken:
+                print(
+                    f"largebatch: passed by {told}; going on from {checkpoint.name}",
+                    file=sys.stderr,
+                )
+            return checkpoint
+        broken.append(f"{checkpoint.name}: {what}")
+    if broken:
+        raise ConfigError(
+            f"none of the {len(broken)} checkpoint(s) in {folder / CHECKPOINTS} is whole "
+            f"({'; '.join(broken[:3])}): restore one, or delete that folder to begin from the start"
+        )
+    return None
+
+
+def _check_world(checkpoint: Path, saved: dict[str, Any], world: int | None, verify: str) -> None:
+    """Refuse early what only a world of the same size can read."""
+    if not saved.get("zero_stage") or world in (None, saved["world"]):
+        return
+    universal = checkpoint / UNIVERSAL
+    what = problem(universal, verify) if universal.exists() else None
+    if what is not None:
+        raise ConfigError(
+            f"{universal} is broken ({what}): delete it, and convert the checkpoint again with "
+            f"`largebatch checkpoint universal {checkpoint}`"
+        )
+    if not universal.exists():
+        raise ConfigError(
+            f"{checkpoint} was saved by ZeRO-{saved['zero_stage']} on {saved['world']} rank(s), "
+            f"and there are {world} now: convert it with `largebatch checkpoint universal "
+            f"{checkpoint}`, or start {saved['world']}"
+        )
+
+
+def check_same(folder: Path, config: str) -> int:
+    """Refuse a folder whose run was made with another configuration, but for a larger budget.
+
+    Args:
+        config: the resolved configuration, as YAML.
+
+    Returns:
+        The budget that the run began with, in samples; 0 where it does not say.
+
+    Raises:
+        ConfigError: naming the keys, or a record of the configuration that is damaged, and the
+            way out.
+    """
+    if not (folder / CONFIG).exists():
+        return 0
+    before, now = _decisive(_recorded(folder)), _decisive(OmegaConf.create(config))
+    groups = [{key.split(".")[0] for key in keys} for keys in (now, before)]
+    if missing := sorted(groups[0] - groups[1]):
+        raise ConfigError(
+            f"{folder / CONFIG} has no {', '.join(missing[:4])}: it is not whole, or another "
+            "version has written it; restore it, or choose another hydra.run.dir"
+        )
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    if _budget(now) >= _budget(before):
+        changed = [key for key in changed if key not in _BUDGET]
+    if changed:
+        told = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in changed[:4])
+        raise ConfigError(
+            f"the run in {folder} was made with {told}: resume it with the same overrides, or "
+            "choose another hydra.run.dir (of a sweep: hydra.sweep.dir)"
+        )
+    return _budget(before)
+
+
+def _budget(values: Mapping[str, Any]) -> int:
+    """The budget in samples, however it is given; 0 where it is none."""
+    samples, tokens = (values.get(key) for key in _BUDGET)
+    try:
+        per = values.get("budget.tokens_per_sample", 1)
+        return int(BudgetConfig(samples, tokens, per).samples)
+    except ValueError:
+        return 0
+
+
+def _recorded(folder: Path) -> Any:
+    """The configuration in the record: data, of which nothing is resolved, imported or called."""
+    try:
+        return read_yaml(folder / CONFIG)
+    except RecordError as error:
+        raise ConfigError(f"{error}: restore it, or choose another hydra.run.dir") from error
+
+
+def _decisive(config: Any) -> dict[str, Any]:
+    """Every value that decides a trajectory, by its key with dots."""
+    flat: dict[str, Any] = {}
+
+    def flatten(node: Any, prefix: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            flat[prefix] = node
+
+    flatten(OmegaConf.to_container(config), "")
+    if "engine._target_" in flat:
+        flat["engine._target_"] = engine_target(str(flat["engine._target_"]))
+    return {key: value for key, value in flat.items() if key.split(".")[0] not in _FREE}

@@ -1,0 +1,21 @@
+"""The random numbers of a step, such as dropout's: a function of (seed, position, rank).
+
+A resumed run draws what the undisturbed one would have drawn, and no generator's state is saved.
+"""
+
+import numpy as np
+import torch
+
+from largebatch.train.data.sampler import random_words
+
+# Beside the streams of the samples' order, which count epochs.
+_FIRST_STREAM = 1 << 40
+
+
+def seed_step(device: torch.device, seed: int, position: int, rank: int) -> None:
+    """Seed torch's generators, of the CPU and of `device`, for the step at `position`."""
+    (word,) = random_words(seed, _FIRST_STREAM + rank, np.array([position], np.int64))
+    value = int(word >> np.uint64(1))  # a signed 64-bit number holds it
+    torch.default_generator.manual_seed(value)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(value)

@@ -1,0 +1,209 @@
+"""How a step's gradient comes about on all ranks. An engine holds no policy: a few verbs.
+
+`DDP` is here; `FSDP` and `DeepSpeed` have files of their own. All give the same trajectory for one
+global batch, up to rounding.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from largebatch.distributed.ranks import Ranks
+from largebatch.optim.sharding.layout import local
+from largebatch.train.engines.precision import Precision
+from largebatch.train.engines.update import Limits, Numbers, Update
+from largebatch.train.noise.small_gradients import (
+    SmallGradients,
+)
+from largebatch.train.tasks import Batch, Task, loss_of, to_device
+
+if TYPE_CHECKING:
+    from largebatch.train.checkpoints.tensors import Tensors
+
+
+class Engine(Protocol):
+    """What a run asks of an engine."""
+
+    model: nn.Module
+    """The bare model, its parameters named as the user named them."""
+    data_parallel_size: int
+    device: torch.device
+    precision: Precision
+    gradient_copies: int
+    """Ranks that hold the same piece of the gradient: all of them where it is replicated."""
+    can_skip: bool
+    """Whether a step can be masked by its own gradient."""
+
+    def attach(self, optimizer: Optimizer, clip_norm: float | None) -> Optimizer:
+        """Take the optimizer in, once; returns the one whose groups hold from now on.
+
+        Raises:
+            ValueError: it cannot be used here, or its gradients not be clipped.
+        """
+
+    def micro_batch_size(self, global_batch_size: int) -> int:
+        """Samples in one backward pass on one rank."""
+
+    def set_micro_batch_size(self, micro_batch_size: int) -> None:
+        """From now on."""
+
+    def loss(self, task: Task, batch: Batch) -> Tensor:
+        """The mean loss over `batch`, on the device, in the run's precision."""
+
+    def forward_backward(self, task: Task, batch: Batch, global_batch_size: int) -> Tensor:
+        """Make the gradient of the global batch's mean loss, for `update` to use.
+
+        Args:
+            batch: this rank's samples, global_batch_size / data_parallel_size of them.
+
+        Returns:
+            This rank's part of the global mean loss: the parts of all ranks add up to it.
+        """
+
+    def update(self, optimizer: Optimizer, limits: Limits) -> Numbers:
+        """One optimizer step within `limits`; the gradients are gone afterwards."""
+
+    def discard(self, optimizer: Optimizer) -> None:
+        """Throw away the gradient that was made: there is no update."""
+
+    def non_finite(self, steps_ago: int) -> list[str]:
+        """Parameters whose gradient was not finite in the last step (0) or the one before, on any
+        rank; empty where it is not known. Every rank calls it; waits for the device.
+        """
+
+    def sum_over_ranks(self, values: Tensor) -> "dist.Work | None":
+        """Begin adding up `values` in place over all ranks; wait on the result before reading."""
+
+    def as_first_rank(self, values: list[float]) -> list[float]:
+        """Rank 0's `values`, on every rank; waits for the device."""
+
+    def small_gradients(self, kind: str) -> SmallGradients:
+        """The seam at which gradients of a "rank", "micro_batch" or "example" can be measured.
+
+        Raises:
+            ValueError: there is none here.
+        """
+
+    def tensors(self, optimizer: Optimizer) -> "Tensors":
+        """Model and optimizer, as checkpoints hold them."""
+
+
+class OfRanks:
+    """What engines share: one rank's micro-batches, and talk between ranks."""
+
+    can_skip = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        device: torch.device,
+        micro_batch_size: int | None,
+        precision: Precision | None,
+    ) -> None:
+        self.model = model
+        self.data_parallel_size = ranks.size
+        self.device = device
+        self.precision = precision or Precision("fp32", device)
+        self.gradient_copies = ranks.size
+        self._ranks = ranks
+        self._micro_batch_size = micro_batch_size
+        self._replica = model
+
+    def attach(self, optimizer: Optimizer, clip_norm: float | None) -> Optimizer:
+        del clip_norm  # `update` is told at every step
+        return optimizer
+
+    def micro_batch_size(self, global_batch_size: int) -> int:
+        return self._micro_batch_size or global_batch_size // self.data_parallel_size
+
+    def set_micro_batch_size(self, micro_batch_size: int) -> None:
+        self._micro_batch_size = micro_batch_size
+
+    def loss(self, task: Task, batch: Batch) -> Tensor:
+        with self.precision.autocast():
+            return loss_of(task, self.model, to_device(batch, self.device))
+
+    def forward_backward(self, task: Task, batch: Batch, global_batch_size: int) -> Tensor:
+        part = torch.zeros((), device=self.device)
+        for micro_batch, is_last in self._micro_batches(batch, global_batch_size):
+            share = micro_batch[0].shape[0] / global_batch_size
+            with self._synchronised(is_last):
+                with self.precision.autocast():
+                    loss = loss_of(task, self._replica, to_device(micro_batch, self.device))
+                # Engines average over ranks: times their number, the shares add up to the global
+                # mean.
+                self._backward(loss * (share * self.data_parallel_size))
+            part += loss.detach() * share
+        return part
+
+    def _micro_batches(self, batch: Batch, global_batch_size: int) -> Iterator[tuple[Batch, bool]]:
+        size, length = self.micro_batch_size(global_batch_size), batch[0].shape[0]
+        for start in range(0, length, size):
+            yield tuple(tensor[start : start + size] for tensor in batch), start + size >= length
+
+    def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Within it a backward pass sums over ranks where it is the last of its step."""
+        raise NotImplementedError
+
+    def _backward(self, loss: Tensor) -> None:
+        torch.autograd.backward(loss)
+
+    def sum_over_ranks(self, values: Tensor) -> "dist.Work | None":
+        if self.data_parallel_size == 1:
+            return None
+        work: dist.Work | None = dist.all_reduce(values, async_op=True)
+        return work
+
+    def as_first_rank(self, values: list[float]) -> list[float]:
+        if self.data_parallel_size == 1:
+            return values
+        told = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.broadcast(told, 0)
+        return told.tolist()
+
+
+class OfGradients(OfRanks):
+    """Engines that leave the gradient in `p.grad`, on the way to one of torch's own optimizers."""
+
+    _update: Update
+
+    def forward_backward(self, task: Task, batch: Batch, global_batch_size: int) -> Tensor:
+        part = super().forward_backward(task, batch, global_batch_size)
+        if self.precision.loss_scale is not None:
+            grads = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, 1 / self.precision.loss_scale.value)
+        return part
+
+    def _backward(self, loss: Tensor) -> None:
+        scale = self.precision.loss_scale
+        torch.autograd.backward(loss if scale is None else loss * scale.value)
+
+    def _add_up(self, value: Tensor) -> None:
+        dist.all_reduce(value)
+
+    def update(self, optimizer: Optimizer, limits: Limits) -> Numbers:
+        return self._update(optimizer, limits)
+
+    def discard(self, optimizer: Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=True)  # K-FAC's curvature too
+
+    def non_finite(self, steps_ago: int) -> list[str]:
+        params, squares = self._update.squares(steps_ago)
+        squares = squares.clone()
+        if self.data_parallel_size > 1:
+            dist.all_reduce(squares)
+        names: dict[Tensor, str] = {param: name for name, param in self.model.named_parameters()}
+        finite = torch.isfinite(squares).tolist()
+        return [names[param] for param, is_finite in zip(params, finite, strict=True)
+                if not is_finite]  # fmt: skip
+
+    def tensors(self, optimizer: Optimizer) -> "Tensors":
+        from largebatch.train.checkpoints.tensors import DistributedTensors
+
+        return DistributedTensors(self.model, optimizer, self._ranks)

@@ -1,0 +1,128 @@
+"""From the gradients of a step to new weights: norm, clip, mask, optimizer. Nothing waits for the
+device where the optimizer can be masked on it (torch's `found_inf`, which ours and torch's fused
+ones take); another optimizer is asked to step only once the host has seen that it may.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from largebatch.optim.base import MaskedOptimizer
+from largebatch.optim.kronecker.optimizer import CurvatureOptimizer
+from largebatch.optim.sharding.layout import local
+from largebatch.train.engines.precision import LossScale
+from largebatch.train.noise.small_gradients import squares_of
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Of one step, on the device: parts that ranks add up, and what is the same on each."""
+
+    summed: dict[str, Tensor]
+    own: dict[str, Tensor]
+
+    def __or__(self, other: "Numbers") -> "Numbers":
+        return Numbers(self.summed | other.summed, self.own | other.own)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step's gradient is held against, before it is one.
+
+    Attributes:
+        clip_norm: gradients of a larger L2 norm are scaled down to it; None: they are not.
+        skip_above: a step of a larger norm, or of one that is no number, changes nothing; None:
+            every step is made.
+    """
+
+    clip_norm: float | None = None
+    skip_above: float | None = None
+
+
+@dataclass
+class Update:
+    """One optimizer step from `p.grad`, whole on each rank or sharded.
+
+    Attributes:
+        copies: ranks that hold the same piece of the gradient.
+        add_up: sums over all ranks in place; None for one rank. Also where ranks hold copies:
+            what they decide on must be the same number, to the bit.
+        loss_scale: of FP16, whose overflow is no step.
+    """
+
+    copies: int
+    add_up: Callable[[Tensor], None] | None = None
+    loss_scale: LossScale | None = None
+    _squares: deque[tuple[list[Tensor], Tensor]] = field(default_factory=lambda: deque(maxlen=2))
+
+    def __call__(self, optimizer: Optimizer, limits: Limits) -> Numbers:
+        """Step and leave no gradients; returns the norm, and what became of the step.
+
+        `grad_square`, a part that is to be summed, or `grad_norm`; `skipped`, 1 where nothing was
+        changed, if it could be; `loss_scale` that the gradients were made with, if any.
+        """
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        params = [p for p in params if p.grad is not None]
+        grads = [local(p.grad) for p in params]
+        squares = torch.stack([*squares_of(grads)])
+        self._squares.append((params, squares))
+        part = squares.sum() / self.copies
+        free = limits.clip_norm is None and limits.skip_above is None and self.loss_scale is None
+        if free:
+            optimizer.step()
+            numbers = Numbers({"grad_square": part}, {})
+        else:
+            numbers = Numbers({}, self._limited(optimizer, grads, part, limits))
+        optimizer.zero_grad(set_to_none=True)
+        return numbers
+
+    def _limited(
+        self, optimizer: Optimizer, grads: list[Tensor], part: Tensor, limits: Limits
+    ) -> dict[str, Tensor]:
+        if self.add_up is None:
+            norm = (part * self.copies).sqrt()
+        else:
+            self.add_up(part)
+            norm = part.sqrt()
+        own = {"grad_norm": norm}
+        if limits.clip_norm is not None:
+            torch._foreach_mul_(grads, (limits.clip_norm / norm).clamp_max(1.0))
+        if limits.skip_above is None and self.loss_scale is None:
+            optimizer.step()
+            return own
+        if self.loss_scale is not None and isinstance(optimizer, CurvatureOptimizer):
+            optimizer.loss_scale = self.loss_scale.value  # it has seen gradients as they went by
+        most = math.inf if limits.skip_above is None else limits.skip_above
+        # The comparison is false for NaN; an infinite norm is above every limit.
+        skip = torch.logical_not((norm <= most) & torch.isfinite(norm)).float()
+        masked_step(optimizer, skip)
+        own["skipped"] = skip
+        if self.loss_scale is not None:
+            own["loss_scale"] = self.loss_scale.value
+            self.loss_scale.update(torch.isfinite(norm).logical_not())
+        return own
+
+    def squares(self, steps_ago: int) -> tuple[list[Tensor], Tensor]:
+        """The parameters of a step, and this rank's squared norm of the gradient of each: of the
+        last step (0) or of the one before (1). Shape (parameters,).
+        """
+        return self._squares[-1 - steps_ago]
+
+
+def masked_step(optimizer: Optimizer, skip: Tensor) -> None:
+    """Step where `skip` is 0; where it is 1 nothing changes, moments and step counts included."""
+    ours = isinstance(optimizer, MaskedOptimizer)
+    if not ours and not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if not bool(skip):  # waits for the device
+            optimizer.step()
+        return
+    optimizer.grad_scale, optimizer.found_inf = None, skip  # type: ignore[attr-defined] # torch's protocol of scalers
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined] # torch's protocol of scalers

@@ -1,0 +1,1 @@
+"""`largebatch train mode=lr_find`: a sweep of learning rates in one run."""

@@ -1,0 +1,1 @@
+"""`largebatch plan`: a run's schedule, printed and drawn before it is paid for."""

@@ -1,0 +1,36 @@
+"""Where a run stands, and what of it a ramp may decide on."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress:
+    """Where a run stands, and how it ended."""
+
+    status: str = "exhausted"
+    steps: int = 0
+    samples: int = 0
+    loss: float | None = None
+    eval_loss: float | None = None
+    reason: str | None = None
+    """Why it ended, where the guard has ended it."""
+    left_out: int = 0
+    """Samples of the order that were left out, by rolling back: what comes stands so much later."""
+
+
+# What a ramp may decide on.
+READINGS = frozenset(
+    {
+        "batch_size",
+        "eval_loss",
+        "grad_sq_norm",
+        "grad_trace",
+        "loss",
+        "lr",
+        "noise_resolved",
+        "noise_samples",
+        "noise_scale",
+        "noise_scale_error",
+        "step_seconds",
+    }
+)

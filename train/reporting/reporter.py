@@ -1,0 +1,127 @@
+"""What a run tells the outside, on rank 0: record lines, events, a heartbeat, rates."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+from largebatch.records.heartbeat_writer import Heartbeat
+from largebatch.records.record import RunFolder
+from largebatch.train.reporting.events import Events
+from largebatch.train.reporting.loggers import SafeLogger
+from largebatch.train.reporting.throughput import Throughput
+
+
+class Silence:
+    """What the other ranks tell: nothing."""
+
+    def line(self, line: dict[str, Any]) -> None: ...
+    def event(self, event: dict[str, Any]) -> None: ...
+    def rewind(self, samples: int) -> None: ...
+    def phase(self, name: str) -> None: ...
+    def flush_to_disk(self) -> None: ...
+    def checkpoint_failed(self, samples: int, reason: str) -> None: ...
+    def rates(self) -> dict[str, Any]:
+        return {}
+
+    def seconds(self) -> float:
+        return 0.0
+
+    def recorded_steps(self) -> int:
+        return 0
+
+
+class Reporter(Silence):
+    """Rank 0's, for as long as the run lasts.
+
+    Args:
+        every: steps between the lines that are written; those with an evaluation, a change of the
+            batch or a step that was skipped always are.
+        watch: sees every line.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        logger: SafeLogger,
+        throughput: Throughput,
+        world_size: int,
+        every: int,
+        watch: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._folder, self._logger, self._every = folder, logger, every
+        self._throughput, self._watch = throughput, watch
+        self._events = Events(folder.path)
+        self._heartbeat = Heartbeat(folder.path, world_size)
+        self._begin = time.perf_counter() - folder.seconds
+        self._steps = self._samples = 0
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._open.enter_context(self._heartbeat)
+        self._logger.tell(self._logger_failed)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+
+    def seconds(self) -> float:
+        """Since training began, before an interruption too."""
+        return round(time.perf_counter() - self._begin, 4)
+
+    def recorded_steps(self) -> int:
+        """Of the last line that was written."""
+        return self._folder.last.step
+
+    def line(self, line: dict[str, Any]) -> None:
+        """A complete line, each in its turn."""
+        line |= self._throughput.line(line["global_batch_size"], line.pop("step_seconds"))
+        line["seconds"] = self.seconds()
+        self._steps, self._samples = line["step"], line["samples"]
+        self._heartbeat.beat(line["step"], line["samples"])
+        told = "eval_loss" in line or "batch_change" in line or line.get("skipped")
+        if told or line["step"] % self._every == 0:
+            self._folder.write(line)
+            self._logger.log(line)
+        self._watch(line)
+
+    def event(self, event: dict[str, Any]) -> None:
+        """What was done to the run: keywords of `Events.write`."""
+        self._events.write(**event)
+
+    def rewind(self, samples: int) -> None:
+        """The run goes back: later lines are no longer its record."""
+        self._folder.rewind(samples)
+
+    def phase(self, name: str) -> None:
+        """Something else than steps begins."""
+        self._heartbeat.enter(name)
+
+    def flush_to_disk(self) -> None:
+        """The lines so far, before a checkpoint that must not outlive them.
+
+        Raises:
+            OSError: the disk is full, or gone.
+        """
+        self._folder.flush_to_disk()
+
+    def checkpoint_failed(self, samples: int, reason: str) -> None:
+        self.event(
+            {"kind": "checkpoint_failed", "step": self._steps, "samples": samples, "reason": reason}
+        )
+
+    def _logger_failed(self, reason: str) -> None:
+        self.event(
+            {"kind": "logger_failed", "step": self._steps, "samples": self._samples}
+            | {"reason": reason}
+        )
+
+    def rates(self) -> dict[str, Any]:
+        """For the summary."""
+        return self._throughput.summary()

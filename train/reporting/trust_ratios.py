@@ -1,0 +1,28 @@
+"""The trust ratios of a layer-wise optimizer, for the record."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def trust_ratios(optimizer: Optimizer, by_layer: bool) -> dict[str, Tensor]:
+    """Least, median and greatest trust ratio over the layers, where the optimizer has any.
+
+    With `by_layer` every layer's as well, as `trust_ratio/NAME`.
+    """
+    layer_stats: Callable[[], dict[Any, dict[str, Tensor]]] = getattr(
+        optimizer, "layer_stats", dict
+    )
+    layers = {name: stats["trust_ratio"] for name, stats in layer_stats().items()}
+    if not layers:
+        return {}
+    ratios = torch.stack([*layers.values()])
+    each = {f"trust_ratio/{name}": ratio for name, ratio in layers.items()} if by_layer else {}
+    return each | {
+        "trust_ratio_min": ratios.min(),
+        "trust_ratio_median": ratios.median(),
+        "trust_ratio_max": ratios.max(),
+    }

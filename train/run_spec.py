@@ -1,0 +1,240 @@
+"""What rank 0 orders of a run, checked as far as it can be without torch."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import get_method
+from omegaconf import DictConfig, OmegaConf
+
+from largebatch.common.errors import ConfigError, sentence
+from largebatch.common.memory import RANK_BYTES, check_memory
+from largebatch.conf.build import build
+from largebatch.conf.config import ScalingConfig, TrainConfig, typed
+from largebatch.distributed.ranks import Ranks
+from largebatch.records.record import check_free
+from largebatch.schedules import RULES, Curve, Hyper, NoiseRamp, Plan, Ramp, Rule, Split, Trade
+from largebatch.schedules.scaling import check_options
+from largebatch.train.checkpoints.files import check_elsewhere
+from largebatch.train.checkpoints.resume import Resumption, find_resumption
+from largebatch.train.lr_find.results import check_table
+from largebatch.train.lr_find.search import as_sweep, sweep_plan
+
+
+@dataclass(frozen=True)
+class Order:
+    """All that rank 0 tells the others: the resolved configuration, the plan, the folder, the
+    names.
+    """
+
+    config: TrainConfig
+    plan: Plan
+    folder: Path
+    optimizer: str
+    """Name of the optimizer's choice, as records carry it."""
+    task: str
+    model: str
+    """Name of the model's choice, or the class of a custom one."""
+    sweep: str | None = None
+    """Name of the sweep or study that the run belongs to."""
+    hydra_files: Mapping[str, str] = field(default_factory=dict)
+    """Content of the files in `.hydra/`."""
+    noise_seam: str | None = None
+    """Which small gradients the noise scale is measured with, `auto` resolved."""
+    resumption: Resumption | None = None
+    """Of the run that is in the folder already."""
+    current: Path | None = None
+    """Where paths are relative to, with hydra.job.chdir; None: where each rank was started."""
+    words: Mapping[str, Any] = field(default_factory=dict)
+    """What the other ranks are told, in values of JSON."""
+
+
+def order_of(words: Mapping[str, Any]) -> Order:
+    """The order that rank 0 has told in its `words`; without what rank 0 alone has to do with."""
+    if words["begun_in"] not in sys.path:  # where the user's own classes are
+        sys.path.insert(0, words["begun_in"])
+    config = typed(OmegaConf.create(words["config"]))
+    plan = make_plan(config)
+    if config.mode is not None:
+        config = as_sweep(config, plan)
+    resumed = words["resumed"]
+    return Order(
+        config=config,
+        plan=plan,
+        folder=Path(words["folder"]),
+        **words["names"],
+        noise_seam=words["noise_seam"],
+        current=words["current"] and Path(words["current"]),
+        resumption=resumed and Resumption(resumed[0] and Path(resumed[0]), resumed[1]),
+        words=words,
+    )
+
+
+def prepare(composed: DictConfig, ranks: Ranks) -> Order:
+    """The order of the run that Hydra has composed.
+
+    Raises:
+        ConfigError: in one sentence.
+    """
+    settings = HydraConfig.get()
+    config = typed(composed)
+    single = settings.mode == RunMode.RUN
+    if single and config.study is not None:
+        raise ConfigError("a study is many runs: use largebatch sweep study=…")
+    if config.engine.nproc > 1 and ranks.size > 1:
+        raise ConfigError(
+            f"engine.nproc={config.engine.nproc} starts its own ranks, but {ranks.launcher} has "
+            f"started {ranks.size} already: leave it at 1"
+        )
+    try:
+        ranks_here = f"engine.nproc={config.engine.nproc}"
+        check_memory(config.engine.nproc * RANK_BYTES, ranks_here, "start fewer ranks")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    plan, seam = checked_plan(config, max(ranks.size, config.engine.nproc))
+    folder = Path(settings.runtime.output_dir)
+    if config.mode is not None:
+        config = as_sweep(config, plan)
+        check_table(folder)
+    hydra_files = {
+        "config.yaml": OmegaConf.to_yaml(composed, resolve=True),
+        "overrides.yaml": OmegaConf.to_yaml(settings.overrides.task),
+        "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": settings})),
+    }
+    if config.checkpoint.folder is not None:
+        check_elsewhere(folder, config.checkpoint.folder)
+    resumption = None
+    if config.resume == "auto" or not single:  # a sweep goes on in its folder
+        world = max(ranks.size, config.engine.nproc)
+        resumption = find_resumption(folder, hydra_files["config.yaml"], world, plan)
+    if resumption is None:
+        check_free(folder)
+    names: dict[str, Any] = {
+        "optimizer": str(settings.runtime.choices["optim"]),
+        "task": str(settings.runtime.choices["task"]),
+        "model": _model(config, str(settings.runtime.choices["model"])),
+        "sweep": None if single else Path(settings.sweep.dir).name,
+    }
+    checkpoint = None if resumption is None else resumption.checkpoint
+    words = {
+        "config": OmegaConf.to_container(composed, resolve=True),
+        "current": str(Path.cwd()) if settings.job.chdir else None,
+        "begun_in": settings.runtime.cwd,
+        "folder": str(folder),
+        "names": names,
+        "noise_seam": seam,
+        "resumed": resumption and [checkpoint and str(checkpoint), resumption.samples],
+    }
+    return Order(
+        config=config,
+        plan=plan,
+        folder=folder,
+        **names,
+        hydra_files=hydra_files,
+        noise_seam=seam,
+        resumption=resumption,
+        current=Path.cwd() if settings.job.chdir else None,
+        words=words,
+    )
+
+
+def checked_plan(config: TrainConfig, data_parallel_size: int) -> tuple[Plan, str | None]:
+    """The run's plan, and which small gradients its noise scale is measured with.
+
+    Raises:
+        ConfigError: they do not fit each other, or so many ranks.
+    """
+    plan = make_plan(config)
+    try:
+        given = config.engine.micro_batch_size
+        micro_batch_size = None if given == "auto" else given  # found on the device
+        plan.check_divisible(data_parallel_size, micro_batch_size)
+        splits = plan.splits(data_parallel_size, micro_batch_size)
+        seam = noise_seam(config.noise.small, data_parallel_size, splits, micro_batch_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if seam is None and isinstance(plan.ramp, NoiseRamp):
+        raise ConfigError(
+            "the ramp follows the noise scale, which noise.small=null does not measure: use "
+            "noise.small=auto, or a ramp that is planned"
+        )
+    return plan, seam
+
+
+def noise_seam(
+    small: str | None,
+    data_parallel_size: int,
+    splits: Sequence[Split],
+    micro_batch_size: int | None,
+) -> str | None:
+    """Which small gradients `noise.small` means in this run; `auto` the same in a world of any
+    size, so that a run which goes on in another one measures the same.
+
+    Raises:
+        ConfigError: ones that are the whole batch somewhere in it, from which nothing follows.
+    """
+    if small == "auto":
+        smallest = min(split.batch_size for split in splits)
+        cut = micro_batch_size is not None and 2 * micro_batch_size <= smallest
+        return "micro_batch" if cut else "example"
+    if small in (None, "example"):
+        return small
+    accumulating = small != "rank"
+    alone = [
+        split.batch_size
+        for split in splits
+        if data_parallel_size * (split.gradient_accumulation_steps if accumulating else 1) < 2
+    ]
+    if not alone:
+        return small
+    raise ConfigError(
+        f"noise.small={small} sees one gradient in a batch of {alone[0]}, and noise shows in the "
+        "difference of several: use more ranks, a smaller engine.micro_batch_size, or "
+        "noise.small=example"
+    )
+
+
+def _model(config: TrainConfig, choice: str) -> str:
+    return str(config.model["_target_"]) if choice == "custom" else choice
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """The run's plan; with mode=lr_find that of the sweep at its last batch size.
+
+    Raises:
+        ConfigError: schedules that do not fit the budget or each other.
+    """
+    optim, scaling = config.optim, config.scaling
+    try:
+        plan = Plan(
+            ramp=build(config.batch, "batch", (Ramp, Trade)),
+            curve=build(config.lr, "lr", Curve),
+            budget_samples=config.budget.samples,
+            base_lr=optim["lr"],
+            base_batch=scaling.base_batch,
+            rule=_rule(scaling),
+            hold=scaling.hold,
+            base_samples=scaling.base_samples,
+            hyper=Hyper.of_group(optim, optim["lr"]),
+            tokens_per_sample=config.budget.tokens_per_sample,
+        )
+        return plan if config.mode is None else sweep_plan(plan, config.mode)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _rule(scaling: ScalingConfig) -> Rule:
+    if scaling.function is None:
+        rule = RULES[scaling.rule]
+    else:
+        try:
+            rule = get_method(scaling.function)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"scaling.function: {sentence(error)}") from error
+        check_options(rule, scaling.options)
+    return partial(rule, **scaling.options) if scaling.options else rule

@@ -1,0 +1,73 @@
+"""Ctrl-C, SIGTERM, a batch system's warning and a time of day end a run between two steps, its
+record closed.
+
+PBS sends SIGTERM before it kills a job, Slurm the signal of `--signal` (use USR2), LSF SIGUSR2, and
+SIGXCPU comes with the end of a CPU time limit. SIGUSR1 is none of them: it prints the stacks
+(`distributed/rank_dump.py`).
+"""
+
+import math
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Final, Self
+
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
+
+ECHO_SECONDS: Final = 1.0
+"""One interruption may come twice: from the batch system, and from a launcher that passes it on."""
+
+
+class Interruption:
+    """Within it, the first of `SIGNALS` is noted in `signal`; a second one that is no echo of it
+    acts as it would have.
+
+    Args:
+        at: seconds since the epoch from which on it is time.
+    """
+
+    def __init__(self, at: float = math.inf) -> None:
+        self.signal: int | None = None
+        self._at = at
+        self._noted = 0.0
+        self._before: dict[int, signal._HANDLER] = {}
+
+    @property
+    def is_time(self) -> bool:
+        """Whether `at` has come."""
+        return time.time() >= self._at
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this rank's run is to end: by a signal, or as it is time."""
+        return self.signal is not None or self.is_time
+
+    def __enter__(self) -> Self:
+        # Signals reach the main thread alone; elsewhere (a thread of the user's) there is none to
+        # note.
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.signal is None:
+            self.signal, self._noted = number, time.monotonic()
+        elif time.monotonic() - self._noted > ECHO_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
