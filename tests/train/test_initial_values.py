@@ -152,4 +152,4 @@ def test_a_rank_takes_its_shard_and_little_more(tmp_path: Path) -> None:
     found = launch(peak, [cell], 2, tmp_path)
     for rank in successful([of_rank[str(cell)] for of_rank in found]):
         print(f"{rank['taken'] / 2**20:.0f} MiB of {rank['weights'] / 2**20:.0f} MiB of weights")
-        assert rank["weights"] / 2 < rank["taken"] < 0.7 * rank["weights"]
+        assert rank["weights"] / 2 < rank["taken"] < 0.8 * rank["weights"]

@@ -282,7 +282,7 @@ def test_wandb_keeps_the_same_numbers_offline(
     stored = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(stored) == 1
     content = stored[0].read_bytes()
-    assert b"mine" in content
+    assert b"mine" in content, (tmp_path / "run" / "events.jsonl").read_text()
     assert repr(summary["eval_loss"]).encode() in content
 
 
