@@ -1,4 +1,4 @@
-"""What a user is told of a configuration that cannot be run. Imports no torch."""
+"""Errors of a configuration that cannot be run, worded for users. Imports no torch."""
 
 import os
 import re
@@ -16,15 +16,15 @@ class ConfigError(ValueError):
 
 
 class RanksEnded(RuntimeError):
-    """A fault has ended all ranks of the run. It has been told, by the rank that it is of.
+    """A fault has ended all ranks of the run. The rank at fault has reported it.
 
     Args:
-        told: in one sentence, with the rank where it is not rank 0.
+        message: in one sentence, with the rank where it is not rank 0.
         code: every rank's exit code.
     """
 
-    def __init__(self, told: str, code: int = 1) -> None:
-        super().__init__(told, code)
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message, code)
         self.code = code
 
     def __str__(self) -> str:
@@ -34,15 +34,15 @@ class RanksEnded(RuntimeError):
 class RanksRefused(RanksEnded, ConfigError):
     """The fault is the user's configuration."""
 
-    def __init__(self, told: str, code: int = 2) -> None:
-        super().__init__(told, code)
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message, code)
 
 
 class RunFailed(Exception):
     """One run of a sweep has no result.
 
     Args:
-        folder: of the run, as the user is told it.
+        folder: of the run, as shown to the user.
         refused: it was not begun, as its configuration cannot be run.
     """
 
@@ -55,7 +55,7 @@ class RunFailed(Exception):
 
 
 class SweepFailed(Exception):
-    """Some runs of a sweep have no result. All have been tried, and each has been told by itself.
+    """Some runs of a sweep have no result. All have been tried, and each failure was reported.
 
     Attributes:
         refused: one of them was not begun, as its configuration cannot be run.
@@ -73,7 +73,7 @@ _PLAIN: Final = r"[\w./-]"
 """Letters of a value that neither Hydra nor a shell takes for anything else."""
 
 
-def sentence(error: BaseException) -> str:
+def format_config_error(error: BaseException) -> str:
     """An error of Hydra's or OmegaConf's in one line, with the key it is about."""
     # Hydra wraps what a target raised; the innermost says what is wrong.
     while error.__cause__ is not None and not hasattr(error, "override"):
@@ -145,20 +145,20 @@ def _unreadable(error: BaseException) -> str | None:
     key, equals, value = word.partition("=")
     if not equals:
         return f"{word!r} is not KEY=VALUE"
-    told = f"{word!r} cannot be read"
+    start = f"{word!r} cannot be read"
     if re.search(r"^\s*,|,\s*(,|$)", value):
         least = ",".join(part.strip() for part in value.split(",") if part.strip())
-        return f"{told}: a value is missing beside a comma; type {key}={least}"
+        return f"{start}: a value is missing beside a comma; type {key}={least}"
     for opened, closed in ("[]", "{}", "()"):
         begins = re.match(r"\w+\(" if opened == "(" else re.escape(opened), value)
         if begins and value.count(opened) != value.count(closed):
-            return f"{told}: {value} has a bracket without its other half"
+            return f"{start}: {value} has a bracket without its other half"
     if value[:1] == "~":
         line = _shell_word(f"{key}={hydra_word(os.path.expanduser(value))}")
-        return f"{told}, as the shell leaves this ~ alone: type {line}"
+        return f"{start}, as the shell leaves this ~ alone: type {line}"
     mark = next((letter for letter in value if not re.match(_PLAIN, letter, re.ASCII)), "")
     line = _shell_word(f"{key}={hydra_word(value)}")
-    return f"{told}: a value with {mark!r} in it goes into quotes, for Hydra and the shell: {line}"
+    return f"{start}: a value with {mark!r} in it goes into quotes, for Hydra and the shell: {line}"
 
 
 def _shell_word(word: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
-_told: set[str] = set()
+_reported: set[str] = set()
 
 
 def lock(descriptor: int, wait: bool = False) -> bool | None:
@@ -32,8 +32,8 @@ def lock(descriptor: int, wait: bool = False) -> bool | None:
 def lock_or_warn(descriptor: int, path: Path, wait: bool = False) -> bool:
     """Take the lock as `lock` does; where there are none, say so once a file and go on."""
     taken = lock(descriptor, wait)
-    if taken is None and str(path) not in _told:
-        _told.add(str(path))
+    if taken is None and str(path) not in _reported:
+        _reported.add(str(path))
         print(
             f"largebatch: the file system of {path} has no locks: going on without; two processes "
             "that write there at once are not kept apart",

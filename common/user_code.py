@@ -20,7 +20,7 @@ _ASKED: Final = "LARGEBATCH_FULL_ERROR"
 
 
 def keep_request() -> None:
-    """Note whether the user wants whole traces, before Hydra is told to leave errors alone."""
+    """Note whether the user wants whole traces, before Hydra is set to leave errors alone."""
     os.environ.setdefault(_ASKED, os.environ.get("HYDRA_FULL_ERROR", "0"))
 
 

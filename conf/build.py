@@ -1,4 +1,4 @@
-"""From a configuration's `_target_` to the object, the user's mistakes told in one sentence.
+"""From a configuration's `_target_` to the object, the user's mistakes in one sentence.
 
 All that can be known of a key without building is known here, once: whether the target takes it,
 and whether its value fits the annotation. What a constructor of this package's or of torch's raises
@@ -16,7 +16,7 @@ from typing import Any, Final
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from largebatch.common.errors import ConfigError, sentence
+from largebatch.common.errors import ConfigError, format_config_error
 from largebatch.common.memory import ran_out
 from largebatch.conf.annotations import Unfit, annotations_of, fitted, in_yaml
 
@@ -44,7 +44,7 @@ def build(node: Mapping[str, Any], name: str, kind: Any = object, **more: Any) -
     try:
         make: partial[Any] = instantiate(dict(node) | {"_partial_": True}, _convert_="all")
     except (InstantiationException, TypeError) as error:  # TypeError: of its own flags
-        raise ConfigError(f"{name}: {sentence(error)}") from error
+        raise ConfigError(f"{name}: {format_config_error(error)}") from error
     check_arguments(make.func, make.args, make.keywords | more, name, partly=True)
     make = partial(make.func, *make.args, **fit_arguments(make.func, make.keywords, name))
     if node.get("_partial_"):
@@ -146,12 +146,12 @@ def _about_a_key(error: Exception, keys: Mapping[str, Any], name: str) -> str:
     if f"{name}." in text or not keys:
         return text
     spoken = text.lower().replace("_", " ")
-    told = [
+    given = [
         f"{name}.{key}={in_yaml(value)}"
         for key, value in keys.items()
         if re.search(rf"\b{re.escape(key.lower().replace('_', ' '))}s?\b", spoken)
     ]
-    return f"{', '.join(told) or name}: {text}"
+    return f"{', '.join(given) or name}: {text}"
 
 
 def fit_arguments(

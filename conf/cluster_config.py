@@ -11,7 +11,7 @@ from typing import Any, Final
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.common.errors import ConfigError, sentence
+from largebatch.common.errors import ConfigError, format_config_error
 from largebatch.common.numbers import whole_number
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -322,7 +322,7 @@ class ClusterConfig:
 
 @dataclass
 class SubmitConfig:
-    """What `largebatch submit` is told."""
+    """Options of `largebatch submit`."""
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     name: str = "largebatch"
@@ -352,6 +352,6 @@ def typed_submit(config: DictConfig) -> SubmitConfig:
         merged = OmegaConf.merge(OmegaConf.structured(SubmitConfig), config)
         result = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(sentence(error)) from error
+        raise ConfigError(format_config_error(error)) from error
     assert isinstance(result, SubmitConfig)
     return result

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.common.errors import ConfigError, sentence
+from largebatch.common.errors import ConfigError, format_config_error
 from largebatch.common.numbers import moment, real_number, whole_number
 from largebatch.conf.engine_config import EngineConfig
 from largebatch.conf.sweep_config import LRFindConfig, StudyConfig
@@ -356,7 +356,7 @@ def typed(config: DictConfig) -> TrainConfig:
         merged = OmegaConf.merge(_schema(), config)
         result = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(sentence(error)) from error
+        raise ConfigError(format_config_error(error)) from error
     assert isinstance(result, TrainConfig)
     _refuse_empty(result, "")
     return result

@@ -196,7 +196,7 @@ def _from_mpi(launcher: str, environment: Mapping[str, str]) -> Ranks:
 
     found = _agreed(world, MPI, check)
     master = found and f"{found[0]} {found[1].getsockname()[1]}"
-    addr, _, port = _told(world, MPI, master or "", 0).partition(" ")
+    addr, _, port = _from_rank(world, MPI, master or "", 0).partition(" ")
     return Ranks(launcher, rank, size, local_rank, local_size, addr, int(port), found and found[1])
 
 
@@ -219,13 +219,13 @@ def _agreed(world: Any, mpi: Any, check: Callable[[], T]) -> T:
     if first[0] == world.size:
         return found
     where = f"rank {first[0]} on {socket.gethostname()}: " if first[0] > 0 else ""
-    text = _told(world, mpi, f"{where}{own}", first[0])
+    text = _from_rank(world, mpi, f"{where}{own}", first[0])
     if first[0] == world.rank:
         raise ConfigError(text) from own
     raise RanksRefused(text)
 
 
-def _told(world: Any, mpi: Any, text: str, root: int) -> str:
+def _from_rank(world: Any, mpi: Any, text: str, root: int) -> str:
     """The text of rank `root`, on every rank."""
     data = bytearray(text.encode())
     length = array("q", [len(data)])

@@ -1,6 +1,6 @@
 """Where every rank stands, on demand: its Python stacks and its last collectives.
 
-A rank that waits in a collective cannot be asked by a collective, nor told to leave by a signal:
+A rank that waits in a collective cannot be asked by a collective, nor made to leave by a signal:
 Python's handlers wait for the main thread. So a thread of its own looks, now and then, for the file
 `watch/request` in the run's folder. `answer NAME` asks for a file `rank-N.json` in `watch/NAME`,
 `leave NAME` ends the process. Nothing is written before, and what was asked before the process
@@ -37,7 +37,7 @@ from largebatch.records.heartbeat_writer import WATCH
 REQUEST: Final = "request"
 
 LEFT: Final = 124
-"""Exit code of a rank that was told to leave, as of a command whose time was over."""
+"""Exit code of a rank that was asked to leave, as of a command whose time was over."""
 
 KEPT: Final = 32
 """Collectives of an answer, for each process group: answers of 98,304 ranks are read together."""

@@ -54,7 +54,7 @@ def started_team(nproc: int) -> Iterator["Team"]:
     teams: list[Team] = []
 
     def died(rank: int, how: str) -> None:
-        time.sleep(1.0)  # what it has told itself says more
+        time.sleep(1.0)  # its own report says more
         for team in teams:
             team.report(f"rank {rank} {how}")
 
@@ -102,7 +102,7 @@ class Team:
                 self._end_well()
                 self._stop_looking()
             return
-        ended = self._told(error)
+        ended = self._ended_by(error)
         if self._store is not None:
             self._leave(self._store)
         self._stop_looking()
@@ -110,17 +110,17 @@ class Team:
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """A fault within it is told before what is around it is left: of a process group that is
-        closed the others see lost connections, and would tell of those first.
+        """Report a fault within it before what is around it is left: once a process group closes,
+        the others see lost connections, and would report those first.
         """
         try:
             yield
         except BaseException as error:
             if self.ranks.size == 1:
                 raise
-            raise self._told(error) from error
+            raise self._ended_by(error) from error
 
-    def _told(self, error: BaseException) -> RanksEnded:
+    def _ended_by(self, error: BaseException) -> RanksEnded:
         ended = self.cause(error)
         return ended if isinstance(ended, RanksEnded) else self._tell_fault(ended)
 
@@ -174,13 +174,13 @@ class Team:
         self._come()
         return self._ended() if self._known.is_set() else error
 
-    def report(self, told: str) -> None:
+    def report(self, message: str) -> None:
         """The fault of a rank that can no longer tell it, by rank 0."""
         deadline = time.monotonic() + 60
         while self._store is None and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)  # the main thread is on its way there
         if self._store is not None:
-            self._publish(self._store, f"largebatch: {told}", {"told": told, "code": 1})
+            self._publish(self._store, f"largebatch: {message}", {"message": message, "code": 1})
 
     # Meeting -------------------------------------------------------------------------------------
 
@@ -283,24 +283,24 @@ class Team:
         if self._fault is None:
             return RanksEnded("there is nothing to do", 0)
         code = self._fault["code"]
-        return (RanksRefused if code == 2 else RanksEnded)(self._fault["told"], code)
+        return (RanksRefused if code == 2 else RanksEnded)(self._fault["message"], code)
 
     def _tell_fault(self, error: BaseException) -> RanksEnded:
         """Tell this rank's fault, on stderr and to all ranks; returns what it, or an earlier one of
         another rank, comes to.
         """
         where = f"rank {self.ranks.rank} on {socket.gethostname()}: " * (not self.ranks.is_first)
-        code, told = 1, f"{where}{type(error).__name__}: {error}"
+        code, message = 1, f"{where}{type(error).__name__}: {error}"
         of_user = isinstance(error, Exception) and user_code.of_user(error)
-        shown = f"{of_user or ''.join(traceback.format_exception(error))}\nlargebatch: {told}"
+        shown = f"{of_user or ''.join(traceback.format_exception(error))}\nlargebatch: {message}"
         if isinstance(error, ConfigError):
-            code, told = 2, f"{where}{error}"
-            shown = f"largebatch: {told}"
+            code, message = 2, f"{where}{error}"
+            shown = f"largebatch: {message}"
         elif isinstance(error, SystemExit):
             code, shown = error.code if isinstance(error.code, int) else 1, ""
         elif isinstance(error, KeyboardInterrupt):
             code, shown = 130, ""
-        fault = {"told": told, "code": code}
+        fault = {"message": message, "code": code}
         if self._store is None:  # the others may never come to hear it
             print(shown, file=sys.stderr, flush=True)
             shown = ""

@@ -91,9 +91,9 @@ def _asked_of_pbs(job: str) -> float | None:
     ask = ["qstat", "-f", "-F", "json", job]
     try:
         done = subprocess.run(ask, capture_output=True, text=True, timeout=60)
-        (told,) = json.loads(done.stdout)["Jobs"].values()
-        begin = datetime.strptime(told["stime"], "%a %b %d %H:%M:%S %Y").timestamp()
-        hours, minutes, seconds = map(int, told["Resource_List"]["walltime"].split(":"))
+        (about,) = json.loads(done.stdout)["Jobs"].values()
+        begin = datetime.strptime(about["stime"], "%a %b %d %H:%M:%S %Y").timestamp()
+        hours, minutes, seconds = map(int, about["Resource_List"]["walltime"].split(":"))
     except (OSError, ValueError, KeyError, TypeError, subprocess.TimeoutExpired):
         return None
     return begin + 3600 * hours + 60 * minutes + seconds

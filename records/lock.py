@@ -29,21 +29,21 @@ STALE_SECONDS: Final = 180.0
 _JOB_IDS: Final = ("PBS_JOBID", "SLURM_JOB_ID", "LSB_JOBID")
 
 
-class Owned(ConfigError):
+class RunLocked(ConfigError):
     """Another process is at work on the run."""
 
 
-class Owner:
+class RunLock:
     """This process's hold on the folder of a run, until it is released or the process ends.
 
     To other processes it is nothing: pickled, it becomes None.
 
     Args:
         file: the run's metrics.jsonl, open. It stays open: the lock is on this opening of it.
-        world: ranks of the run, to be told to who is refused.
+        world: ranks of the run, named in the refusal of others.
 
     Raises:
-        Owned: another process has the folder.
+        RunLocked: another process has the folder.
     """
 
     def __init__(self, folder: Path, file: TextIO, world: int = 1) -> None:
@@ -77,7 +77,7 @@ class Owner:
         """Without a lock: see that nobody has taken the folder over while this process stood still.
 
         Raises:
-            Owned: somebody has.
+            RunLocked: somebody has.
         """
         if self._heart is not None and _read(self._path).get("run_id") != self.run_id:
             raise self._refusal()
@@ -139,17 +139,17 @@ class Owner:
             except OSError:
                 pass  # a file system that is away comes back, or the next write says so
 
-    def _refusal(self, more: str = "") -> Owned:
+    def _refusal(self, more: str = "") -> RunLocked:
         words = _read(self._path)
-        told = ""
+        by = ""
         if words:
             job = f", job {words['job_id']}" if words.get("job_id") else ""
-            told = (
+            by = (
                 f" (process {words.get('pid')} on {words.get('host')}{job}, {words.get('world')} "
                 f"rank(s), since {words.get('begun')}{more})"
             )
-        return Owned(
-            f"another process is at work on the run in {self.folder}{told}: wait for it, or choose "
+        return RunLocked(
+            f"another process is at work on the run in {self.folder}{by}: wait for it, or choose "
             "another hydra.run.dir"
         )
 

@@ -21,7 +21,7 @@ from largebatch.records import Fields, RecordError, read_fields
 from largebatch.records.checkpoints import listed
 from largebatch.records.configuration import read_yaml
 from largebatch.records.fields import LARGEST, mapping, number, one_of, optional, whole
-from largebatch.records.lock import Owner
+from largebatch.records.lock import RunLock
 from largebatch.records.names import HEARTBEAT
 from largebatch.records.reading import parsed
 
@@ -153,15 +153,15 @@ def telling(words: Iterable[str]) -> set[str]:
     return {word for word in words if not word.startswith(free)}
 
 
-def claim(folder: Path, world: int = 1) -> Owner:
+def claim(folder: Path, world: int = 1) -> RunLock:
     """Make this process the owner of the run that is in `folder`, before anything in it is read.
 
     Raises:
-        Owned: another process is at work in it.
+        RunLocked: another process is at work in it.
     """
     file = (folder / METRICS).open("r+", encoding="utf-8")
     try:
-        return Owner(folder, file, world)
+        return RunLock(folder, file, world)
     except BaseException:
         file.close()
         raise
@@ -182,7 +182,7 @@ class RunFolder:
     Args:
         resumed_samples: go on with the run that the folder holds, from the checkpoint after so many
             samples. Lines of later steps are dropped: those steps are made again.
-        owner: who has claimed the run that is gone on with, and seen that it may; the folder
+        lock: held by whoever resumes the run and has checked that it may; the folder
             releases it.
         world: ranks of the run.
 
@@ -198,7 +198,7 @@ class RunFolder:
         folder: Path,
         hydra_files: Mapping[str, str],
         resumed_samples: int | None = None,
-        owner: Owner | None = None,
+        lock: RunLock | None = None,
         world: int = 1,
     ) -> None:
         self.path, self.last = folder, Kept()
@@ -213,16 +213,16 @@ class RunFolder:
             except FileExistsError:
                 check_free(folder)
                 raise
-            self._owner = Owner(folder, self._lines, world)
+            self._lock = RunLock(folder, self._lines, world)
         else:
-            self._owner = owner or claim(folder, world)
-            self._lines = self._owner.file
+            self._lock = lock or claim(folder, world)
+            self._lines = self._lock.file
             try:
-                if owner is None:
+                if lock is None:
                     check_unfinished(folder)
                 self._cut(kept_lines(folder, resumed_samples))
             except BaseException:
-                self._owner.release()
+                self._lock.release()
                 raise
             (folder / SUMMARY).unlink(missing_ok=True)
             (folder / ".hydra").mkdir(exist_ok=True)
@@ -287,10 +287,10 @@ class RunFolder:
         """Wait until the lines so far would survive a crash of the machine.
 
         Raises:
-            Owned: another process has taken the folder for abandoned, and over.
+            RunLocked: another process has taken the folder for abandoned, and over.
             OSError: the disk is full, or gone.
         """
-        self._owner.check()
+        self._lock.check()
         self._write_kept()
         os.fsync(self._lines.fileno())
 
@@ -306,7 +306,7 @@ class RunFolder:
             self._write_kept()
         finally:
             write_whole(self.path / SUMMARY, text + "\n")
-            self._owner.release()
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -317,7 +317,7 @@ class RunFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._owner.release()
+        self._lock.release()
 
 
 def say(what: str) -> None:

@@ -1,14 +1,8 @@
 """What batch size and learning rate hold at which sample. Plain arithmetic, without torch."""
 
 from largebatch.common.numbers import whole_number
-from largebatch.schedules.adaptive import (
-    CABS,
-    DiveBatch,
-    Goodput,
-    NoiseRamp,
-    NormTest,
-    SqrtNoise,
-)
+from largebatch.schedules.adaptive import AdaptiveRamp, LossTriggered
+from largebatch.schedules.coupled import CoupledRamp, LateSwitch, Seesaw, Smith
 from largebatch.schedules.curves import (
     WSD,
     Constant,
@@ -20,10 +14,17 @@ from largebatch.schedules.curves import (
     Polynomial,
     StepDecay,
 )
-from largebatch.schedules.decided import DecidedRamp, LossTriggered
 from largebatch.schedules.hyper import Hyper
 from largebatch.schedules.noise import NoiseReading, NoiseScale
-from largebatch.schedules.plan import Plan, PlannedStage, Point, Split, Totals
+from largebatch.schedules.noise_driven import (
+    CABS,
+    DiveBatch,
+    Goodput,
+    NoiseRamp,
+    NormTest,
+    SqrtNoise,
+)
+from largebatch.schedules.plan import BatchSplit, Plan, PlannedStage, Point, Totals
 from largebatch.schedules.ramps import (
     ConstantBatch,
     GeometricBatch,
@@ -32,18 +33,19 @@ from largebatch.schedules.ramps import (
     StagedBatch,
 )
 from largebatch.schedules.scaling import HOLDS, RULES, Rule, scale, scale_lr
-from largebatch.schedules.trades import LateSwitch, Seesaw, Smith, Trade
 
 __all__ = [
     "CABS",
     "HOLDS",
     "RULES",
     "WSD",
+    "AdaptiveRamp",
+    "BatchSplit",
     "Constant",
     "ConstantBatch",
     "Cosine",
+    "CoupledRamp",
     "Curve",
-    "DecidedRamp",
     "DiveBatch",
     "GeometricBatch",
     "GeometricSweep",
@@ -66,12 +68,10 @@ __all__ = [
     "Rule",
     "Seesaw",
     "Smith",
-    "Split",
     "SqrtNoise",
     "StagedBatch",
     "StepDecay",
     "Totals",
-    "Trade",
     "scale",
     "scale_lr",
     "whole_number",

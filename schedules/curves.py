@@ -256,7 +256,7 @@ class WSD(_Decaying):
 class GeometricSweep(Curve):
     """From `first` up to `last` times the peak in equal ratios, then `last` (a learning-rate range
     test, Smith, 1506.01186, on a log axis). It rises, and so it is no curve for a ramp of
-    `trades.py`.
+    `coupled.py`.
 
     Attributes:
         first: factor of the first step.

@@ -9,7 +9,7 @@ from largebatch.common.numbers import real_number, whole_number
 
 @dataclass(frozen=True, kw_only=True)
 class Hyper:
-    """What an optimizer is told, tuned at one global batch size. None: the optimizer has no such
+    """Hyperparameters tuned at one global batch size. None: the optimizer has no such
     thing.
 
     Attributes:

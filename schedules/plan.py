@@ -1,6 +1,6 @@
 """The plan of a run: the batch size and hyperparameters of every step, known before it starts.
 
-Ramps that are decided during the run (`decided.py`) leave the future open; all else about them is
+Ramps that are decided during the run (`adaptive.py`) leave the future open; all else about them is
 the same.
 """
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from largebatch.common.numbers import real_number, whole_number
+from largebatch.schedules.adaptive import AdaptiveRamp
+from largebatch.schedules.coupled import CoupledRamp
 from largebatch.schedules.curves import Curve
-from largebatch.schedules.decided import DecidedRamp
 from largebatch.schedules.hyper import Hyper
 from largebatch.schedules.ramps import Ramp
 from largebatch.schedules.scaling import OWN, Rule, find_rule, resolve_hold, scale
-from largebatch.schedules.trades import Trade
 
 
 class Point(NamedTuple):
@@ -57,12 +57,23 @@ class Totals(NamedTuple):
     """Fewer steps than the first batch size would need for the same budget."""
 
 
-class Split(NamedTuple):
+@dataclass(frozen=True)
+class BatchSplit:
     """How ranks and micro-batches make up a global batch."""
 
-    batch_size: int
-    micro_batch_size: int
-    gradient_accumulation_steps: int
+    global_batch_size: int
+    data_parallel_size: int = 1
+    gradient_accumulation_steps: int = 1
+
+    @property
+    def per_rank(self) -> int:
+        """Samples of one rank in a step."""
+        return self.global_batch_size // self.data_parallel_size
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples in one backward pass on one rank."""
+        return self.per_rank // self.gradient_accumulation_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +96,7 @@ class Plan:
             that the rule does not reach, a value out of range.
     """
 
-    ramp: Ramp | Trade
+    ramp: Ramp | CoupledRamp
     curve: Curve
     budget_samples: int
     base_lr: float
@@ -107,21 +118,21 @@ class Plan:
         self._set(budget_samples=budget, base_batch=base_batch, tokens_per_sample=per)
         self._set(base_lr=real_number(self.base_lr, "optim.lr", above=0.0))
         self._set(_ramp=self.ramp, _curve=self.curve, _exponent=None, _hypers={})
-        self._settle()
+        self._resolve()
         self._curve.check(budget)
         self._ramp.check(budget)
         for size in self._ramp.sizes():
             self._hyper(size)  # what the rule does not reach is refused now
 
-    def _settle(self) -> None:
+    def _resolve(self) -> None:
         """Warm up as the rule says, and make a trade a ramp and a curve."""
-        start = self.ramp.start if isinstance(self.ramp, Trade) else self.ramp.at(0)
+        start = self.ramp.start if isinstance(self.ramp, CoupledRamp) else self.ramp.at(0)
         warmup = scale(self._base, self.base_batch, start, self.rule).warmup_samples
         self._set(_curve=replace(self.curve, warmup_samples=warmup))
-        if isinstance(self.ramp, Trade):
+        if isinstance(self.ramp, CoupledRamp):
             self._curve.check(self.budget_samples)
-            settled = self.ramp.settle(self._curve, self.budget_samples)
-            self._set(_ramp=settled.ramp, _curve=settled.curve, _exponent=settled.exponent)
+            resolved = self.ramp.resolve(self._curve, self.budget_samples)
+            self._set(_ramp=resolved.ramp, _curve=resolved.curve, _exponent=resolved.exponent)
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -214,7 +225,7 @@ class Plan:
     @property
     def is_open(self) -> bool:
         """Whether later batch sizes are decided during the run."""
-        return isinstance(self._ramp, DecidedRamp)
+        return isinstance(self._ramp, AdaptiveRamp)
 
     def observe(self, samples: int, **readings: float) -> None:
         """Tell the ramp what the run has measured after `samples` samples, the same on every rank.
@@ -222,19 +233,19 @@ class Plan:
         Args:
             readings: named as in a run's record.
         """
-        if isinstance(self._ramp, DecidedRamp):
+        if isinstance(self._ramp, AdaptiveRamp):
             self._ramp.observe(samples, readings)
 
     def state_dict(self) -> dict[str, Any]:
         """What the run has decided; empty where everything was planned."""
-        return self._ramp.state_dict() if isinstance(self._ramp, DecidedRamp) else {}
+        return self._ramp.state_dict() if isinstance(self._ramp, AdaptiveRamp) else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        if isinstance(self._ramp, DecidedRamp):
+        if isinstance(self._ramp, AdaptiveRamp):
             self._ramp.load_state_dict(state)
 
-    def splits(self, data_parallel_size: int, micro_batch_size: int | None) -> list[Split]:
+    def splits(self, data_parallel_size: int, micro_batch_size: int | None) -> list[BatchSplit]:
         """How each batch size is made: the micro-batch stays, accumulation varies.
 
         Args:
@@ -246,7 +257,7 @@ class Plan:
         """
         self.check_divisible(data_parallel_size, micro_batch_size)
         return [
-            Split(size, micro, size // (data_parallel_size * micro))
+            BatchSplit(size, data_parallel_size, size // (data_parallel_size * micro))
             for size in self._ramp.sizes()
             for micro in (micro_batch_size or size // data_parallel_size,)
         ]

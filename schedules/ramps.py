@@ -1,8 +1,8 @@
 """The global batch size as a function of the samples seen.
 
 Rises come with the first step that begins at or after their sample count; no batch is cut for one.
-Ramps that follow the learning rate's curve are in `trades.py`, those that are decided during the
-run in `decided.py`.
+Ramps that follow the learning rate's curve are in `coupled.py`, those that are decided during the
+run in `adaptive.py`.
 """
 
 import re

@@ -2,7 +2,7 @@
 
 Steps to target against batch size, with the fitted curves and their critical batch sizes; and the
 best learning rate against batch size, beside what the linear and the square-root rule would say.
-Each optimizer keeps its colour and its marker in both, and no fact is told by colour alone.
+Each optimizer keeps its colour and its marker in both, and no fact is shown by colour alone.
 """
 
 import math
@@ -22,8 +22,8 @@ from largebatch.study.fit import Fit
 from largebatch.study.labels import label
 from largebatch.study.points import Point
 
-# Okabe and Ito's palette, made to be told apart by colour-blind readers; its yellow is too pale,
-# a dark brown stands for it.
+# Okabe and Ito's palette, which colour-blind readers can distinguish; its yellow is too pale, a
+# dark brown stands for it.
 COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#6B3E1D",
 )  # fmt: skip

@@ -33,8 +33,8 @@ def read_runs(folder: Path | str) -> tuple[list[RunSummary], list[str]]:
         try:
             runs.append(read_summary(path))
         except (OSError, RecordError) as error:
-            told = str(error).removeprefix(printable(f"{root}/"))
-            problems.append(f"{told}: this run is left out")
+            problem = str(error).removeprefix(printable(f"{root}/"))
+            problems.append(f"{problem}: this run is left out")
     unfinished = [
         path.parent.relative_to(root)
         for path in sorted(root.rglob(METRICS))
@@ -79,9 +79,9 @@ def recorded(runs: Sequence[RunSummary], key: str) -> list[str]:
 
 def _text(value: object) -> str:
     if isinstance(value, Mapping):
-        told = ", ".join(f"{name} {entry}" for name, entry in value.items())
+        shortened = ", ".join(f"{name} {entry}" for name, entry in value.items())
     elif isinstance(value, str | int | float):
-        told = str(value)
+        shortened = str(value)
     else:
-        told = shown(value)
-    return printable(told if len(told) <= MOST_TEXT else told[:MOST_TEXT] + "…")
+        shortened = shown(value)
+    return printable(shortened if len(shortened) <= MOST_TEXT else shortened[:MOST_TEXT] + "…")

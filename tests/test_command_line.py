@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from largebatch import cli
-from largebatch.common.errors import hydra_word, sentence
+from largebatch.common.errors import format_config_error, hydra_word
 from largebatch.completion import SCRIPTS
 
 VALUES = [
@@ -27,7 +27,7 @@ def test_a_value_that_hydra_cannot_read_is_told_with_the_line_to_type(value: str
     parser = OverridesParser.create()
     with pytest.raises(HydraException) as refusal:
         parser.parse_overrides([f"hydra.run.dir={value}"])
-    told = sentence(refusal.value)
+    told = format_config_error(refusal.value)
     assert "\n" not in told
     assert f"hydra.run.dir={value}" in told or repr(f"hydra.run.dir={value}") in told
     line = re.search(r".*(?:shell:|type) (.*)$", told)
@@ -50,7 +50,7 @@ def test_a_value_that_hydra_cannot_read_is_told_with_the_line_to_type(value: str
 def test_a_word_with_something_missing_is_told(word: str, told: str) -> None:
     with pytest.raises(HydraException) as refusal:
         OverridesParser.create().parse_overrides([word])
-    assert told in sentence(refusal.value)
+    assert told in format_config_error(refusal.value)
 
 
 @pytest.mark.parametrize("value", ["a", "a b", "it's", "x\\", "a\\'b", "é", "${x}", "\\'", "~", ""])

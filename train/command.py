@@ -22,8 +22,8 @@ from largebatch.distributed.team import Team, find_team, started_team
 from largebatch.records.record import RunEnded
 from largebatch.records.summary import objective
 from largebatch.train.hydra_app import again, import_from_here, parse_options, run_hydra
-from largebatch.train.run_spec import Order, order_of, prepare
-from largebatch.train.sweeps import failure_of, shown_folder, told
+from largebatch.train.run_spec import RunSpec, received_spec, resolve_run
+from largebatch.train.sweeps import failure_of, reported, shown_folder
 
 FAILED: Final = 1
 REFUSED: Final = 2
@@ -57,12 +57,12 @@ def run_command(command: str, arguments: list[str]) -> int:
         import_from_here()
         with find_team() as team:
             return lead(team, command, arguments) if team.ranks.is_first else follow(team)
-    except RanksEnded as ended:  # which has been told
+    except RanksEnded as ended:  # already reported
         return ended.code
     except ConfigError as error:
         print(f"largebatch: {error}", file=sys.stderr)
         return REFUSED
-    except (RunFailed, SweepFailed) as error:  # of which each run has been told by itself
+    except (RunFailed, SweepFailed) as error:  # each run has been reported by itself
         more = "" if error.refused else f"; the same command{again[0]} makes those again"
         print(f"largebatch: {error}{more}", file=sys.stderr)
         return REFUSED if error.refused else FAILED
@@ -118,10 +118,10 @@ def failed(error: Exception) -> int:
     Raises:
         Exception: `error`, where it is another one, or the whole trace is asked for.
     """
-    told = of_user(error)
-    if told is None:
+    trace = of_user(error)
+    if trace is None:
         raise error
-    print(told, file=sys.stderr)
+    print(trace, file=sys.stderr)
     return EXIT_CODES["failed"]
 
 
@@ -139,9 +139,9 @@ def task(composed: DictConfig) -> float | None:
     try:
         summary = job(composed)
     except Exception as error:
-        raise told(failure_of(error)) from None
+        raise reported(failure_of(error)) from None
     if summary["status"] == "failed":  # a search of mode=lr_find that found nothing
-        raise told(RunFailed(shown_folder(), summary["error"]))
+        raise reported(RunFailed(shown_folder(), summary["error"]))
     if summary["status"] == "interrupted":
         raise KeyboardInterrupt
     return objective(summary)
@@ -161,7 +161,7 @@ def single_run(composed: DictConfig) -> None:
         folder = Path(shown_folder())
         print(outcome(summary, folder))
         if "lr_find" in summary:
-            print(lr_results.told(summary, folder))
+            print(lr_results.format_outcome(summary, folder))
 
 
 def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
     team = find_team()
     die_with_parent()
     try:
-        order = prepare(composed, team.ranks)
+        spec = resolve_run(composed, team.ranks)
     except RunEnded as ended:
         if display or team.ranks.size > 1:
             raise
@@ -184,12 +184,12 @@ def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
             "hydra.run.dir (of a sweep: hydra.sweep.dir)"
         ) from error
     with ExitStack() as stack:
-        if order.resumption is not None:
-            stack.callback(order.resumption.release)
-        if order.config.engine.nproc > 1:
-            team = stack.enter_context(started_team(order.config.engine.nproc))
-        summary = train(team, order, display)
-    if not display and order.config.study is None:  # a study has a display of its own
+        if spec.resumption is not None:
+            stack.callback(spec.resumption.release)
+        if spec.config.engine.nproc > 1:
+            team = stack.enter_context(started_team(spec.config.engine.nproc))
+        summary = train(team, spec, display)
+    if not display and spec.config.study is None:  # a study has a display of its own
         from largebatch.train.reporting.display import outcome
 
         print(outcome(summary, Path(shown_folder())), flush=True)
@@ -209,7 +209,7 @@ def follow(team: Team) -> int:
     return 0
 
 
-def train(team: Team, order: Order | None, display: bool = False) -> dict[str, Any]:
+def train(team: Team, spec: RunSpec | None, display: bool = False) -> dict[str, Any]:
     """Train as rank 0 orders; returns the summary."""
     from largebatch.distributed.rank_dump import answering
     from largebatch.distributed.ranks import pick_device, process_group, set_threads
@@ -217,22 +217,22 @@ def train(team: Team, order: Order | None, display: bool = False) -> dict[str, A
     from largebatch.train.run import run
 
     ranks = team.ranks
-    words = team.tell(None if order is None else order.words)
-    order = order or order_of(words)
-    if order.current is not None:
-        os.chdir(order.current)
+    words = team.tell(None if spec is None else spec.words)
+    spec = spec or received_spec(words)
+    if spec.current is not None:
+        os.chdir(spec.current)
     set_threads(ranks)
     try:
-        device = pick_device(order.config.engine.device, ranks, order.config.engine.ipex)
+        device = pick_device(spec.config.engine.device, ranks, spec.config.engine.ipex)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    always = order.config.engine.needs_group
+    always = spec.config.engine.needs_group
     group = process_group(team.store, ranks, device, always=always)
-    with answering(order.folder, ranks.rank, ranks.size), group, team.telling():
+    with answering(spec.folder, ranks.rank, ranks.size), group, team.telling():
         if not display:
-            return run(order, team, device)
-        with Display(order) as shown:
-            return run(order, team, device, shown)
+            return run(spec, team, device)
+        with Display(spec) as shown:
+            return run(spec, team, device, shown)
 
 
 def exit_code(summary: dict[str, Any]) -> int:

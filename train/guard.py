@@ -42,7 +42,7 @@ _LEAST_DEVIATION: Final = 0.01
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GuardAction:
     """What is to be done about the step that ended at `samples`.
 
     Attributes:
@@ -110,7 +110,7 @@ class Guard:
         """
         return self._norm_bound() if self.config.spike == "skip" else math.inf
 
-    def take(self, line: Mapping[str, Any]) -> Verdict | None:
+    def take(self, line: Mapping[str, Any]) -> GuardAction | None:
         """Judge a complete line; None where nothing is wrong with it.
 
         Args:
@@ -120,18 +120,18 @@ class Guard:
         self._lines += 1
         if self._start is None and math.isfinite(line["loss"]):
             self._start = line["loss"]
-        verdict = self._not_finite(line) or self._spike(line)
+        action = self._not_finite(line) or self._spike(line)
         self._step = line["step"]
-        if verdict is None:
+        if action is None:
             self._norms = [*self._norms, line["grad_norm"]][-self.config.window :]
             self._losses = [*self._losses, line["loss"]][-self.config.window :]
             return None
-        return self._counted(verdict)
+        return self._counted(action)
 
     def take_evaluation(
         self, eval_loss: float, step: int, samples: int, budget_samples: int
-    ) -> Verdict | None:
-        """Judge an evaluation loss; a verdict to stop where the run is lost."""
+    ) -> GuardAction | None:
+        """Judge an evaluation loss; an action to stop where the run is lost."""
         multiple = self.config.eval_loss_multiple
         if multiple is None or self._start is None:
             return None
@@ -147,9 +147,9 @@ class Guard:
             f"eval_loss {eval_loss:.4g} has been above its bound {bound:.4g} for {since} samples "
             f"(guard.eval_loss_multiple={multiple:g} times the first loss, {self._start:.4g})"
         )
-        return Verdict("stop", reason, step, samples, "eval_loss", eval_loss, bound)
+        return GuardAction("stop", reason, step, samples, "eval_loss", eval_loss, bound)
 
-    def _not_finite(self, line: Mapping[str, Any]) -> Verdict | None:
+    def _not_finite(self, line: Mapping[str, Any]) -> GuardAction | None:
         broken = [name for name in ("grad_norm", "loss") if not math.isfinite(line[name])]
         if not broken:
             return None
@@ -158,9 +158,9 @@ class Guard:
         if kind == "skip" and not line.get("skipped"):
             # As of a loss whose gradient is finite.
             kind, reason = "stop", f"{reason} and the step is made: too late to skip it"
-        return Verdict(kind, reason, line["step"], line["samples"], name, line[name], math.inf)
+        return GuardAction(kind, reason, line["step"], line["samples"], name, line[name], math.inf)
 
-    def _spike(self, line: Mapping[str, Any]) -> Verdict | None:
+    def _spike(self, line: Mapping[str, Any]) -> GuardAction | None:
         norm_bound = line.get("grad_norm_bound", self._norm_bound())
         if self.config.spike == "skip":
             bounds = {"grad_norm": norm_bound} if line.get("skipped") else {}
@@ -169,7 +169,7 @@ class Guard:
             bounds = {name: bound for name, bound in bounds.items() if line[name] > bound}
         for name, bound in bounds.items():
             reason = f"{name} {line[name]:.4g} is above its bound {bound:.4g}"
-            return Verdict(
+            return GuardAction(
                 self.config.spike, reason, line["step"], line["samples"], name, line[name], bound
             )
         return None
@@ -192,17 +192,17 @@ class Guard:
     def _knows_little(self) -> bool:
         return self._step < self.config.warmup_steps or len(self._norms) < FEWEST
 
-    def _counted(self, verdict: Verdict) -> Verdict:
-        """The verdict, or an end to the run where there were too many."""
+    def _counted(self, action: GuardAction) -> GuardAction:
+        """The action, or an end to the run where there were too many."""
         since = self._lines - self.config.window
         self._events = [at for at in self._events if at > since] + [self._lines]
-        if verdict.kind == "stop" or len(self._events) <= self.config.most_events:
-            return verdict
+        if action.kind == "stop" or len(self._events) <= self.config.most_events:
+            return action
         reason = (
-            f"{verdict.reason}: event {len(self._events)} within {self.config.window} steps, and "
+            f"{action.reason}: event {len(self._events)} within {self.config.window} steps, and "
             f"guard.most_events={self.config.most_events}"
         )
-        return replace(verdict, kind="stop", reason=reason)
+        return replace(action, kind="stop", reason=reason)
 
     def state_dict(self) -> dict[str, Any]:
         """In plain numbers."""

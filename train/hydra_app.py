@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import largebatch.conf.unique  # noqa: F401 — in names of folders
-from largebatch.common.errors import ConfigError, sentence
+from largebatch.common.errors import ConfigError, format_config_error
 from largebatch.common.user_code import keep_request
 from largebatch.conf.user_configs import first, tell_replaced, unreadable_file
 from largebatch.records.record import unwritable
@@ -67,7 +67,7 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: Sequen
             entry(begin)()
     # Before OSError: of a file of the configuration that is not there, Hydra's error is both.
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(sentence(error)) from error
+        raise ConfigError(format_config_error(error)) from error
     except OSError as error:
         if begun:
             raise

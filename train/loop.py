@@ -11,22 +11,21 @@ from torch.optim import Optimizer
 
 from largebatch.conf.config import GuardConfig
 from largebatch.distributed.ranks import Ranks
-from largebatch.schedules import Plan, Point
-from largebatch.train.coscaling import CoScaling
+from largebatch.schedules import BatchSplit, Plan, Point
 from largebatch.train.data.randomness import seed_step
 from largebatch.train.data.sampler import Sampler
 from largebatch.train.engines.base import Engine
 from largebatch.train.engines.precision import LossScale
-from largebatch.train.engines.update import Limits, Numbers
+from largebatch.train.engines.update import GradientLimits, StepMetrics
 from largebatch.train.evaluation import EvaluationGrid
-from largebatch.train.guard import Guard, Verdict
+from largebatch.train.guard import Guard, GuardAction
+from largebatch.train.hyperparameter_scaler import HyperparameterScaler
 from largebatch.train.noise.gradient_noise import GradientNoise
-from largebatch.train.noise.small_gradients import Share
-from largebatch.train.progress import READINGS, Progress
-from largebatch.train.reporting.readings import Readings
+from largebatch.train.progress import RAMP_SIGNALS, Progress
+from largebatch.train.reporting.async_metrics import AsyncMetrics
 from largebatch.train.reporting.step_clock import StepClock
 from largebatch.train.reporting.trust_ratios import trust_ratios
-from largebatch.train.stop_signal import Interruption
+from largebatch.train.stop_signal import StopSignal
 from largebatch.train.tasks import Batch, Task
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class Loop:
         event: takes what the guard has done, as keywords of an event; called on every rank.
         checkpoints: where the run's state is kept between two steps, and taken from; None: nowhere.
         rewind: cuts the record to the lines until so many samples; called on every rank.
-        phase: is told what is done between steps: "evaluate", "save".
+        phase: takes the name of what is done between steps: "evaluate", "save".
         clip_norm: gradients of a larger L2 norm are scaled down to it.
         target_loss: the run ends at the first evaluation at or below it.
         record_layers: put each layer's trust ratio into the lines.
@@ -64,7 +63,7 @@ class Loop:
     evaluate: Callable[[], float] | None
     grid: EvaluationGrid
     record: Callable[[dict[str, Any]], None]
-    interruption: Interruption
+    stop_signal: StopSignal
     noise: GradientNoise | None = None
     guard: Guard = field(default_factory=lambda: Guard(GuardConfig()))
     event: Callable[[dict[str, Any]], None] = lambda event: None
@@ -77,15 +76,15 @@ class Loop:
     record_layers: bool = False
     enough: Callable[[dict[str, Any]], bool] = lambda line: False
     progress: Progress = field(default_factory=Progress)
-    _readings: Readings = field(default_factory=Readings)
+    _metrics: AsyncMetrics = field(default_factory=AsyncMetrics)
     _rollback: dict[str, Any] | None = None
     """The event that the run goes back for."""
     _save_is_due: bool = False
     _clock: StepClock = field(default_factory=StepClock)
-    _coscaling: CoScaling = field(init=False)
+    _scaler: HyperparameterScaler = field(init=False)
 
     def __post_init__(self) -> None:
-        self._coscaling = CoScaling(self.plan, self.optimizer)
+        self._scaler = HyperparameterScaler(self.plan, self.optimizer)
 
     def run(self) -> Progress:
         """Step until the target, the budget, an interruption, or numbers the guard stops at."""
@@ -108,10 +107,10 @@ class Loop:
             batch = self.take(point)
             loss = self.engine.forward_backward(self.task, batch, point.batch_size)
             numbers = self.measure(point, loss)
-            change = self._coscaling.take_up(point)
+            change = self._scaler.apply(point)
             numbers |= self.update(point.lr)
             before = self.send_off(point, numbers)
-            self._readings.annotate(**change)
+            self._metrics.annotate(**change)
             self.advance(point)
             ended = self.ends_with(before)
             if not self.is_broken:  # an interruption leaves no boundary out
@@ -119,9 +118,9 @@ class Loop:
             if ended or self.saving_ends_it(point):
                 break
         if self._rollback is None:
-            self.ends_with(self.arrived(self._readings.flush()))
+            self.ends_with(self.arrived(self._metrics.flush()))
         else:
-            self._readings.flush()  # of a step that will not have been
+            self._metrics.flush()  # of a step that will not have been
 
     @property
     def is_broken(self) -> bool:
@@ -144,57 +143,59 @@ class Loop:
             self.noise.begin(self.progress.steps)
         return self.task.train_batch(self.sampler.take(start, share))
 
-    def measure(self, point: Point, loss: Tensor) -> Numbers:
+    def measure(self, point: Point, loss: Tensor) -> StepMetrics:
         """The step's numbers, gradients untouched."""
-        interrupted = torch.full_like(loss, float(self.interruption.is_due))
-        summed = {"loss": loss, "interrupted": interrupted}
+        interrupted = torch.full_like(loss, float(self.stop_signal.is_due))
+        reduced = {"loss": loss, "interrupted": interrupted}
         if self.checkpoints is not None:
             due = self.ranks.is_first and self.checkpoints.is_due_by_time()
-            summed["save_is_due"] = torch.full_like(loss, float(due))
+            reduced["save_is_due"] = torch.full_like(loss, float(due))
         if self.noise is not None:
             scale = self.engine.precision.loss_scale
-            summed |= self.noise.parts(self.share(point), 1.0 if scale is None else scale.value)
-        return Numbers(summed, {})
+            reduced |= self.noise.parts(self.split(point), 1.0 if scale is None else scale.value)
+        return StepMetrics(reduced, {})
 
-    def share(self, point: Point) -> Share:
+    def split(self, point: Point) -> BatchSplit:
         ranks, micro = (
             self.engine.data_parallel_size,
             self.engine.micro_batch_size(point.batch_size),
         )
-        return Share(point.batch_size, ranks, math.ceil(point.batch_size / (ranks * micro)))
+        return BatchSplit(point.batch_size, ranks, math.ceil(point.batch_size / (ranks * micro)))
 
-    def update(self, lr: float) -> Numbers:
+    def update(self, lr: float) -> StepMetrics:
         """One optimizer step at learning rate `lr`."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        numbers = self.engine.update(self.optimizer, Limits(self.clip_norm, self.skip_above()))
-        return numbers | Numbers({}, trust_ratios(self.optimizer, self.record_layers))
+        numbers = self.engine.update(
+            self.optimizer, GradientLimits(self.clip_norm, self.skip_above())
+        )
+        return numbers | StepMetrics({}, trust_ratios(self.optimizer, self.record_layers))
 
     def skip_above(self) -> float | None:
         """The gradient norm above which the next step is none; None: every step is made."""
         return self.guard.threshold() if self.guard.skips else None
 
-    def send_off(self, point: Point, numbers: Numbers) -> dict[str, Any] | None:
+    def send_off(self, point: Point, numbers: StepMetrics) -> dict[str, Any] | None:
         """Pack the step's numbers for the host; returns the line of the step before."""
-        all_of_them = numbers.summed | numbers.own
-        packed = torch.stack([*all_of_them.values()])
-        work = self.engine.sum_over_ranks(packed[: len(numbers.summed)])
-        share = self.share(point)
+        values = numbers.reduced | numbers.replicated
+        packed = torch.stack([*values.values()])
+        work = self.engine.sum_over_ranks(packed[: len(numbers.reduced)])
+        split = self.split(point)
         line = {
             "step": self.progress.steps + 1,
             "samples": point.samples + point.batch_size,
             "lr": point.lr,
             "global_batch_size": point.batch_size,
             "micro_batch_size": self.engine.micro_batch_size(point.batch_size),
-            "gradient_accumulation_steps": share.gradient_accumulation_steps,
-            "data_parallel_size": share.data_parallel_size,
+            "gradient_accumulation_steps": split.gradient_accumulation_steps,
+            "data_parallel_size": split.data_parallel_size,
             "step_seconds": self._clock.step(),
         }
         if self.plan.tokens_per_sample > 1:
             line["tokens"] = line["samples"] * self.plan.tokens_per_sample
         if self.guard.threshold() < math.inf:
             line["grad_norm_bound"] = self.guard.threshold()
-        return self.arrived(self._readings.push(line, tuple(all_of_them), packed, work))
+        return self.arrived(self._metrics.push(line, tuple(values), packed, work))
 
     def arrived(self, line: dict[str, Any] | None) -> dict[str, Any] | None:
         """Take in what a line that is now complete says of the gradient."""
@@ -226,18 +227,18 @@ class Loop:
     def judge(self, line: dict[str, Any]) -> None:
         """Ask the guard about a complete line, and do as it says."""
         self.progress.loss = line["loss"]
-        known = self.is_broken or line.get("overflow")  # what follows a verdict is one with it
-        verdict = None if known else self.guard.take(line)
-        if verdict is not None:
-            self.act_on(verdict)
+        known = self.is_broken or line.get("overflow")  # what follows an action is one with it
+        action = None if known else self.guard.take(line)
+        if action is not None:
+            self.act_on(action)
 
     def judge_evaluation(self, eval_loss: float) -> None:
         """Ask the guard about an evaluation loss, and do as it says."""
-        verdict = self.guard.take_evaluation(
+        action = self.guard.take_evaluation(
             eval_loss, self.progress.steps, self.progress.samples, self.plan.budget_samples
         )
-        if verdict is not None:
-            self.act_on(verdict)
+        if action is not None:
+            self.act_on(action)
 
     def recorded_ends_it(self, line: dict[str, Any]) -> bool:
         """Record a line that is judged; True where it ends the steps."""
@@ -248,19 +249,19 @@ class Loop:
             self.progress.status = "interrupted"
         return self.enough(line) or self.is_broken or self.progress.status == "interrupted"
 
-    def act_on(self, verdict: Verdict) -> None:
-        """Do as the guard says, and tell; every rank comes here with the same verdict."""
-        event = asdict(verdict)
-        if not math.isfinite(verdict.value):
-            event["parameters"] = self.engine.non_finite(self.progress.steps - verdict.step)
-        if verdict.kind == "rollback":
+    def act_on(self, action: GuardAction) -> None:
+        """Do as the guard says, and tell; every rank comes here with the same action."""
+        event = asdict(action)
+        if not math.isfinite(action.value):
+            event["parameters"] = self.engine.non_finite(self.progress.steps - action.step)
+        if action.kind == "rollback":
             self._rollback = event
         else:
             self.event(event)
-        if verdict.kind == "stop":
+        if action.kind == "stop":
             named = event.get("parameters")
             said = f"; not finite: {', '.join(named[:4])}" if named else ""
-            self.progress.status, self.progress.reason = "diverged", verdict.reason + said
+            self.progress.status, self.progress.reason = "diverged", action.reason + said
 
     def roll_back(self, event: dict[str, Any]) -> bool:
         """Go back to the last good checkpoint, the samples since then left out for good; False
@@ -298,7 +299,7 @@ class Loop:
             return spent
         if not (self.grid.is_due(self.progress.steps) or spent):
             return False
-        line = self.arrived(self._readings.flush())
+        line = self.arrived(self._metrics.flush())
         assert line is not None
         self.judge(line)
         if self.is_broken:  # weights that are gone back on, or given up, are not evaluated
@@ -322,7 +323,7 @@ class Loop:
 
     def decide(self, seen: int, line: dict[str, Any]) -> None:
         """Tell the plan what the run has measured, in rank 0's words: all ranks decide alike."""
-        readings = {name: line[name] for name in sorted(READINGS & line.keys())}
+        readings = {name: line[name] for name in sorted(RAMP_SIGNALS & line.keys())}
         agreed = self.engine.as_first_rank([float(value) for value in readings.values()])
         self.plan.observe(seen, **dict(zip(readings, agreed, strict=True)))
 
@@ -332,7 +333,7 @@ class Loop:
             return False
         if not (self._save_is_due or self.checkpoints.due(point.samples, self.progress.samples)):
             return False
-        if self.ends_with(self.arrived(self._readings.flush())):
+        if self.ends_with(self.arrived(self._metrics.flush())):
             return True
         self._save_is_due = False
         with self._clock.paused():
@@ -354,7 +355,7 @@ class Loop:
             "precision": self.engine.precision.state_dict(),
             "noise": {} if self.noise is None else self.noise.state_dict(),
             "evaluation_due_at": self.grid.due_at,
-            "batch_size": self._coscaling.batch_size,
+            "batch_size": self._scaler.batch_size,
         }
 
     def load_state_dict(self, state: dict[str, Any], rolled_back: bool = False) -> None:
@@ -371,4 +372,4 @@ class Loop:
         if self.noise is not None:
             self.noise.load_state_dict(state["noise"])
         self.grid.due_at = state["evaluation_due_at"]
-        self._coscaling.batch_size = state["batch_size"]
+        self._scaler.batch_size = state["batch_size"]

@@ -38,7 +38,7 @@ from largebatch.train.reporting.flops import flops_of
 from largebatch.train.reporting.peaks import chosen, peaks_of
 from largebatch.train.reporting.provenance import device_name
 from largebatch.train.reporting.throughput import Throughput
-from largebatch.train.run_spec import Order
+from largebatch.train.run_spec import RunSpec
 from largebatch.train.tasks import Task, check_task
 from largebatch.train.trial import MOST_TRIED, check_batches, try_one_pass
 
@@ -55,17 +55,17 @@ class Parts:
     progress: Progress = field(default_factory=Progress)
 
 
-def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
+def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
     """Task, model, engine and optimizer as configured, the model the same on every rank.
 
     Raises:
         ConfigError: a target that cannot be imported, does not take its arguments or refuses a
         value.
     """
-    config = order.config
+    config = spec.config
     task: Task = build(config.task, "task")
     data = check_task(task)
-    check_batches(order.plan, task, ranks)
+    check_batches(spec.plan, task, ranks)
     torch.manual_seed(config.seed)
     model, values = build_model(config, ranks, device)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -92,13 +92,13 @@ def build_parts(order: Order, ranks: Ranks, device: torch.device) -> Parts:
     try:
         optimizer = engine.attach(optimizer, config.clip_norm)
         if size == "auto":
-            sizes = [split.batch_size for split in order.plan.splits(ranks.size, None)]
+            sizes = [split.global_batch_size for split in spec.plan.splits(ranks.size, None)]
             engine.set_micro_batch_size(
                 find_micro_batch_size(engine, optimizer, task, ranks, sizes)
             )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    noise = build_noise(order, engine, optimizer)
+    noise = build_noise(spec, engine, optimizer)
     return Parts(task, engine, optimizer, noise, num_parameters, data)
 
 
@@ -174,19 +174,19 @@ def prepare_model(
         compile_blocks(model)
 
 
-def build_throughput(order: Order, task: Task, ranks: Ranks, device: torch.device) -> Throughput:
+def build_throughput(spec: RunSpec, task: Task, ranks: Ranks, device: torch.device) -> Throughput:
     """What rates are made with.
 
     Raises:
         ConfigError: a formula that is not known, or not for this model.
     """
-    config, name = order.config.throughput, device_name(device)
+    config, name = spec.config.throughput, device_name(device)
     known = peaks_of(name)
     flops = None
     if config.formula is not None or known or config.peak_tflops is not None:
         try:
             flops = flops_of(
-                partial(build, order.config.model, "model"), task, config.formula or "auto"
+                partial(build, spec.config.model, "model"), task, config.formula or "auto"
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -195,36 +195,36 @@ def build_throughput(order: Order, task: Task, ranks: Ranks, device: torch.devic
     return Throughput(flops, ranks.size, peak, others, config.steps_left_out)
 
 
-def build_noise(order: Order, engine: Engine, optimizer: Optimizer) -> GradientNoise | None:
+def build_noise(spec: RunSpec, engine: Engine, optimizer: Optimizer) -> GradientNoise | None:
     """What measures the noise scale, where it is asked for.
 
     Raises:
         ConfigError: it cannot be measured so in this run.
     """
-    if order.noise_seam is None:
+    if spec.noise_source is None:
         return None
-    noise = order.config.noise
+    noise = spec.config.noise
     try:
-        seam = engine.small_gradients(order.noise_seam)
-        if noise.small == "auto" and isinstance(seam, ExampleGradients) and seam.missed:
+        source = engine.small_gradients(spec.noise_source)
+        if noise.small == "auto" and isinstance(source, ExampleGradients) and source.missed:
             raise ConfigError(
                 "noise.small=auto finds no engine.micro_batch_size that cuts the smallest batch, "
                 "and layers whose gradients are not known sample by sample "
-                f"({', '.join(seam.missed[:3])}, …): set engine.micro_batch_size to at most half "
+                f"({', '.join(source.missed[:3])}, …): set engine.micro_batch_size to at most half "
                 "of the smallest batch"
             )
         return GradientNoise(
-            seam,
+            source,
             noise.half_life_samples,
             noise.every,
-            by_layer=order.config.record.layers,
+            by_layer=spec.config.record.layers,
             optimizer=optimizer if noise.preconditioned else None,
             copies=engine.gradient_copies,
         )
     except ConfigError:
         raise
     except ValueError as error:
-        meant = f"noise.small=auto means {order.noise_seam} in this run, and "
+        meant = f"noise.small=auto means {spec.noise_source} in this run, and "
         raise ConfigError(f"{meant if noise.small == 'auto' else ''}{error}") from error
 
 

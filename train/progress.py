@@ -19,7 +19,7 @@ class Progress:
 
 
 # What a ramp may decide on.
-READINGS = frozenset(
+RAMP_SIGNALS = frozenset(
     {
         "batch_size",
         "eval_loss",

@@ -24,9 +24,9 @@ from largebatch.train.lr_find.search import LRFinder
 from largebatch.train.parts import Parts, build_parts, build_throughput
 from largebatch.train.reporting.loggers import NoLogger, SafeLogger
 from largebatch.train.reporting.provenance import provenance
-from largebatch.train.reporting.reporter import Reporter, Silence
-from largebatch.train.run_spec import Order
-from largebatch.train.stop_signal import Interruption
+from largebatch.train.reporting.reporter import NullReporter, Reporter
+from largebatch.train.run_spec import RunSpec
+from largebatch.train.stop_signal import StopSignal
 from largebatch.train.tasks import Task, sampler_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    order: Order,
+    spec: RunSpec,
     team: Team,
     device: torch.device,
     watch: Callable[[dict[str, Any]], None] = lambda line: None,
@@ -49,20 +49,22 @@ def run(
         RanksEnded: a fault of another rank.
     """
     ranks = team.ranks
-    parts = build_parts(order, ranks, device)
+    parts = build_parts(spec, ranks, device)
     if not ranks.is_first:
         parts.engine.as_first_rank([0.0])  # when rank 0 has opened the record
-        return _train(order, parts, ranks, device, Silence())
-    throughput = build_throughput(order, parts.task, ranks, device)
-    folder, logger = _opened(order, parts.task, parts.engine.data_parallel_size)
+        return _train(spec, parts, ranks, device, NullReporter())
+    throughput = build_throughput(spec, parts.task, ranks, device)
+    folder, logger = _opened(spec, parts.task, parts.engine.data_parallel_size)
     parts.engine.as_first_rank([0.0])
-    every = order.config.record.every
+    every = spec.config.record.every
     reporter = Reporter(folder, logger, throughput, ranks.size, every, watch)
 
     def failed(error: BaseException) -> dict[str, Any]:
         parts.progress.status = "failed"
-        told = str(error) if isinstance(error, RanksEnded) else f"{type(error).__name__}: {error}"
-        return _summary(order, parts, ranks, device, reporter) | {"error": told}
+        message = (
+            str(error) if isinstance(error, RanksEnded) else f"{type(error).__name__}: {error}"
+        )
+        return _summary(spec, parts, ranks, device, reporter) | {"error": message}
 
     def abandon(ended: RanksEnded) -> None:
         folder.close(failed(ended))
@@ -71,7 +73,7 @@ def run(
     with folder, team.closing(abandon):
         try:
             with reporter:
-                summary = _train(order, parts, ranks, device, reporter)
+                summary = _train(spec, parts, ranks, device, reporter)
         except BaseException as error:
             cause = team.cause(error)
             summary = failed(cause)
@@ -90,46 +92,46 @@ def close_record(folder: RunFolder, summary: dict[str, Any]) -> None:
     try:
         folder.close(summary)
     except OSError as error:
-        told = f"the record in {folder.path} could not be completed: {error}"
+        message = f"the record in {folder.path} could not be completed: {error}"
         summary |= {
             "status": "failed",
-            "error": f"{summary['error']}; {told}" if "error" in summary else told,
+            "error": f"{summary['error']}; {message}" if "error" in summary else message,
         }
 
 
-def _opened(order: Order, task: Task, world: int) -> tuple[RunFolder, SafeLogger]:
+def _opened(spec: RunSpec, task: Task, world: int) -> tuple[RunFolder, SafeLogger]:
     """The run's folder and logger, on rank 0.
 
     Raises:
         ConfigError: the folder holds another run, or cannot be written.
     """
-    resumed, owner = None, None
-    if order.resumption is not None:
-        resumed, owner = order.resumption.samples, order.resumption.owner
-        if order.resumption.checkpoint is not None:
-            check_data(order.resumption.checkpoint, task)
-    logger = _logger(order)  # first: what is refused leaves a folder as it was
+    resumed, lock = None, None
+    if spec.resumption is not None:
+        resumed, lock = spec.resumption.samples, spec.resumption.lock
+        if spec.resumption.checkpoint is not None:
+            check_data(spec.resumption.checkpoint, task)
+    logger = _logger(spec)  # first: what is refused leaves a folder as it was
     try:
-        return RunFolder(order.folder, order.hydra_files, resumed, owner, world), logger
+        return RunFolder(spec.folder, spec.hydra_files, resumed, lock, world), logger
     except OSError as error:
         raise ConfigError(unwritable(error)) from error
 
 
 def _train(
-    order: Order, parts: Parts, ranks: Ranks, device: torch.device, tell: Silence
+    spec: RunSpec, parts: Parts, ranks: Ranks, device: torch.device, tell: NullReporter
 ) -> dict[str, Any]:
-    config = order.config
-    before = None if order.resumption is None else order.resumption.checkpoint
+    config = spec.config
+    before = None if spec.resumption is None else spec.resumption.checkpoint
     checkpoints = None
     if config.checkpoint.saves or before is not None:
-        checkpoints = _checkpoints(order, parts, ranks, tell)
+        checkpoints = _checkpoints(spec, parts, ranks, tell)
     finder = None if config.mode is None else LRFinder(config.mode)
-    most = parts.engine.micro_batch_size(order.plan.final_batch_size)
+    most = parts.engine.micro_batch_size(spec.plan.final_batch_size)
     # One rank's clock is enough: what one finds due, all do.
     stop = find_stop(config.stop_at, config.stop_before_walltime) if ranks.is_first else None
-    with Interruption(math.inf if stop is None else stop.at) as interruption:
+    with StopSignal(math.inf if stop is None else stop.at) as stop_signal:
         loop = Loop(
-            plan=order.plan,
+            plan=spec.plan,
             task=parts.task,
             engine=parts.engine,
             optimizer=parts.optimizer,
@@ -140,7 +142,7 @@ def _train(
             else None,
             grid=EvaluationGrid(config.evaluation.growth),
             record=tell.line,
-            interruption=interruption,
+            stop_signal=stop_signal,
             noise=parts.noise,
             guard=Guard(config.guard),
             event=tell.event,
@@ -156,10 +158,10 @@ def _train(
         )
         if checkpoints is not None and before is not None:
             loop.load_state_dict(checkpoints.load(before))
-        if order.resumption is not None and order.resumption.hole is not None:
+        if spec.resumption is not None and spec.resumption.hole is not None:
             progress = parts.progress
-            told = {"step": progress.steps, "samples": progress.samples}
-            tell.event({"kind": "hole", "reason": order.resumption.hole} | told)
+            at = {"step": progress.steps, "samples": progress.samples}
+            tell.event({"kind": "hole", "reason": spec.resumption.hole} | at)
         try:
             loop.run()
         except BaseException as error:
@@ -168,57 +170,57 @@ def _train(
             if ran_out(error):
                 raise MemoryError(_too_much(device, most, error)) from error
             raise
-    if stop is not None and parts.progress.status == "interrupted" and interruption.is_time:
+    if stop is not None and parts.progress.status == "interrupted" and stop_signal.is_time:
         parts.progress.reason = stop.why
-    summary = _summary(order, parts, ranks, device, tell)
+    summary = _summary(spec, parts, ranks, device, tell)
     if checkpoints is not None and checkpoints.failures:
         summary["checkpoint_failures"] = checkpoints.failures
-    if interruption.signal is not None:
-        summary["signal"] = interruption.signal
+    if stop_signal.signal is not None:
+        summary["signal"] = stop_signal.signal
     if finder is not None:
         summary |= finder.outcome(parts.progress.status)
         if ranks.is_first:
             try:
-                publish(order.folder, summary, finder)
+                publish(spec.folder, summary, finder)
             except OSError as error:
                 summary |= {"status": "failed", "error": f"what was found was not kept: {error}"}
     return summary
 
 
 def _too_much(device: torch.device, micro_batch_size: int, error: BaseException) -> str:
-    told = (" ".join(str(error).split()) or type(error).__name__)[:200]
+    why = (" ".join(str(error).split()) or type(error).__name__)[:200]
     return (
-        f"a step takes more memory than {device} has ({told}): lower engine.micro_batch_size, now "
+        f"a step takes more memory than {device} has ({why}): lower engine.micro_batch_size, now "
         f"{micro_batch_size}, set engine.activation_checkpointing=true, or shard the model "
         "(engine=fsdp)"
     )
 
 
-def _checkpoints(order: Order, parts: Parts, ranks: Ranks, tell: Silence) -> "Checkpoints":
+def _checkpoints(spec: RunSpec, parts: Parts, ranks: Ranks, tell: NullReporter) -> "Checkpoints":
     # What it stands on is a quarter of a run's imports: a run without checkpoints does without.
     from largebatch.train.checkpoints.checkpoint import Checkpoints
 
-    tensors, config = parts.engine.tensors(parts.optimizer), order.config.checkpoint
+    tensors, config = parts.engine.tensors(parts.optimizer), spec.config.checkpoint
     data = data_of(parts.task) if ranks.is_first and config.saves else {}
 
     def about() -> dict[str, Any]:
         return {"data": data, "recorded_steps": tell.recorded_steps()}
 
     return Checkpoints(
-        order.folder, ranks, tensors, config, tell.checkpoint_failed, about, tell.flush_to_disk
+        spec.folder, ranks, tensors, config, tell.checkpoint_failed, about, tell.flush_to_disk
     )
 
 
 def _summary(
-    order: Order,
+    spec: RunSpec,
     parts: Parts,
     ranks: Ranks,
     device: torch.device,
-    tell: Silence,
+    tell: NullReporter,
 ) -> dict[str, Any]:
-    config, progress = order.config, parts.progress
+    config, progress = spec.config, parts.progress
     reached = progress.status == "reached"
-    batch_size = order.plan.final_batch_size
+    batch_size = spec.plan.final_batch_size
     return {
         "status": progress.status,
         "reason": progress.reason,
@@ -229,11 +231,11 @@ def _summary(
         "loss": progress.loss,
         "eval_loss": progress.eval_loss,
         "seconds": tell.seconds(),
-        "task": order.task,
-        "model": order.model,
-        "optimizer": order.optimizer,
+        "task": spec.task,
+        "model": spec.model,
+        "optimizer": spec.optimizer,
         "batch_size": batch_size,
-        "lr": order.plan.peak_lr,
+        "lr": spec.plan.peak_lr,
         "base_lr": config.optim["lr"],
         "scaling": asdict(config.scaling),
         "seed": config.seed,
@@ -252,17 +254,17 @@ def _summary(
     }
 
 
-def _logger(order: Order) -> SafeLogger:
-    node = order.config.logger
+def _logger(spec: RunSpec) -> SafeLogger:
+    node = spec.config.logger
     if node.get("_target_") is None:
         return SafeLogger(NoLogger)
-    group = node.get("group") or order.sweep
+    group = node.get("group") or spec.sweep
     return SafeLogger(
         partial(
             build,
             node | {"group": group},
             "logger",
-            folder=order.folder,
-            config=asdict(order.config),
+            folder=spec.folder,
+            config=asdict(spec.config),
         )
     )

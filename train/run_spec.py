@@ -12,13 +12,23 @@ from hydra.types import RunMode
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
-from largebatch.common.errors import ConfigError, sentence
+from largebatch.common.errors import ConfigError, format_config_error
 from largebatch.common.memory import RANK_BYTES, check_memory
 from largebatch.conf.build import build
 from largebatch.conf.config import ScalingConfig, TrainConfig, typed
 from largebatch.distributed.ranks import Ranks
 from largebatch.records.record import check_free
-from largebatch.schedules import RULES, Curve, Hyper, NoiseRamp, Plan, Ramp, Rule, Split, Trade
+from largebatch.schedules import (
+    RULES,
+    BatchSplit,
+    CoupledRamp,
+    Curve,
+    Hyper,
+    NoiseRamp,
+    Plan,
+    Ramp,
+    Rule,
+)
 from largebatch.schedules.scaling import check_options
 from largebatch.train.checkpoints.files import check_elsewhere
 from largebatch.train.checkpoints.resume import Resumption, find_resumption
@@ -27,7 +37,7 @@ from largebatch.train.lr_find.search import as_sweep, sweep_plan
 
 
 @dataclass(frozen=True)
-class Order:
+class RunSpec:
     """All that rank 0 tells the others: the resolved configuration, the plan, the folder, the
     names.
     """
@@ -44,18 +54,18 @@ class Order:
     """Name of the sweep or study that the run belongs to."""
     hydra_files: Mapping[str, str] = field(default_factory=dict)
     """Content of the files in `.hydra/`."""
-    noise_seam: str | None = None
+    noise_source: str | None = None
     """Which small gradients the noise scale is measured with, `auto` resolved."""
     resumption: Resumption | None = None
     """Of the run that is in the folder already."""
     current: Path | None = None
     """Where paths are relative to, with hydra.job.chdir; None: where each rank was started."""
     words: Mapping[str, Any] = field(default_factory=dict)
-    """What the other ranks are told, in values of JSON."""
+    """What the other ranks are sent, in values of JSON."""
 
 
-def order_of(words: Mapping[str, Any]) -> Order:
-    """The order that rank 0 has told in its `words`; without what rank 0 alone has to do with."""
+def received_spec(words: Mapping[str, Any]) -> RunSpec:
+    """The spec that rank 0 has sent as `words`; without what rank 0 alone has to do with."""
     if words["begun_in"] not in sys.path:  # where the user's own classes are
         sys.path.insert(0, words["begun_in"])
     config = typed(OmegaConf.create(words["config"]))
@@ -63,19 +73,19 @@ def order_of(words: Mapping[str, Any]) -> Order:
     if config.mode is not None:
         config = as_sweep(config, plan)
     resumed = words["resumed"]
-    return Order(
+    return RunSpec(
         config=config,
         plan=plan,
         folder=Path(words["folder"]),
         **words["names"],
-        noise_seam=words["noise_seam"],
+        noise_source=words["noise_source"],
         current=words["current"] and Path(words["current"]),
         resumption=resumed and Resumption(resumed[0] and Path(resumed[0]), resumed[1]),
         words=words,
     )
 
 
-def prepare(composed: DictConfig, ranks: Ranks) -> Order:
+def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
     """The order of the run that Hydra has composed.
 
     Raises:
@@ -96,7 +106,7 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
         check_memory(config.engine.nproc * RANK_BYTES, ranks_here, "start fewer ranks")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    plan, seam = checked_plan(config, max(ranks.size, config.engine.nproc))
+    plan, source = checked_plan(config, max(ranks.size, config.engine.nproc))
     folder = Path(settings.runtime.output_dir)
     if config.mode is not None:
         config = as_sweep(config, plan)
@@ -127,16 +137,16 @@ def prepare(composed: DictConfig, ranks: Ranks) -> Order:
         "begun_in": settings.runtime.cwd,
         "folder": str(folder),
         "names": names,
-        "noise_seam": seam,
+        "noise_source": source,
         "resumed": resumption and [checkpoint and str(checkpoint), resumption.samples],
     }
-    return Order(
+    return RunSpec(
         config=config,
         plan=plan,
         folder=folder,
         **names,
         hydra_files=hydra_files,
-        noise_seam=seam,
+        noise_source=source,
         resumption=resumption,
         current=Path.cwd() if settings.job.chdir else None,
         words=words,
@@ -155,21 +165,21 @@ def checked_plan(config: TrainConfig, data_parallel_size: int) -> tuple[Plan, st
         micro_batch_size = None if given == "auto" else given  # found on the device
         plan.check_divisible(data_parallel_size, micro_batch_size)
         splits = plan.splits(data_parallel_size, micro_batch_size)
-        seam = noise_seam(config.noise.small, data_parallel_size, splits, micro_batch_size)
+        source = noise_source(config.noise.small, data_parallel_size, splits, micro_batch_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if seam is None and isinstance(plan.ramp, NoiseRamp):
+    if source is None and isinstance(plan.ramp, NoiseRamp):
         raise ConfigError(
             "the ramp follows the noise scale, which noise.small=null does not measure: use "
             "noise.small=auto, or a ramp that is planned"
         )
-    return plan, seam
+    return plan, source
 
 
-def noise_seam(
+def noise_source(
     small: str | None,
     data_parallel_size: int,
-    splits: Sequence[Split],
+    splits: Sequence[BatchSplit],
     micro_batch_size: int | None,
 ) -> str | None:
     """Which small gradients `noise.small` means in this run; `auto` the same in a world of any
@@ -179,14 +189,14 @@ def noise_seam(
         ConfigError: ones that are the whole batch somewhere in it, from which nothing follows.
     """
     if small == "auto":
-        smallest = min(split.batch_size for split in splits)
+        smallest = min(split.global_batch_size for split in splits)
         cut = micro_batch_size is not None and 2 * micro_batch_size <= smallest
         return "micro_batch" if cut else "example"
     if small in (None, "example"):
         return small
     accumulating = small != "rank"
     alone = [
-        split.batch_size
+        split.global_batch_size
         for split in splits
         if data_parallel_size * (split.gradient_accumulation_steps if accumulating else 1) < 2
     ]
@@ -212,7 +222,7 @@ def make_plan(config: TrainConfig) -> Plan:
     optim, scaling = config.optim, config.scaling
     try:
         plan = Plan(
-            ramp=build(config.batch, "batch", (Ramp, Trade)),
+            ramp=build(config.batch, "batch", (Ramp, CoupledRamp)),
             curve=build(config.lr, "lr", Curve),
             budget_samples=config.budget.samples,
             base_lr=optim["lr"],
@@ -235,6 +245,6 @@ def _rule(scaling: ScalingConfig) -> Rule:
         try:
             rule = get_method(scaling.function)
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"scaling.function: {sentence(error)}") from error
+            raise ConfigError(f"scaling.function: {format_config_error(error)}") from error
         check_options(rule, scaling.options)
     return partial(rule, **scaling.options) if scaling.options else rule

@@ -19,7 +19,7 @@ ECHO_SECONDS: Final = 1.0
 """One interruption may come twice: from the batch system, and from a launcher that passes it on."""
 
 
-class Interruption:
+class StopSignal:
     """Within it, the first of `SIGNALS` is noted in `signal`; a second one that is no echo of it
     acts as it would have.
 

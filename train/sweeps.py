@@ -47,8 +47,8 @@ def failure_of(error: Exception) -> RunFailed:
     return RunFailed(shown_folder(), f"{why} (see {os.path.join(shown_folder(), TRACEBACK)})")
 
 
-def told(error: RunFailed) -> RunFailed:
-    """Say it at once: the sweep may last for hours yet."""
+def reported(error: RunFailed) -> RunFailed:
+    """Print the failure at once: the sweep may last for hours yet."""
     print(f"largebatch: {error}", file=sys.stderr, flush=True)
     return error
 
@@ -59,7 +59,7 @@ def _written_at(path: Path) -> int:
 
 
 class EveryRun(Launcher):
-    """A launcher after whose failures the sweep goes on, to be told when all runs have been tried.
+    """A launcher whose failures do not end the sweep: they are raised when all runs were tried.
 
     Raises:
         SweepFailed: at its end, where runs have failed.

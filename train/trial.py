@@ -24,7 +24,7 @@ def check_batches(plan: Plan, task: Task, ranks: Ranks) -> None:
         ConfigError: with the batch size.
     """
     sample = sum(part.nbytes for part in task.train_batch(np.zeros(1, np.int64)))
-    size = max(split.batch_size for split in plan.splits(ranks.size, None))
+    size = max(split.global_batch_size for split in plan.splits(ranks.size, None))
     held = size // ranks.size * ranks.local_size * (sample + 8)  # and their places, int64
     try:
         check_memory(held, f"a global batch of {size} samples", "lower batch.size")
@@ -48,9 +48,9 @@ def try_one_pass(task: Task, model: nn.Module) -> None:
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if ran_out(error) or not (is_known(type(task)) and is_known(type(model))):
             raise
-        told = " ".join(str(error).split())
+        why = " ".join(str(error).split())
         raise ConfigError(
-            f"model and task do not fit each other ({told}): what task.* says of its data and "
+            f"model and task do not fit each other ({why}): what task.* says of its data and "
             "what model.* takes must be the same"
         ) from error
     model.train()

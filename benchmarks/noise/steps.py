@@ -26,7 +26,7 @@ from largebatch.train.evaluation import EvaluationGrid
 from largebatch.train.loop import Loop
 from largebatch.train.models import ByteMLP
 from largebatch.train.noise.gradient_noise import GradientNoise
-from largebatch.train.stop_signal import Interruption
+from largebatch.train.stop_signal import StopSignal
 from largebatch.train.tasks import Batch, Task
 from largebatch.train.tasks.bytes import Bytes
 
@@ -35,10 +35,10 @@ NUM_MICRO_BATCHES = 2  # of a rank's share: the fewest that differ from their me
 
 @dataclass(frozen=True)
 class Row:
-    """One way to step: without the noise scale (`seam` None), or with it."""
+    """One way to step: without the noise scale (`source` None), or with it."""
 
     name: str
-    seam: str | None = None
+    source: str | None = None
     by_layer: bool = False
     preconditioned: bool = False
     reference: str = "without"
@@ -214,7 +214,7 @@ class Stepper:
             evaluate=lambda: 0.0,
             grid=EvaluationGrid(2.0),
             record=lambda line: None,
-            interruption=Interruption(),
+            stop_signal=StopSignal(),
             noise=self.noise,
         )
         self._points = self._loop.plan.steps_from(0)
@@ -233,11 +233,11 @@ class Stepper:
         before = loop.send_off(point, numbers)
         loop.advance(point)
         loop.ends_with(before)
-        self.num_summed = len(numbers.summed)
+        self.num_summed = len(numbers.reduced)
 
     def finish(self) -> None:
         """Wait for what is still on its way."""
-        self._loop._readings.flush()
+        self._loop._metrics.flush()
 
     def own_work(self, num_steps: int) -> float:
         """Processor seconds of a step inside of the calls that measure, each timed by itself."""
@@ -258,7 +258,7 @@ class Stepper:
         calls: list[tuple[object, str]] = [
             (self.noise, name) for name in ("begin", "parts", "take")
         ]
-        calls.append((self.noise.seam, "see"))
+        calls.append((self.noise.source, "see"))
         for owner, name in calls:
             setattr(owner, name, timed(getattr(owner, name)))  # shadows the method
         for _ in range(num_steps):
@@ -269,12 +269,12 @@ class Stepper:
 
 
 def noise_of(row: Row, engine: Engine, optimizer: AdamW) -> GradientNoise | None:
-    if row.seam is None:
+    if row.source is None:
         return None
     measured = optimizer if row.preconditioned else None
-    seam = engine.small_gradients(row.seam)
+    source = engine.small_gradients(row.source)
     return GradientNoise(
-        seam, 8192, by_layer=row.by_layer, optimizer=measured, copies=engine.gradient_copies
+        source, 8192, by_layer=row.by_layer, optimizer=measured, copies=engine.gradient_copies
     )
 
 
@@ -284,12 +284,12 @@ def least_bytes(row: Row, noise: GradientNoise, workload: Workload, ranks: Ranks
     That is every small gradient that goes by and the whole one, each with the second moment where
     they are weighted with it; where there is no small gradient, what came into layers and back.
     """
-    held = sum(param.numel() for params in noise.seam.layers.values() for param in params)
+    held = sum(param.numel() for params in noise.source.layers.values() for param in params)
     whole = held // ranks.size if row.sharded else held
-    if row.seam == "example":
+    if row.source == "example":
         num_samples = workload.batch_size // ranks.size
         return 4 * (whole + num_samples * passing_values(workload))
-    small = held * (NUM_MICRO_BATCHES if row.seam == "micro_batch" else 1)
+    small = held * (NUM_MICRO_BATCHES if row.source == "micro_batch" else 1)
     return 4 * (small + whole) * (2 if row.preconditioned else 1)
 
 

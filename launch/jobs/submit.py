@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import largebatch.conf.unique  # noqa: F401 — in names of folders
-from largebatch.common.errors import ConfigError, hydra_word, sentence
+from largebatch.common.errors import ConfigError, format_config_error, hydra_word
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, typed_submit
 from largebatch.conf.user_configs import first, tell_replaced, unreadable_file
 from largebatch.launch.jobs.cluster import Scheduler, check_queue, doubts
@@ -124,7 +124,9 @@ def composed(overrides: Sequence[str], config_dir: str | None = None) -> SubmitC
         with first(config_dir), initialize_config_module("largebatch.conf", version_base="1.3"):
             return typed_submit(compose("submit", overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(sentence(error).partition(" Config search path:")[0]) from error
+        raise ConfigError(
+            format_config_error(error).partition(" Config search path:")[0]
+        ) from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(unreadable_file(error, config_dir)) from error
 

@@ -53,10 +53,10 @@ def test_every_row_takes_the_same_steps_and_reads_what_it_says(workload: Any) ->
         pairs = zip(models["without"], models[row.name], strict=True)
         assert all(torch.equal(one, other) for one, other in pairs), row.name
         measured = steppers[row.name].noise
-        assert (measured is None) == (row.seam is None)
+        assert (measured is None) == (row.source is None)
         if measured is None:
             continue
-        layers = {f"/{name}" for name in measured.seam.layers} if row.by_layer else set()
+        layers = {f"/{name}" for name in measured.source.layers} if row.by_layer else set()
         weighted = {"_preconditioned"} if row.preconditioned else set()
         assert measured.state_dict()["scales"].keys() == {""} | layers | weighted
         assert steppers[row.name].num_summed == 3 + 2 * (1 + len(layers | weighted))
@@ -103,7 +103,7 @@ def test_own_work_is_that_of_the_calls_that_measure(monkeypatch: pytest.MonkeyPa
         for module in TINY.model().modules()
     )
     assert example.own_work(2) == 3 + 2 * seen  # two micro-batches
-    assert "see" not in vars(example.noise.seam)  # nothing is left behind
+    assert "see" not in vars(example.noise.source)  # nothing is left behind
 
 
 def test_ratio_and_extra_are_taken_round_by_round() -> None:
@@ -165,7 +165,7 @@ def test_the_record_and_the_table_hold_every_row(
         # The numbers travel with the loss: they are more values, and no collective more.
         for entry, row in zip(workload["rows"], rows, strict=True):
             assert entry["extra_collectives"] == 0
-            assert (entry["extra_floats"] > 0) == (row.seam is not None)
+            assert (entry["extra_floats"] > 0) == (row.source is not None)
     assert set(alone["collectives"].values()) == {0}
     assert ranks["collectives"]["without"] == 2  # the gradient's, and that of the loss
     floats = {entry["name"]: entry["extra_floats"] for entry in ranks["rows"]}

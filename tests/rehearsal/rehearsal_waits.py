@@ -8,7 +8,7 @@ from rehearsal_runs import Outcome, Step
 # A process makes many runs; on a machine that is busy with others it may take minutes.
 MARKS = [pytest.mark.skipif(not RIGHT_TORCH, reason=WHY_NOT), pytest.mark.timeout(600)]
 
-READINGS, REFRESH = "train/reporting/readings.py", "optim/math/decompositions.py"
+METRICS, REFRESH = "train/reporting/async_metrics.py", "optim/math/decompositions.py"
 # What reads whether a decomposition on the device has succeeded, and how it went.
 ROOTS = ("optim/math/matrix_roots.py", "optim/kronecker/damping.py")
 # One transfer to the host for all factors of a kind of number, whatever number of them.
@@ -26,7 +26,7 @@ def steady(outcome: Outcome) -> list[Step]:
     """All steps but the first, and but those before which a line was read at once: for an
     evaluation or a save, at which the run stands still in any case."""
     steps: list[Step] = outcome["steps"][1:]
-    return [step for step in steps if not any(at(line, READINGS) for _, line in step.waits)]
+    return [step for step in steps if not any(at(line, METRICS) for _, line in step.waits)]
 
 
 def at(line: str, files: str | tuple[str, ...]) -> bool:

@@ -6,6 +6,7 @@ import pytest
 
 from largebatch.schedules import (
     WSD,
+    BatchSplit,
     Constant,
     ConstantBatch,
     Cosine,
@@ -17,7 +18,6 @@ from largebatch.schedules import (
     Polynomial,
     Ramp,
     RampupBatch,
-    Split,
     StagedBatch,
 )
 from largebatch.schedules.scaling import Rule
@@ -270,12 +270,12 @@ def test_a_batch_size_that_does_not_divide_is_refused_with_the_nearest_that_woul
 def test_the_micro_batch_stays_and_accumulation_varies() -> None:
     plan = make_plan(GeometricBatch(start=64, ramp_samples=100, size=512))
     assert plan.splits(4, 8) == [
-        Split(64, 8, 2),
-        Split(128, 8, 4),
-        Split(256, 8, 8),
-        Split(512, 8, 16),
+        BatchSplit(64, 4, 2),
+        BatchSplit(128, 4, 4),
+        BatchSplit(256, 4, 8),
+        BatchSplit(512, 4, 16),
     ]
-    assert plan.splits(4, None) == [Split(size, size // 4, 1) for size in (64, 128, 256, 512)]
+    assert plan.splits(4, None) == [BatchSplit(size, 4, 1) for size in (64, 128, 256, 512)]
 
 
 def test_every_batch_size_that_does_not_divide_is_named_with_its_nearest() -> None:

@@ -19,7 +19,7 @@ from largebatch.conf.config import typed
 from largebatch.distributed.ranks import Ranks
 from largebatch.distributed.team import Team
 from largebatch.train.run import run
-from largebatch.train.run_spec import Order, make_plan
+from largebatch.train.run_spec import RunSpec, make_plan
 
 STEPS, BATCH_SIZE = 20, 64
 # Rates at which the losses fall without a jump, and a ridge that keeps roots of nearly singular
@@ -87,7 +87,7 @@ def work(cell: Cell) -> Outcome:
     with quiet(), tempfile.TemporaryDirectory() as temporary:
         ranks = Ranks("test", dist.get_rank(), dist.get_world_size())
         folder = Path(temporary)
-        summary = run(order(cell, ranks.size, folder), Team(ranks), torch.device("cpu"))
+        summary = run(run_spec(cell, ranks.size, folder), Team(ranks), torch.device("cpu"))
         told = lines(folder) if ranks.is_first else []
         return {"status": summary["status"], "losses": [line["loss"] for line in told],
                 "lines": json.dumps(told)}  # fmt: skip
@@ -97,11 +97,11 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def order(cell: Cell, world_size: int, folder: Path) -> Order:
+def run_spec(cell: Cell, world_size: int, folder: Path) -> RunSpec:
     with initialize_config_module("largebatch.conf", version_base="1.3"):
         config = typed(compose("train", cell.overrides(world_size)))
     names = (cell.optimizer, "text", "transformer")
-    return Order(config, make_plan(config), folder, *names, noise_seam=config.noise.small)
+    return RunSpec(config, make_plan(config), folder, *names, noise_source=config.noise.small)
 
 
 def group_of_one() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine_ranks import Cell, group_of_one, order, quiet, work
+from engine_ranks import Cell, group_of_one, quiet, run_spec, work
 from gloo_ranks import Outcome
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -41,16 +41,16 @@ def bits(cell: Cell) -> Outcome:
     """Whether the whole of what the ranks hold is the model built on the CPU, and what follows."""
     ranks = this_rank()
     with quiet(), tempfile.TemporaryDirectory() as temporary:
-        ordered = order(cell, ranks.size, Path(temporary))
-        torch.manual_seed(ordered.config.seed)
-        expected = build(ordered.config.model, "model").state_dict()
+        spec = run_spec(cell, ranks.size, Path(temporary))
+        torch.manual_seed(spec.config.seed)
+        expected = build(spec.config.model, "model").state_dict()
         following = torch.get_rng_state()
         most, parts.MOST_TRIED = parts.MOST_TRIED, 0  # type: ignore[misc]
         filled: list[Any] = []
         kept = parts.record
         parts.record = lambda make: filled.append(kept(make)) or filled[-1]  # type: ignore
         try:
-            made = parts.build_parts(ordered, ranks, CPU)
+            made = parts.build_parts(spec, ranks, CPU)
         finally:
             parts.MOST_TRIED, parts.record = most, kept  # type: ignore[misc]
         found = {name: whole(param) for name, param in made.engine.model.named_parameters()}
@@ -96,7 +96,7 @@ def peak(cell: Cell) -> Outcome:
     """Bytes that a rank takes at most while it makes its shard, and those of all weights."""
     ranks = this_rank()
     with tempfile.TemporaryDirectory() as temporary:
-        config = order(cell, ranks.size, Path(temporary)).config
+        config = run_spec(cell, ranks.size, Path(temporary)).config
     torch.manual_seed(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before = resident("VmRSS")

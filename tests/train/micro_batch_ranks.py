@@ -17,7 +17,7 @@ from largebatch.train.engines.base import Engine
 from largebatch.train.engines.ddp import DDP
 from largebatch.train.engines.deepspeed import DeepSpeed
 from largebatch.train.engines.micro_batch import find_micro_batch_size
-from largebatch.train.engines.update import Limits
+from largebatch.train.engines.update import GradientLimits
 from largebatch.train.models import MLP
 from largebatch.train.tasks import Batch
 
@@ -105,7 +105,7 @@ def first_step(engine_name: str) -> Outcome:
         task: Any = Regression()
         batch = task.train_batch(torch.arange(1, BATCH_SIZE).numpy())
         engine.forward_backward(task, batch, BATCH_SIZE - 1)
-        numbers = engine.update(optimizer, Limits(clip_norm=1e9)).own
+        numbers = engine.update(optimizer, GradientLimits(clip_norm=1e9)).replicated
         factors = [s["factor_out"].norm() for s in optimizer.state.values() if "factor_out" in s]
         told[str(searched)] = [float(numbers["grad_norm"]), *map(float, factors)]
     return {"without": told["False"], "after": told["True"]}

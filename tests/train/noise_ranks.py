@@ -1,4 +1,4 @@
-"""What ranks do for the tests of small gradients: one batch, its seams, and its squared norms."""
+"""What ranks do for the tests of small gradients: one batch, its sources, and its squared norms."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from largebatch.schedules import BatchSplit
 from largebatch.train.noise.example_gradients import ExampleGradients
 from largebatch.train.noise.sharded_gradients import ShardedGradients
 from largebatch.train.noise.small_gradients import (
     MicroBatchGradients,
     RankGradients,
-    Share,
     SmallGradients,
     squares,
 )
@@ -52,52 +52,52 @@ def samples(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 class Job:
     """One way to see the small gradients of one batch."""
 
-    seam: str
+    source: str
     accumulation: int = 1
     loss_scale: float = 1.0
 
     def __call__(self) -> dict[str, Any]:
         """(mean squared norm of the small gradients, that of their mean), summed over ranks."""
-        share = Share(SAMPLES, world(), self.accumulation)
-        model, seam = self.made()
+        split = BatchSplit(SAMPLES, world(), self.accumulation)
+        model, source = self.made()
         big: list[Tensor] = []
         for _ in range(2):  # the second time says whether the first left anything behind
             model.zero_grad(set_to_none=True)
-            self.backward(model, share)
-            small = over_ranks(seam.part(share, self.loss_scale))
-            whole = squares(seam.layers) / self.loss_scale**2
-            big.append(over_ranks(whole) if self.seam == "sharded" else whole)
-        seam.remove()
+            self.backward(model, split)
+            small = over_ranks(source.part(split, self.loss_scale))
+            whole = squares(source.layers) / self.loss_scale**2
+            big.append(over_ranks(whole) if self.source == "sharded" else whole)
+        source.remove()
         model.zero_grad(set_to_none=True)
-        self.backward(model, share)
+        self.backward(model, split)
         return {
-            "names": [*seam.layers],
+            "names": [*source.layers],
             "small": small,
             "big": big[-1],
-            "small_batch": seam.small_batch(share),
+            "small_batch": source.small_batch(split),
         }
 
     def made(self) -> tuple[nn.Module, SmallGradients]:
         model: nn.Module = net()
-        if self.seam == "sharded":
+        if self.source == "sharded":
             for module in (model.first, model.norm, model.last, model):
                 fully_shard(module)  # type: ignore[arg-type]
             return model, ShardedGradients(model)
-        if self.seam == "example":
+        if self.source == "example":
             replica = DistributedDataParallel(model) if world() > 1 else model
             return replica, ExampleGradients(model)
-        if self.seam == "rank":
+        if self.source == "rank":
             replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
             return replica, RankGradients(replica)
         replica = DistributedDataParallel(model) if world() > 1 else model
         return replica, MicroBatchGradients(model)
 
-    def backward(self, model: nn.Module, share: Share) -> None:
+    def backward(self, model: nn.Module, split: BatchSplit) -> None:
         x, y = samples()
-        first = dist.get_rank() * share.per_rank if world() > 1 else 0
+        first = dist.get_rank() * split.per_rank if world() > 1 else 0
         for step in range(self.accumulation):
-            start = first + step * share.micro_batch_size
-            chosen = slice(start, start + share.micro_batch_size)
+            start = first + step * split.micro_batch_size
+            chosen = slice(start, start + split.micro_batch_size)
             last = step == self.accumulation - 1
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(last)

@@ -15,7 +15,7 @@ from largebatch.distributed.ranks import Ranks
 from largebatch.train.engines.base import Engine
 from largebatch.train.engines.ddp import DDP
 from largebatch.train.engines.fsdp import FSDP
-from largebatch.train.engines.update import Limits
+from largebatch.train.engines.update import GradientLimits
 from largebatch.train.models import Transformer
 from largebatch.train.tasks import Batch
 
@@ -64,7 +64,7 @@ def three_steps(engine: Engine) -> dict[str, Tensor]:
     task: Any = Language()
     for _ in range(3):
         engine.forward_backward(task, task.train_batch(mine), BATCH_SIZE)
-        engine.update(optimizer, Limits())
+        engine.update(optimizer, GradientLimits())
     return {
         name: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
         for name, param in params

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from largebatch.optim import LAMB, Shampoo
-from largebatch.schedules import NoiseScale
+from largebatch.schedules import BatchSplit, NoiseScale
 from largebatch.train.noise.gradient_noise import GradientNoise
-from largebatch.train.noise.small_gradients import MicroBatchGradients, Share
+from largebatch.train.noise.small_gradients import MicroBatchGradients
 
 Train = Callable[..., int]
 ReadRun = Callable[[Path], tuple[list[dict[str, Any]], dict[str, Any]]]
@@ -66,13 +66,13 @@ def test_the_preconditioned_scale_is_that_of_gradients_in_the_metric(
     made = optimizer(list(model.named_parameters()), lr=0.01, betas=(0.9, 0.95), eps=1e-3)
     noise = GradientNoise(MicroBatchGradients(model), 1, optimizer=made)
     x, y = torch.randn(12, 4, dtype=torch.float64), torch.randint(0, 3, (12,))
-    share = Share(12, 1, 3)
+    split = BatchSplit(12, 1, 3)
     for step in range(3):
         noise.begin(step)
         for part in range(3):
             chosen = slice(4 * part, 4 * part + 4)
             torch.autograd.backward(cross_entropy(model(x[chosen]), y[chosen]) / 3)
-        numbers = noise.parts(share)
+        numbers = noise.parts(split)
         assert ("noise/small_preconditioned" in numbers) == (step > 0)
         if step:
             root = [
@@ -171,7 +171,7 @@ def test_a_parameter_without_second_moment_is_left_out_of_the_metric() -> None:
             used = model if step == 2 else [model[0]]
             loss = sum(layer(torch.randn(4, 3)).square().mean() for layer in used)
             torch.autograd.backward(loss / 2)
-        numbers = noise.parts(Share(8, 1, 2))
+        numbers = noise.parts(BatchSplit(8, 1, 2))
         if step:
             first = sum(
                 (p.grad.square() / ((s["exp_avg_sq"] / (1 - 0.999**step)).sqrt() + 1e-8)).sum()
@@ -191,7 +191,7 @@ def test_layers_are_told_by_name_and_add_up_to_the_whole() -> None:
     noise.begin(0)
     for half in (slice(0, 6), slice(6, 12)):
         torch.autograd.backward(cross_entropy(model(x[half]), y[half]) / 2)
-    numbers = noise.parts(Share(12, 1, 2))
+    numbers = noise.parts(BatchSplit(12, 1, 2))
     halves = [gradients(model, x[:6], y[:6]), gradients(model, x[6:], y[6:])]
     for place, name in enumerate(dict(model.named_parameters())):
         one, other = (half[place] for half in halves)

@@ -14,7 +14,7 @@ import pytest
 
 from largebatch.common.errors import ConfigError
 from largebatch.conf.config import GuardConfig
-from largebatch.train.guard import Guard, Verdict, in_words, not_finite
+from largebatch.train.guard import Guard, GuardAction, in_words, not_finite
 from largebatch.train.reporting.events import EVENTS, Events
 
 
@@ -22,22 +22,24 @@ def line(step: int, norm: float, loss: float = 2.0, **more: Any) -> dict[str, An
     return {"step": step, "samples": 8 * step, "loss": loss, "grad_norm": norm} | more
 
 
-def fed(guard: Guard, norms: Iterable[float], first: int = 1, loss: float = 2.0) -> list[Verdict]:
-    """The verdicts on lines of these norms, in order."""
+def fed(
+    guard: Guard, norms: Iterable[float], first: int = 1, loss: float = 2.0
+) -> list[GuardAction]:
+    """The actions on lines of these norms, in order."""
     lines = (line(step, norm, loss) for step, norm in enumerate(norms, first))
-    return [verdict for verdict in map(guard.take, lines) if verdict is not None]
+    return [action for action in map(guard.take, lines) if action is not None]
 
 
-def masked(guard: Guard, norms: Iterable[float], first: int = 1) -> list[Verdict]:
+def masked(guard: Guard, norms: Iterable[float], first: int = 1) -> list[GuardAction]:
     """The same as a device sees it that masks each step by the threshold of the lines before."""
-    verdicts = []
+    actions = []
     for step, norm in enumerate(norms, first):
         bound = guard.threshold()
         skipped = norm > bound or (guard.skips_non_finite and not math.isfinite(norm))
-        verdict = guard.take(line(step, norm, skipped=float(skipped), grad_norm_bound=bound))
-        assert (verdict is not None) == skipped
-        verdicts += [] if verdict is None else [verdict]
-    return verdicts
+        action = guard.take(line(step, norm, skipped=float(skipped), grad_norm_bound=bound))
+        assert (action is not None) == skipped
+        actions += [] if action is None else [action]
+    return actions
 
 
 # A 30B model's gradient norms before it was lost, and the healthy ones of before.
@@ -48,10 +50,10 @@ BLOW_UP = [0.39, 2.41, 89.9, 1.0e3, 1.0e5]
 def lost_at(guard: Guard, losses: Iterable[float], budget: int) -> int | None:
     """Samples at which a run of these evaluation losses, 8 samples apart, is stopped."""
     for place, loss in enumerate(losses, 1):
-        verdict = guard.take_evaluation(loss, place, 8 * place, budget)
-        if verdict is not None:
-            assert (verdict.kind, verdict.number) == ("stop", "eval_loss")
-            return verdict.samples
+        action = guard.take_evaluation(loss, place, 8 * place, budget)
+        if action is not None:
+            assert (action.kind, action.number) == ("stop", "eval_loss")
+            return action.samples
     return None
 
 
@@ -80,12 +82,12 @@ def test_a_blow_up_without_a_nan_is_seen_at_its_third_step(remedy: str) -> None:
     guard = Guard(GuardConfig(spike=remedy, grad_norm_multiple=20))
     assert fed(guard, HEALTHY) == []
     # The median of the 34 before is 0.39: 2.41 is 6 times it, 89.9 is 230 times.
-    (verdict, *_) = fed(guard, BLOW_UP, first=33)
-    assert (verdict.kind, verdict.step, verdict.samples) == (remedy, 35, 280)
-    assert (verdict.number, verdict.value) == ("grad_norm", 89.9)
-    assert verdict.bound == pytest.approx(20 * 0.39)
-    assert "89.9" in verdict.reason
-    assert "7.8" in verdict.reason
+    (action, *_) = fed(guard, BLOW_UP, first=33)
+    assert (action.kind, action.step, action.samples) == (remedy, 35, 280)
+    assert (action.number, action.value) == ("grad_norm", 89.9)
+    assert action.bound == pytest.approx(20 * 0.39)
+    assert "89.9" in action.reason
+    assert "7.8" in action.reason
 
 
 def test_a_run_that_begins_with_large_gradients_is_healthy() -> None:
@@ -123,27 +125,27 @@ def test_a_number_that_is_not_finite_stops_the_run_as_it_did() -> None:
     for norm, loss, number in ((math.nan, 2.0, "grad_norm"), (1.0, math.inf, "loss")):
         guard = Guard(GuardConfig())
         assert fed(guard, [1.0, 1.0]) == []
-        (verdict,) = fed(guard, [norm], 3, loss)
-        assert (verdict.kind, verdict.number, verdict.bound) == ("stop", number, math.inf)
+        (action,) = fed(guard, [norm], 3, loss)
+        assert (action.kind, action.number, action.bound) == ("stop", number, math.inf)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_leave_no_trace() -> None:
     guard = Guard(GuardConfig(non_finite="skip", grad_norm_multiple=10, warmup_steps=0))
-    verdicts = masked(guard, [1.0, 2.0, math.nan, 3.0, math.inf, 4.0, 5.0])
-    assert [(v.kind, v.step) for v in verdicts] == [("skip", 3), ("skip", 5)]
+    actions = masked(guard, [1.0, 2.0, math.nan, 3.0, math.inf, 4.0, 5.0])
+    assert [(v.kind, v.step) for v in actions] == [("skip", 3), ("skip", 5)]
     assert guard.threshold() == 30.0  # of 1 2 3 4 5
 
 
 def test_a_loss_that_is_not_finite_where_the_gradient_is_cannot_be_skipped() -> None:
     guard = Guard(GuardConfig(non_finite="skip"))
-    verdict = guard.take(line(1, 1.0, math.nan, skipped=0.0))
-    assert verdict is not None
-    assert verdict.kind == "stop"
-    assert "too late to skip it" in verdict.reason
+    action = guard.take(line(1, 1.0, math.nan, skipped=0.0))
+    assert action is not None
+    assert action.kind == "stop"
+    assert "too late to skip it" in action.reason
 
 
 def test_a_loss_is_judged_by_its_median_deviation() -> None:
-    def after(losses: list[float], last: float) -> Verdict | None:
+    def after(losses: list[float], last: float) -> GuardAction | None:
         guard = Guard(GuardConfig(spike="stop", loss_deviations=4, warmup_steps=0))
         for step, loss in enumerate(losses, 1):
             assert guard.take(line(step, 1.0, loss)) is None
@@ -176,8 +178,8 @@ def test_a_run_that_goes_back_for_ever_is_stopped() -> None:
     assert fed(guard, [1.0] * 10) == []
     checkpoint, kinds = json.loads(json.dumps(guard.state_dict())), []
     for _ in range(4):
-        (verdict,) = fed(guard, [1.0, 1.0, 50.0], first=11)
-        kinds.append(verdict.kind)
+        (action,) = fed(guard, [1.0, 1.0, 50.0], first=11)
+        kinds.append(action.kind)
         guard.rewind(checkpoint)
     assert kinds == ["rollback"] * 3 + ["stop"]
 

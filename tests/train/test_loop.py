@@ -17,8 +17,8 @@ from largebatch.train.evaluation import EvaluationGrid
 from largebatch.train.loop import Loop
 from largebatch.train.models import MLP
 from largebatch.train.noise.gradient_noise import GradientNoise
-from largebatch.train.reporting.readings import Readings
-from largebatch.train.stop_signal import Interruption
+from largebatch.train.reporting.async_metrics import AsyncMetrics
+from largebatch.train.stop_signal import StopSignal
 from largebatch.train.tasks.digits import Digits
 
 ASKS = ("_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero")
@@ -58,7 +58,7 @@ def make_loop(optimizer: type[Optimizer], lines: list[dict[str, Any]], steps: in
         evaluate=lambda: math.nan,
         grid=EvaluationGrid(1.0, due_at=10**9),
         record=lines.append,
-        interruption=Interruption(),
+        stop_signal=StopSignal(),
     )
 
 
@@ -78,12 +78,12 @@ def test_a_step_of_the_loop_asks_the_device_nothing(optimizer: type[Optimizer]) 
         loop.advance(point)
 
 
-@pytest.mark.parametrize("seam", ["micro_batch", "example"])
-def test_measuring_the_noise_scale_asks_the_device_nothing(seam: str) -> None:
+@pytest.mark.parametrize("source", ["micro_batch", "example"])
+def test_measuring_the_noise_scale_asks_the_device_nothing(source: str) -> None:
     loop = make_loop(LAMB, [])
-    preconditioned = loop.optimizer if seam == "micro_batch" else None
+    preconditioned = loop.optimizer if source == "micro_batch" else None
     loop.noise = GradientNoise(
-        loop.engine.small_gradients(seam), 1000, by_layer=True, optimizer=preconditioned
+        loop.engine.small_gradients(source), 1000, by_layer=True, optimizer=preconditioned
     )
     loop.run()  # the second moment is there from now on
     point = loop.plan.at(0)
@@ -95,11 +95,11 @@ def test_measuring_the_noise_scale_asks_the_device_nothing(seam: str) -> None:
         numbers = loop.measure(point, loss)
         numbers |= loop.update(point.lr)
         loop.send_off(point, numbers)
-    assert ("noise/small_preconditioned" in numbers.summed) == (seam == "micro_batch")
+    assert ("noise/small_preconditioned" in numbers.reduced) == (source == "micro_batch")
 
 
 def test_readings_are_one_step_late_and_complete() -> None:
-    readings = Readings()
+    readings = AsyncMetrics()
     assert readings.flush() is None
     first = torch.tensor([1.0, 2.0])
     assert readings.push({"step": 1}, ("loss", "grad_norm"), first, None) is None

@@ -18,7 +18,7 @@ from largebatch.train.engines.ddp import DDP
 from largebatch.train.engines.deepspeed import DeepSpeed
 from largebatch.train.engines.fsdp import FSDP
 from largebatch.train.engines.precision import LossScale, Precision
-from largebatch.train.engines.update import Limits, masked_step
+from largebatch.train.engines.update import GradientLimits, masked_step
 from largebatch.train.models import MLP
 from largebatch.train.tasks import Batch
 
@@ -127,7 +127,7 @@ def test_an_overflow_in_fp16_changes_nothing_and_halves_the_scale(name: str) -> 
 
     def step() -> dict[str, Tensor]:
         engine.forward_backward(task, batch(), samples)
-        own: dict[str, Tensor] = engine.update(optimizer, Limits()).own
+        own: dict[str, Tensor] = engine.update(optimizer, GradientLimits()).replicated
         return own
 
     scale.value = torch.tensor(2.0**8)
@@ -171,7 +171,7 @@ def test_the_curvature_of_fp16_is_that_of_fp32_whatever_the_scale() -> None:
             engine.precision.loss_scale.value = torch.tensor(scale)
         optimizer = KFAC(engine.model, lr=0.01)
         engine.forward_backward(Regression(), batch(), ACCUMULATION * MICRO)
-        engine.update(optimizer, Limits())
+        engine.update(optimizer, GradientLimits())
         states = [state for state in optimizer.state.values() if "factor_out" in state]
         factors.append(torch.cat([state["factor_out"].flatten() for state in states]))
     exact, *others = factors
@@ -241,7 +241,7 @@ def test_the_gradient_is_clipped_to_its_norm_before_the_step(limit: float) -> No
     optimizer = torch.optim.SGD(engine.model.parameters(), lr=1.0)
     before = torch.cat([p.detach().flatten().clone() for p in engine.model.parameters()])
     engine.forward_backward(Regression(), batch(), ACCUMULATION * MICRO)
-    norm = engine.update(optimizer, Limits(clip_norm=limit)).own["grad_norm"]
+    norm = engine.update(optimizer, GradientLimits(clip_norm=limit)).replicated["grad_norm"]
     after = torch.cat([p.detach().flatten() for p in engine.model.parameters()])
     expected = min(float(norm), limit)
     assert float((after - before).norm()) == pytest.approx(expected, rel=1e-4)
@@ -253,8 +253,8 @@ def test_a_step_above_the_limit_changes_nothing_and_one_below_it_does() -> None:
     for limit, skipped in ((1e-6, 1.0), (1e6, 0.0)):
         before = snapshot(engine, optimizer)
         engine.forward_backward(Regression(), batch(), ACCUMULATION * MICRO)
-        numbers = engine.update(optimizer, Limits(skip_above=limit))
-        assert float(numbers.own["skipped"]) == skipped
+        numbers = engine.update(optimizer, GradientLimits(skip_above=limit))
+        assert float(numbers.replicated["skipped"]) == skipped
         weights = snapshot(engine, optimizer)[:4]
         same = [torch.equal(a, b) for a, b in zip(before, weights, strict=False)]
         assert all(same) == bool(skipped)
@@ -268,6 +268,6 @@ def test_parameters_whose_gradient_is_not_finite_are_named() -> None:
         for name, param in engine.model.named_parameters():
             if name == spoiled:
                 param.grad[0, 0] = torch.nan
-        engine.update(optimizer, Limits(skip_above=1e9))
+        engine.update(optimizer, GradientLimits(skip_above=1e9))
     assert engine.non_finite(0) == ["2.weight"]
     assert engine.non_finite(1) == []

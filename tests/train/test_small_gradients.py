@@ -1,4 +1,4 @@
-"""Every seam sees the same gradients, in every world: squared norms, and so one noise scale."""
+"""Every source sees the same gradients, in every world: squared norms, and so one noise scale."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
-from largebatch.schedules import NoiseScale
+from largebatch.schedules import BatchSplit, NoiseScale
 from largebatch.train.noise.example_gradients import ExampleGradients
-from largebatch.train.noise.small_gradients import (
-    MicroBatchGradients,
-    RankGradients,
-    Share,
-    squares,
-)
+from largebatch.train.noise.small_gradients import MicroBatchGradients, RankGradients, squares
 
 
 def each_gradient(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -67,19 +62,19 @@ CASES = [(1, job) for job in ALONE] + [(n, job) for n, jobs in TOGETHER.items() 
 
 
 @pytest.mark.parametrize(("size", "job"), CASES, ids=map(str, CASES))
-def test_a_seam_sees_the_gradients_that_autograd_gives(
+def test_a_source_sees_the_gradients_that_autograd_gives(
     size: int, job: Job, found: dict[tuple[int, Job], list[Outcome]]
 ) -> None:
     outcomes = successful(found[size, job])
     for outcome in outcomes:
         assert outcome["small_batch"] == (
-            1 if job.seam == "example" else
-            SAMPLES // size // (job.accumulation if job.seam == "micro_batch" else 1)
+            1 if job.source == "example" else
+            SAMPLES // size // (job.accumulation if job.source == "micro_batch" else 1)
         )  # fmt: skip
         for kind, of in (("small", outcome["small_batch"]), ("big", SAMPLES)):
             true = true_squares(of)
             for name, value in zip(outcome["names"], outcome[kind].tolist(), strict=True):
-                # A seam of groups names the module, else the parameter.
+                # A source of groups names the module, else the parameter.
                 within = sum(
                     v for key, v in true.items() if key == name or key.startswith(f"{name}.")
                 )
@@ -135,10 +130,10 @@ def test_sequences_are_seen_sample_by_sample(
     model = Sequences(width, norm, padding).double()
     x, y = torch.randint(0, 6, (10, 9)), torch.randint(0, CLASSES, (10,))
     each = each_gradient(model, x, y)
-    seam = ExampleGradients(model)
-    assert seam.missed == []
+    source = ExampleGradients(model)
+    assert source.missed == []
     torch.autograd.backward(cross_entropy(model(x), y))
-    for name, value in zip(seam.layers, seam.part(Share(10)).tolist(), strict=True):
+    for name, value in zip(source.layers, source.part(BatchSplit(10)).tolist(), strict=True):
         true = float(each[name].flatten(1).square().sum(1).mean())
         assert value == pytest.approx(true, rel=1e-10), name
 
@@ -147,9 +142,9 @@ def test_evaluations_and_frozen_or_shared_layers_are_left_out() -> None:
     model = nn.Sequential(nn.Linear(7, 7), nn.Conv1d(1, 1, 3), nn.Linear(5, 5), nn.Linear(5, 5))
     model[3].weight = model[2].weight
     model[2].bias.requires_grad = False
-    seam = ExampleGradients(model)
-    assert [*seam.layers] == ["0.weight", "0.bias", "3.bias"]
-    assert seam.missed == ["1.weight", "1.bias", "2.weight"]
+    source = ExampleGradients(model)
+    assert [*source.layers] == ["0.weight", "0.bias", "3.bias"]
+    assert source.missed == ["1.weight", "1.bias", "2.weight"]
     x = torch.randn(4, 7)
 
     def forward() -> Tensor:
@@ -158,7 +153,7 @@ def test_evaluations_and_frozen_or_shared_layers_are_left_out() -> None:
     with torch.no_grad():
         forward()
     torch.autograd.backward(forward())
-    assert torch.isfinite(seam.part(Share(4))).all()
+    assert torch.isfinite(source.part(BatchSplit(4))).all()
 
 
 def test_tied_weights_are_one_layer_with_one_gradient() -> None:
@@ -166,11 +161,11 @@ def test_tied_weights_are_one_layer_with_one_gradient() -> None:
     one, two = nn.Linear(5, 5), nn.Linear(5, 5)
     two.weight = one.weight
     model = nn.Sequential(one, nn.Tanh(), two).double()
-    seam = MicroBatchGradients(model)
+    source = MicroBatchGradients(model)
     x = torch.randn(6, 5, dtype=torch.float64)
     for half in (x[:3], x[3:]):
         torch.autograd.backward(model(half).square().mean() / 2)
-    small = dict(zip(seam.layers, seam.part(Share(6, 1, 2)), strict=True))
+    small = dict(zip(source.layers, source.part(BatchSplit(6, 1, 2)), strict=True))
     gradients = []
     for half in (x[:3], x[3:]):
         model.zero_grad()
@@ -183,42 +178,42 @@ def test_squares_of_half_precision_are_fp32() -> None:
     """4,096 equal bf16 elements: a bf16 norm would be off by 1e-3, fp16 squares would overflow."""
     for dtype, value in ((torch.bfloat16, 0.1), (torch.float16, 3e4)):
         layer = nn.Linear(64, 64, bias=False).to(dtype)
-        seam = MicroBatchGradients(layer)
+        source = MicroBatchGradients(layer)
         layer.weight.grad = None
         torch.autograd.backward(layer.weight, torch.full((64, 64), value, dtype=dtype))
         true = 4096 * float(torch.tensor(value, dtype=dtype)) ** 2
-        assert float(seam.part(Share(2))) == pytest.approx(true, rel=2e-5)
-        assert float(squares(seam.layers)) == pytest.approx(true, rel=2e-5)
+        assert float(source.part(BatchSplit(2))) == pytest.approx(true, rel=2e-5)
+        assert float(squares(source.layers)) == pytest.approx(true, rel=2e-5)
 
 
 def test_the_gradients_are_left_as_they_are() -> None:
-    def gradients(seam: Callable[[nn.Module], object]) -> list[Tensor]:
+    def gradients(source: Callable[[nn.Module], object]) -> list[Tensor]:
         model = net()
-        kept = seam(model)
+        kept = source(model)
         x, y = samples()
         torch.autograd.backward(cross_entropy(model(x), y))
         del kept
         return [p.grad for p in model.parameters() if p.grad is not None]
 
     plain = gradients(lambda model: None)
-    for seam in (MicroBatchGradients, ExampleGradients):
-        for one, other in zip(plain, gradients(seam), strict=True):
+    for source in (MicroBatchGradients, ExampleGradients):
+        for one, other in zip(plain, gradients(source), strict=True):
             assert torch.equal(one, other)
 
 
-def test_a_seam_that_is_read_at_the_wrong_time_says_so() -> None:
+def test_a_source_that_is_read_at_the_wrong_time_says_so() -> None:
     model = net()
     x, y = samples()
     micro, example = MicroBatchGradients(model), ExampleGradients(model)
-    for seam in (micro, example):
+    for source in (micro, example):
         with pytest.raises(RuntimeError, match=r"not at all|no backward pass"):
-            seam.part(Share(SAMPLES))
+            source.part(BatchSplit(SAMPLES))
     torch.autograd.backward(cross_entropy(model(x), y))
     torch.autograd.backward(cross_entropy(model(x), y))
     with pytest.raises(RuntimeError, match=r"each gradient 1 time\(s\) in this step, and saw them"):
-        micro.part(Share(SAMPLES))
+        micro.part(BatchSplit(SAMPLES))
     with pytest.raises(RuntimeError, match="saw 48 in 2: it is used more than once in a pass"):
-        example.part(Share(SAMPLES))
+        example.part(BatchSplit(SAMPLES))
     with pytest.raises(ValueError, match="none of the layers whose gradients are known"):
         ExampleGradients(nn.Conv1d(1, 1, 3))
 

@@ -24,7 +24,7 @@ from largebatch.distributed.rank_dump import (
 )
 from largebatch.launch.watch.ranks import ask, dismiss
 from largebatch.records.heartbeat_writer import WATCH
-from largebatch.train.stop_signal import SIGNALS, Interruption
+from largebatch.train.stop_signal import SIGNALS, StopSignal
 
 
 @pytest.fixture(autouse=True)
@@ -214,11 +214,11 @@ def test_a_signal_is_noted_once_with_its_echo_and_the_next_one_acts(
     heard = []
     before = signal.signal(number, lambda number, frame: heard.append(number))
     try:
-        with Interruption() as interruption:
-            assert interruption.signal is None
+        with StopSignal() as stop_signal:
+            assert stop_signal.signal is None
             signal.raise_signal(number)
             signal.raise_signal(number)  # mpiexec passes on what the batch system has sent to all
-            assert (interruption.signal, heard) == (number, [])
+            assert (stop_signal.signal, heard) == (number, [])
             later = time.monotonic() + 1.5
             monkeypatch.setattr(time, "monotonic", lambda: later)
             signal.raise_signal(number)

@@ -91,7 +91,7 @@ class Checkpoints:
 
     def is_due_by_time(self) -> bool:
         """Whether `every_minutes` have gone by since the last save began, on this rank's clock:
-        rank 0 decides, and all are told.
+        rank 0 decides, and all ranks follow.
         """
         every: float | None = self._config.every_minutes
         return every is not None and time.monotonic() - self._begun_at >= 60 * every
@@ -212,11 +212,11 @@ class Checkpoints:
         self._stuck |= stuck.keys()
 
     def _note(self, final: Path, what: str) -> None:
-        told = f"{final.name} could not be saved: {what}"
-        self.failures.append(told)
+        message = f"{final.name} could not be saved: {what}"
+        self.failures.append(message)
         if self._config.required:
-            raise CheckpointFailed(told)
+            raise CheckpointFailed(message)
         if self._ranks.is_first:
             left = "there is none yet" if self.last is None else f"{self.last.name} stays the last"
-            print(f"largebatch: {told}; {left}, training goes on", file=sys.stderr)
-            self._failed(samples_of(final), told)
+            print(f"largebatch: {message}; {left}, training goes on", file=sys.stderr)
+            self._failed(samples_of(final), message)

@@ -90,8 +90,8 @@ def digest_of(state: Mapping[str, Any], paths: Paths, ranks: Ranks) -> str:
             said += [str(value.placements), *meshes[id(mesh)]]
         return said
 
-    told = [[name, list(map(str, paths[name])), look(value)] for name, value in state.items()]
-    return blake2b(json.dumps([ranks.size, told]).encode(), digest_size=16).hexdigest()
+    described = [[name, list(map(str, paths[name])), look(value)] for name, value in state.items()]
+    return blake2b(json.dumps([ranks.size, described]).encode(), digest_size=16).hexdigest()
 
 
 def plan_of(digest: str, state: Mapping[str, Any], paths: Paths, ranks: Ranks) -> SharedPlan | None:

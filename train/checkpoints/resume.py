@@ -17,7 +17,7 @@ from largebatch.conf.engine_config import engine_target
 from largebatch.records.checkpoints import listed
 from largebatch.records.configuration import read_yaml
 from largebatch.records.fields import RecordError
-from largebatch.records.lock import Owner
+from largebatch.records.lock import RunLock
 from largebatch.records.names import CHECKPOINTS, CONFIG
 from largebatch.records.record import METRICS, RunEnded, check_unfinished, claim, kept_lines
 from largebatch.schedules import Plan
@@ -41,15 +41,15 @@ class Resumption:
     """None: it has left none, and begins again."""
     samples: int
     """Samples seen by then."""
-    owner: Owner | None = None
+    lock: RunLock | None = None
     """This process's hold on the folder, on rank 0; the run's record takes it over."""
     hole: str | None = None
     """What is missing of its record, in words."""
 
     def release(self) -> None:
         """Let go of the folder: there is to be no run after all."""
-        if self.owner is not None:
-            self.owner.release()
+        if self.lock is not None:
+            self.lock.release()
 
 
 def find_resumption(
@@ -72,17 +72,17 @@ def find_resumption(
     if not (folder / CONFIG).exists():
         check_unfinished(folder)
     check_complete(folder)
-    owner = claim(folder, world or 1)
+    lock = claim(folder, world or 1)
     try:
         if not (folder / CONFIG).exists():  # killed before it had begun
-            return Resumption(None, 0, owner)
+            return Resumption(None, 0, lock)
         before = check_same(folder, config)
         _check_ended(folder, plan, may_grow=True)
         verify = OmegaConf.create(config).checkpoint.verify
         checkpoint = last_good(folder, verify)
         if checkpoint is None:
             _check_ended(folder, plan, may_grow=False)
-            return Resumption(None, 0, owner)
+            return Resumption(None, 0, lock)
         state = read_state(checkpoint)
         _check_world(checkpoint, state.get("saved_by", {}), world, verify)
         samples = int(state["progress"]["samples"])
@@ -90,9 +90,9 @@ def find_resumption(
             check_past(
                 plan, int(state.get("budget_samples", before)), samples, state.get("plan", {})
             )
-        return Resumption(checkpoint, samples, owner, _hole(folder, state))
+        return Resumption(checkpoint, samples, lock, _hole(folder, state))
     except BaseException:
-        owner.release()
+        lock.release()
         raise
 
 
@@ -154,7 +154,7 @@ def _hole(folder: Path, state: Mapping[str, Any]) -> str | None:
 
 def last_good(folder: Path, verify: str = "auto") -> Path | None:
     """The last checkpoint that is whole; None where the run has left none at all. Each that is
-    passed by is told on stderr.
+    passed by is reported on stderr.
 
     Raises:
         ConfigError: there are some, and all are broken: to begin from the start is the user's to
@@ -164,9 +164,9 @@ def last_good(folder: Path, verify: str = "auto") -> Path | None:
     for checkpoint in reversed(listed(folder)):
         what = problem(checkpoint, verify)
         if what is None:
-            for told in broken:
+            for reason in broken:
                 print(
-                    f"largebatch: passed by {told}; going on from {checkpoint.name}",
+                    f"largebatch: passed by {reason}; going on from {checkpoint.name}",
                     file=sys.stderr,
                 )
             return checkpoint
@@ -224,9 +224,9 @@ def check_same(folder: Path, config: str) -> int:
     if _budget(now) >= _budget(before):
         changed = [key for key in changed if key not in _BUDGET]
     if changed:
-        told = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in changed[:4])
+        other = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in changed[:4])
         raise ConfigError(
-            f"the run in {folder} was made with {told}: resume it with the same overrides, or "
+            f"the run in {folder} was made with {other}: resume it with the same overrides, or "
             "choose another hydra.run.dir (of a sweep: hydra.sweep.dir)"
         )
     return _budget(before)

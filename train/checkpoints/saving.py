@@ -77,7 +77,7 @@ class Saving:
         try:
             return self._writing.write()
         except Exception as error:
-            return f"{_told(error)} (rank {self._post.ranks.rank} on {socket.gethostname()})"
+            return f"{_reason(error)} (rank {self._post.ranks.rank} on {socket.gethostname()})"
 
     def _published(self, parts: list[Part | str]) -> str:
         whole = [part for part in parts if isinstance(part, Part)]
@@ -86,27 +86,29 @@ class Saving:
             if not failed:
                 self._publish(whole)
                 return ""
-            told = failed[0] if len(failed) == 1 else f"{failed[0]}, and on {len(failed) - 1} more"
+            reason = (
+                failed[0] if len(failed) == 1 else f"{failed[0]}, and on {len(failed) - 1} more"
+            )
         except Exception as error:
-            told = f"{_told(error)} (rank 0 on {socket.gethostname()})"
+            reason = f"{_reason(error)} (rank 0 on {socket.gethostname()})"
         try:
             self._discard()
         except OSError as error:
-            told += f"; what there is of it could not be removed: {error}"
-        return told
+            reason += f"; what there is of it could not be removed: {error}"
+        return reason
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return str(error)
     return f"{type(error).__name__}: {error}"
 
 
-def _part(told: Any) -> Part | str:
+def _part(answer: Any) -> Part | str:
     """From JSON, which knows lists alone."""
-    if isinstance(told, str):
-        return told
-    files, results = told
+    if isinstance(answer, str):
+        return answer
+    files, results = answer
     return Part({name: File(*file) for name, file in files.items()}, results)
 
 

@@ -55,27 +55,27 @@ def of_first(ranks: Ranks, act: Callable[[], T]) -> T:
     Raises:
         OSError, ValueError: it has raised that, on every rank.
     """
-    told: dict[str, Any] = {}
+    answer: dict[str, Any] = {}
     if ranks.is_first:
         try:
-            told = {"value": act()}
+            answer = {"value": act()}
         except OSError as error:
             name = error.filename and str(error.filename)
             known = error.errno is not None
-            told = {"system": [error.errno, error.strerror, name] if known else [str(error)]}
+            answer = {"system": [error.errno, error.strerror, name] if known else [str(error)]}
         except ValueError as error:
-            told = {"wrong": str(error)}
+            answer = {"wrong": str(error)}
     if ranks.size > 1:
-        told = broadcast_json(told)
-    if "system" in told:
-        raise OSError(*told["system"])
-    if "wrong" in told:
-        raise ValueError(told["wrong"])
-    return cast(T, told["value"])
+        answer = broadcast_json(answer)
+    if "system" in answer:
+        raise OSError(*answer["system"])
+    if "wrong" in answer:
+        raise ValueError(answer["wrong"])
+    return cast(T, answer["value"])
 
 
 class DeferredWriter(FileSystemWriter):
-    """A writer of one file a rank: it plans with all ranks at once, and writes when it is told."""
+    """A writer of one file a rank: it plans with all ranks at once, and writes on request."""
 
     _plan: SavePlan
     _planner: "SharingPlanner"
@@ -109,7 +109,7 @@ class DeferredWriter(FileSystemWriter):
         self._metadata = metadata
 
     def write_planned(self) -> Part:
-        """What `write_data` was told to do."""
+        """The work deferred by `write_data`."""
         if not self._plan.items:
             return Part({}, [])
         results = super().write_data(self._plan, self._planner).value()
@@ -117,7 +117,7 @@ class DeferredWriter(FileSystemWriter):
         return Part(dict(self.fs.written), [_row(result) for result in results])
 
     def describe_whole(self, results: Sequence[list[list[Any]]]) -> Files:
-        """What `finish` was told to do."""
+        """The work deferred by `finish`."""
         self.fs.written.clear()
         super().finish(self._metadata, [[_result(*row) for row in rows] for rows in results])
         return self.fs.written
@@ -230,7 +230,7 @@ class SharingPlanner(DefaultSavePlanner):
 
 
 class ToldReader(PlainReader):
-    """A reader that has been told what describes the whole: one rank reads it, not each."""
+    """A reader that is given the description of the whole: one rank reads it, not each."""
 
     def __init__(self, path: Path, ranks: Ranks) -> None:
         super().__init__(path)
@@ -238,10 +238,10 @@ class ToldReader(PlainReader):
         def read() -> str:
             return b64encode(self.read_bytes()).decode()
 
-        self._told = self.describe(b64decode(of_first(ranks, read)))
+        self._described = self.describe(b64decode(of_first(ranks, read)))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._told
+        return self._described
 
 
 def make_room(states: dict[str, Any], saved: Metadata) -> None:

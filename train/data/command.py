@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from largebatch.train.data.documents import Piece, check_file, pieces
-from largebatch.train.data.holdings import describe
+from largebatch.train.data.inspect import describe
 from largebatch.train.data.tokenizer import Tokenizer, find_tokenizer
 from largebatch.train.data.writer import FORMATS, TokenWriter, dtype_for
 
@@ -30,8 +30,8 @@ def main(arguments: list[str]) -> int:
             print(tokenize(options))
         else:
             with bar() as progress:
-                told = describe(options.path, options.dtype, options.check, progress)
-            print(told)
+                text = describe(options.path, options.dtype, options.check, progress)
+            print(text)
     except (ValueError, OSError) as error:
         print(f"largebatch: {error}", file=sys.stderr)
         return REFUSED
@@ -125,9 +125,9 @@ def tokenize(options: argparse.Namespace) -> str:
         for path, before in zip(options.inputs, np.cumsum([0, *sizes[:-1]]), strict=True):
             for group in grouped(pieces(path, options.key)):
                 write(writer, tokenizer, group, separator, path)
-                told = f"{writer.num_tokens:,} tokens, {writer.num_documents:,} documents"
+                text = f"{writer.num_tokens:,} tokens, {writer.num_documents:,} documents"
                 done = int(before) + group[-1].bytes_read
-                progress.update(shown, completed=done, description=told)
+                progress.update(shown, completed=done, description=text)
         sidecar = writer.finish(
             vocabulary=tokenizer.vocabulary, separator=separator, tokenizer=tokenizer.name
         )

@@ -72,12 +72,12 @@ def open_index(path: Path) -> Index:
             f"{path} is an index over values of {kind} (code {code}), and tokens are of "
             f"{', '.join(DTYPES.values())}"
         )
-    told = HEADER.size + 12 * num_sequences + 8 * num_documents
-    if size != told:
+    implied = HEADER.size + 12 * num_sequences + 8 * num_documents
+    if size != implied:
         raise ValueError(
             f"{path} holds {size} bytes, and its counts ({num_sequences} sequences, "
-            f"{num_documents} document indices) make {told}: it is cut short, or not a dataset of "
-            "text"
+            f"{num_documents} document indices) make {implied}: it is cut short, or not a dataset "
+            "of text"
         )
     if num_sequences == 0 or num_documents == 0:
         raise ValueError(f"{path} is an index of no sequences")

@@ -69,8 +69,8 @@ class TokenFile:
         SHA-256 of the whole there.
         """
         content = self.tokens.view(np.uint8)
-        told = [len(content), self.tokens.dtype.str, self.sidecar.get("sha256")]
-        digest = hashlib.sha256(json.dumps(told).encode())
+        identity = [len(content), self.tokens.dtype.str, self.sidecar.get("sha256")]
+        digest = hashlib.sha256(json.dumps(identity).encode())
         last = max(len(content) - _STRETCH, 0)
         starts = sorted({last * part // (_STRETCHES - 1) for part in range(_STRETCHES)})
         if len(content) <= _STRETCH * _STRETCHES:
@@ -145,10 +145,10 @@ def open_tokens(path: Path, dtype: str | None = None) -> TokenFile:
             f"{path} holds {size} bytes, which are no whole number of tokens of {kind}: it is cut "
             "short, or of another type"
         )
-    told = sidecar.get("tokens", size // item)
-    if told != size // item:
+    stated = sidecar.get("tokens", size // item)
+    if stated != size // item:
         raise ValueError(
-            f"{path} holds {size // item} tokens, and {sidecar_of(path)} says {told}: it is cut "
+            f"{path} holds {size // item} tokens, and {sidecar_of(path)} says {stated}: it is cut "
             "short, or another file's"
         )
     mapping = FileMap(path)
@@ -196,8 +196,8 @@ def _plain_dtype(path: Path, sidecar: Mapping[str, Any], dtype: str | None) -> s
             f"{sidecar_of(path).name} beside it; give task.dtype={' or '.join(PLAIN_DTYPES)}"
         )
     if kind not in PLAIN_DTYPES:
-        told = f"{sidecar_of(path)} says" if "dtype" in sidecar else "task.dtype is"
+        said = f"{sidecar_of(path)} says" if "dtype" in sidecar else "task.dtype is"
         raise ValueError(
-            f"plain tokens are of {' or '.join(PLAIN_DTYPES)}; of {path} {told} {kind!r}"
+            f"plain tokens are of {' or '.join(PLAIN_DTYPES)}; of {path} {said} {kind!r}"
         )
     return str(kind)

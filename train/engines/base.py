@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim.sharding.layout import local
 from largebatch.train.engines.precision import Precision
-from largebatch.train.engines.update import Limits, Numbers, Update
+from largebatch.train.engines.update import GradientLimits, StepMetrics, Update
 from largebatch.train.noise.small_gradients import (
     SmallGradients,
 )
@@ -65,7 +65,7 @@ class Engine(Protocol):
             This rank's part of the global mean loss: the parts of all ranks add up to it.
         """
 
-    def update(self, optimizer: Optimizer, limits: Limits) -> Numbers:
+    def update(self, optimizer: Optimizer, limits: GradientLimits) -> StepMetrics:
         """One optimizer step within `limits`; the gradients are gone afterwards."""
 
     def discard(self, optimizer: Optimizer) -> None:
@@ -83,7 +83,7 @@ class Engine(Protocol):
         """Rank 0's `values`, on every rank; waits for the device."""
 
     def small_gradients(self, kind: str) -> SmallGradients:
-        """The seam at which gradients of a "rank", "micro_batch" or "example" can be measured.
+        """The gradient source for a "rank", "micro_batch" or "example".
 
         Raises:
             ValueError: there is none here.
@@ -116,7 +116,7 @@ class OfRanks:
         self._replica = model
 
     def attach(self, optimizer: Optimizer, clip_norm: float | None) -> Optimizer:
-        del clip_norm  # `update` is told at every step
+        del clip_norm  # `update` takes it at every step
         return optimizer
 
     def micro_batch_size(self, global_batch_size: int) -> int:
@@ -163,9 +163,9 @@ class OfRanks:
     def as_first_rank(self, values: list[float]) -> list[float]:
         if self.data_parallel_size == 1:
             return values
-        told = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.broadcast(told, 0)
-        return told.tolist()
+        packed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.broadcast(packed, 0)
+        return packed.tolist()
 
 
 class OfGradients(OfRanks):
@@ -187,7 +187,7 @@ class OfGradients(OfRanks):
     def _add_up(self, value: Tensor) -> None:
         dist.all_reduce(value)
 
-    def update(self, optimizer: Optimizer, limits: Limits) -> Numbers:
+    def update(self, optimizer: Optimizer, limits: GradientLimits) -> StepMetrics:
         return self._update(optimizer, limits)
 
     def discard(self, optimizer: Optimizer) -> None:

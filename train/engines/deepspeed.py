@@ -22,7 +22,7 @@ from largebatch.optim.zero import bind
 from largebatch.train.engines.base import OfRanks
 from largebatch.train.engines.initial_values import InitialValues
 from largebatch.train.engines.precision import Precision
-from largebatch.train.engines.update import Limits, Numbers
+from largebatch.train.engines.update import GradientLimits, StepMetrics
 from largebatch.train.noise.small_gradients import SmallGradients, squares_of
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ class DeepSpeed(OfRanks):
                 model=self.model, optimizer=optimizer, config=config
             )
         except ValueError as error:  # of pydantic's, over many lines
-            told = " ".join(str(error).split())
-            raise ValueError(f"DeepSpeed refuses engine.zero={dict(self._zero)}: {told}") from error
+            why = " ".join(str(error).split())
+            raise ValueError(f"DeepSpeed refuses engine.zero={dict(self._zero)}: {why}") from error
         self._replica = self._wrapped
         if isinstance(optimizer, LayerwiseOptimizer):
             return bind(self._wrapped)
@@ -135,14 +135,14 @@ class DeepSpeed(OfRanks):
     def _backward(self, loss: Tensor) -> None:
         self._wrapped.backward(loss)
 
-    def update(self, optimizer: Optimizer, limits: Limits) -> Numbers:
+    def update(self, optimizer: Optimizer, limits: GradientLimits) -> StepMetrics:
         assert limits.skip_above is None
         del optimizer  # DeepSpeed has it
         norm = self._norm_of_replicas() if self._zero["stage"] == 0 else None
         self._wrapped.step()
         if norm is None:
             norm = torch.as_tensor(self._wrapped.get_global_grad_norm(), dtype=torch.float32)
-        return Numbers({}, {"grad_norm": norm.to(self.device)})
+        return StepMetrics({}, {"grad_norm": norm.to(self.device)})
 
     def discard(self, optimizer: Optimizer) -> None:
         del optimizer
@@ -171,12 +171,12 @@ class DeepSpeed(OfRanks):
 
 
 def import_deepspeed(ranks: Ranks, device: torch.device) -> Any:
-    """DeepSpeed, told what it looks for in the environment.
+    """DeepSpeed, given what it looks for in the environment.
 
     Raises:
         ValueError: it is not installed.
     """
-    if device.type == "cpu":  # elsewhere it finds the accelerator; on XPU it must not be told
+    if device.type == "cpu":  # elsewhere it finds the accelerator; on XPU it must not be set
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in (
         ("RANK", ranks.rank),
@@ -191,7 +191,7 @@ def import_deepspeed(ranks: Ranks, device: torch.device) -> Any:
             f"engine=deepspeed needs DeepSpeed ({error}): pip install 'largebatch[deepspeed]'"
         ) from error
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    # It calls collectives by names that torch 2.13 has others for; each call would be told.
+    # It calls collectives by names that torch 2.13 has others for; each call would warn.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if device.type == "cpu":
         # A kernel for inference, which it would spend minutes to compile.

@@ -2,7 +2,7 @@
 
 With `replicas` groups (HSDP) each holds the whole model, sharded over its ranks: gathering stays
 within a group, and gradients are then summed across the groups. On many nodes a group is a node,
-unless told otherwise.
+by default.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -80,8 +80,8 @@ class FSDP(OfGradients):
         return nullcontext()
 
     def small_gradients(self, kind: str) -> SmallGradients:
-        seams = {"rank": "unsharded", "micro_batch": "sharded"}
-        if kind not in seams:
+        sources = {"rank": "unsharded", "micro_batch": "sharded"}
+        if kind not in sources:
             raise ValueError(
                 f"noise.small={kind} needs whole parameters, which engine=fsdp has not: use "
                 "noise.small=rank, or micro_batch with engine.accumulate=sharded"

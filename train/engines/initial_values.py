@@ -47,7 +47,7 @@ class _View:
 
 @dataclass
 class _Call:
-    """An operation, its tensors told as views."""
+    """An operation, its tensors given as views."""
 
     function: Any
     args: Any
@@ -57,8 +57,8 @@ class _Call:
     """Storages that nothing after it reads."""
 
     def storages(self) -> set[int]:
-        told = (self.args, self.kwargs, self.results)
-        return {v.storage for v in tree_leaves(told) if isinstance(v, _View) and not v.on_meta}
+        parts = (self.args, self.kwargs, self.results)
+        return {v.storage for v in tree_leaves(parts) if isinstance(v, _View) and not v.on_meta}
 
     def overwrites(self, storage: int, num_bytes: int) -> bool:
         """Whether it reads nothing of what `storage` held, and writes all of it."""
@@ -213,8 +213,8 @@ def record(make: Callable[[], nn.Module]) -> tuple[nn.Module, InitialValues]:
         with _no_fork(), FakeTensorMode(allow_non_fake_inputs=True), recorder:
             model = make()
     except Exception as error:
-        told = str(error).partition("\n")[0]
-        raise NotRecorded(f"{type(error).__name__}: {told}") from error
+        why = str(error).partition("\n")[0]
+        raise NotRecorded(f"{type(error).__name__}: {why}") from error
     if not torch.equal(before, torch.get_rng_state()):
         raise NotRecorded("it seeds or draws random numbers by itself")
     places = _strip(model, recorder)

@@ -102,10 +102,10 @@ def find_micro_batch_size(
 
 
 def _too_much(size: int, total: int, device: torch.device, why: str) -> str:
-    told = "not even one sample fits" if size == 1 else f"{size} samples do not fit"
+    fault = "not even one sample fits" if size == 1 else f"{size} samples do not fit"
     way_out = "" if size == 1 else ", or give engine.micro_batch_size a smaller number"
     return (
-        f"engine.micro_batch_size=auto: {told} the {total / 2**30:.1f} GiB of {device} "
+        f"engine.micro_batch_size=auto: {fault} the {total / 2**30:.1f} GiB of {device} "
         f"({' '.join(why.split())[:200]}): shard the model (engine=fsdp), set "
         f"engine.activation_checkpointing=true{way_out}"
     )
@@ -129,6 +129,6 @@ def over_ranks(num_bytes: int, op: Any, ranks: Ranks, device: torch.device) -> i
     """The same on every rank."""
     if ranks.size == 1:
         return num_bytes
-    told = torch.tensor([num_bytes], dtype=torch.int64, device=device)
-    dist.all_reduce(told, op=op)
-    return int(told)
+    packed = torch.tensor([num_bytes], dtype=torch.int64, device=device)
+    dist.all_reduce(packed, op=op)
+    return int(packed)

@@ -20,18 +20,18 @@ from largebatch.train.noise.small_gradients import squares_of
 
 
 @dataclass(frozen=True)
-class Numbers:
+class StepMetrics:
     """Of one step, on the device: parts that ranks add up, and what is the same on each."""
 
-    summed: dict[str, Tensor]
-    own: dict[str, Tensor]
+    reduced: dict[str, Tensor]
+    replicated: dict[str, Tensor]
 
-    def __or__(self, other: "Numbers") -> "Numbers":
-        return Numbers(self.summed | other.summed, self.own | other.own)
+    def __or__(self, other: "StepMetrics") -> "StepMetrics":
+        return StepMetrics(self.reduced | other.reduced, self.replicated | other.replicated)
 
 
 @dataclass(frozen=True)
-class Limits:
+class GradientLimits:
     """What a step's gradient is held against, before it is one.
 
     Attributes:
@@ -60,10 +60,10 @@ class Update:
     loss_scale: LossScale | None = None
     _squares: deque[tuple[list[Tensor], Tensor]] = field(default_factory=lambda: deque(maxlen=2))
 
-    def __call__(self, optimizer: Optimizer, limits: Limits) -> Numbers:
+    def __call__(self, optimizer: Optimizer, limits: GradientLimits) -> StepMetrics:
         """Step and leave no gradients; returns the norm, and what became of the step.
 
-        `grad_square`, a part that is to be summed, or `grad_norm`; `skipped`, 1 where nothing was
+        `grad_square`, a part that is to be reduced, or `grad_norm`; `skipped`, 1 where nothing was
         changed, if it could be; `loss_scale` that the gradients were made with, if any.
         """
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -75,37 +75,37 @@ class Update:
         free = limits.clip_norm is None and limits.skip_above is None and self.loss_scale is None
         if free:
             optimizer.step()
-            numbers = Numbers({"grad_square": part}, {})
+            numbers = StepMetrics({"grad_square": part}, {})
         else:
-            numbers = Numbers({}, self._limited(optimizer, grads, part, limits))
+            numbers = StepMetrics({}, self._limited(optimizer, grads, part, limits))
         optimizer.zero_grad(set_to_none=True)
         return numbers
 
     def _limited(
-        self, optimizer: Optimizer, grads: list[Tensor], part: Tensor, limits: Limits
+        self, optimizer: Optimizer, grads: list[Tensor], part: Tensor, limits: GradientLimits
     ) -> dict[str, Tensor]:
         if self.add_up is None:
             norm = (part * self.copies).sqrt()
         else:
             self.add_up(part)
             norm = part.sqrt()
-        own = {"grad_norm": norm}
+        replicated = {"grad_norm": norm}
         if limits.clip_norm is not None:
             torch._foreach_mul_(grads, (limits.clip_norm / norm).clamp_max(1.0))
         if limits.skip_above is None and self.loss_scale is None:
             optimizer.step()
-            return own
+            return replicated
         if self.loss_scale is not None and isinstance(optimizer, CurvatureOptimizer):
             optimizer.loss_scale = self.loss_scale.value  # it has seen gradients as they went by
         most = math.inf if limits.skip_above is None else limits.skip_above
         # The comparison is false for NaN; an infinite norm is above every limit.
         skip = torch.logical_not((norm <= most) & torch.isfinite(norm)).float()
         masked_step(optimizer, skip)
-        own["skipped"] = skip
+        replicated["skipped"] = skip
         if self.loss_scale is not None:
-            own["loss_scale"] = self.loss_scale.value
+            replicated["loss_scale"] = self.loss_scale.value
             self.loss_scale.update(torch.isfinite(norm).logical_not())
-        return own
+        return replicated
 
     def squares(self, steps_ago: int) -> tuple[list[Tensor], Tensor]:
         """The parameters of a step, and this rank's squared norm of the gradient of each: of the

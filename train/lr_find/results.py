@@ -79,7 +79,7 @@ def append(path: Path, found: Mapping[str, Any]) -> None:
         table.write(text.getvalue().encode())
 
 
-def told(summary: Mapping[str, Any], folder: Path) -> str:
+def format_outcome(summary: Mapping[str, Any], folder: Path) -> str:
     """What a sweep has found, as lines for people."""
     found = summary["lr_find"]
     run, batch = f"{summary['optimizer']} on {summary['model']}", f"{summary['batch_size']:,}"

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from largebatch.conf.config import TargetConfig, TrainConfig
 from largebatch.conf.sweep_config import FEWEST_POINTS, LRFindConfig
-from largebatch.schedules import ConstantBatch, DecidedRamp, GeometricSweep, Hyper, Plan
+from largebatch.schedules import AdaptiveRamp, ConstantBatch, GeometricSweep, Hyper, Plan
 
 AROUND: Final = 2
 """Losses on either side that the smoothed one is the median of."""
@@ -47,7 +47,7 @@ def _as_planned(plan: Plan, hyper: Hyper, base_batch: int, batch: int) -> Hyper:
 
 def target_batch_size(plan: Plan) -> int:
     """The batch size that the plan ends at; of a ramp that the run decides, its largest."""
-    if isinstance(plan.ramp, DecidedRamp):
+    if isinstance(plan.ramp, AdaptiveRamp):
         return max(plan.ramp.sizes())
     return plan.final_batch_size
 

@@ -7,7 +7,7 @@ several places t (a sequence) the products add up, and the squared norm of their
 layers have as few weights as features, an embedding has x_t·x_t' = 1 for equal symbols and 0
 otherwise.
 
-One sample is the smallest batch there is, so this is the least noisy seam. It sees nn.Linear,
+One sample is the smallest batch there is, so this is the least noisy source. It sees nn.Linear,
 nn.Embedding, nn.LayerNorm and nn.RMSNorm, and nothing of other layers.
 """
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from largebatch.train.noise.small_gradients import Share, SmallGradients, wide
+from largebatch.schedules import BatchSplit
+from largebatch.train.noise.small_gradients import SmallGradients, wide
 
 Squares = dict[str, Tensor]
 """Squared norm of each sample's gradient by the module's own name of the parameter; (samples,)."""
@@ -82,32 +83,32 @@ class ExampleGradients(SmallGradients):
             if own in names:
                 self._sums[names[own]].append((squares.sum(), len(squares)))
 
-    def small_batch(self, share: Share) -> int:
+    def small_batch(self, split: BatchSplit) -> int:
         return 1
 
-    def part(self, share: Share, loss_scale: float | Tensor = 1.0) -> Tensor:
+    def part(self, split: BatchSplit, loss_scale: float | Tensor = 1.0) -> Tensor:
         seen, self._sums = self._sums, {name: [] for name in self.layers}
         for name, sums in seen.items():
             passes, samples = len(sums), sum(length for _, length in sums)
-            if passes not in (0, share.gradient_accumulation_steps) or (
-                passes and samples != share.per_rank
+            if passes not in (0, split.gradient_accumulation_steps) or (
+                passes and samples != split.per_rank
             ):
                 raise RuntimeError(
-                    f"the noise scale expected {share.per_rank} samples in "
-                    f"{share.gradient_accumulation_steps} backward pass(es) of layer {name!r}, saw "
+                    f"the noise scale expected {split.per_rank} samples in "
+                    f"{split.gradient_accumulation_steps} backward pass(es) of layer {name!r}, saw "
                     f"{samples} in {passes}: it is used more than once in a pass, or the first "
                     "dimension of its input is not the sample; use noise.small=micro_batch"
                 )
         totals = [total for sums in seen.values() for total, _ in sums]
         if not totals:
             raise RuntimeError("the noise scale saw no backward pass in this step")
-        unused = [torch.zeros_like(totals[0])] * share.gradient_accumulation_steps
+        unused = [torch.zeros_like(totals[0])] * split.gradient_accumulation_steps
         each = [[total for total, _ in sums] or unused for sums in seen.values()]
         flat = torch.stack([total for of_layer in each for total in of_layer])
         whole = flat.view(len(each), -1).sum(1)
         # A sample's gradient goes by as its share of the rank's mean.
-        factor = loss_scale / share.per_rank
-        return whole / (share.global_batch_size * factor * factor)
+        factor = loss_scale / split.per_rank
+        return whole / (split.global_batch_size * factor * factor)
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -1,4 +1,4 @@
-"""The noise scale of a run: from the squared norms at a seam to what a record line says.
+"""The noise scale of a run: from the squared norms at a source to what a record line says.
 
 It costs no collective of its own: this rank's parts of the small gradients' mean squared norms, and
 of the whole gradient's, travel with the loss. The host sees the numbers
@@ -15,17 +15,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from largebatch.optim.math.tensors import CPU_STRETCH
-from largebatch.schedules import NoiseReading, NoiseScale
+from largebatch.schedules import BatchSplit, NoiseReading, NoiseScale
 from largebatch.train.noise.small_gradients import (
     PassingGradients,
-    Share,
     SmallGradients,
     squares,
     weighted_squares,
     wide,
 )
 
-Numbers = dict[str, Tensor]
+PartialSums = dict[str, Tensor]
 
 _SMALL, _BIG = "noise/small", "noise/big"
 
@@ -44,11 +43,11 @@ class GradientNoise:
         copies: ranks that hold the same piece of the whole gradient.
 
     Raises:
-        ValueError: a second moment is asked for where there is none, or at a seam where no whole
+        ValueError: a second moment is asked for where there is none, or at a source where no whole
             gradient goes by.
     """
 
-    seam: SmallGradients
+    source: SmallGradients
     half_life_samples: float
     every: int = 1
     by_layer: bool = False
@@ -67,8 +66,8 @@ class GradientNoise:
                 "noise.preconditioned needs the second moment of an optimizer such as AdamW or "
                 f"LAMB, got {type(self.optimizer).__name__}"
             )
-        whole = all(len(params) == 1 for params in self.seam.layers.values())
-        if not (isinstance(self.seam, PassingGradients) and whole):
+        whole = all(len(params) == 1 for params in self.source.layers.values())
+        if not (isinstance(self.source, PassingGradients) and whole):
             raise ValueError(
                 "noise.preconditioned needs whole gradients to go by: use noise.small=micro_batch "
                 "or rank"
@@ -76,44 +75,44 @@ class GradientNoise:
 
     def begin(self, steps: int) -> None:
         """To be called before a step's first backward pass, after `steps` steps."""
-        self.seam.active = steps % self.every == 0
-        if self.seam.active and self.optimizer is not None:
-            assert isinstance(self.seam, PassingGradients)
-            self._metric = metric_of(self.optimizer, self.seam.layers, self._metric)
-            self.seam.metric = self._metric or None
+        self.source.active = steps % self.every == 0
+        if self.source.active and self.optimizer is not None:
+            assert isinstance(self.source, PassingGradients)
+            self._metric = metric_of(self.optimizer, self.source.layers, self._metric)
+            self.source.metric = self._metric or None
 
-    def parts(self, share: Share, loss_scale: float | Tensor = 1.0) -> Numbers:
+    def parts(self, split: BatchSplit, loss_scale: float | Tensor = 1.0) -> PartialSums:
         """This rank's parts of what has to be summed over ranks, after the backward passes and
         before the whole gradient is clipped.
 
         Args:
             loss_scale: what small gradients were multiplied with as they went by.
         """
-        if not self.seam.active:
+        if not self.source.active:
             return {}
         whole = {name: value / self.copies for name, value in self._whole().items()}
-        return self._small(share, loss_scale) | whole
+        return self._small(split, loss_scale) | whole
 
-    def _small(self, share: Share, loss_scale: float | Tensor) -> Numbers:
-        small = self.seam.part(share, loss_scale)
+    def _small(self, split: BatchSplit, loss_scale: float | Tensor) -> PartialSums:
+        small = self.source.part(split, loss_scale)
         numbers = {_SMALL: small.sum()}
         if self.by_layer:
-            numbers |= _by_name(f"{_SMALL}/", self.seam.layers, small)
-        if isinstance(self.seam, PassingGradients) and self.seam.metric is not None:
-            numbers[f"{_SMALL}_preconditioned"] = self.seam.weighted_part(share, loss_scale)
+            numbers |= _by_name(f"{_SMALL}/", self.source.layers, small)
+        if isinstance(self.source, PassingGradients) and self.source.metric is not None:
+            numbers[f"{_SMALL}_preconditioned"] = self.source.weighted_part(split, loss_scale)
         return numbers
 
-    def _whole(self) -> Numbers:
+    def _whole(self) -> PartialSums:
         """This rank's pieces of the whole gradient."""
-        big = squares(self.seam.layers)
+        big = squares(self.source.layers)
         numbers = {_BIG: big.sum()}
         if self.by_layer:
-            numbers |= _by_name(f"{_BIG}/", self.seam.layers, big)
-        if isinstance(self.seam, PassingGradients) and self.seam.metric is not None:
-            metric = self.seam.metric
+            numbers |= _by_name(f"{_BIG}/", self.source.layers, big)
+        if isinstance(self.source, PassingGradients) and self.source.metric is not None:
+            metric = self.source.metric
             layers = [
                 (name, param.grad)
-                for name, (param,) in self.seam.layers.items()
+                for name, (param,) in self.source.layers.items()
                 if name in metric and param.grad is not None
             ]
             grads, weights = [grad for _, grad in layers], [metric[name] for name, _ in layers]
@@ -124,7 +123,7 @@ class GradientNoise:
     def take(self, line: dict[str, Any]) -> None:
         """Take a complete line's numbers in, and leave the readings in their place."""
         numbers = {key: line.pop(key) for key in [*line] if key.startswith((_SMALL, _BIG))}
-        share = Share(
+        split = BatchSplit(
             line["global_batch_size"],
             line["data_parallel_size"],
             line["gradient_accumulation_steps"],
@@ -143,8 +142,8 @@ class GradientNoise:
             scale.update(
                 small_sq_norm=small,
                 big_sq_norm=big,
-                small_batch=self.seam.small_batch(share),
-                big_batch=share.global_batch_size,
+                small_batch=self.source.small_batch(split),
+                big_batch=split.global_batch_size,
                 samples=line["samples"] - self._samples,
             )
             line.update(_fields(scale.reading(), name))
@@ -219,7 +218,7 @@ def _stretches(one: Tensor, other: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
     return zip(*pieces, strict=True)
 
 
-def _by_name(prefix: str, layers: Mapping[str, Any], values: Tensor) -> Numbers:
+def _by_name(prefix: str, layers: Mapping[str, Any], values: Tensor) -> PartialSums:
     return {f"{prefix}{name}": value for name, value in zip(layers, values.unbind(), strict=True)}
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from largebatch.train.noise.small_gradients import PassingGradients, Share
+from largebatch.schedules import BatchSplit
+from largebatch.train.noise.small_gradients import PassingGradients
 
 # Its name in torch from 2.13 on, and before.
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -46,11 +47,11 @@ class ShardedGradients(PassingGradients):
         for name, (module, _) in groups.items():
             module.set_custom_reduce_scatter(_Watched(self, name))  # type: ignore[arg-type]
 
-    def small_batch(self, share: Share) -> int:
-        return share.per_rank if self._once else share.micro_batch_size
+    def small_batch(self, split: BatchSplit) -> int:
+        return split.per_rank if self._once else split.micro_batch_size
 
-    def _each(self, share: Share) -> int:
-        return 1 if self._once else share.gradient_accumulation_steps
+    def _each(self, split: BatchSplit) -> int:
+        return 1 if self._once else split.gradient_accumulation_steps
 
     def remove(self) -> None:
         for module in self._modules:
@@ -58,10 +59,10 @@ class ShardedGradients(PassingGradients):
 
 
 class _Watched:
-    """FSDP2's reduce-scatter, its input shown to a seam."""
+    """FSDP2's reduce-scatter, its input shown to a source."""
 
-    def __init__(self, seam: ShardedGradients | None, name: str) -> None:
-        self._seam, self._name = seam, name
+    def __init__(self, source: ShardedGradients | None, name: str) -> None:
+        self._source, self._name = source, name
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -74,14 +75,14 @@ class _Watched:
         op: Any,
         async_op: bool = False,
     ) -> dist.Work | None:
-        if self._seam is not None:
+        if self._source is not None:
             if input_tensor.dtype not in _UNDIVIDED:
                 raise ValueError(
                     "the noise scale under FSDP2 needs gradients reduced in FP32 or bf16, got "
                     f"{input_tensor.dtype}: MixedPrecisionPolicy(reduce_dtype=torch.float32)"
                 )
             # Padding, between ranks' parts, is zeros.
-            self._seam.see([input_tensor], [self._name])
+            self._source.see([input_tensor], [self._name])
         work: dist.Work | None = _reduce_scatter(
             output_tensor, input_tensor, op=op, group=group, async_op=async_op
         )

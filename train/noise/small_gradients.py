@@ -2,14 +2,14 @@
 
 The noise scale (`largebatch.schedules.NoiseScale`) needs the mean squared norm of the gradients of
 small batches beside that of their mean over the whole batch, which is in `p.grad` after the
-backward passes. A seam is a place where small gradients go by:
+backward passes. A gradient source is a place where small gradients go by:
 
 - `RankGradients`: each rank's, micro-batches accumulated, in DDP's communication hook;
 - `ShardedGradients`: the same under FSDP2, by groups of `fully_shard`, in its reduce-scatter;
 - `MicroBatchGradients`: every micro-batch's, where autograd hands it to its parameter;
 - `ExampleGradients` (`example_gradients.py`): every sample's, from activations.
 
-All read FP32 squares of gradients before averaging, clipping and weight decay. A seam's numbers are
+All read FP32 squares of gradients before averaging, clipping and weight decay. Its numbers are
 this rank's part of the mean over all small gradients: the parts of all ranks add up to it, and
 travel with any other sum. Parameters must not move within a step; the loss is a mean over samples,
 weighted so that `p.grad` becomes the gradient of the global batch's mean loss.
@@ -17,7 +17,6 @@ weighted so that `p.grad` becomes the gradient of the global batch's mean loss.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -28,30 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from largebatch.optim.math.tensors import CPU_STRETCH, norm_in_stretches
 from largebatch.optim.sharding.layout import local
+from largebatch.schedules import BatchSplit
 
 Layers = Mapping[str, Sequence[nn.Parameter]]
 """What norms are taken of, by name: each parameter, or the parameters of a module."""
 
 
-@dataclass(frozen=True)
-class Share:
-    """How the samples of a step are cut up."""
-
-    global_batch_size: int
-    data_parallel_size: int = 1
-    gradient_accumulation_steps: int = 1
-
-    @property
-    def per_rank(self) -> int:
-        return self.global_batch_size // self.data_parallel_size
-
-    @property
-    def micro_batch_size(self) -> int:
-        return self.per_rank // self.gradient_accumulation_steps
-
-
 class SmallGradients(ABC):
-    """A seam, made once a model before its first backward pass.
+    """A gradient source, made once a model before its first backward pass.
 
     Attributes:
         layers: what it sees.
@@ -62,11 +45,11 @@ class SmallGradients(ABC):
     active: bool = True
 
     @abstractmethod
-    def small_batch(self, share: Share) -> int:
+    def small_batch(self, split: BatchSplit) -> int:
         """Samples in one small gradient."""
 
     @abstractmethod
-    def part(self, share: Share, loss_scale: float | Tensor = 1.0) -> Tensor:
+    def part(self, split: BatchSplit, loss_scale: float | Tensor = 1.0) -> Tensor:
         """This rank's part of the mean ‖g‖² of the step's small gradients; shape (layers,), FP32.
 
         To be called once a step, after its backward passes.
@@ -75,7 +58,7 @@ class SmallGradients(ABC):
             loss_scale: what the loss was multiplied with against underflow.
 
         Raises:
-            RuntimeError: other backward passes went by than `share` says.
+            RuntimeError: other backward passes went by than `split` says.
         """
 
     @abstractmethod
@@ -84,7 +67,7 @@ class SmallGradients(ABC):
 
 
 class PassingGradients(SmallGradients):
-    """A seam by which whole gradients go: their squares stay on the device until the step's end.
+    """A source by which whole gradients go: their squares stay on the device until the step's end.
 
     Attributes:
         metric: where set, P of each parameter, by name and in its shape: `weighted_part` then
@@ -113,16 +96,16 @@ class PassingGradients(SmallGradients):
                 self._weighted += weighted_squares([gradient for gradient, _ in pairs], weights)
 
     @abstractmethod
-    def _each(self, share: Share) -> int:
+    def _each(self, split: BatchSplit) -> int:
         """How often every gradient goes by in a step, on one rank."""
 
-    def _factor(self, share: Share) -> float:
+    def _factor(self, split: BatchSplit) -> float:
         """What gradients that go by are multiplied with, against those of a small batch's mean."""
-        return 1 / self._each(share)
+        return 1 / self._each(split)
 
-    def part(self, share: Share, loss_scale: float | Tensor = 1.0) -> Tensor:
+    def part(self, split: BatchSplit, loss_scale: float | Tensor = 1.0) -> Tensor:
         seen, self._seen = self._seen, {name: [] for name in self.layers}
-        each = self._each(share)
+        each = self._each(split)
         counts = {len(squares) for squares in seen.values()} - {0}
         if counts != {each}:
             raise RuntimeError(
@@ -134,16 +117,16 @@ class PassingGradients(SmallGradients):
         unused = [torch.zeros_like(first)] * each
         flat = torch.stack([square for squares in seen.values() for square in squares or unused])
         whole = flat if each == 1 else flat.view(len(seen), each).sum(1)
-        return whole / self._divisor(share, loss_scale)
+        return whole / self._divisor(split, loss_scale)
 
-    def weighted_part(self, share: Share, loss_scale: float | Tensor = 1.0) -> Tensor:
+    def weighted_part(self, split: BatchSplit, loss_scale: float | Tensor = 1.0) -> Tensor:
         """As `part` in the metric, all layers added up; 0-d."""
         seen, self._weighted = self._weighted, []
-        return torch.stack(seen).sum() / self._divisor(share, loss_scale)
+        return torch.stack(seen).sum() / self._divisor(split, loss_scale)
 
-    def _divisor(self, share: Share, loss_scale: float | Tensor) -> float | Tensor:
-        factor = self._factor(share) * loss_scale
-        return share.data_parallel_size * self._each(share) * factor * factor
+    def _divisor(self, split: BatchSplit, loss_scale: float | Tensor) -> float | Tensor:
+        factor = self._factor(split) * loss_scale
+        return split.data_parallel_size * self._each(split) * factor * factor
 
 
 class RankGradients(PassingGradients):
@@ -165,10 +148,10 @@ class RankGradients(PassingGradients):
 
         replica.register_comm_hook(replica.process_group, hook)
 
-    def small_batch(self, share: Share) -> int:
-        return share.per_rank
+    def small_batch(self, split: BatchSplit) -> int:
+        return split.per_rank
 
-    def _each(self, share: Share) -> int:
+    def _each(self, split: BatchSplit) -> int:
         return 1
 
     def remove(self) -> None:
@@ -192,11 +175,11 @@ class MicroBatchGradients(PassingGradients):
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         return lambda gradient: self.see([gradient], [name])
 
-    def small_batch(self, share: Share) -> int:
-        return share.micro_batch_size
+    def small_batch(self, split: BatchSplit) -> int:
+        return split.micro_batch_size
 
-    def _each(self, share: Share) -> int:
-        return share.gradient_accumulation_steps
+    def _each(self, split: BatchSplit) -> int:
+        return split.gradient_accumulation_steps
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -7,13 +7,13 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from largebatch.train.run_spec import Order
+from largebatch.train.run_spec import RunSpec
 
 
 class Display:
     """Takes each line of a run; draws on a terminal only. The bar fills with the sample budget."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, spec: RunSpec) -> None:
         self._evaluation = ""
         self._bar = Progress(
             BarColumn(),
@@ -23,7 +23,7 @@ class Display:
             disable=not Console(stderr=True).is_terminal,
             transient=True,
         )
-        config = order.config
+        config = spec.config
         total = min(config.target.give_up_samples or config.budget.samples, config.budget.samples)
         self._task = self._bar.add_task("", total=total)
 

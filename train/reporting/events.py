@@ -21,7 +21,7 @@ class Events:
 
     def write(self, kind: str, *, step: int, samples: int, reason: str, **more: Any) -> None:
         """One event, out of this process's hands when this returns; one that the disk does not take
-        is told on stderr.
+        is reported on stderr.
 
         Args:
             kind: "skip", "rollback", "stop", …

@@ -1,7 +1,7 @@
 """Where else a run's lines go, beside its own metrics.jsonl.
 
-A logger is a guest: whatever it raises once the run has begun is told once, and the run goes on
-without it.
+A logger is a guest: whatever it raises once the run has begun is reported once, and the run
+continues without it.
 """
 
 import os
@@ -36,7 +36,7 @@ class SafeLogger:
 
     Args:
         open_logger: makes the logger.
-        failed: is told of the error, in a sentence; while it is not set, errors wait for it.
+        failed: takes the error, as a sentence; while it is not set, errors wait for it.
 
     Raises:
         ConfigError: the configuration is wrong, which the user can mend before the run.
@@ -66,9 +66,9 @@ class SafeLogger:
         except ConfigError:
             raise
         except Exception as error:  # a guest's may be of any class
-            told = " ".join(str(error).split())
+            why = " ".join(str(error).split())
             reason = (
-                f"the logger has failed ({type(error).__name__}: {told}): the run goes on, and "
+                f"the logger has failed ({type(error).__name__}: {why}): the run goes on, and "
                 "metrics.jsonl has every line"
             )
             print(f"largebatch: {reason}", file=sys.stderr)

@@ -13,7 +13,7 @@ from largebatch.train.reporting.loggers import SafeLogger
 from largebatch.train.reporting.throughput import Throughput
 
 
-class Silence:
+class NullReporter:
     """What the other ranks tell: nothing."""
 
     def line(self, line: dict[str, Any]) -> None: ...
@@ -32,7 +32,7 @@ class Silence:
         return 0
 
 
-class Reporter(Silence):
+class Reporter(NullReporter):
     """Rank 0's, for as long as the run lasts.
 
     Args:
@@ -85,8 +85,8 @@ class Reporter(Silence):
         line["seconds"] = self.seconds()
         self._steps, self._samples = line["step"], line["samples"]
         self._heartbeat.beat(line["step"], line["samples"])
-        told = "eval_loss" in line or "batch_change" in line or line.get("skipped")
-        if told or line["step"] % self._every == 0:
+        is_shown = "eval_loss" in line or "batch_change" in line or line.get("skipped")
+        if is_shown or line["step"] % self._every == 0:
             self._folder.write(line)
             self._logger.log(line)
         self._watch(line)

@@ -147,7 +147,7 @@ class Folder:
         self._names = [file.relative_to(path).as_posix() for file in self._files]
         for file in self._files:
             with self._open(file):
-                pass  # a wrong size is told now, and not in the middle of a run
+                pass  # a wrong size is reported now, and not in the middle of a run
         sizes = "".join(
             f"{file_name} {file.stat().st_size}\n"
             for file_name, file in zip(self._names, self._files, strict=True)

@@ -153,20 +153,20 @@ def _sources(
 
 
 def _vocabulary(vocabulary: int | None, files: Mapping[str, Sequence[TokenFile]]) -> int:
-    told = {
+    limits = {
         file.path: int(file.sidecar["vocabulary"])
         for of in files.values()
         for file in of
         if "vocabulary" in file.sidecar
     }
     if vocabulary is None:
-        known = f" ({max(told.values())} for these files)" if told else ""
+        known = f" ({max(limits.values())} for these files)" if limits else ""
         raise ValueError(
             f"task.vocabulary must be given{known}: the number of ids of the tokenizer, for the "
             "model has a row for each; a multiple of 64 is faster on most devices"
         )
     vocabulary = whole_number(vocabulary, "task.vocabulary", 2)
-    for path, least in told.items():
+    for path, least in limits.items():
         if least > vocabulary:
             raise ValueError(
                 f"task.vocabulary must be at least {least}, that of the tokenizer of {path}, got "

@@ -16,7 +16,7 @@ import forked
 import pytest
 
 from largebatch.records import lock as owner_module
-from largebatch.records.lock import OWNER, STALE_SECONDS, Owned, Owner
+from largebatch.records.lock import OWNER, STALE_SECONDS, RunLock, RunLocked
 from largebatch.records.record import RunFolder, claim
 from largebatch.train.checkpoints.resume import Resumption, find_resumption
 
@@ -71,7 +71,7 @@ def test_a_second_process_is_refused_before_it_has_chosen_a_checkpoint(tmp_path:
     with another_process(tmp_path) as process:
         # Broken, and to be refused as such, had it been looked at.
         (tmp_path / "checkpoints" / "samples-000000000000064").mkdir(parents=True)
-        with pytest.raises(Owned) as refused:
+        with pytest.raises(RunLocked) as refused:
             find_resumption(tmp_path, CONFIG)
         said = str(refused.value)
         assert f"(process {process.pid} on " in said
@@ -87,10 +87,10 @@ def test_the_hold_goes_from_the_choice_to_the_record_without_a_gap(tmp_path: Pat
         pass
     resumption = find_resumption(tmp_path, CONFIG)
     assert resumption is not None
-    with pytest.raises(Owned):
+    with pytest.raises(RunLocked):
         claim(tmp_path)
-    with RunFolder(tmp_path, {}, 0, resumption.owner) as folder:
-        with pytest.raises(Owned):
+    with RunFolder(tmp_path, {}, 0, resumption.lock) as folder:
+        with pytest.raises(RunLocked):
             find_resumption(tmp_path, CONFIG)
         folder.write({"samples": 64, "seconds": 1.0})
     assert not (tmp_path / OWNER).exists()
@@ -120,15 +120,15 @@ def test_without_locks_an_owner_that_has_long_been_silent_is_gone(
     error: str, tmp_path: Path
 ) -> None:
     silent = r"last heard of \d+ s ago, and taken for gone after 180"
-    with another_process(tmp_path, error), pytest.raises(Owned, match=silent):
+    with another_process(tmp_path, error), pytest.raises(RunLocked, match=silent):
         claim(tmp_path)
-    with pytest.raises(Owned):  # killed, and nobody can know yet
+    with pytest.raises(RunLocked):  # killed, and nobody can know yet
         claim(tmp_path)
     long_ago = time.time() - STALE_SECONDS - 5
     os.utime(tmp_path / OWNER, (long_ago, long_ago))
     hold = claim(tmp_path)
     assert json.loads((tmp_path / OWNER).read_text())["run_id"] == hold.run_id
-    with pytest.raises(Owned):
+    with pytest.raises(RunLocked):
         claim(tmp_path)
     hold.release()
     assert not [path for path in tmp_path.iterdir() if OWNER in path.name]
@@ -150,7 +150,7 @@ def test_without_locks_an_owner_shows_itself_and_notices_that_it_was_taken_over(
         folder.flush_to_disk()
         words = json.loads((tmp_path / OWNER).read_text())
         (tmp_path / OWNER).write_text(json.dumps(words | {"run_id": "another's", "host": "x12"}))
-        with pytest.raises(Owned, match="on x12"):
+        with pytest.raises(RunLocked, match="on x12"):
             folder.flush_to_disk()
     assert (tmp_path / OWNER).exists()  # it is not ours to remove
 
@@ -161,4 +161,4 @@ def test_an_owner_that_is_not_there_any_more_is_not_in_the_way(tmp_path: Path) -
         pass
     assert json.loads((tmp_path / OWNER).read_text())["world"] == 3
     with (tmp_path / "metrics.jsonl").open("r+") as file:
-        Owner(tmp_path, file).release()
+        RunLock(tmp_path, file).release()

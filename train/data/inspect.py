@@ -71,8 +71,8 @@ def checked(tokens: TokenFile, progress: Progress) -> str:
         chunk = tokens.tokens[start : start + _CHUNK]
         digest.update(chunk.tobytes())
         largest, smallest = max(largest, int(chunk.max())), min(smallest, int(chunk.min()))
-        told = f"{start + len(chunk):,} tokens, the largest id {largest:,}"
-        progress.update(shown, completed=start + len(chunk), description=told)
+        progress_text = f"{start + len(chunk):,} tokens, the largest id {largest:,}"
+        progress.update(shown, completed=start + len(chunk), description=progress_text)
     vocabulary = tokens.sidecar.get("vocabulary", largest + 1)
     if smallest < 0 or largest >= vocabulary:
         strange = smallest if smallest < 0 else largest

@@ -18,7 +18,7 @@ from largebatch.schedules import (
     StepDecay,
     scale,
 )
-from largebatch.train.coscaling import CoScaling
+from largebatch.train.hyperparameter_scaler import HyperparameterScaler
 
 Train = Callable[..., int]
 ReadRun = Callable[[Path], tuple[list[dict[str, Any]], dict[str, Any]]]
@@ -39,9 +39,9 @@ def adamw() -> torch.optim.Optimizer:
 
 def test_each_group_is_scaled_from_its_own_values_not_from_the_step_before() -> None:
     plan, optimizer = planned("adam_sde"), adamw()
-    coscaling = CoScaling(plan, optimizer)
+    coscaling = HyperparameterScaler(plan, optimizer)
     for point in plan:
-        coscaling.take_up(point)
+        coscaling.apply(point)
         for group, decay in zip(optimizer.param_groups, (0.1, 0.0), strict=True):
             base = Hyper(lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=decay)
             scaled = scale(base, 64, point.batch_size, rule="adam_sde")
@@ -52,8 +52,8 @@ def test_each_group_is_scaled_from_its_own_values_not_from_the_step_before() -> 
 
 def test_a_change_is_told_once_with_what_moved() -> None:
     plan = planned("adam_sde")
-    coscaling = CoScaling(plan, adamw())
-    told = {point.samples: told for point in plan if (told := coscaling.take_up(point))}
+    coscaling = HyperparameterScaler(plan, adamw())
+    told = {point.samples: told for point in plan if (told := coscaling.apply(point))}
     assert list(told) == [stage.samples for stage in plan.stages()]
     changes = [change["batch_change"] for change in told.values()]
     assert [change["from"] for change in changes] == [None, 32, 64]
@@ -64,8 +64,8 @@ def test_a_change_is_told_once_with_what_moved() -> None:
 def test_a_rule_for_the_learning_rate_alone_leaves_the_groups_untouched() -> None:
     plan, optimizer = planned("sqrt"), adamw()
     before = [dict(group) for group in optimizer.param_groups]
-    coscaling = CoScaling(plan, optimizer)
-    told = [change for point in plan if (change := coscaling.take_up(point))]
+    coscaling = HyperparameterScaler(plan, optimizer)
+    told = [change for point in plan if (change := coscaling.apply(point))]
     assert told == [{"batch_change": {"from": 32}}, {"batch_change": {"from": 64}}]
     assert [dict(group) for group in optimizer.param_groups] == before
 
@@ -73,9 +73,9 @@ def test_a_rule_for_the_learning_rate_alone_leaves_the_groups_untouched() -> Non
 def test_weight_decay_moves_where_it_is_held_for_optimizers_without_betas_too() -> None:
     plan = planned("linear", hold="per_step")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.01, weight_decay=0.1)
-    coscaling = CoScaling(plan, optimizer)
+    coscaling = HyperparameterScaler(plan, optimizer)
     for point in plan:
-        coscaling.take_up(point)
+        coscaling.apply(point)
         decay = optimizer.param_groups[0]["weight_decay"]
         assert point.hyper.lr * decay == pytest.approx(0.01 * 0.1)
 
@@ -88,7 +88,7 @@ def test_a_step_after_a_change_is_that_of_an_optimizer_made_with_the_new_values(
     weights = [torch.nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3)) for _ in range(2)]
     values = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
     moved = make([weights[0]], **values)
-    CoScaling(plan, moved).take_up(plan.at(1000))
+    HyperparameterScaler(plan, moved).apply(plan.at(1000))
     scaled = scale(Hyper(**values), 64, 128, rule="adam_sde")  # type: ignore[arg-type]
     made = make([weights[1]], lr=0.01, betas=scaled.betas, eps=scaled.eps,
                 weight_decay=scaled.weight_decay)  # fmt: skip
@@ -121,10 +121,10 @@ def test_momentum_follows_the_learning_rate_that_is_inside_it(ramp: str) -> None
     )
     told: list[dict[str, Any]] = []
     for optimizer, weight in ((outside, weights[0]), (inside, weights[1])):
-        coscaling = CoScaling(plan, optimizer)
+        coscaling = HyperparameterScaler(plan, optimizer)
         for point in plan:
             weight.grad = torch.linspace(-0.5, 2, 6).reshape(2, 3) * weight.detach()
-            told.append(coscaling.take_up(point))
+            told.append(coscaling.apply(point))
             optimizer.param_groups[0]["lr"] = point.lr
             optimizer.step()
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=0)

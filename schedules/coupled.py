@@ -18,7 +18,7 @@ from largebatch.schedules.curves import Curve, StepDecay
 from largebatch.schedules.ramps import Ramp, Stage, StagesRamp, check_rises
 
 
-class Settled(NamedTuple):
+class ResolvedRamp(NamedTuple):
     """What a trade comes to in one run."""
 
     ramp: Ramp
@@ -37,7 +37,7 @@ class _Steps(StagesRamp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trade(ABC):
+class CoupledRamp(ABC):
     """From `start` to at most `size`, in samples.
 
     Raises:
@@ -53,7 +53,7 @@ class Trade(ABC):
         check_rises(self.start, self.size)
 
     @abstractmethod
-    def settle(self, curve: Curve, budget_samples: int) -> Settled:
+    def resolve(self, curve: Curve, budget_samples: int) -> ResolvedRamp:
         """The ramp, and what becomes of `curve`, in a run of `budget_samples`.
 
         Raises:
@@ -71,7 +71,7 @@ class Trade(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LateSwitch(Trade):
+class LateSwitch(CoupledRamp):
     """`start` for most of the run, `size` from `switch_fraction` of the budget on (2602.14208).
 
     A late switch spends few samples on large batches and its loss soon meets that of the run that
@@ -86,7 +86,7 @@ class LateSwitch(Trade):
         fraction = real_number(self.switch_fraction, name, above=0.0, most=1.0)
         object.__setattr__(self, "switch_fraction", fraction)
 
-    def settle(self, curve: Curve, budget_samples: int) -> Settled:
+    def resolve(self, curve: Curve, budget_samples: int) -> ResolvedRamp:
         switch = math.ceil(self.switch_fraction * budget_samples)
         first = switch // -self.start * -self.start  # the first step that begins there or later
         if first >= budget_samples:
@@ -94,11 +94,11 @@ class LateSwitch(Trade):
                 f"batch.switch_fraction must leave a step to switch for, got "
                 f"{self.switch_fraction:g} of {budget_samples} samples in steps of {self.start}"
             )
-        return Settled(_Steps(((0, self.start), (switch, self.size))), curve, None)
+        return ResolvedRamp(_Steps(((0, self.start), (switch, self.size))), curve, None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Smith(Trade):
+class Smith(CoupledRamp):
     """Each drop of the learning rate is a rise of the batch by as much, until `size` (Smith et al.
     2018, arXiv:1711.00489); then the learning rate drops.
 
@@ -106,16 +106,16 @@ class Smith(Trade):
     may be smaller than the drop: the learning rate takes the rest.
     """
 
-    def settle(self, curve: Curve, budget_samples: int) -> Settled:
+    def resolve(self, curve: Curve, budget_samples: int) -> ResolvedRamp:
         if not isinstance(curve, StepDecay):
             raise ValueError(
                 "batch=smith trades the drops of lr=step; for another curve use batch=seesaw"
             )
-        return Settled(self.at_drops(curve, budget_samples), curve, 1.0)
+        return ResolvedRamp(self.at_drops(curve, budget_samples), curve, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seesaw(Trade):
+class Seesaw(CoupledRamp):
     """Where the curve falls to 1 / factor of what it was: lr / sqrt(factor), batch * factor
     (Meterez et al. 2025, arXiv:2510.14717).
 
@@ -133,9 +133,9 @@ class Seesaw(Trade):
         factor = real_number(self.factor, "batch.factor", above=1.0)
         object.__setattr__(self, "factor", factor)
 
-    def settle(self, curve: Curve, budget_samples: int) -> Settled:
+    def resolve(self, curve: Curve, budget_samples: int) -> ResolvedRamp:
         if isinstance(curve, StepDecay):
-            return Settled(self.at_drops(curve, budget_samples), curve, 0.5)
+            return ResolvedRamp(self.at_drops(curve, budget_samples), curve, 0.5)
         stages: dict[int, tuple[int, float]] = {0: (self.start, 1.0)}
         for rises in itertools.count(1):
             level = self.factor**-rises
@@ -159,7 +159,7 @@ class Seesaw(Trade):
             levels=tuple(level for _, level in stages.values()),
             capped=ramp.stages[-1][1] == self.size,
         )
-        return Settled(ramp, stairs, 0.5)
+        return ResolvedRamp(ramp, stairs, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from largebatch.schedules import (
     WSD,
     Constant,
     Cosine,
+    CoupledRamp,
     Curve,
     InverseSqrt,
     LateSwitch,
@@ -17,13 +18,12 @@ from largebatch.schedules import (
     Seesaw,
     Smith,
     StepDecay,
-    Trade,
 )
 
 BUDGET = 1_000_000
 
 
-def planned(ramp: Trade, curve: Curve, budget: int = BUDGET, rule: str = "none") -> Plan:
+def planned(ramp: CoupledRamp, curve: Curve, budget: int = BUDGET, rule: str = "none") -> Plan:
     return Plan(
         ramp=ramp, curve=curve, budget_samples=budget, base_lr=0.1, base_batch=16, rule=rule
     )
@@ -128,7 +128,7 @@ def test_a_late_switch_comes_at_its_share_of_the_run() -> None:
 
 
 @pytest.mark.parametrize("ramp", [Seesaw(start=32, size=256), Smith(start=32, size=320)])
-def test_the_peak_is_the_rules_at_the_start_and_the_rest_its_own(ramp: Trade) -> None:
+def test_the_peak_is_the_rules_at_the_start_and_the_rest_its_own(ramp: CoupledRamp) -> None:
     plan = planned(ramp, StepDecay(), rule="linear")
     assert plan.peak_lr == plan.at(0).lr == pytest.approx(0.2)
     exponent = 0.5 if isinstance(ramp, Seesaw) else 1.0

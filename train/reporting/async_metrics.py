@@ -18,7 +18,7 @@ class _Travelling(NamedTuple):
     arrived: torch.Event | None
 
 
-class Readings:
+class AsyncMetrics:
     """One small packed tensor a step, read one step late: `push` hands out the step before."""
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from largebatch.schedules import Hyper, Plan, Point
 
 
-class CoScaling:
+class HyperparameterScaler:
     """Made before any optimizer state is loaded: what the groups hold then is of `base_batch`.
 
     The learning rate is not its affair: it moves with every step.
@@ -23,7 +23,7 @@ class CoScaling:
         self._bases = [Hyper.of_group(group, plan.base_lr) for group in optimizer.param_groups]
         self.batch_size: int | None = None
 
-    def take_up(self, point: Point) -> dict[str, Any]:
+    def apply(self, point: Point) -> dict[str, Any]:
         """Set what holds at `point`'s batch size; returns what the step's line says of a change.
 
         That is `batch_change`: the size `from` which it changed (None at the first step) and each
