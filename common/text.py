@@ -1,9 +1,11 @@
-"""Text from a file, made safe to show."""
+"""Text for people: made safe to show, lists cut short, durations and sizes in words."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 LONGEST: Final = 80  # characters of a value in a sentence
 _ENDS: Final = " …"
+_UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 
 
 def printable(text: object) -> str:
@@ -26,3 +28,45 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists
         return f"a {type(value).__name__} too large to show"
     return text if len(text) <= LONGEST else text[: LONGEST - len(_ENDS)] + _ENDS
+
+
+def and_more(names: Sequence[object], most: int) -> str:
+    """The first `most` of them and how many more there are: `a, b and 3 more`."""
+    rest = len(names) - most
+    return ", ".join(map(str, names[:most])) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def int_ranges(numbers: Iterable[int]) -> list[str]:
+    """Ascending numbers as ranges, each in words: 0, 2-5, 7, 8; two in a row are no range."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return [
+        f"{first}" if first == last else f"{first}{', ' if last == first + 1 else '-'}{last}"
+        for first, last in spans
+    ]
+
+
+def clock(seconds: float) -> str:
+    """A duration as HH:MM:SS."""
+    total = int(seconds)
+    return f"{total // 3600:02}:{total // 60 % 60:02}:{total % 60:02}"
+
+
+def duration(seconds: float) -> str:
+    """A duration in the largest unit of which there are two: 90 seconds, 2 minutes, 3.5 hours."""
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
+
+
+def byte_size(num_bytes: float) -> str:
+    """Bytes in the largest unit that leaves a digit before the point: 12.3 MB."""
+    value, unit = float(num_bytes), 0
+    while value >= 1000 and unit < len(_UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{value:.3g} {_UNITS[unit]}"

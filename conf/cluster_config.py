@@ -51,11 +51,6 @@ def seconds(value: Any, name: str) -> int:
     return total
 
 
-def clock(total: int) -> str:
-    """Seconds as HH:MM:SS."""
-    return f"{total // 3600:02}:{total // 60 % 60:02}:{total % 60:02}"
-
-
 @dataclass
 class QueueConfig:
     """What a queue takes. `walltime` holds, for jobs of up to so many nodes, the longest time."""

@@ -32,7 +32,7 @@ from traceback import walk_stack
 from typing import Any, Final
 
 from largebatch.common.files import write_whole
-from largebatch.records.heartbeat_writer import WATCH
+from largebatch.records.names import WATCH
 
 REQUEST: Final = "request"
 

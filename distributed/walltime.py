@@ -36,15 +36,17 @@ def find_stop(
         before_end: seconds between the stop and the job's end; of a run that begins late, no more
             than a quarter of the time that is left.
     """
-    stops = [] if stop_at is None else [Stop(stop_at, f"stop_at={clock(stop_at)} has come")]
+    stops = [] if stop_at is None else [Stop(stop_at, f"stop_at={time_of_day(stop_at)} has come")]
     end, now = end_of_job(None, environment), time.time()
     if end is not None and end > now:  # one that has gone by is not this job's
         before = min(before_end, (end - now) / 4)
-        stops.append(Stop(end - before, f"{before:.0f} s before its job's end at {clock(end)}"))
+        stops.append(
+            Stop(end - before, f"{before:.0f} s before its job's end at {time_of_day(end)}")
+        )
     return min(stops, key=lambda stop: stop.at, default=None)
 
 
-def clock(moment: float) -> str:
+def time_of_day(moment: float) -> str:
     """A time of day for people, in this machine's zone."""
     return datetime.fromtimestamp(moment).astimezone().isoformat(timespec="seconds")
 

@@ -19,8 +19,7 @@ from typing import Any, Final, TextIO
 
 from largebatch.common.errors import ConfigError
 from largebatch.common.files import lock
-
-OWNER: Final = "owner.json"
+from largebatch.records.names import OWNER
 
 BEAT_SECONDS: Final = 20.0
 STALE_SECONDS: Final = 180.0

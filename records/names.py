@@ -1,4 +1,4 @@
-"""Names of the files in a run's folder, and how a run may have ended."""
+"""Names of the files in a run's folder."""
 
 from typing import Final
 
@@ -18,7 +18,3 @@ REQUEST: Final = "request"
 
 MOST_RANKS: Final = 1 << 20
 """Of a run that anybody could have made: what lists ranks is bounded by it."""
-
-STATUSES: Final = ("reached", "exhausted", "diverged", "interrupted", "failed")
-UNFINISHED: Final = ("interrupted", "failed")
-"""After these a run may go on."""

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self, TextIO
+from typing import Any, NamedTuple, Self, TextIO
 
 from largebatch.common.errors import ConfigError
 from largebatch.common.files import write_whole
@@ -22,15 +22,9 @@ from largebatch.records.checkpoints import listed
 from largebatch.records.configuration import read_yaml
 from largebatch.records.fields import LARGEST, mapping, number, one_of, optional, whole
 from largebatch.records.lock import RunLock
-from largebatch.records.names import HEARTBEAT
+from largebatch.records.names import HEARTBEAT, METRICS, ROLLED_BACK, SUMMARY
+from largebatch.records.outcomes import STATUSES, UNFINISHED
 from largebatch.records.reading import parsed
-
-METRICS: Final = "metrics.jsonl"
-SUMMARY: Final = "summary.json"
-ROLLED_BACK: Final = "rolled_back.jsonl"
-
-STATUSES: Final = ("reached", "exhausted", "diverged", "interrupted", "failed")
-UNFINISHED: Final = ("interrupted", "failed")
 
 
 def check_free(folder: Path) -> None:

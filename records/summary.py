@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from largebatch.records import fields
 from largebatch.records.fields import RecordError, must_be, optional, text, whole
-from largebatch.records.names import STATUSES, SUMMARY, UNFINISHED
+from largebatch.records.names import SUMMARY
+from largebatch.records.outcomes import STATUSES, UNFINISHED
 from largebatch.records.reading import read_fields
 
 _RATES: Final = (1e-30, 1e30)

@@ -18,7 +18,8 @@ from largebatch.common.errors import ConfigError
 from largebatch.common.files import lock, lock_or_warn, write_whole
 from largebatch.records import RecordError, read_fields
 from largebatch.records.fields import number, number_or_none, optional, whole
-from largebatch.records.names import CHECKPOINTS, METRICS, SUMMARY, UNFINISHED
+from largebatch.records.names import CHECKPOINTS, METRICS, SUMMARY
+from largebatch.records.outcomes import UNFINISHED
 from largebatch.records.record import telling, words_of
 from largebatch.records.summary import status
 from largebatch.study.progress import StudyProgress

@@ -11,7 +11,7 @@ from typing import Final, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from largebatch.records.record import SUMMARY
+from largebatch.records.names import SUMMARY
 from largebatch.study.protocol import Job, Place, Protocol
 
 _TYPICAL_TRIALS: Final = 5

@@ -19,6 +19,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from largebatch.common.text import duration
 from largebatch.records import printable
 from largebatch.study.fit import Fit, fit_points
 from largebatch.study.labels import cell
@@ -29,7 +30,6 @@ from largebatch.study.tables import (
     POINT_HEADS,
     RULE_HEADS,
     critical_batch,
-    duration,
     fit_cells,
     html_table,
     point_cells,

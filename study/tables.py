@@ -92,12 +92,6 @@ def _whole(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
 
 
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} seconds"
-    return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:.3g} hours"
-
-
 def three_digits(value: float) -> str:
     """Three significant digits, written in full: 23.3, 1,290 and 30,200."""
     rounded = float(f"{value:.3g}")

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "distributed": [*GROUND, "largebatch.records", "largebatch.distributed"],
     "optim": ["largebatch.optim"],
     "schedules": [*GROUND, "largebatch.schedules"],
-    "conf": [*GROUND, "largebatch.conf", "largebatch.schedules"],
+    "conf": [*GROUND, "largebatch.conf", "largebatch.records", "largebatch.schedules"],
     "train": [
         *GROUND,
         "largebatch.train",
@@ -66,7 +66,12 @@ MAY_IMPORT = {
         "largebatch.launch",
         "largebatch.train",
     ],
-    "src/largebatch": ["largebatch.cli", "largebatch.completion", "largebatch.train.hydra_app"],
+    "src/largebatch": [
+        "largebatch.cli",
+        "largebatch.completion",
+        "largebatch.records",
+        "largebatch.train.hydra_app",
+    ],
     "src/hydra_plugins": [
         *GROUND,
         "largebatch.study",

@@ -19,23 +19,12 @@ from largebatch.common.errors import ConfigError, RanksEnded, RunFailed, SweepFa
 from largebatch.common.user_code import of_user
 from largebatch.distributed.ranks import Ranks, die_with_parent
 from largebatch.distributed.team import Team, find_team, started_team
+from largebatch.records.outcomes import STATUS_CODES, ExitCode
 from largebatch.records.record import RunEnded
 from largebatch.records.summary import objective
 from largebatch.train.hydra_app import again, import_from_here, parse_options, run_hydra
 from largebatch.train.run_spec import RunSpec, received_spec, resolve_run
 from largebatch.train.sweeps import failure_of, reported, shown_folder
-
-FAILED: Final = 1
-REFUSED: Final = 2
-MISSED: Final = 3
-INTERRUPTED: Final = 130
-EXIT_CODES: Final = {
-    "reached": 0,
-    "exhausted": 0,
-    "failed": 1,
-    "diverged": 4,
-    "interrupted": INTERRUPTED,
-}
 
 _TRIAL: Final = "largebatch_trial"
 """The sweeper of one run of a sweep, in processes that the sweep's launcher has started."""
@@ -61,11 +50,11 @@ def run_command(command: str, arguments: list[str]) -> int:
         return ended.code
     except ConfigError as error:
         print(f"largebatch: {error}", file=sys.stderr)
-        return REFUSED
+        return ExitCode.REFUSED
     except (RunFailed, SweepFailed) as error:  # each run has been reported by itself
         more = "" if error.refused else f"; the same command{again[0]} makes those again"
         print(f"largebatch: {error}{more}", file=sys.stderr)
-        return REFUSED if error.refused else FAILED
+        return ExitCode.REFUSED if error.refused else ExitCode.FAILED
     except KeyboardInterrupt:
         if not again:  # no sweep
             raise
@@ -73,7 +62,7 @@ def run_command(command: str, arguments: list[str]) -> int:
             f"largebatch: interrupted; the same command{again[0]} goes on from here",
             file=sys.stderr,
         )
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     except Exception as error:
         return failed(error)
 
@@ -122,7 +111,7 @@ def failed(error: Exception) -> int:
     if trace is None:
         raise error
     print(trace, file=sys.stderr)
-    return EXIT_CODES["failed"]
+    return ExitCode.FAILED
 
 
 def task(composed: DictConfig) -> float | None:
@@ -238,7 +227,7 @@ def train(team: Team, spec: RunSpec | None, display: bool = False) -> dict[str, 
 def exit_code(summary: dict[str, Any]) -> int:
     """The exit code of a run that ended as `summary` says."""
     if summary["status"] == "exhausted" and summary["target_loss"] is not None:
-        return MISSED
+        return ExitCode.MISSED
     if summary["status"] == "interrupted" and "signal" in summary:
         return 128 + int(summary["signal"])
-    return EXIT_CODES[summary["status"]]
+    return STATUS_CODES[summary["status"]]

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-import largebatch.conf.unique  # noqa: F401 — in names of folders
+import largebatch.conf.resolvers  # noqa: F401 — registers them
 from largebatch.common.errors import ConfigError, format_config_error
 from largebatch.common.user_code import keep_request
 from largebatch.conf.user_configs import first, tell_replaced, unreadable_file

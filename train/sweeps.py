@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from largebatch.common.errors import ConfigError, RunFailed, SweepFailed
 from largebatch.records import find_fields
-from largebatch.records.names import SUMMARY, UNFINISHED
+from largebatch.records.names import SUMMARY
+from largebatch.records.outcomes import UNFINISHED
 from largebatch.records.summary import status
 from largebatch.train.checkpoints.resume import check_same
 

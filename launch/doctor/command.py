@@ -15,8 +15,7 @@ from largebatch.launch.doctor.preflight.nodes import TooFewNodes, choose, rememb
 from largebatch.launch.doctor.preflight.probe import ANSWER, TEMPLATE, give, probe
 from largebatch.launch.doctor.system import Facts, System, alone, look
 from largebatch.launch.hosts import host_lines, write_hosts
-
-REFUSED = 2
+from largebatch.records.outcomes import ExitCode
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +28,7 @@ def main(arguments: list[str]) -> int:
         taken_out = remembered(options.bad)
     except ValueError as error:
         print(f"largebatch: {error}", file=sys.stderr)
-        return REFUSED
+        return ExitCode.REFUSED
     if options.answer is not None:
         facts = look(alone(system), options.run_folder)
         give(options.answer, facts.node, as_json(checks.of_all([facts]), _about(facts)))

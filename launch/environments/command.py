@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from largebatch.launch.environments.errors import EnvError
-
-REFUSED: Final = 2
+from largebatch.records.outcomes import ExitCode
 
 
 def main(arguments: list[str]) -> int:
@@ -27,7 +26,7 @@ def main(arguments: list[str]) -> int:
         return commands[options.command](options)
     except EnvError as error:
         print(f"largebatch: {error}", file=sys.stderr)
-        return REFUSED
+        return ExitCode.REFUSED
 
 
 def _pack(options: argparse.Namespace) -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from largebatch.common.errors import ConfigError
-from largebatch.conf.cluster_config import ClusterConfig, QueueConfig, clock
+from largebatch.common.text import clock
+from largebatch.conf.cluster_config import ClusterConfig, QueueConfig
 
 
 def check_queue(cluster: ClusterConfig) -> None:

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from largebatch.conf.cluster_config import ClusterConfig, clock
+from largebatch.common.text import clock
+from largebatch.conf.cluster_config import ClusterConfig
 from largebatch.launch.doctor.preflight.command import seconds_for
 from largebatch.launch.jobs.binding import pals_list, slurm_mask, spell_cores
 from largebatch.launch.jobs.job import Job, Lines, comment, quoted, word

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-import largebatch.conf.unique  # noqa: F401 — in names of folders
+import largebatch.conf.resolvers  # noqa: F401 — registers them
 from largebatch.common.errors import ConfigError, format_config_error, hydra_word
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, typed_submit
 from largebatch.conf.user_configs import first, tell_replaced, unreadable_file
@@ -27,9 +27,8 @@ from largebatch.launch.jobs.cluster import Scheduler, check_queue, doubts
 from largebatch.launch.jobs.job import Job
 from largebatch.launch.jobs.script import script
 from largebatch.records.fields import LARGEST
+from largebatch.records.outcomes import ExitCode
 from largebatch.records.record import check_free, check_unfinished
-
-REFUSED: Final = 2
 
 HELP: Final = """Write the script of a job on a cluster, and submit it.
 
@@ -69,7 +68,7 @@ def main(arguments: list[str]) -> int:
         return send(job, text)
     except ConfigError as error:
         print(f"largebatch: {error}", file=sys.stderr)
-        return REFUSED
+        return ExitCode.REFUSED
 
 
 def _parser() -> ArgumentParser:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from largebatch.common.errors import ConfigError
-from largebatch.conf.cluster_config import ClusterConfig, clock, seconds
+from largebatch.common.text import clock
+from largebatch.conf.cluster_config import ClusterConfig, seconds
 from largebatch.launch.sweeps.settings import KEY, SHAPES, SweepSettings
 
 _LEAST: Final = {

@@ -25,8 +25,8 @@ from largebatch.launch.sweeps.record import (
     summary_of,
 )
 from largebatch.launch.sweeps.settings import SweepSettings
+from largebatch.records.outcomes import ExitCode
 
-REFUSED: Final = 2
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
 
 
@@ -181,7 +181,7 @@ class Conductor:
         if summary is not None:
             return Outcome(str(summary["status"]), summary)
         log = ended.attempt.file("log")
-        if ended.code == REFUSED:
+        if ended.code == ExitCode.REFUSED:
             return Outcome("refused", why=_last_words(log))
         interrupted = samples_of(ended.attempt.trial.folder) is not None
         status = "interrupted" if interrupted or self._stopping is not None else "failed"

@@ -20,7 +20,8 @@ from parsl.providers import LocalProvider, PBSProProvider, SlurmProvider
 from parsl.providers.errors import SubmitException
 
 from largebatch.common.errors import ConfigError
-from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig, clock
+from largebatch.common.text import clock
+from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig
 from largebatch.launch.jobs.binding import parse_cores
 from largebatch.launch.jobs.cluster import check_queue, queue_of
 from largebatch.launch.jobs.job import Job

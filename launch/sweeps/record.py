@@ -17,7 +17,8 @@ from largebatch.common.files import lock, lock_or_warn
 from largebatch.common.text import shown
 from largebatch.records import Fields, find_fields
 from largebatch.records.fields import whole
-from largebatch.records.names import METRICS, SUMMARY, UNFINISHED
+from largebatch.records.names import METRICS, SUMMARY
+from largebatch.records.outcomes import UNFINISHED
 from largebatch.records.record import telling, words_of
 from largebatch.records.summary import status
 

@@ -28,7 +28,7 @@ from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-import largebatch.conf.unique  # noqa: F401 — names of folders, in workers too
+import largebatch.conf.resolvers  # noqa: F401 — registers them, in workers too
 from largebatch.common.errors import ConfigError, RunFailed
 from largebatch.distributed.ranks import die_with_parent
 

@@ -22,23 +22,16 @@ from largebatch.launch.watch.report import report
 from largebatch.records import RecordError, find_fields, printable
 from largebatch.records.heartbeat import Beat, find_beat
 from largebatch.records.names import SUMMARY
+from largebatch.records.outcomes import FINAL_CODES, ExitCode
 from largebatch.records.summary import has_ended
-
-REFUSED: Final = 2
-INTERRUPTED: Final = 130
-STOOD_STILL: Final = 124
-"""As `timeout` of coreutils has it."""
 
 LEAST_SECONDS: Final = 120.0
 """What is left of a job must be worth a start."""
 
-FINAL_CODES: Final = (0, 2, 3, 4)
-"""Exit codes of `largebatch train` after which a restart has nothing to add."""
-
 EPILOG: Final = f"""\
 With a COMMAND the exit code is the command's own (128 + N where signal N has killed it), or
-{STOOD_STILL} where it was ended because it stood still. Without one it is 0 where the run ends,
-1 where its process is gone without having ended it, {STOOD_STILL} where it stands still,
+{ExitCode.HUNG} where it was ended because it stood still. Without one it is 0 where the run ends,
+1 where its process is gone without having ended it, {ExitCode.HUNG} where it stands still,
 and 130 on Ctrl-C. 2 is a refusal.
 SIGINT, SIGTERM, SIGUSR2 and SIGXCPU are passed on to COMMAND, and end the restarts.
 
@@ -78,7 +71,7 @@ def main(arguments: list[str]) -> int:
     try:
         return inquire(run, options) if options.now else observe(run, options)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     except OSError as error:
         return _refuse(f"{run} cannot be asked: {error}")
 
@@ -178,7 +171,7 @@ def supervise(run: Path, command: list[str], options: argparse.Namespace) -> int
         if _interruption(run) not in (None, before):  # by its job's end, or stop_at
             return code
         if nodes is not None:  # also for the jobs that follow
-            ranks, size = held_up(run) if code == STOOD_STILL else ([], 0)
+            ranks, size = held_up(run) if code == ExitCode.HUNG else ([], 0)
             for told in nodes.take_out(faults, ranks, size):
                 _say(told)
         if not left:
@@ -224,7 +217,7 @@ def _attempt(run: Path, job: Job, options: argparse.Namespace) -> int:
             continue
         _say(f"ending it: SIGTERM, and SIGKILL after {options.grace:g} s")
         dismiss(run, lambda: job.end(options.grace))
-        return STOOD_STILL
+        return ExitCode.HUNG
     return code
 
 
@@ -276,7 +269,7 @@ def observe(run: Path, options: argparse.Namespace) -> int:
             return 1
         if _stands_still(progress, options) and _is_reported(run, progress, options):
             _end_from_outside(run, beat, options)
-            return STOOD_STILL
+            return ExitCode.HUNG
         time.sleep(_pause(options))
 
 
@@ -329,4 +322,4 @@ def _say(text: str) -> None:
 
 def _refuse(text: str) -> int:
     print(f"largebatch: {text}", file=sys.stderr)
-    return REFUSED
+    return ExitCode.REFUSED

@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Final, NamedTuple
 
 from largebatch.completion import candidates, script
+from largebatch.records.outcomes import ExitCode, exit_code_help
 
 
 class Command(NamedTuple):
@@ -44,13 +45,6 @@ COMMANDS: Final = {
         "largebatch.launch.diagnose.command", "why a run stopped or slowed, in words"
     ),
 }
-
-EXIT_CODES: Final = """exit codes: 0 reached the target, or spent the budget of a run that has none;
-1 failed, or a check found something wrong; 2 refused before it started; 3 spent its budget without
-reaching the target; 4 diverged; 124 stood still, and watch ended it; 128 + N interrupted by signal
-N (130 SIGINT, 143 SIGTERM, 140 SIGUSR2, 152 SIGXCPU), or, of a sweep, stopped before its walltime
-(130): the same command goes on"""
-
 
 # What pip and Python call by different names.
 _PACKAGES: Final = {"hydra": "hydra-core", "sklearn": "scikit-learn", "PIL": "pillow"}
@@ -92,13 +86,13 @@ def main(arguments: list[str] | None = None) -> int:
             hint = f": did you mean {near[0]}?" if near else ""
             print(f"largebatch: no command {arguments[0]!r}{hint}", file=sys.stderr)
             if near:
-                return 2
+                return ExitCode.REFUSED
         rows = "\n".join(f"  {name:10} {command.summary}" for name, command in COMMANDS.items())
         print(
-            f"usage: largebatch COMMAND …\n\n{rows}\n\n{EXIT_CODES}",
+            f"usage: largebatch COMMAND …\n\n{rows}\n\n{exit_code_help()}",
             file=sys.stdout if wanted else sys.stderr,
         )
-        return 0 if wanted else 2
+        return 0 if wanted else ExitCode.REFUSED
     try:
         command = importlib.import_module(COMMANDS[arguments[0]].module)
     except ModuleNotFoundError as error:
@@ -108,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"largebatch: {arguments[0]} needs {missing(error)}: pip install 'largebatch[train]'",
             file=sys.stderr,
         )
-        return 2
+        return ExitCode.REFUSED
     try:
         code: int = command.main(arguments[1:])
         sys.stdout.flush()

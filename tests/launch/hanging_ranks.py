@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from largebatch.distributed.rank_dump import answering
-from largebatch.records.heartbeat_writer import Heartbeat
+from largebatch.records.heartbeat import Heartbeat
 
 HANGING_RANK = 1
 LAST_STEP = 5

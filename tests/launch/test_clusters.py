@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from largebatch.common.errors import ConfigError
-from largebatch.conf.cluster_config import clock, seconds
+from largebatch.common.text import clock
+from largebatch.conf.cluster_config import seconds
 from largebatch.launch.jobs.cluster import check_queue
 from largebatch.launch.jobs.job import Job
 from largebatch.launch.jobs.script import script

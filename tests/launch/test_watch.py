@@ -16,7 +16,8 @@ import pytest
 from largebatch.launch.processes import running
 from largebatch.launch.watch import command as watch
 from largebatch.launch.watch.report import report
-from largebatch.records.heartbeat_writer import HEARTBEAT, Heartbeat
+from largebatch.records.heartbeat import Heartbeat
+from largebatch.records.names import HEARTBEAT
 
 RANKS = Path(__file__).with_name("watched_ranks.py")
 SCRIPTS = Path(sys.executable).parent
@@ -63,7 +64,7 @@ def test_a_rank_that_sleeps_is_named_with_the_collective_and_its_line(tmp_path: 
     run = tmp_path / "run"
     begun = time.monotonic()
     done = watched(str(run), *LIMITS, command=ranks(run, "sleeps"))
-    assert done.returncode == watch.STOOD_STILL == 124
+    assert done.returncode == 124
     assert time.monotonic() - begun < 30
     assert "rank 2 is the first to look at" in done.stderr
     found = last_report(run)
@@ -137,7 +138,7 @@ def test_ranks_under_mpiexec_and_torchrun_are_gone_afterwards(tmp_path: Path) ->
 
 NO_TORCH = """
 import os, pathlib, signal, sys, time
-from largebatch.records.heartbeat_writer import Heartbeat
+from largebatch.records.heartbeat import Heartbeat
 from largebatch.distributed.rank_dump import answering
 signal.signal(signal.SIGTERM, lambda number, frame: None)
 rank, run = int(os.environ["{rank}"]), pathlib.Path(sys.argv[1])
@@ -154,7 +155,7 @@ with answering(run, rank, 2):
 # Makes a step; then does what is asked of its first, second, … start.
 STARTS = """
 import json, pathlib, sys, time
-from largebatch.records.heartbeat_writer import Heartbeat
+from largebatch.records.heartbeat import Heartbeat
 run, deeds = pathlib.Path(sys.argv[1]), sys.argv[2:]
 run.mkdir(exist_ok=True)
 count = run / "starts"
@@ -225,7 +226,7 @@ def test_nodes_that_the_launcher_names_are_replaced_and_the_last_is_remembered(
 
 SLOW = """
 import pathlib, sys, time
-from largebatch.records.heartbeat_writer import Heartbeat
+from largebatch.records.heartbeat import Heartbeat
 with Heartbeat(pathlib.Path(sys.argv[1]), 1) as heartbeat:
     heartbeat.beat(1, 8)
     time.sleep(2.5)
@@ -275,7 +276,7 @@ def test_a_run_that_ends_is_left_alone(tmp_path: Path) -> None:
 
 STOPPED = """
 import os, pathlib, signal, subprocess, sys, time
-from largebatch.records.heartbeat_writer import Heartbeat
+from largebatch.records.heartbeat import Heartbeat
 from largebatch.distributed.rank_dump import answering
 run, rank = pathlib.Path(sys.argv[1]), 1
 run.mkdir()
@@ -339,7 +340,7 @@ def test_what_a_command_leaves_behind_is_ended_before_the_next_start(tmp_path: P
 
 HANGING_RUN = """
 import pathlib, sys, time
-from largebatch.records.heartbeat_writer import Heartbeat
+from largebatch.records.heartbeat import Heartbeat
 from largebatch.distributed.rank_dump import answering
 run = pathlib.Path(sys.argv[1])
 run.mkdir()

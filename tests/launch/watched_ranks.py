@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from largebatch.distributed.rank_dump import answering
-from largebatch.records.heartbeat_writer import Heartbeat
+from largebatch.records.heartbeat import Heartbeat
 
 SIZE = 4
 STRAY = 2

@@ -16,7 +16,8 @@ import forked
 import pytest
 
 from largebatch.records import lock as owner_module
-from largebatch.records.lock import OWNER, STALE_SECONDS, RunLock, RunLocked
+from largebatch.records.lock import STALE_SECONDS, RunLock, RunLocked
+from largebatch.records.names import OWNER
 from largebatch.records.record import RunFolder, claim
 from largebatch.train.checkpoints.resume import Resumption, find_resumption
 

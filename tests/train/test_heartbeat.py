@@ -15,8 +15,8 @@ import pytest
 
 from largebatch.launch.processes import Process, running
 from largebatch.launch.progress import Progress
-from largebatch.records.heartbeat import find_beat
-from largebatch.records.heartbeat_writer import HEARTBEAT, WATCH, Heartbeat, process_start
+from largebatch.records.heartbeat import Heartbeat, find_beat, process_start
+from largebatch.records.names import HEARTBEAT, WATCH
 
 
 def read_beat(folder: Path) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def test_steps_are_told_at_most_so_often(tmp_path: Path) -> None:
 
 BEATS = """
 import pathlib, sys
-from largebatch.records.heartbeat_writer import Heartbeat
+from largebatch.records.heartbeat import Heartbeat
 with Heartbeat(pathlib.Path(sys.argv[1]), 1, every_seconds=0.0) as heartbeat:
     print("on", flush=True)
     step = 0

@@ -17,7 +17,7 @@ import pytest
 from largebatch.common.errors import ConfigError
 from largebatch.common.files import write_whole
 from largebatch.distributed.launchers import ranks_from
-from largebatch.records.heartbeat_writer import Heartbeat
+from largebatch.records.heartbeat import Heartbeat
 from largebatch.train.lr_find.results import COLUMNS, append
 from largebatch.train.reporting.events import Events
 

@@ -23,7 +23,7 @@ from largebatch.distributed.rank_dump import (
     where_it_stands,
 )
 from largebatch.launch.watch.ranks import ask, dismiss
-from largebatch.records.heartbeat_writer import WATCH
+from largebatch.records.names import WATCH
 from largebatch.train.stop_signal import SIGNALS, StopSignal
 
 

@@ -18,7 +18,7 @@ import yaml
 from hydra import compose, initialize_config_module
 from processes import is_running
 
-import largebatch.conf.unique  # noqa: F401 — names of folders
+import largebatch.conf.resolvers  # noqa: F401 — registers them
 from largebatch.records.summary import objective
 
 HERE = Path(__file__).parent

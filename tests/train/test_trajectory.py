@@ -90,7 +90,7 @@ def test_ranks_that_a_run_started_end_with_it(tmp_path: Path) -> None:
         [sys.executable, "-m", "largebatch", "train", "task=digits", "engine.nproc=2",
          "target.loss=null", "budget.samples=1e9", f"hydra.run.dir={tmp_path / 'run'}"],
     )  # fmt: skip
-    from largebatch.records.record import METRICS
+    from largebatch.records.names import METRICS
 
     children: list[int] = []
     try:

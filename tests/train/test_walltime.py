@@ -12,7 +12,7 @@ from conftest import ReadRun, Train
 
 from largebatch.distributed import walltime
 from largebatch.distributed.addresses import free_port
-from largebatch.distributed.walltime import JOB_END, clock, end_of_job, find_stop
+from largebatch.distributed.walltime import JOB_END, end_of_job, find_stop, time_of_day
 
 LONG = [
     "task=digits", "optim=sgd", "target.loss=null", "budget.samples=4e6", "batch.size=64",
@@ -39,7 +39,7 @@ def test_all_ranks_stop_and_save_at_one_step_and_go_on_by_the_same_command(
         assert [rank.returncode for rank in ranks] == [130, 0], said
         lines, summary = read_run(tmp_path / "run")
         assert (summary["status"], summary["data_parallel_size"]) == ("interrupted", 2)
-        assert summary["reason"] == f"stop_at={clock(now)} has come"
+        assert summary["reason"] == f"stop_at={time_of_day(now)} has come"
         assert summary["reason"] in said
         assert saved(tmp_path / "run")[-1] == summary["samples"] > before
         assert [line["step"] for line in lines] == list(range(1, summary["steps"] + 1))
@@ -62,7 +62,7 @@ def test_a_run_saves_before_its_job_ends(
     assert time.time() < ends[-1] + 30  # on a busy machine
     _, summary = read_run(tmp_path / "run")
     assert summary["status"] == "interrupted"
-    assert summary["reason"] == f"1 s before its job's end at {clock(ends[-1])}"
+    assert summary["reason"] == f"1 s before its job's end at {time_of_day(ends[-1])}"
     assert saved(tmp_path / "run") == [summary["samples"]]
 
 

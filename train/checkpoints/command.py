@@ -9,18 +9,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from largebatch.common.text import byte_size
 from largebatch.records import Fields, printable
 from largebatch.records.checkpoints import is_name, listed, samples_of
 from largebatch.records.fields import moment, text, whole
 from largebatch.records.names import CHECKPOINTS
+from largebatch.records.outcomes import ExitCode
 from largebatch.train.checkpoints.files import STATE, UNIVERSAL, problem, read_state, size_of
-
-BROKEN: Final = 1
-REFUSED: Final = 2
-
-_UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 
 
 def main(arguments: list[str]) -> int:
@@ -37,14 +34,14 @@ def main(arguments: list[str]) -> int:
         )
     except (OSError, ValueError) as error:
         print(f"largebatch: {printable(error)}", file=sys.stderr)
-    return REFUSED
+    return ExitCode.REFUSED
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         "largebatch checkpoint",
         description="What a run has saved. RUN is its folder, or one of its checkpoints.",
-        epilog=f"exit codes: 0; {BROKEN} a checkpoint is broken (verify); {REFUSED} refused",
+        epilog="exit codes: 0; 1 a checkpoint is broken (verify); 2 refused",
     )
     verbs = result.add_subparsers(dest="verb", required=True, metavar="ls|verify|export|universal")
 
@@ -116,7 +113,7 @@ def _about(checkpoint: Path) -> tuple[str, str, str, str, str]:
     """Step, time, size, engine and ranks of a checkpoint that may be broken."""
     try:
         state = Fields(read_state(checkpoint), f"{checkpoint / STATE}")
-        size = told_size(size_of(checkpoint))
+        size = byte_size(size_of(checkpoint))
     except (OSError, ValueError):
         return "?", "?", "?", "?", "?"
     steps = state.find_inside("progress").find("steps", whole())
@@ -145,11 +142,11 @@ def verify(options: argparse.Namespace) -> int:
         if what is None:
             size = size_of(path)
             rate = size / (time.perf_counter() - begun) / 1e9
-            print(f"{path.name}: whole ({told_size(size)}, {rate:.2f} GB/s)", flush=True)
+            print(f"{path.name}: whole ({byte_size(size)}, {rate:.2f} GB/s)", flush=True)
         else:
             broken += 1
             print(printable(f"{path.name}: broken: {what}"), flush=True)
-    return BROKEN if broken else 0
+    return ExitCode.FAILED if broken else 0
 
 
 def export(options: argparse.Namespace) -> int:
@@ -158,7 +155,7 @@ def export(options: argparse.Namespace) -> int:
 
     checkpoint = one_of(options.run)
     size = write(checkpoint, options.file)
-    print(f"{options.file}: the weights of {checkpoint.name}, {told_size(size)}")
+    print(f"{options.file}: the weights of {checkpoint.name}, {byte_size(size)}")
     return 0
 
 
@@ -169,7 +166,7 @@ def universal(options: argparse.Namespace) -> int:
     checkpoint = one_of(options.run)
     made = convert(checkpoint, options.workers)
     files = sum(path.is_file() for path in made.rglob("*"))  # for those who pay for each
-    size = told_size(size_of(made))
+    size = byte_size(size_of(made))
     print(f"{made}: resume=auto finds it in a world of any size ({size} in {files} files)")
     return 0
 
@@ -211,11 +208,3 @@ def one_of(run: Path) -> Path:
             return path
         print(f"largebatch: passed by {path.name}: {what}", file=sys.stderr)
     raise ValueError(f"no checkpoint in {run} is whole")
-
-
-def told_size(size: int) -> str:
-    """Bytes in the largest unit that leaves a digit before the point."""
-    value, unit = float(size), 0
-    while value >= 1000 and unit < len(_UNITS) - 1:
-        value, unit = value / 1000, unit + 1
-    return f"{value:.3g} {_UNITS[unit]}"

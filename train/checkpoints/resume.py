@@ -18,8 +18,8 @@ from largebatch.records.checkpoints import listed
 from largebatch.records.configuration import read_yaml
 from largebatch.records.fields import RecordError
 from largebatch.records.lock import RunLock
-from largebatch.records.names import CHECKPOINTS, CONFIG
-from largebatch.records.record import METRICS, RunEnded, check_unfinished, claim, kept_lines
+from largebatch.records.names import CHECKPOINTS, CONFIG, METRICS
+from largebatch.records.record import RunEnded, check_unfinished, claim, kept_lines
 from largebatch.schedules import Plan
 from largebatch.train.checkpoints.files import UNIVERSAL, problem, read_state
 from largebatch.train.checkpoints.lengthening import check_past

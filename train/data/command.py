@@ -10,13 +10,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from largebatch.records.outcomes import ExitCode
 from largebatch.train.data.documents import Piece, check_file, pieces
 from largebatch.train.data.inspect import describe
 from largebatch.train.data.tokenizer import Tokenizer, find_tokenizer
 from largebatch.train.data.writer import FORMATS, TokenWriter, dtype_for
-
-REFUSED: Final = 2
-INTERRUPTED: Final = 130
 
 _AT_ONCE: Final = 1024
 _BYTES_AT_ONCE: Final = 1 << 22
@@ -34,10 +32,10 @@ def main(arguments: list[str]) -> int:
             print(text)
     except (ValueError, OSError) as error:
         print(f"largebatch: {error}", file=sys.stderr)
-        return REFUSED
+        return ExitCode.REFUSED
     except KeyboardInterrupt:
         print("largebatch: interrupted; nothing is written", file=sys.stderr)
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     return 0
 
 

@@ -17,8 +17,8 @@ from omegaconf import DictConfig
 from largebatch.common.errors import ConfigError
 from largebatch.conf.config import TrainConfig, typed
 from largebatch.distributed.ranks import find_ranks
+from largebatch.records.outcomes import ExitCode
 from largebatch.schedules import Plan, PlannedStage, whole_number
-from largebatch.train.command import REFUSED
 from largebatch.train.hydra_app import run_hydra
 from largebatch.train.run_spec import make_plan
 
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
             raise error
     except ConfigError as error:
         print(f"largebatch: {error}", file=sys.stderr)
-        return REFUSED
+        return ExitCode.REFUSED
     return 0
 
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from largebatch.records.heartbeat_writer import Heartbeat
+from largebatch.records.heartbeat import Heartbeat
 from largebatch.records.record import RunFolder
 from largebatch.train.reporting.events import Events
 from largebatch.train.reporting.loggers import SafeLogger
