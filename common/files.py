@@ -2,10 +2,11 @@
 
 import errno
 import fcntl
+import json
 import os
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 _reported: set[str] = set()
@@ -40,6 +41,16 @@ def lock_or_warn(descriptor: int, path: Path, wait: bool = False) -> bool:
             file=sys.stderr,
         )
     return taken is not False
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file of our own; for files from elsewhere see `largebatch.records`.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON.
+    """
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_whole(path: Path, text: str, durable: bool = True) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 Series = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-NORMAL: Final = 1.4826  # makes a median absolute deviation a normal distribution's sigma
+MAD_TO_SIGMA: Final = 1.4826  # of a normal distribution
 SIGMAS: Final = 8.0
 """Counters and step times have long tails; with fewer, healthy runs were suspected."""
 SHORTEST: Final = 3
@@ -19,7 +19,7 @@ WINDOW: Final = 5
 
 def spread(values: Series) -> float:
     """A robust standard deviation."""
-    return float(NORMAL * np.median(np.abs(values - np.median(values))))
+    return float(MAD_TO_SIGMA * np.median(np.abs(values - np.median(values))))
 
 
 def spells(mask: Mask, shortest: int = SHORTEST) -> list[tuple[int, int]]:
@@ -58,5 +58,5 @@ def raised(series: Series, least: float) -> tuple[Mask, float]:
         return np.zeros(len(series), dtype=bool), float(np.median(series)) if len(series) else 0.0
     smooth = running_median(series)
     usual = float(np.quantile(smooth, 0.25))
-    noise = float(NORMAL * np.median(np.abs(np.diff(series))) / np.sqrt(2))
+    noise = float(MAD_TO_SIGMA * np.median(np.abs(np.diff(series))) / np.sqrt(2))
     return smooth > usual + max(least, SIGMAS * noise), usual

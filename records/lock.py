@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from largebatch.common.errors import ConfigError
-from largebatch.common.files import lock
+from largebatch.common.files import lock, read_json
 from largebatch.records.names import OWNER
 
 BEAT_SECONDS: Final = 20.0
@@ -155,7 +155,7 @@ class RunLock:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        words = json.loads(path.read_text(encoding="utf-8"))
+        words = read_json(path)
     except (OSError, ValueError):
         return {}
     return words if isinstance(words, dict) else {}

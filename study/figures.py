@@ -7,30 +7,21 @@ Each optimizer keeps its colour and its marker in both, and no fact is shown by 
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from largebatch.common.figures import COLOURS, GREY, GRID, INK, TITLE_SIZE, paper_style
 from largebatch.study.fit import Fit
 from largebatch.study.labels import label
 from largebatch.study.points import Point
 
-# Okabe and Ito's palette, which colour-blind readers can distinguish; its yellow is too pale, a
-# dark brown stands for it.
-COLOURS = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#6B3E1D",
-)  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-INK, GREY, GRID = "#222222", "#777777", "#e4e4e4"
-DPI = 200
-TITLE_SIZE = 10.5  # points
 MISSED_ROW = 0.06  # of the panel's height, a row an optimizer that missed somewhere
 MOST_LABELLED_TICKS = 6
 MOST_IN_CORNER = 5  # optimizers in the legend before it has to leave the panel
@@ -56,7 +47,7 @@ def curve_figure(points: Sequence[Point], fits: Mapping[str, Fit | None], title:
     """Steps to target against batch size; a panel below names every critical batch size."""
     styles = optimizer_styles(points)
     fitted = {name: fit for name in styles if (fit := fits.get(name)) is not None}
-    with _paper_style():
+    with paper_style():
         figure = Figure(figsize=(7.0, 5.0 + (0.35 + 0.17 * len(fitted) if fitted else 0)))
         figure.set_layout_engine("constrained")
         curve, rows = _panels(figure, len(fitted))
@@ -84,7 +75,7 @@ def learning_rate_figure(points: Sequence[Point], title: str) -> Figure:
     styles = optimizer_styles(points)
     columns = len(styles) if len(styles) <= 3 else math.ceil(math.sqrt(len(styles)))
     rows = math.ceil(len(styles) / columns)
-    with _paper_style():
+    with paper_style():
         figure = Figure(figsize=(7.0, 1.2 + 2.2 * rows + (0.4 if rows == 1 else 0)))
         figure.set_layout_engine("constrained")
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -103,19 +94,6 @@ def learning_rate_figure(points: Sequence[Point], title: str) -> Figure:
         figure.legend(handles=_rate_handles(), loc="outside lower center", ncols=4, frameon=False)
         figure.suptitle(label(title), fontsize=TITLE_SIZE)
     return figure
-
-
-def _paper_style() -> AbstractContextManager[None]:
-    return matplotlib.rc_context(
-        {
-            "font.size": 9.0,
-            "axes.titlesize": TITLE_SIZE,
-            "axes.labelsize": 9.5,
-            "legend.fontsize": 8.5,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    )
 
 
 def _panels(figure: Figure, num_fits: int) -> tuple[Axes, Axes | None]:

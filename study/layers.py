@@ -13,6 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from largebatch.common.figures import DPI
 from largebatch.records.columns import read_columns
 from largebatch.records.fields import Check, Fields, number, within
 from largebatch.records.names import METRICS
@@ -116,5 +117,5 @@ def write_layers(folder: Path, problems: list[str], out: Path | None = None) -> 
     target = folder if out is None else out
     target.mkdir(parents=True, exist_ok=True)
     path = target / "layers.png"
-    layers_figure(history, f"Trust ratio by layer: {folder.resolve().name}").savefig(path, dpi=200)
+    layers_figure(history, f"Trust ratio by layer: {folder.resolve().name}").savefig(path, dpi=DPI)
     return path

@@ -18,10 +18,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
+from largebatch.common.figures import COLOURS, DPI, GRID, INK, paper_style
 from largebatch.records.columns import read_columns
 from largebatch.records.fields import Check, flag, within
 from largebatch.records.names import METRICS
-from largebatch.study.figures import COLOURS, DPI, GRID, INK, _paper_style, _plain
+from largebatch.study.figures import _plain
 from largebatch.study.labels import label
 from largebatch.study.layers import counted, increasing
 
@@ -107,7 +108,7 @@ def _wanted(key: str) -> Check[Any] | None:
 
 def noise_figure(history: NoiseHistory, title: str) -> Figure:
     """Noise scales and the batch size against samples seen, all axes logarithmic."""
-    with _paper_style():
+    with paper_style():
         figure = Figure(figsize=(7.0, 4.6), layout="constrained")
         axes = figure.subplots()
         axes.set(title=label(title), xlabel="Samples seen", ylabel="Samples")

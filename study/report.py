@@ -105,7 +105,8 @@ def write_report(folder: Path | str, out: Path | str | None = None) -> Report:
 
     Raises as `read_study` does, before anything is written.
     """
-    from largebatch.study.figures import DPI, curve_figure, learning_rate_figure
+    from largebatch.common.figures import DPI
+    from largebatch.study.figures import curve_figure, learning_rate_figure
 
     study = read_study(folder)
     target = Path(folder if out is None else out)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Final
 
+from largebatch.common.robust import MAD_TO_SIGMA
 from largebatch.conf.config import GuardConfig
 
 FEWEST: Final = 5
@@ -34,8 +35,6 @@ LOST_EVALUATIONS: Final = 10
 LEAST_START: Final = 1.0
 """A first loss below it counts as it: one that begins at 0, as a divergence from the first weights
 does, may well rise to a multiple of what rounding made of it."""
-
-_NORMAL_MAD: Final = 1.4826  # standard deviations of a normal distribution to its median deviation
 
 _LEAST_DEVIATION: Final = 0.01
 """Of the median loss, where the losses hardly vary: a loss of full batches has a MAD near 0."""
@@ -184,7 +183,7 @@ class Guard:
         if self.config.loss_deviations is None or self._knows_little:
             return math.inf
         middle: float = median(self._losses)
-        spread = _NORMAL_MAD * median(abs(loss - middle) for loss in self._losses)
+        spread = MAD_TO_SIGMA * median(abs(loss - middle) for loss in self._losses)
         deviation = max(spread, _LEAST_DEVIATION * abs(middle))
         return middle + float(self.config.loss_deviations) * deviation
 

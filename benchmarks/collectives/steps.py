@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import HashStore, Store
 from torch.multiprocessing.spawn import start_processes
 
 from largebatch.benchmarks.rounds import timed
+from largebatch.common.files import read_json
 from largebatch.distributed.ranks import Ranks, meet, pick_device, process_group
 
 PERIOD: Final = 16
@@ -239,4 +240,4 @@ def measure_in_processes(size: int, port: int, job: Job, folder: Path) -> list[M
         nprocs=size,
         start_method="forkserver",
     )
-    return [Measurement(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    return [Measurement(**row) for row in read_json(path)]

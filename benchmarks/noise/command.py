@@ -41,6 +41,7 @@ from largebatch.benchmarks.noise.steps import (
     Workload,
 )
 from largebatch.benchmarks.rounds import FEWEST_ROUNDS, MEMORY_BYTES, NUM_WARM_UP, timed
+from largebatch.common.files import read_json
 from largebatch.distributed.ranks import Ranks
 from largebatch.train.reporting.provenance import provenance
 
@@ -183,7 +184,7 @@ def compare_on_ranks(workload: Workload, seconds: float) -> dict[str, Any]:
             nprocs=NUM_RANKS,
             start_method="spawn",
         )
-        found: dict[str, Any] = json.loads(Path(folder, "found.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(Path(folder, "found.json"))
     return found
 
 

@@ -28,6 +28,7 @@ from largebatch.benchmarks.contenders import REFERENCE
 from largebatch.benchmarks.noise.steps import Bytewise, Decoding, Workload
 from largebatch.benchmarks.second_order.steps import ROWS, Samples, Stepper, run_rounds
 from largebatch.benchmarks.second_order.tables import show
+from largebatch.common.files import read_json
 from largebatch.distributed.ranks import Ranks
 from largebatch.train.reporting.provenance import provenance
 
@@ -232,10 +233,7 @@ def compare_on_ranks(parts: Sequence[Part], num_ranks: int, seconds: float) -> l
             nprocs=num_ranks,
             start_method="spawn",
         )
-        found = [
-            json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8"))
-            for rank in range(num_ranks)
-        ]
+        found = [read_json(Path(folder, f"{rank}.json")) for rank in range(num_ranks)]
     return [
         [rank_line(name, [every[place][name] for every in found]) for name in ROWS]
         for place in range(len(parts))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.files import read_json
 from largebatch.records.checkpoints import listed, samples_of
 from largebatch.records.names import CHECKPOINTS
 from largebatch.train.checkpoints.description import DESCRIPTION, problem_of
@@ -104,7 +105,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / STATE
     try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        state: dict[str, Any] = read_json(path)
         written, progress = state.get("format", 0), state["progress"]
         known = [int(written), int(progress["samples"]), int(progress["steps"])]
     except (
@@ -275,7 +276,7 @@ def manifest_of(checkpoint: Path) -> Files:
         ValueError: there are none, or they cannot be read.
     """
     try:
-        rows = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        rows = read_json(checkpoint / MANIFEST)["files"]
         files = {str(name): File(*map(index, row)) for name, row in rows.items()}
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None

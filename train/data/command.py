@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from largebatch.common.progress import progress_bar
 from largebatch.records.outcomes import ExitCode
 from largebatch.train.data.documents import Piece, check_file, pieces
 from largebatch.train.data.inspect import describe
@@ -27,7 +26,7 @@ def main(arguments: list[str]) -> int:
         if options.action == "tokenize":
             print(tokenize(options))
         else:
-            with bar() as progress:
+            with progress_bar() as progress:
                 text = describe(options.path, options.dtype, options.check, progress)
             print(text)
     except (ValueError, OSError) as error:
@@ -88,18 +87,6 @@ def parser() -> argparse.ArgumentParser:
     return described
 
 
-def bar() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-
-
 def tokenize(options: argparse.Namespace) -> str:
     """Write the files that `options` describe; returns what to say of them.
 
@@ -118,7 +105,7 @@ def tokenize(options: argparse.Namespace) -> str:
     if prefix.suffix in (".bin", ".idx"):
         prefix = prefix.with_suffix("")
     sizes = [path.stat().st_size for path in options.inputs]
-    with bar() as progress, TokenWriter(prefix, options.format, dtype) as writer:
+    with progress_bar() as progress, TokenWriter(prefix, options.format, dtype) as writer:
         shown = progress.add_task("", total=sum(sizes))
         for path, before in zip(options.inputs, np.cumsum([0, *sizes[:-1]]), strict=True):
             for group in grouped(pieces(path, options.key)):

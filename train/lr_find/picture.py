@@ -4,24 +4,21 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from largebatch.common.figures import BLUE, GREEN, GRID, PURPLE, RED, paper_style
 from largebatch.train.lr_find.search import LRFinder, smoothed
 
-RAW, SMOOTH = "#9ec9e2", "#0072B2"
-MINIMUM, BLOW_UP, SUGGESTION = "#009E73", "#D55E00", "#CC79A7"  # Okabe and Ito
-GRID = "#e4e4e4"
+RAW, SMOOTH = "#9ec9e2", BLUE
+MINIMUM, BLOW_UP, SUGGESTION = GREEN, RED, PURPLE
 
 
 def draw(finder: LRFinder, summary: Mapping[str, Any]) -> Figure:
     """Loss against learning rate, and the three learning rates where they were found."""
     smooth = [smoothed(finder.losses, place) for place in range(len(finder.losses))]
-    with matplotlib.rc_context(
-        {"font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False}
-    ):
+    with paper_style():
         figure = Figure(figsize=(7.0, 3.6), layout="constrained")
         axes = figure.subplots()
         axes.set_xscale("log")
@@ -40,7 +37,7 @@ def draw(finder: LRFinder, summary: Mapping[str, Any]) -> Figure:
             f"{summary['data_parallel_size']} rank(s), seed {summary['seed']}",
             fontsize=9.5,
         )
-        figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
+        figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 

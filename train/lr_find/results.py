@@ -33,9 +33,10 @@ def publish(folder: Path, summary: Mapping[str, Any], finder: LRFinder) -> None:
     """Draw the sweep, and add what it has found to the table; an interrupted one leaves neither."""
     if summary["status"] == "interrupted":
         return
+    from largebatch.common.figures import DPI
     from largebatch.train.lr_find.picture import draw
 
-    draw(finder, summary).savefig(folder / PICTURE, dpi=200)
+    draw(finder, summary).savefig(folder / PICTURE, dpi=DPI)
     if "lr_find" in summary:
         append(folder.parent / TABLE, row(folder, summary))
 

@@ -102,8 +102,10 @@ def _ranks(text: str) -> int:
 
 
 def _save(figure: Any, path: Path) -> None:
+    from largebatch.common.figures import DPI
+
     try:
-        figure.savefig(path, dpi=200)
+        figure.savefig(path, dpi=DPI)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--picture {path}: {error}") from error
 

@@ -1,17 +1,15 @@
 """The picture of a plan: batch size, learning rate and steps against samples."""
 
 import math
-from contextlib import AbstractContextManager
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator
 
+from largebatch.common.figures import BLUE, GREEN, GREY, GRID, RED, paper_style
 from largebatch.schedules import Plan, PlannedStage
 
-BATCH, RATE, STEPS = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito: apart for the colour-blind
-GREY, GRID = "#777777", "#e4e4e4"
+BATCH, RATE, STEPS = BLUE, RED, GREEN
 MARKS_A_RUN = 600  # points that the learning rate is drawn from
 MOST_MARKED_CHANGES = 12
 MOST_LABELLED_SIZES = 6
@@ -22,7 +20,7 @@ MOST_ABOVE = 3.0  # times the run's own steps, where the constant batch's line l
 def draw(plan: Plan, title: str) -> Figure:
     """Three panels over one axis of samples; tokens on top where a sample holds several."""
     stages = plan.stages()
-    with _paper_style():
+    with paper_style():
         figure = Figure(figsize=(7.0, 5.6), layout="constrained")
         batch, rate, steps = figure.subplots(3, 1, sharex=True, height_ratios=[1.0, 1.2, 1.0])
         _draw_batch(batch, stages)
@@ -46,17 +44,6 @@ def draw(plan: Plan, title: str) -> Figure:
         figure.align_ylabels([batch, rate, steps])
         figure.suptitle(title, fontsize=9.5)
     return figure
-
-
-def _paper_style() -> AbstractContextManager[None]:
-    return matplotlib.rc_context(
-        {
-            "font.size": 9.0,
-            "axes.labelsize": 9.5,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    )
 
 
 def _draw_batch(axes: Axes, stages: list[PlannedStage]) -> None:

@@ -4,9 +4,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
+from largebatch.common.progress import progress_bar
 from largebatch.train.run_spec import RunSpec
 
 
@@ -15,14 +13,7 @@ class Display:
 
     def __init__(self, spec: RunSpec) -> None:
         self._evaluation = ""
-        self._bar = Progress(
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not Console(stderr=True).is_terminal,
-            transient=True,
-        )
+        self._bar = progress_bar()
         config = spec.config
         total = min(config.target.give_up_samples or config.budget.samples, config.budget.samples)
         self._task = self._bar.add_task("", total=total)

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from largebatch.common.robust import (
-    NORMAL,
+    MAD_TO_SIGMA,
     SHORTEST,
     SIGMAS,
     Mask,
@@ -79,7 +79,7 @@ def _apart(reading: Reading, names: Sequence[str], borders: Series) -> Iterator[
     """Nodes above the others, in stretches of time or over all of it; at one time, one episode."""
     kind, values = reading.kind, reading.values
     middle = known_median(values)
-    noise = NORMAL * known_median(np.abs(values - middle))
+    noise = MAD_TO_SIGMA * known_median(np.abs(values - middle))
     usual = float(np.median(reading.means))
     length, bins = float(borders[1] - borders[0]), len(borders) - 1
     least = max(kind.floor, SIGMAS * counting_noise(kind, usual, length))

@@ -1,0 +1,30 @@
+"""What all pictures share: the palette, the grid and the style of a paper."""
+
+from contextlib import AbstractContextManager
+from typing import Final
+
+import matplotlib
+
+# Okabe and Ito's palette, which colour-blind readers can distinguish; its yellow is too pale, a
+# dark brown stands for it.
+COLOURS: Final = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#6B3E1D",
+)  # fmt: skip
+BLUE, RED, GREEN, PURPLE = COLOURS[:4]
+INK, GREY, GRID = "#222222", "#777777", "#e4e4e4"
+DPI: Final = 200
+TITLE_SIZE: Final = 10.5  # points
+
+
+def paper_style() -> AbstractContextManager[None]:
+    """Within it figures are drawn as for a paper's column; touches no global state."""
+    return matplotlib.rc_context(
+        {
+            "font.size": 9.0,
+            "axes.titlesize": TITLE_SIZE,
+            "axes.labelsize": 9.5,
+            "legend.fontsize": 8.5,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
