@@ -1,6 +1,7 @@
 """When to evaluate, and the evaluation loss."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +23,24 @@ class EvaluationGrid:
     due_at: int = 1
 
     def is_due(self, step: int) -> bool:
-        if step < self.due_at:
-            return False
+        """Whether to evaluate after this step."""
+        return step >= self.due_at
+
+    def advance(self, step: int) -> None:
+        """Note that the run was evaluated after this step."""
         self.due_at = max(step + 1, math.ceil(step * self.growth))
-        return True
+
+
+@dataclass
+class Evaluation:
+    """What a loop evaluates with.
+
+    Attributes:
+        loss: the evaluation loss now, the same number on every rank.
+    """
+
+    loss: Callable[[], float]
+    grid: EvaluationGrid
 
 
 @torch.no_grad()

@@ -10,18 +10,19 @@ thousands of steps until something is infinite. One that stays above a multiple 
 for a tenth of the budget is stopped.
 
 Numbers come a step or two late. So what is to be *skipped* is decided on the device, in its own
-step, against `threshold()`; the guard hears of it from the line. Rolling back and stopping are
-decided from the lines.
+step, against `threshold()`; the guard hears of it from the record. Rolling back and stopping are
+decided from the records.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Final
 
 from largebatch.common.robust import MAD_TO_SIGMA
 from largebatch.conf.config import GuardConfig
+from largebatch.records.step_record import StepRecord
 
 FEWEST: Final = 5
 """Values before a median says anything."""
@@ -47,7 +48,7 @@ class GuardAction:
     Attributes:
         kind: "skip" (the device has done it), "rollback" or "stop".
         reason: a sentence's half, for people.
-        number: which number of the line, "loss" or "grad_norm".
+        number: which number of the record, "loss" or "grad_norm".
         bound: what `value` should have stayed at or below; inf where it should have been finite.
     """
 
@@ -62,7 +63,7 @@ class GuardAction:
 
 @dataclass
 class Guard:
-    """Judges a run's complete lines, each once and in order.
+    """Judges a run's complete records, each once and in order.
 
     A gradient norm is a spike above `grad_norm_multiple` times the median of the last `window`
     norms. A loss is one above
@@ -109,21 +110,21 @@ class Guard:
         """
         return self._norm_bound() if self.config.spike == "skip" else math.inf
 
-    def take(self, line: Mapping[str, Any]) -> GuardAction | None:
-        """Judge a complete line; None where nothing is wrong with it.
+    def take(self, record: StepRecord) -> GuardAction | None:
+        """Judge a complete record; None where nothing is wrong with it.
 
         Args:
-            line: `step`, `samples`, `loss` and `grad_norm`; `skipped`, true where the device has
+            record: `step`, `samples`, `loss` and `grad_norm`; `skipped`, true where the device has
                 masked the step; `grad_norm_bound`, the threshold it was then compared with.
         """
         self._lines += 1
-        if self._start is None and math.isfinite(line["loss"]):
-            self._start = line["loss"]
-        action = self._not_finite(line) or self._spike(line)
-        self._step = line["step"]
+        if self._start is None and math.isfinite(record["loss"]):
+            self._start = record["loss"]
+        action = self._not_finite(record) or self._spike(record)
+        self._step = record["step"]
         if action is None:
-            self._norms = [*self._norms, line["grad_norm"]][-self.config.window :]
-            self._losses = [*self._losses, line["loss"]][-self.config.window :]
+            self._norms = [*self._norms, record["grad_norm"]][-self.config.window :]
+            self._losses = [*self._losses, record["loss"]][-self.config.window :]
             return None
         return self._counted(action)
 
@@ -148,29 +149,29 @@ class Guard:
         )
         return GuardAction("stop", reason, step, samples, "eval_loss", eval_loss, bound)
 
-    def _not_finite(self, line: Mapping[str, Any]) -> GuardAction | None:
-        broken = [name for name in ("grad_norm", "loss") if not math.isfinite(line[name])]
+    def _not_finite(self, record: StepRecord) -> GuardAction | None:
+        broken = [(name, value) for name, value in _watched(record) if not math.isfinite(value)]
         if not broken:
             return None
-        name, kind = broken[0], self.config.non_finite
-        reason = f"{name} is {line[name]}"
-        if kind == "skip" and not line.get("skipped"):
+        (name, value), kind = broken[0], self.config.non_finite
+        reason = f"{name} is {value}"
+        if kind == "skip" and not record.get("skipped"):
             # As of a loss whose gradient is finite.
             kind, reason = "stop", f"{reason} and the step is made: too late to skip it"
-        return GuardAction(kind, reason, line["step"], line["samples"], name, line[name], math.inf)
+        return GuardAction(kind, reason, record["step"], record["samples"], name, value, math.inf)
 
-    def _spike(self, line: Mapping[str, Any]) -> GuardAction | None:
-        norm_bound = line.get("grad_norm_bound", self._norm_bound())
-        if self.config.spike == "skip":
-            bounds = {"grad_norm": norm_bound} if line.get("skipped") else {}
-        else:
-            bounds = {"grad_norm": norm_bound, "loss": self._loss_bound()}
-            bounds = {name: bound for name, bound in bounds.items() if line[name] > bound}
-        for name, bound in bounds.items():
-            reason = f"{name} {line[name]:.4g} is above its bound {bound:.4g}"
-            return GuardAction(
-                self.config.spike, reason, line["step"], line["samples"], name, line[name], bound
-            )
+    def _spike(self, record: StepRecord) -> GuardAction | None:
+        skips = self.config.spike == "skip"
+        bounds = {
+            "grad_norm": record.get("grad_norm_bound", self._norm_bound()),
+            "loss": self._loss_bound(),
+        }
+        for name, value in _watched(record):
+            bound = bounds[name]
+            if record.get("skipped") and name == "grad_norm" if skips else value > bound:
+                reason = f"{name} {value:.4g} is above its bound {bound:.4g}"
+                step, samples = record["step"], record["samples"]
+                return GuardAction(self.config.spike, reason, step, samples, name, value, bound)
         return None
 
     def _norm_bound(self) -> float:
@@ -230,19 +231,5 @@ class Guard:
         self._start, self._lost = state.get("start"), list(state.get("lost", []))
 
 
-def not_finite(squares: Mapping[str, float]) -> list[str]:
-    """Names of the parameters whose squared gradient norm is not finite, in the model's order."""
-    return [name for name, square in squares.items() if not math.isfinite(square)]
-
-
-def in_words(names: Sequence[str], num_parameters: int) -> str:
-    """Which gradients are not finite, for people; the first is where to look."""
-    if not names:
-        return f"the gradients of all {num_parameters} parameters are finite"
-    if len(names) == 1:
-        return f"the gradient of {names[0]} is not finite, of {num_parameters} parameters"
-    rest = ", ".join(names[1:4]) + (", …" if len(names) > 4 else "")
-    return (
-        f"the gradient of {names[0]} is not finite, nor those of {len(names) - 1} more of "
-        f"{num_parameters} parameters ({rest})"
-    )
+def _watched(record: StepRecord) -> list[tuple[str, float]]:
+    return [("grad_norm", record["grad_norm"]), ("loss", record["loss"])]

@@ -1,6 +1,7 @@
 """Where a run stands, and what of it a ramp may decide on."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass
@@ -16,6 +17,20 @@ class Progress:
     """Why it ended, where the guard has ended it."""
     left_out: int = 0
     """Samples of the order that were left out, by rolling back: what comes stands so much later."""
+    should_stop: bool = False
+    """Whether no step is to follow: the run ends, or has to roll back."""
+
+    def end(self, status: str, reason: str | None = None) -> None:
+        """Note how the run ends; no step follows."""
+        self.status, self.should_stop = status, True
+        if reason is not None:
+            self.reason = reason
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        kept = asdict(self)
+        del kept["should_stop"]
+        return kept
 
 
 # What a ramp may decide on.

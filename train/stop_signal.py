@@ -10,8 +10,12 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Final, Self
+
+from largebatch.records.step_record import StepRecord
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
 
@@ -71,3 +75,21 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """What ends a run before its budget is spent, on all ranks at the same step.
+
+    Attributes:
+        signal: of the operating system, or a time of day.
+        target_loss: the run ends at the first evaluation at or below it.
+        give_up_samples: ends a run without its target; schedules do not see it.
+        enough: takes each complete record, a step late; true ends the run as if its budget were
+            spent.
+    """
+
+    signal: StopSignal = field(default_factory=StopSignal)
+    target_loss: float | None = None
+    give_up_samples: int | None = None
+    enough: Callable[[StepRecord], bool] = lambda record: False

@@ -22,11 +22,9 @@ from largebatch.train.data.sampler import Indices, Sampler
 from largebatch.train.engines.base import Engine
 from largebatch.train.engines.ddp import DDP
 from largebatch.train.engines.fsdp import FSDP
-from largebatch.train.evaluation import EvaluationGrid
-from largebatch.train.loop import Loop
+from largebatch.train.loop import Loop, Parts
 from largebatch.train.models import ByteMLP
 from largebatch.train.noise.gradient_noise import GradientNoise
-from largebatch.train.stop_signal import StopSignal
 from largebatch.train.tasks import Batch, Task
 from largebatch.train.tasks.bytes import Bytes
 
@@ -206,16 +204,10 @@ class Stepper:
                 base_lr=1e-5,
                 base_batch=workload.batch_size,
             ),
-            task=task,
-            engine=engine,
-            optimizer=optimizer,
+            parts=Parts(task, engine, optimizer, self.noise),
             sampler=Sampler(task.num_train, 0, task.replacement),
             ranks=ranks,
-            evaluate=lambda: 0.0,
-            grid=EvaluationGrid(2.0),
-            record=lambda line: None,
-            stop_signal=StopSignal(),
-            noise=self.noise,
+            evaluation=None,
         )
         self._points = self._loop.plan.steps_from(0)
         self.num_summed = 0
@@ -227,12 +219,12 @@ class Stepper:
         """As `Loop.run` does it."""
         loop, point = self._loop, next(self._points)
         batch = loop.take(point)
-        loss = loop.engine.forward_backward(loop.task, batch, point.batch_size)
+        loss = loop.parts.engine.forward_backward(loop.parts.task, batch, point.batch_size)
         numbers = loop.measure(point, loss)
         numbers |= loop.update(point.lr)
         before = loop.send_off(point, numbers)
         loop.advance(point)
-        loop.ends_with(before)
+        loop.record(before)
         self.num_summed = len(numbers.reduced)
 
     def finish(self) -> None:

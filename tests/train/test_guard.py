@@ -14,7 +14,7 @@ import pytest
 
 from largebatch.common.errors import ConfigError
 from largebatch.conf.config import GuardConfig
-from largebatch.train.guard import Guard, GuardAction, in_words, not_finite
+from largebatch.train.guard import Guard, GuardAction
 from largebatch.train.reporting.events import EVENTS, Events
 
 
@@ -248,15 +248,6 @@ def test_a_rollback_without_checkpoints_is_refused_before_the_run() -> None:
             typed(compose("train", words))
         with pytest.raises(ConfigError, match="leave guard as it is"):
             typed(compose("train", ["mode=lr_find", "guard.non_finite=skip"]))
-
-
-def test_parameters_that_are_not_finite_are_named() -> None:
-    squares = {"a.weight": 1.0, "b.weight": math.inf, "b.bias": math.nan, "c.weight": 0.0}
-    assert not_finite(squares) == ["b.weight", "b.bias"]
-    assert "b.weight is not finite, nor those of 1 more of 4" in in_words(not_finite(squares), 4)
-    assert "(b.bias)" in in_words(["b.weight", "b.bias"], 4)
-    assert in_words(["x"], 4) == "the gradient of x is not finite, of 4 parameters"
-    assert in_words([], 4) == "the gradients of all 4 parameters are finite"
 
 
 WRITES_AND_IS_KILLED = """

@@ -10,15 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import LAMB, LARS
+from largebatch.records.step_record import StepRecord
 from largebatch.schedules import Constant, ConstantBatch, Plan
 from largebatch.train.data.sampler import Sampler
 from largebatch.train.engines.ddp import DDP
-from largebatch.train.evaluation import EvaluationGrid
-from largebatch.train.loop import Loop
+from largebatch.train.evaluation import Evaluation, EvaluationGrid
+from largebatch.train.loop import Loop, Parts
 from largebatch.train.models import MLP
 from largebatch.train.noise.gradient_noise import GradientNoise
 from largebatch.train.reporting.async_metrics import AsyncMetrics
-from largebatch.train.stop_signal import StopSignal
+from largebatch.train.reporting.reporter import NullReporter
 from largebatch.train.tasks.digits import Digits
 
 ASKS = ("_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero")
@@ -38,6 +39,16 @@ def test_the_check_itself_sees_a_question() -> None:
         bool(torch.ones(()) > 0)
 
 
+class Kept(NullReporter):
+    """Keeps every record."""
+
+    def __init__(self, lines: list[dict[str, Any]]) -> None:
+        self.lines = lines
+
+    def line(self, record: StepRecord) -> None:
+        self.lines.append({**record})
+
+
 def make_loop(optimizer: type[Optimizer], lines: list[dict[str, Any]], steps: int = 6) -> Loop:
     torch.manual_seed(0)
     engine = DDP(MLP(64, 8, 10), Ranks(), torch.device("cpu"), micro_batch_size=16)
@@ -50,15 +61,15 @@ def make_loop(optimizer: type[Optimizer], lines: list[dict[str, Any]], steps: in
             base_lr=0.01,
             base_batch=32,
         ),
-        task=task,
-        engine=engine,
-        optimizer=optimizer(list(engine.model.named_parameters()), lr=1.0),  # type: ignore[call-arg]
+        parts=Parts(
+            task,
+            engine,
+            optimizer(list(engine.model.named_parameters()), lr=1.0),  # type: ignore[call-arg]
+        ),
         sampler=Sampler(task.num_train, 0, False),
         ranks=Ranks(),
-        evaluate=lambda: math.nan,
-        grid=EvaluationGrid(1.0, due_at=10**9),
-        record=lines.append,
-        stop_signal=StopSignal(),
+        evaluation=Evaluation(lambda: math.nan, EvaluationGrid(1.0, due_at=10**9)),
+        reporter=Kept(lines),
     )
 
 
@@ -69,7 +80,7 @@ def test_a_step_of_the_loop_asks_the_device_nothing(optimizer: type[Optimizer]) 
         batch = loop.take(point)
         optimized = optimizer in (LARS, LAMB)
         with NoQuestions():
-            loss = loop.engine.forward_backward(loop.task, batch, point.batch_size)
+            loss = loop.parts.engine.forward_backward(loop.parts.task, batch, point.batch_size)
             numbers = loop.measure(point, loss)
             if optimized:  # torch's own SGD and AdamW read their CPU step counters
                 loop.send_off(point, numbers | loop.update(point.lr))
@@ -81,17 +92,17 @@ def test_a_step_of_the_loop_asks_the_device_nothing(optimizer: type[Optimizer]) 
 @pytest.mark.parametrize("source", ["micro_batch", "example"])
 def test_measuring_the_noise_scale_asks_the_device_nothing(source: str) -> None:
     loop = make_loop(LAMB, [])
-    preconditioned = loop.optimizer if source == "micro_batch" else None
-    loop.noise = GradientNoise(
-        loop.engine.small_gradients(source), 1000, by_layer=True, optimizer=preconditioned
+    preconditioned = loop.parts.optimizer if source == "micro_batch" else None
+    loop.parts.noise = GradientNoise(
+        loop.parts.engine.small_gradients(source), 1000, by_layer=True, optimizer=preconditioned
     )
     loop.run()  # the second moment is there from now on
     point = loop.plan.at(0)
     loop.take(point)  # its random order of the samples is the host's
     with NoQuestions():
-        loop.noise.begin(0)
-        batch = loop.task.train_batch(loop.sampler.take(0, 32))
-        loss = loop.engine.forward_backward(loop.task, batch, point.batch_size)
+        loop.parts.noise.begin(0)
+        batch = loop.parts.task.train_batch(loop.sampler.take(0, 32))
+        loss = loop.parts.engine.forward_backward(loop.parts.task, batch, point.batch_size)
         numbers = loop.measure(point, loss)
         numbers |= loop.update(point.lr)
         loop.send_off(point, numbers)
@@ -122,13 +133,13 @@ def test_layer_wise_optimizers_record_their_trust_ratios() -> None:
 
 def test_the_learning_rate_of_the_plan_is_the_one_that_is_used() -> None:
     loop = make_loop(torch.optim.SGD, [], steps=1)
-    weights = [p.detach().clone() for p in loop.engine.model.parameters()]
+    weights = [p.detach().clone() for p in loop.parts.engine.model.parameters()]
     torch.manual_seed(0)
     twin = MLP(64, 8, 10)
-    batch = loop.task.train_batch(loop.sampler.take(0, 32))
-    torch.autograd.backward(loop.task.loss(twin, batch))
+    batch = loop.parts.task.train_batch(loop.sampler.take(0, 32))
+    torch.autograd.backward(loop.parts.task.loss(twin, batch))
     loop.run()
-    moved = zip(loop.engine.model.parameters(), weights, twin.parameters(), strict=True)
+    moved = zip(loop.parts.engine.model.parameters(), weights, twin.parameters(), strict=True)
     for now, before, other in moved:
         assert other.grad is not None
         torch.testing.assert_close(now.detach(), before - 0.01 * other.grad)

@@ -14,10 +14,10 @@ from torch import Tensor
 from largebatch.conf.build import build
 from largebatch.conf.engine_config import EngineConfig
 from largebatch.distributed.ranks import Ranks
+from largebatch.train.build import prepare_model
 from largebatch.train.engines.model_options import checkpoint_activations
 from largebatch.train.models import HuggingFace, Transformer
 from largebatch.train.models.transformer import rotate
-from largebatch.train.parts import prepare_model
 
 SIZES = {"vocabulary": 40, "dim": 24, "depth": 2, "heads": 4, "hidden": 36, "max_length": 32}
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from largebatch.conf.config import TargetConfig, TrainConfig
 from largebatch.conf.sweep_config import FEWEST_POINTS, LRFindConfig
+from largebatch.records.step_record import StepRecord
 from largebatch.schedules import AdaptiveRamp, ConstantBatch, GeometricSweep, Hyper, Plan
 
 AROUND: Final = 2
@@ -73,8 +74,8 @@ class Found:
 
 
 class LRFinder:
-    """Takes each line of a sweep, in step order; true once the loss has blown up. The same on every
-    rank: the loss of a line is.
+    """Takes each record of a sweep, in step order; true once the loss has blown up. The same on
+    every rank, as losses are.
 
     Attributes:
         lrs: of the steps so far.
@@ -87,10 +88,10 @@ class LRFinder:
         self.losses: list[float] = []
         self._least = math.inf
 
-    def __call__(self, line: dict[str, Any]) -> bool:
-        self.lrs.append(line["lr"])
+    def __call__(self, record: StepRecord) -> bool:
+        self.lrs.append(record["lr"])
         # A loss without a gradient is as good as none.
-        self.losses.append(line["loss"] if math.isfinite(line["grad_norm"]) else math.nan)
+        self.losses.append(record["loss"] if math.isfinite(record["grad_norm"]) else math.nan)
         newest = len(self.losses) - 1 - AROUND  # with neighbours on both sides
         if newest < 0:
             return False

@@ -1,4 +1,4 @@
-"""What a run tells the outside, on rank 0: record lines, events, a heartbeat, rates."""
+"""What a run reports, on rank 0: record lines, events, a heartbeat, rates."""
 
 import time
 from collections.abc import Callable
@@ -8,15 +8,16 @@ from typing import Any, Self
 
 from largebatch.records.heartbeat import Heartbeat
 from largebatch.records.record import RunFolder
+from largebatch.records.step_record import StepRecord
 from largebatch.train.reporting.events import Events
 from largebatch.train.reporting.loggers import SafeLogger
 from largebatch.train.reporting.throughput import Throughput
 
 
 class NullReporter:
-    """What the other ranks tell: nothing."""
+    """Of the ranks other than the first: reports nothing."""
 
-    def line(self, line: dict[str, Any]) -> None: ...
+    def line(self, record: StepRecord) -> None: ...
     def event(self, event: dict[str, Any]) -> None: ...
     def rewind(self, samples: int) -> None: ...
     def phase(self, name: str) -> None: ...
@@ -79,14 +80,15 @@ class Reporter(NullReporter):
         """Of the last line that was written."""
         return self._folder.last.step
 
-    def line(self, line: dict[str, Any]) -> None:
-        """A complete line, each in its turn."""
-        line |= self._throughput.line(line["global_batch_size"], line.pop("step_seconds"))
-        line["seconds"] = self.seconds()
-        self._steps, self._samples = line["step"], line["samples"]
-        self._heartbeat.beat(line["step"], line["samples"])
-        is_shown = "eval_loss" in line or "batch_change" in line or line.get("skipped")
-        if is_shown or line["step"] % self._every == 0:
+    def line(self, record: StepRecord) -> None:
+        """A complete record, each in its turn."""
+        rates = self._throughput.line(record["global_batch_size"], record["step_seconds"])
+        line = {**record} | rates | {"seconds": self.seconds()}
+        del line["step_seconds"]
+        self._steps, self._samples = record["step"], record["samples"]
+        self._heartbeat.beat(self._steps, self._samples)
+        is_shown = "eval_loss" in record or "batch_change" in record or record.get("skipped")
+        if is_shown or self._steps % self._every == 0:
             self._folder.write(line)
             self._logger.log(line)
         self._watch(line)

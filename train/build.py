@@ -31,9 +31,9 @@ from largebatch.train.engines.model_options import (
 )
 from largebatch.train.engines.precision import Precision
 from largebatch.train.guard import Guard
+from largebatch.train.loop import Parts
 from largebatch.train.noise.example_gradients import ExampleGradients
 from largebatch.train.noise.gradient_noise import GradientNoise
-from largebatch.train.progress import Progress
 from largebatch.train.reporting.flops import flops_of
 from largebatch.train.reporting.peaks import chosen, peaks_of
 from largebatch.train.reporting.provenance import device_name
@@ -44,18 +44,15 @@ from largebatch.train.trial import MOST_TRIED, check_batches, try_one_pass
 
 
 @dataclass
-class Parts:
-    task: Task
-    engine: Engine
-    optimizer: Optimizer
-    noise: GradientNoise | None
-    num_parameters: int
-    data: Mapping[str, str]
+class BuiltParts(Parts):
+    """The parts, and what the summary says of them."""
+
+    num_parameters: int = 0
+    data: Mapping[str, str] = field(default_factory=dict)
     """The task's provenance."""
-    progress: Progress = field(default_factory=Progress)
 
 
-def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
+def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> BuiltParts:
     """Task, model, engine and optimizer as configured, the model the same on every rank.
 
     Raises:
@@ -99,7 +96,7 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     noise = build_noise(spec, engine, optimizer)
-    return Parts(task, engine, optimizer, noise, num_parameters, data)
+    return BuiltParts(task, engine, optimizer, noise, num_parameters, data)
 
 
 def build_model(
