@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from largebatch.conf.build import build
 from largebatch.distributed.ranks import Ranks
-from largebatch.train import parts
+from largebatch.train import build as builder
 from largebatch.train.engines.fsdp import FSDP
 
 CPU = torch.device("cpu")
@@ -45,14 +45,14 @@ def bits(cell: Cell) -> Outcome:
         torch.manual_seed(spec.config.seed)
         expected = build(spec.config.model, "model").state_dict()
         following = torch.get_rng_state()
-        most, parts.MOST_TRIED = parts.MOST_TRIED, 0  # type: ignore[misc]
+        most, builder.MOST_TRIED = builder.MOST_TRIED, 0  # type: ignore[misc]
         filled: list[Any] = []
-        kept = parts.record
-        parts.record = lambda make: filled.append(kept(make)) or filled[-1]  # type: ignore
+        kept = builder.record
+        builder.record = lambda make: filled.append(kept(make)) or filled[-1]  # type: ignore
         try:
-            made = parts.build_parts(spec, ranks, CPU)
+            made = builder.build_parts(spec, ranks, CPU)
         finally:
-            parts.MOST_TRIED, parts.record = most, kept  # type: ignore[misc]
+            builder.MOST_TRIED, builder.record = most, kept  # type: ignore[misc]
         found = {name: whole(param) for name, param in made.engine.model.named_parameters()}
     return {
         "filled": len(filled),
@@ -66,12 +66,12 @@ def bits(cell: Cell) -> Outcome:
 def losses(cell: Cell) -> Outcome:
     """Of a run whose model is filled shard by shard, and of one whose model is built whole."""
     found = []
-    for most in (0, parts.MOST_TRIED):
-        kept, parts.MOST_TRIED = parts.MOST_TRIED, most  # type: ignore[misc]
+    for most in (0, builder.MOST_TRIED):
+        kept, builder.MOST_TRIED = builder.MOST_TRIED, most  # type: ignore[misc]
         try:
             found.append(work(cell)["losses"])
         finally:
-            parts.MOST_TRIED = kept  # type: ignore[misc]
+            builder.MOST_TRIED = kept  # type: ignore[misc]
     return {"filled": found[0], "built": found[1]}
 
 
@@ -100,7 +100,7 @@ def peak(cell: Cell) -> Outcome:
     torch.manual_seed(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before = resident("VmRSS")
-    model, values = parts.build_model(config, ranks, CPU)
+    model, values = builder.build_model(config, ranks, CPU)
     FSDP(model, ranks, CPU, values=values)
     taken = resident("VmHWM") - before
     return {"taken": taken, "weights": sum(p.numel() * 4 for p in model.parameters())}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from largebatch.conf.engine_config import EngineConfig
 from largebatch.distributed.ranks import Ranks
-from largebatch.train import parts
+from largebatch.train import build as builder
 from largebatch.train.engines.initial_values import NotRecorded, record
 from largebatch.train.models import CNN, Transformer
 
@@ -105,12 +105,12 @@ def test_what_cannot_be_played_back_is_known(make: Callable[[], nn.Module]) -> N
 def test_a_model_that_has_to_be_built_whole_is_and_the_run_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(parts, "MOST_TRIED", 0)
+    monkeypatch.setattr(builder, "MOST_TRIED", 0)
     config: Any = SimpleNamespace(
         engine=EngineConfig(_target_="largebatch.train.engines.fsdp.FSDP"),
         model={"_target_": "initial_ranks.Asks"},
     )
-    model, values = parts.build_model(config, Ranks(), CPU)
+    model, values = builder.build_model(config, Ranks(), CPU)
     assert values is None
     assert next(model.parameters()).device == CPU
     told = capsys.readouterr().err
