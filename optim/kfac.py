@@ -32,10 +32,10 @@ from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.kronecker.damping import Damping
 from largebatch.optim.kronecker.factors import average, new_roots, roots_of
 from largebatch.optim.kronecker.layers import Layer
-from largebatch.optim.kronecker.optimizer import CurvatureOptimizer
+from largebatch.optim.kronecker.optimizer import KroneckerOptimizer
 from largebatch.optim.kronecker.options import rule_of
 from largebatch.optim.kronecker.rules import RULES, Rule
-from largebatch.optim.kronecker.work_group import Move, Team, stats_of
+from largebatch.optim.kronecker.work_group import Move, WorkGroup, stats_of
 from largebatch.optim.math.decompositions import Decomposition, decompose
 from largebatch.optim.math.grafting import WITH_SQUARES, grafted_step, next_squares
 from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class KFAC(CurvatureOptimizer):
+class KFAC(KroneckerOptimizer):
     """Kronecker-factored approximate curvature (Martens, Grosse 2015); the module says the formula.
 
     It works in a plain loop: mean loss, `loss.backward()`, `step()`. The model's passes are watched
@@ -108,7 +108,7 @@ class KFAC(CurvatureOptimizer):
     `step` for a sparse gradient, and RootError for a layer that keeps failing.
     """
 
-    _OWN = (*CurvatureOptimizer._OWN, "_rule", "_fallback", "_fallback_lr_ratio")
+    _OWN = (*KroneckerOptimizer._OWN, "_rule", "_fallback", "_fallback_lr_ratio")
 
     def __init__(
         self,
@@ -204,18 +204,18 @@ class KFAC(CurvatureOptimizer):
         self._refuse_sparse()
         self._say_once()
         self._stats = {}
-        takes_factors = self._turns.begin()
+        takes_factors = self._schedule.begin()
         skip = self._agreed_skip()
         self._count_step(skip)
         self._update_factors(takes_factors, skip)
         self._refresh_roots(skip)
-        moves = [self._precondition(team, skip) for team in self._teams]
+        moves = [self._precondition(work_group, skip) for work_group in self._work_groups]
         clip = self._kl_clip(moves)
         for move in moves:
             self._move_layers(move, clip, skip)
         self._move_others(skip)
         moved = [param for _, param in self._moved()]
-        self._curvature.active = self._turns.end(moved, skip)
+        self._statistics.active = self._schedule.end(moved, skip)
         return loss
 
     # The phases of a step -----------------------------------------------------------------------
@@ -228,14 +228,14 @@ class KFAC(CurvatureOptimizer):
 
     def _update_factors(self, now: bool, skip: Tensor | None) -> None:
         """Take in what the passes since the last step have left, or throw it away."""
-        sums, items = self._curvature.take()
+        sums, items = self._statistics.take()
         loss_scale = self._take_loss_scale()
         if not now:
             return
-        for team in self._teams:
-            totals = team.add_up(sums, items)
-            divisor = team.size * scalar(loss_scale, totals.items)
-            for layer in team.owned:
+        for work_group in self._work_groups:
+            totals = work_group.add_up(sums, items)
+            divisor = work_group.size * scalar(loss_scale, totals.items)
+            for layer in work_group.owned:
                 if layer in totals.sums and self._has_factors(layer):
                     state, group = self.state[layer.weight], self._group_of[layer.weight]
                     average(
@@ -254,15 +254,15 @@ class KFAC(CurvatureOptimizer):
         A decomposition waits for the device in any case, so here alone `skip` is looked at: a layer
         whose turn falls on a skipped step has it in the next.
         """
-        due = self._turns.due(layer for layer in self._owned() if self._has_factors(layer))
+        due = self._schedule.due(layer for layer in self._owned() if self._has_factors(layer))
         if not due or (skip is not None and bool(skip)):
             return
         outcomes = decompose([self._asked_roots(layer) for layer in due])
         for layer, outcome in zip(due, outcomes, strict=True):
-            alone = self._spreads[layer.weight].group is None  # else all raise, at the next step
+            alone = self._placements[layer.weight].group is None  # else all raise, at the next step
             found = self.failures.attempt(outcome, layer.name, raises=alone)
             self.state[layer.weight].update(found or {})
-            self._turns.had(layer)
+            self._schedule.mark_refreshed(layer)
 
     def _asked_roots(self, layer: Layer) -> Decomposition[dict[str, Tensor]]:
         state, group = self.state[layer.weight], self._group_of[layer.weight]
@@ -274,35 +274,35 @@ class KFAC(CurvatureOptimizer):
         damping = Damping(value, group["relative_damping"], group["ridge"])
         return new_roots(layer, group["form"], damping, state)
 
-    def _precondition(self, team: Team, skip: Tensor | None) -> Move:
-        """U of every layer of a team, as far as it lies here, and the norms over all ranks."""
+    def _precondition(self, work_group: WorkGroup, skip: Tensor | None) -> Move:
+        """U of a work group's layers, as far as it lies here, and the norms over all ranks."""
         gradients: dict[Tensor, Tensor | None] = {
-            param: self._gradient(param, skip) for param in team.params
+            param: self._gradient(param, skip) for param in work_group.params
         }
-        numbers = team.numbers()
-        for layer in team.layers:
+        numbers = work_group.numbers()
+        for layer in work_group.layers:
             for param in layer.params:
-                weight, gradient = local(param).to(team.dtype), gradients[param]
-                numbers.add(layer, "weight", weight.square().sum() / team.copies[param])
+                weight, gradient = local(param).to(work_group.dtype), gradients[param]
+                numbers.add(layer, "weight", weight.square().sum() / work_group.copies[param])
                 if gradient is not None and self._group_of[param]["graft"] != "none":
                     step = self._graft(param, gradient, skip)
-                    numbers.add(layer, "grafted", step.square().sum() / team.copies[param])
+                    numbers.add(layer, "grafted", step.square().sum() / work_group.copies[param])
         roots = {}
-        for layer in team.owned:
+        for layer in work_group.owned:
             if self._has_factors(layer):
                 state = self.state[layer.weight]
                 roots[layer] = roots_of(layer, state)
                 numbers.add(layer, "condition", state["condition"][0])
-        failed = self._exhausted(team)
-        parts, failed = team.precondition(gradients, roots, numbers, failed)
-        self._tell_failures(team, failed)
+        failed = self._exhausted(work_group)
+        parts, failed = work_group.precondition(gradients, roots, numbers, failed)
+        self._tell_failures(work_group, failed)
         ratios = {}
-        for layer in team.layers:
+        for layer in work_group.layers:
             found = numbers.of(layer)
             grafts = self._group_of[layer.weight]["graft"] != "none"
             ratio = root(found["grafted"]) / root(found["update"]) if grafts else found["scale"]
             ratios[layer] = torch.where(found["update"] > 0, ratio, 1.0)
-        return Move(team, parts, numbers, ratios)
+        return Move(work_group, parts, numbers, ratios)
 
     def _gradient(self, param: Tensor, skip: Tensor | None) -> Tensor | None:
         """The local part of the gradient to descend along, unscaled, FP32 or wider.
@@ -324,7 +324,7 @@ class KFAC(CurvatureOptimizer):
         """The grafted rule's own step, on the gradient itself."""
         state, group = self.state[param], self._group_of[param]
         grafting, (beta1, beta2) = group["graft"], group["betas"]
-        step = self._turns.counts.of(param, state) + 1
+        step = self._schedule.counts.of(param, state) + 1
         before = [local(state[key]) for key in graft_keys(group)]
         after = [before[0].lerp(gradient, 1 - beta1)]
         if grafting in WITH_SQUARES:
@@ -373,7 +373,7 @@ class KFAC(CurvatureOptimizer):
         """One step of a rule along a gradient, and of weight decay."""
         state, group = self.state[param], self._group_of[param]
         own = {key: local(state[key]) for key in rule.keys}
-        step = self._turns.counts.of(param, state) + 1
+        step = self._schedule.counts.of(param, state) + 1
         direction, after = rule.advance(gradient, own, group, step)
         lr = scalar(group["lr"], direction) * lr_ratio
         weight = local(param).to(direction.dtype)

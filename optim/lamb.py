@@ -25,8 +25,8 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from largebatch.optim.base import Group, evaluate, uncompiled
 from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer
-from largebatch.optim.layerwise.step_plan import Batch, Work, descend, norms_of
-from largebatch.optim.layerwise.synced_step import Agreed
+from largebatch.optim.layerwise.step_plan import ChunkGroup, StepPlan, descend, norms_of
+from largebatch.optim.layerwise.synced_step import SyncedStep
 from largebatch.optim.math.adam import adam_direction, average, lr_correction
 from largebatch.optim.math.bias_correction import rebased
 from largebatch.optim.math.tensors import Tensors, scalar, write
@@ -163,58 +163,58 @@ class LAMB(LayerwiseOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""
         loss = evaluate(closure)
-        work = self._plan()
-        agreed = self._agree(work)
-        self._make_state(work)
-        self._follow_betas(work.params)
-        self._advance_steps(work, agreed.skip)
+        plan = self._plan()
+        synced = self._sync(plan)
+        self._make_state(plan)
+        self._follow_betas(plan.params)
+        self._advance_steps(plan, synced.skip)
         updates: list[Tensors] = []
         weight_norms: list[Tensor] = []
         update_norms: list[Tensor] = []
-        for batch in work.batches:
-            weights = self._weights(batch)
-            update = self._update(batch, weights, agreed)
-            weight_norms += norms_of(batch, weights)
-            update_norms += norms_of(batch, update)
+        for chunks in plan.chunk_groups:
+            weights = self._weights(chunks)
+            update = self._update(chunks, weights, synced)
+            weight_norms += norms_of(chunks, weights)
+            update_norms += norms_of(chunks, update)
             updates.append(update)
-        ratios = self._trust_ratios(work, weight_norms, update_norms)
-        for batch, update in zip(work.batches, updates, strict=True):
-            self._descend(batch, update, ratios, agreed.skip)
-        self._restart_overflown(work, agreed.skip)
+        ratios = self._trust_ratios(plan, weight_norms, update_norms)
+        for chunks, update in zip(plan.chunk_groups, updates, strict=True):
+            self._descend(chunks, update, ratios, synced.skip)
+        self._restart_overflown(plan, synced.skip)
         return loss
 
-    def _update(self, batch: Batch, weights: Tensors, agreed: Agreed) -> Tensors:
+    def _update(self, chunks: ChunkGroup, weights: Tensors, synced: SyncedStep) -> Tensors:
         """Advance t, m and v by one gradient, and return u."""
-        group = batch.group
-        grads = self._gradients(batch, agreed)
+        group = chunks.group
+        grads = self._gradients(chunks, synced)
         if group["decay"] == "gradient" and group["weight_decay"]:
             grads = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
-        ages = self._ages(batch)
-        exp_avg = self._state_of(batch, "exp_avg")
-        exp_avg_sq = self._state_of(batch, "exp_avg_sq")
+        ages = self._ages(chunks)
+        exp_avg = self._state_of(chunks, "exp_avg")
+        exp_avg_sq = self._state_of(chunks, "exp_avg_sq")
         if group["bias_correction"] != "moments":
-            done = [torch.full_like(ages[0][0], math.inf)] * len(batch.chunks)  # 1 - βᵗ is then 1
+            done = [torch.full_like(ages[0][0], math.inf)] * len(chunks.members)  # 1 - βᵗ is then 1
             ages = done, done
-        fused = batch.contiguous and batch.device.type in FUSED_DEVICES
+        fused = chunks.contiguous and chunks.device.type in FUSED_DEVICES
         # The kernel takes one t for both moments.
         if fused and ages[0] is ages[1] and not group["eps_inside_sqrt"]:
-            update = self._fused_direction(batch, grads, exp_avg, exp_avg_sq, ages[0], agreed.skip)
+            update = self._fused_direction(chunks, grads, exp_avg, exp_avg_sq, ages[0], synced.skip)
         else:
             beta1, beta2 = group["betas"]
-            average(exp_avg, grads, beta1, agreed.skip)
-            average(exp_avg_sq, torch._foreach_mul(grads, grads), beta2, agreed.skip)
+            average(exp_avg, grads, beta1, synced.skip)
+            average(exp_avg_sq, torch._foreach_mul(grads, grads), beta2, synced.skip)
             update = adam_direction(exp_avg, exp_avg_sq, ages, group)
         if group["decay"] == "update" and group["weight_decay"]:
             torch._foreach_add_(update, weights, alpha=group["weight_decay"])
         return update
 
-    def _ages(self, batch: Batch) -> tuple[Tensors, Tensors]:
+    def _ages(self, chunks: ChunkGroup) -> tuple[Tensors, Tensors]:
         """The t of m and of v in the bias corrections, for each chunk; one list where they agree.
 
         They are `step`, and where betas have changed on the way, as many steps as the new ones
         would have needed for the weight that the moments hold.
         """
-        states = [self.state[chunk.param] for chunk in batch.chunks]
+        states = [self.state[chunk.param] for chunk in chunks.members]
         steps = [state["step"] for state in states]
         if not any(EXTRA_STEPS[0] in state for state in states):
             return steps, steps
@@ -242,8 +242,8 @@ class LAMB(LayerwiseOptimizer):
     def _all_params(self) -> Iterator[tuple[Group, Tensor]]:
         return ((group, param) for group in self.param_groups for param in group["params"])
 
-    def _forget_work(self) -> None:
-        super()._forget_work()
+    def _forget_plans(self) -> None:
+        super()._forget_plans()
         self._last_betas: dict[Tensor, tuple[float, ...]] = {}
         self._restarted: dict[Name, Tensor] = {}
         self._turn = 0
@@ -261,19 +261,19 @@ class LAMB(LayerwiseOptimizer):
         self._follow_betas(self._all_params())
         return super().state_dict()
 
-    def _restart_overflown(self, work: Work, skip: Tensor | None) -> None:
+    def _restart_overflown(self, plan: StepPlan, skip: Tensor | None) -> None:
         """Begin anew where a squared gradient was beyond FP32 and has made v infinite.
 
         Such an element has not moved, its direction being m / ∞, and would never again: its m and
         v become 0, and `layer_stats` counts it. Parameters take turns, so that looking through v
         costs little: all of a small model are looked at in every step, of a large one a sixteenth.
         """
-        chunks = [chunk for batch in work.batches for chunk in batch.chunks]
-        wanted = max(RESTART_STRETCH, sum(chunk.numel for chunk in chunks) // 16)
-        for _ in range(len(chunks)):
-            chunk = chunks[self._turn % len(chunks)]
+        every = [chunk for chunks in plan.chunk_groups for chunk in chunks.members]
+        wanted = max(RESTART_STRETCH, sum(chunk.numel for chunk in every) // 16)
+        for _ in range(len(every)):
+            chunk = every[self._turn % len(every)]
             self._turn += 1
-            state, name = self.state[chunk.param], work.names[chunk.layer]
+            state, name = self.state[chunk.param], plan.names[chunk.layer]
             exp_avg, exp_avg_sq = (chunk.of(local(state[key])) for key in self._known_state)
             lost = exp_avg_sq == math.inf
             if skip is not None:
@@ -297,10 +297,10 @@ class LAMB(LayerwiseOptimizer):
             layer["dropped_elements"] = self._restarted.get(name, none)
         return stats
 
-    def _advance_steps(self, work: Work, skip: Tensor | None) -> None:
+    def _advance_steps(self, plan: StepPlan, skip: Tensor | None) -> None:
         """Advance t, the updates that a parameter has had: 0-d, FP32, on its device."""
         steps = []
-        for _, param in work.params:
+        for _, param in plan.params:
             state, device = self.state[param], local(param).device
             if "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
@@ -319,7 +319,7 @@ class LAMB(LayerwiseOptimizer):
 
     def _fused_direction(
         self,
-        batch: Batch,
+        chunks: ChunkGroup,
         grads: Tensors,
         exp_avg: Tensors,
         exp_avg_sq: Tensors,
@@ -330,10 +330,10 @@ class LAMB(LayerwiseOptimizer):
 
         From a weight of 0 and with a learning rate of -1, AdamW goes to the direction itself.
         """
-        flat = self._room(batch).zero_()
-        parts = torch.split(flat, [chunk.numel for chunk in batch.chunks])
+        flat = self._scratch(chunks).zero_()
+        parts = torch.split(flat, [chunk.numel for chunk in chunks.members])
         direction = [part.view(avg.shape) for part, avg in zip(parts, exp_avg, strict=True)]
-        beta1, beta2 = batch.group["betas"]
+        beta1, beta2 = chunks.group["betas"]
         torch._fused_adamw_(
             direction,
             grads,
@@ -345,10 +345,10 @@ class LAMB(LayerwiseOptimizer):
             beta1=beta1,
             beta2=beta2,
             weight_decay=0.0,
-            eps=batch.group["eps"],
+            eps=chunks.group["eps"],
             amsgrad=False,
             maximize=False,
-            found_inf=None if skip is None else skip.to(batch.device).float(),
+            found_inf=None if skip is None else skip.to(chunks.device).float(),
         )
         return direction
 
@@ -363,14 +363,16 @@ class LAMB(LayerwiseOptimizer):
             adapt=self._adapts(group),
         )
 
-    def _descend(self, batch: Batch, update: Tensors, ratios: Tensor, skip: Tensor | None) -> None:
+    def _descend(
+        self, chunks: ChunkGroup, update: Tensors, ratios: Tensor, skip: Tensor | None
+    ) -> None:
         """w ← w - lr · r · u."""
-        group, weights = batch.group, self._weights(batch)
-        ratio = batch.of_layers(ratios)
+        group, weights = chunks.group, self._weights(chunks)
+        ratio = chunks.of_layers(ratios)
         lr = scalar(group["lr"], ratio)
         scale = lr * ratio
         if group["bias_correction"] == "lr":
-            ages = [torch.stack([*age]).to(batch.dtype) for age in self._ages(batch)]
+            ages = [torch.stack([*age]).to(chunks.dtype) for age in self._ages(chunks)]
             scale *= lr_correction(ages[0], ages[1], group["betas"])
         if group["decay"] == "decoupled" and group["weight_decay"]:
             # Of the old weight, and within the one step, so that it is skipped and rounded with it.
@@ -378,4 +380,4 @@ class LAMB(LayerwiseOptimizer):
             decay = torch._foreach_mul(weights, lr * group["weight_decay"])
             torch._foreach_add_(update, decay)
             scale = torch.ones_like(scale)
-        descend(batch, weights, update, scale, skip)
+        descend(chunks, weights, update, scale, skip)

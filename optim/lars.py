@@ -26,8 +26,8 @@ from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import Group, evaluate, uncompiled
 from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer
-from largebatch.optim.layerwise.step_plan import Batch, descend, norms_of
-from largebatch.optim.layerwise.synced_step import Agreed
+from largebatch.optim.layerwise.step_plan import ChunkGroup, descend, norms_of
+from largebatch.optim.layerwise.synced_step import SyncedStep
 from largebatch.optim.math.tensors import Tensors, scalar, write
 from largebatch.optim.math.trust_ratio import UNBOUNDED, trust_ratio
 from largebatch.optim.options import require, require_one_of, resolved
@@ -153,21 +153,21 @@ class LARS(LayerwiseOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""
         loss = evaluate(closure)
-        work = self._plan()
-        agreed = self._agree(work)
-        self._make_state(work)
+        plan = self._plan()
+        synced = self._sync(plan)
+        self._make_state(plan)
         weight_norms: list[Tensor] = []
         update_norms: list[Tensor] = []
-        for batch in work.batches:
-            weights = self._weights(batch)
-            grads = self._gradients(batch, agreed)
-            if batch.group["denominator"] == "joint":
-                grads = decayed(grads, weights, batch.group)
-            weight_norms += norms_of(batch, weights)
-            update_norms += norms_of(batch, grads)
-        ratios = self._trust_ratios(work, weight_norms, update_norms)
-        for batch in work.batches:
-            self._descend(batch, ratios, agreed)
+        for chunks in plan.chunk_groups:
+            weights = self._weights(chunks)
+            grads = self._gradients(chunks, synced)
+            if chunks.group["denominator"] == "joint":
+                grads = decayed(grads, weights, chunks.group)
+            weight_norms += norms_of(chunks, weights)
+            update_norms += norms_of(chunks, grads)
+        ratios = self._trust_ratios(plan, weight_norms, update_norms)
+        for chunks in plan.chunk_groups:
+            self._descend(chunks, ratios, synced)
         return loss
 
     def _state_keys(self, group: Group) -> tuple[str, ...]:
@@ -192,25 +192,30 @@ class LARS(LayerwiseOptimizer):
             ratio = torch.where((update_norm == 0) & (weight_norm != 0), 0.0, ratio)
         return ratio
 
-    def _descend(self, batch: Batch, ratios: Tensor, agreed: Agreed) -> None:
+    def _descend(self, chunks: ChunkGroup, ratios: Tensor, synced: SyncedStep) -> None:
         """Advance b and move the weights."""
-        group, weights = batch.group, self._weights(batch)
-        ratio = batch.of_layers(ratios)
+        group, weights = chunks.group, self._weights(chunks)
+        ratio = chunks.of_layers(ratios)
         lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
         inside, outside = (lr, 1.0) if group["lr_in_buffer"] else (1.0, lr)
-        grads, scale = self._gradients(batch, agreed), ratio * scalar(inside, ratio)
+        grads, scale = self._gradients(chunks, synced), ratio * scalar(inside, ratio)
         if group["momentum"] and not group["nesterov"]:
-            steps = self._plain_momentum(batch, grads, weights, scale, agreed.skip)
+            steps = self._plain_momentum(chunks, grads, weights, scale, synced.skip)
         else:
             scaled = torch._foreach_mul(decayed(grads, weights, group), scale.unbind())
-            steps = self._nesterov_momentum(batch, scaled, agreed.skip)
-        descend(batch, weights, steps, outside, agreed.skip)
+            steps = self._nesterov_momentum(chunks, scaled, synced.skip)
+        descend(chunks, weights, steps, outside, synced.skip)
 
     def _plain_momentum(
-        self, batch: Batch, grads: Tensors, weights: Tensors, scale: Tensor, skip: Tensor | None
+        self,
+        chunks: ChunkGroup,
+        grads: Tensors,
+        weights: Tensors,
+        scale: Tensor,
+        skip: Tensor | None,
     ) -> Tensors:
         """b ← μ b + scale · (g + β w), which is the direction to step in."""
-        group, buffers = batch.group, self._state_of(batch, "momentum_buffer")
+        group, buffers = chunks.group, self._state_of(chunks, "momentum_buffer")
         advanced = buffers if skip is None else [buffer.clone() for buffer in buffers]
         torch._foreach_mul_(advanced, group["momentum"])
         torch._foreach_addcmul_(advanced, grads, scale.unbind())
@@ -220,12 +225,14 @@ class LARS(LayerwiseOptimizer):
             write(buffers, advanced, skip)
         return advanced
 
-    def _nesterov_momentum(self, batch: Batch, scaled: Tensors, skip: Tensor | None) -> Tensors:
+    def _nesterov_momentum(
+        self, chunks: ChunkGroup, scaled: Tensors, skip: Tensor | None
+    ) -> Tensors:
         """b ← μ b + s, s = scale · (g + β w); the direction is s + μ b, or s without momentum."""
-        momentum = batch.group["momentum"]
+        momentum = chunks.group["momentum"]
         if momentum == 0:
             return scaled
-        buffers = self._state_of(batch, "momentum_buffer")
+        buffers = self._state_of(chunks, "momentum_buffer")
         advanced = torch._foreach_add(scaled, buffers, alpha=momentum)
         write(buffers, advanced, skip)
         return torch._foreach_add(scaled, advanced, alpha=momentum)

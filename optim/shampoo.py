@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import Group
-from largebatch.optim.blockwise.block_work import BlockAtWork, Work
+from largebatch.optim.blockwise.block_work import BlockAtWork, BlockTask
 from largebatch.optim.blockwise.blocks import Block
 from largebatch.optim.blockwise.factors import factor_beta, in_basis, next_factor
 from largebatch.optim.blockwise.optimizer import Here, SecondOrderOptimizer
-from largebatch.optim.blockwise.step_stats import Worked, square
-from largebatch.optim.blockwise.work_group import Layer
+from largebatch.optim.blockwise.step_stats import BlockDirection, square
+from largebatch.optim.blockwise.work_group import BlockedLayer
 from largebatch.optim.math.decompositions import Decomposition, Outcome
 from largebatch.optim.math.grafting import GRAFTINGS, WITH_SQUARES, grafted_step, next_squares
 from largebatch.optim.math.matrix_roots import Root, inverse_root
@@ -153,7 +153,7 @@ class Shampoo(SecondOrderOptimizer):
             shapes["grad_sq"] = block.shape
         return shapes
 
-    def _work_on(self, block: BlockAtWork) -> Work:
+    def _work_on(self, block: BlockAtWork) -> BlockTask:
         """Advance factors, roots when they are due, m, and the grafted method, in this order."""
         group, grad, step = block.group, block.grad, block.step
         (beta1, beta2), start = group["betas"], group["start_preconditioning_step"]
@@ -171,10 +171,10 @@ class Shampoo(SecondOrderOptimizer):
         age = block.ages["exp_avg_sq"]
         own = grafted_step(grafting, mean, squares, age, beta2, group["eps"])
         if step < start:
-            return Worked(own, square(own))
+            return BlockDirection(own, square(own))
         roots = {dim: block.state[f"root_{dim}"] for dim in block.dims}
         direction = in_basis(mean, roots)  # which are symmetric
-        return Worked(direction, square(direction if grafting == "none" else own))
+        return BlockDirection(direction, square(direction if grafting == "none" else own))
 
     def _asked_roots(self, block: BlockAtWork) -> list[Decomposition[Root]]:
         group = block.group
@@ -202,7 +202,7 @@ class Shampoo(SecondOrderOptimizer):
         return bool(group["momentum"] > 0)
 
     def _step_with_momentum(
-        self, layer: Layer, group: Group, direction: Tensor, here: Here, skip: Tensor | None
+        self, layer: BlockedLayer, group: Group, direction: Tensor, here: Here, skip: Tensor | None
     ) -> Tensor:
         if not self._uses_momentum(group):
             return direction

@@ -42,11 +42,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import Group
-from largebatch.optim.blockwise.block_work import BlockAtWork, Work
+from largebatch.optim.blockwise.block_work import BlockAtWork, BlockTask
 from largebatch.optim.blockwise.blocks import Block
 from largebatch.optim.blockwise.factors import in_basis, next_factor, out_of_basis
 from largebatch.optim.blockwise.optimizer import SecondOrderOptimizer
-from largebatch.optim.blockwise.step_stats import Worked, square
+from largebatch.optim.blockwise.step_stats import BlockDirection, square
 from largebatch.optim.math.decompositions import Decomposition, Outcome
 from largebatch.optim.math.matrix_roots import Refined, eigenbasis, refined_basis
 from largebatch.optim.options import require
@@ -134,7 +134,7 @@ class SOAP(SecondOrderOptimizer):
             shapes |= {f"factor_{dim}": (n, n), f"basis_{dim}": (n, n)}
         return shapes | {"exp_avg": block.shape, "exp_avg_sq": block.shape}
 
-    def _work_on(self, block: BlockAtWork) -> Work:
+    def _work_on(self, block: BlockAtWork) -> BlockTask:
         """One step of Adam in the basis; then the factors take the gradient in, and the basis the
         factors where it is due."""
         direction = self._direction(block)
@@ -143,7 +143,7 @@ class SOAP(SecondOrderOptimizer):
         if block.step == 1 or block.is_due(first=1):
             outcomes = yield self._asked_bases(block)
             self._turn_bases(block, outcomes)
-        return Worked(direction, square(direction))
+        return BlockDirection(direction, square(direction))
 
     def _direction(self, block: BlockAtWork) -> Tensor:
         group, grad, state = block.group, block.grad, block.state

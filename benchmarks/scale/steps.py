@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import LAMB, SOAP, Shampoo
-from largebatch.optim.blockwise.work_group import make_layer, share_out, teams_of
+from largebatch.optim.blockwise.work_group import make_layer, share_out, work_groups_of
 from largebatch.optim.kronecker.layers import find_layers
-from largebatch.optim.kronecker.work_group import make_teams
-from largebatch.optim.sharding.placement import Spread, spread_of
-from largebatch.optim.sharding.redistribution import Exchange
+from largebatch.optim.kronecker.work_group import make_work_groups
+from largebatch.optim.sharding.placement import Placement, placement_of
+from largebatch.optim.sharding.redistribution import Redistribution
 from largebatch.train.checkpoints.plan import digest_of, parts_of, plan_of
 from largebatch.train.checkpoints.torch_format import SharingPlanner
 
@@ -146,20 +146,20 @@ def spread_out(shape: tuple[int, ...], mesh: DeviceMesh | None, device: str = "m
     )
 
 
-def block_exchange(make: Callable[..., Any]) -> Callable[[dict[str, nn.Parameter]], Exchange]:
+def block_exchange(make: Callable[..., Any]) -> Callable[[dict[str, nn.Parameter]], Redistribution]:
     """That of Shampoo or SOAP."""
 
-    def build(params: dict[str, nn.Parameter]) -> Exchange:
+    def build(params: dict[str, nn.Parameter]) -> Redistribution:
         group = make([*params.items()], process_group=dist.group.WORLD).param_groups[0]
         layers = [make_layer(p, name, group, dist.group.WORLD) for name, p in params.items()]
         share_out(layers, dict.fromkeys(params.values(), group))
-        (team,) = teams_of(layers)
-        return team.exchange
+        (work_group,) = work_groups_of(layers)
+        return work_group.redistribution
 
     return build
 
 
-def layer_exchange(params: dict[str, nn.Parameter]) -> Exchange:
+def layer_exchange(params: dict[str, nn.Parameter]) -> Redistribution:
     """That of K-FAC."""
     model = nn.ModuleDict()
     for name, param in params.items():
@@ -167,14 +167,14 @@ def layer_exchange(params: dict[str, nn.Parameter]) -> Exchange:
         linear.weight = param
         model[name.replace(".", "/")] = linear
     layers = find_layers(model, 4096)
-    spreads: dict[Tensor, Spread] = {
-        p: spread_of(p, name, dist.group.WORLD) for name, p in params.items()
+    placements: dict[Tensor, Placement] = {
+        p: placement_of(p, name, dist.group.WORLD) for name, p in params.items()
     }
-    (team,) = make_teams(layers, spreads, 10)
-    return team.exchange
+    (work_group,) = make_work_groups(layers, placements, 10)
+    return work_group.redistribution
 
 
-EXCHANGES: Final[Mapping[str, Callable[[dict[str, nn.Parameter]], Exchange]]] = {
+EXCHANGES: Final[Mapping[str, Callable[[dict[str, nn.Parameter]], Redistribution]]] = {
     "Shampoo": block_exchange(
         lambda params, **more: Shampoo(params, lr=0.1, max_preconditioner_dim=None, **more)
     ),
@@ -206,20 +206,20 @@ def exchanged(optimizer: str, shapes: Shapes, layout: str, size: int, rank: int 
         return summary(exchange, watch, planned - begun, ended - started)
 
 
-def owned(exchange: Exchange) -> list[dict[int, Tensor]]:
+def owned(exchange: Redistribution) -> list[dict[int, Tensor]]:
     """A result for each block that this rank owns."""
     found: list[dict[int, Tensor]] = []
-    for parcel in exchange.parcels:
-        pairs = enumerate(zip(parcel.blocks, parcel.owners, strict=True))
+    for tensor in exchange.tensors:
+        pairs = enumerate(zip(tensor.blocks, tensor.owners, strict=True))
         mine = {number: block for number, (block, owner) in pairs if owner == exchange.me}
         found.append({n: torch.zeros(block.size, device="meta") for n, block in mine.items()})
     return found
 
 
-def summary(exchange: Exchange, watch: Watch, plan: float, host: float) -> Exchanged:
+def summary(exchange: Redistribution, watch: Watch, plan: float, host: float) -> Exchanged:
     shares: Counter[int] = Counter()
-    for parcel in exchange.parcels:
-        for block, owner in zip(parcel.blocks, parcel.owners, strict=True):
+    for tensor in exchange.tensors:
+        for block, owner in zip(tensor.blocks, tensor.owners, strict=True):
             shares[owner] += 4 * block.numel
     swaps = [(sent, to) for name, sent, to in watch.collectives if name == "alltoall_base"]
     return Exchanged(

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from largebatch.optim.base import Group
 from largebatch.optim.blockwise.owned_state import BlockState
-from largebatch.optim.blockwise.step_stats import Stats, Worked
-from largebatch.optim.blockwise.work_group import Layer, Team
+from largebatch.optim.blockwise.step_stats import BlockDirection, BlockStats
+from largebatch.optim.blockwise.work_group import BlockedLayer, WorkGroup
 from largebatch.optim.math.decompositions import Decomposition, Outcome, decompose
 from largebatch.optim.math.matrix_roots import Failures
 from largebatch.optim.math.tensors import write
 
 Result = TypeVar("Result")
 
-Work = Generator[list[Decomposition[Any]], list[Outcome[Any]], Worked]
+BlockTask = Generator[list[Decomposition[Any]], list[Outcome[Any]], BlockDirection]
 """What is done to a block in a step: once at most it hands out what it wants decomposed, with that
 of all other blocks, and goes on with the outcomes."""
 
@@ -26,7 +26,7 @@ of all other blocks, and goes on with the outcomes."""
 class BlockAtWork:
     """One block in one step."""
 
-    layer: Layer
+    layer: BlockedLayer
     number: int
     group: Group
     grad: Tensor
@@ -51,7 +51,7 @@ class BlockAtWork:
         Raises:
             RootError: too many failures, where no other rank waits for this one.
         """
-        part, alone = (self.number, dim), self.layer.spread.group is None
+        part, alone = (self.number, dim), self.layer.placement.group is None
         return self.failures.attempt(compute, str(self.layer.name), part, raises=alone)
 
     def put(self, name: str, value: Tensor) -> Tensor:
@@ -75,15 +75,15 @@ class BlockAtWork:
         return self.step > first - interval and (self.step - 1 - slot) % interval == 0
 
 
-def all_worked(works: Sequence[Work]) -> list[Worked]:
+def run_tasks(works: Sequence[BlockTask]) -> list[BlockDirection]:
     """Have all blocks worked on, and decompose at once what they ask for."""
-    worked: dict[int, Worked] = {}
+    done: dict[int, BlockDirection] = {}
 
     def go_on(number: int, outcomes: list[Outcome[Any]] | None) -> list[Decomposition[Any]]:
         try:
             return works[number].send(outcomes)  # type: ignore[arg-type]  # None: begin
         except StopIteration as end:
-            worked[number] = end.value
+            done[number] = end.value
             return []
 
     asked = {number: go_on(number, None) for number in range(len(works))}
@@ -91,14 +91,14 @@ def all_worked(works: Sequence[Work]) -> list[Worked]:
     for number, some in asked.items():
         if some:
             go_on(number, [*islice(outcomes, len(some))])
-    return [worked[number] for number in range(len(works))]
+    return [done[number] for number in range(len(works))]
 
 
 @dataclass(frozen=True)
-class Agreed:
+class GatheredStep:
     """What a step starts from: the same on all ranks before any state is touched."""
 
-    teams: "list[Gathered]"
+    gradients: "list[GroupGradients]"
     active: set[Tensor]
     """The parameters that some rank has a gradient for."""
     skip: Tensor | None
@@ -106,10 +106,10 @@ class Agreed:
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """A team's gradients as they have arrived."""
+class GroupGradients:
+    """A work group's gradients as they have arrived."""
 
-    team: Team
+    work_group: WorkGroup
     parts: list[Tensor | None]
     """For each layer this rank's part of the gradient."""
     dropped: list[Tensor | None]
@@ -120,11 +120,11 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Directions:
-    """What a rank has made of a team's gradients."""
+    """What a rank has made of a work group's gradients."""
 
-    team: Team
+    work_group: WorkGroup
     blocks: list[dict[int, Tensor]]
     """For each layer the directions of the blocks owned here."""
     elementwise: dict[int, Tensor]
     """By layer, this rank's part of the directions of what has no blocks."""
-    stats: Stats
+    stats: BlockStats

@@ -38,19 +38,19 @@ from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import Group, evaluate, uncompiled
 from largebatch.optim.blockwise.block_work import (
-    Agreed,
     BlockAtWork,
+    BlockTask,
     Directions,
-    Gathered,
-    Work,
-    all_worked,
+    GatheredStep,
+    GroupGradients,
+    run_tasks,
 )
 from largebatch.optim.blockwise.factors import factor_beta
 from largebatch.optim.blockwise.failure_notice import FailureNotice, counts_of
 from largebatch.optim.blockwise.owned_state import OwnedState
 from largebatch.optim.blockwise.state_memory import DROPPED
-from largebatch.optim.blockwise.step_stats import DROPPED_ROW, Stats, Tally
-from largebatch.optim.blockwise.work_group import Layer, Team
+from largebatch.optim.blockwise.step_stats import DROPPED_ROW, BlockStats, Tally
+from largebatch.optim.blockwise.work_group import BlockedLayer, WorkGroup
 from largebatch.optim.math.matrix_roots import REASONS, TOLERATED_FAILURES, full_precision
 from largebatch.optim.math.tensors import gradient_of, on_device, without_too_large, write
 from largebatch.optim.options import require, require_lr, require_one_of
@@ -66,7 +66,7 @@ Here = Callable[[Tensor], Tensor]
 class SecondOrderOptimizer(OwnedState):
     """Base of optimizers that precondition blocks of matrices."""
 
-    _stats: tuple[Stats, ...] = ()
+    _stats: tuple[BlockStats, ...] = ()
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class SecondOrderOptimizer(OwnedState):
 
     # What a subclass says of its formula --------------------------------------------------------
 
-    def _work_on(self, block: BlockAtWork) -> Work:
+    def _work_on(self, block: BlockAtWork) -> BlockTask:
         """Advance a block's state by one gradient, and return its direction.
 
         Called with `full_precision` set.
@@ -128,7 +128,7 @@ class SecondOrderOptimizer(OwnedState):
         return False
 
     def _step_with_momentum(
-        self, layer: Layer, group: Group, direction: Tensor, here: Here, skip: Tensor | None
+        self, layer: BlockedLayer, group: Group, direction: Tensor, here: Here, skip: Tensor | None
     ) -> Tensor:
         """The step from a piece of a layer's direction, which lies `here` in its tensors."""
         return direction
@@ -159,13 +159,13 @@ class SecondOrderOptimizer(OwnedState):
         self._heed_failures()
         self._counts.settle()
         self._counts.read(self._states())
-        agreed = self._agree(self._teams())
+        gathered = self._gather(self._work_groups())
         with full_precision():
-            directions = [self._work(gathered, agreed) for gathered in agreed.teams]
+            directions = [self._work(gradients, gathered) for gradients in gathered.gradients]
         for ours in directions:
-            self._descend(ours, agreed)
+            self._descend(ours, gathered)
         self._stats = tuple(ours.stats for ours in directions)
-        self._advance(agreed)
+        self._advance(gathered)
         return loss
 
     def _heed_failures(self) -> None:
@@ -174,38 +174,42 @@ class SecondOrderOptimizer(OwnedState):
         for notice in notices:
             notice.check()
 
-    def _agree(self, teams: list[Team]) -> Agreed:
+    def _gather(self, work_groups: list[WorkGroup]) -> GatheredStep:
         """Bring the gradients to the owners of their blocks, before any state is touched."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        device = teams[0].layers[0].device if teams else torch.device("cpu")
+        device = work_groups[0].layers[0].device if work_groups else torch.device("cpu")
         flag = None if found_inf is None else on_device(found_inf, device).float()
         active: set[Tensor] = set()
-        gathered: list[Gathered] = []
-        for team in teams:
-            read = [self._gradient(layer) for layer in team.layers]
+        gradients: list[GroupGradients] = []
+        for work_group in work_groups:
+            read = [self._gradient(layer) for layer in work_group.layers]
             ours, dropped = [each[0] for each in read], [each[1] for each in read]
             present = [part is not None for part in ours]
             sums = None
-            if team.is_sharded:
+            if work_group.is_sharded:
                 # Of all ranks: is the step to be skipped, and who has a gradient of what. Made on
                 # the device: a copy to it would wait for all that it has still to do.
                 size = 1 + len(present)
-                sums = torch.ones(size, dtype=team.dtype, device=team.exchange.device)
+                sums = torch.ones(
+                    size, dtype=work_group.dtype, device=work_group.redistribution.device
+                )
                 sums[0] = 0.0 if flag is None else flag
                 for place, has in enumerate(present):
                     if not has:
                         sums[1 + place] = 0.0
-            arrived, totals = team.exchange.to_owners(ours, sums)
+            arrived, totals = work_group.redistribution.to_owners(ours, sums)
             if totals is not None:
                 if flag is not None:
                     flag = totals[0]
                 if not all(present):
                     present = [count > 0 for count in totals[1:].tolist()]
-            active |= {layer.param for layer, has in zip(team.layers, present, strict=True) if has}
-            gathered.append(Gathered(team, ours, dropped, arrived))
-        return Agreed(gathered, active, None if flag is None else flag != 0)
+            active |= {
+                layer.param for layer, has in zip(work_group.layers, present, strict=True) if has
+            }
+            gradients.append(GroupGradients(work_group, ours, dropped, arrived))
+        return GatheredStep(gradients, active, None if flag is None else flag != 0)
 
-    def _gradient(self, layer: Layer) -> tuple[Tensor | None, Tensor | None]:
+    def _gradient(self, layer: BlockedLayer) -> tuple[Tensor | None, Tensor | None]:
         """This rank's part of the gradient to descend along, not to be written to; and how many of
         its elements were dropped, 0-d."""
         param, group = layer.param, self._group_of[layer.param]
@@ -221,70 +225,72 @@ class SecondOrderOptimizer(OwnedState):
             grad = grad.add(local(param), alpha=group["weight_decay"])
         return without_too_large(grad)
 
-    def _work(self, gathered: Gathered, agreed: Agreed) -> Directions:
+    def _work(self, gradients: GroupGradients, gathered: GatheredStep) -> Directions:
         """The directions of the blocks owned here, and of this rank's part of what has none."""
-        team = gathered.team
-        tally = Tally(team.layers, team.dtype, team.exchange.device)
-        blocks: list[dict[int, Tensor]] = [{} for _ in team.layers]
+        work_group = gradients.work_group
+        tally = Tally(work_group.layers, work_group.dtype, work_group.redistribution.device)
+        blocks: list[dict[int, Tensor]] = [{} for _ in work_group.layers]
         at_work: list[tuple[int, BlockAtWork]] = []
         elementwise: dict[int, Tensor] = {}
-        for place, layer in enumerate(team.layers):
-            if layer.param not in agreed.active:
+        for place, layer in enumerate(work_group.layers):
+            if layer.param not in gathered.active:
                 continue
             param = layer.param
             group = self._group_of[param]
             self._make_state(layer, group)
             step = self._counts.of(param, self.state[param]) + 1
             ages = self._ages_of(layer, step)
-            tally.moves(place, gathered.dropped[place])
+            tally.moves(place, gradients.dropped[place])
             if not layer.blocks:
-                part = gathered.parts[place]
+                part = gradients.parts[place]
                 if part is None:
                     part = torch.zeros_like(local(param), dtype=layer.dtype)
-                elementwise[place] = self._adamw(param, group, part, ages, agreed.skip)
+                elementwise[place] = self._adamw(param, group, part, ages, gathered.skip)
                 tally.add_part(place, part, elementwise[place])
-            for k, own in gathered.blocks[place].items():
+            for k, own in gradients.blocks[place].items():
                 grad = own.to(layer.dtype).reshape(layer.blocks[k].shape)
                 state = self._block_state(layer, k)
                 work = BlockAtWork(
-                    layer, k, group, grad, state, step, ages, self.failures, agreed.skip
+                    layer, k, group, grad, state, step, ages, self.failures, gathered.skip
                 )
                 at_work.append((place, work))
-        found = all_worked([self._work_on(work) for _, work in at_work])
-        for (place, work), worked in zip(at_work, found, strict=True):
+        found = run_tasks([self._work_on(work) for _, work in at_work])
+        for (place, work), done in zip(at_work, found, strict=True):
             k = work.number
-            blocks[place][k] = worked.direction.reshape(work.layer.blocks[k].box.size)
-            tally.add_block(place, k, work.grad, worked, work.state["condition"])
-        return Directions(team, blocks, elementwise, tally.stats())
+            blocks[place][k] = done.direction.reshape(work.layer.blocks[k].box.size)
+            tally.add_block(place, k, work.grad, done, work.state["condition"])
+        return Directions(work_group, blocks, elementwise, tally.stats())
 
-    def _descend(self, ours: Directions, agreed: Agreed) -> None:
+    def _descend(self, ours: Directions, gathered: GatheredStep) -> None:
         """Bring the directions back, and move this rank's part of the weights."""
-        team, stats = ours.team, ours.stats
-        failed = self._failed(team)
+        work_group, stats = ours.work_group, ours.stats
+        failed = self._failed(work_group)
         sums = [stats.squares.flatten(), stats.conditions, failed]
-        pieces, totals = team.exchange.to_holders(ours.blocks, torch.cat(sums))
+        pieces, totals = work_group.redistribution.to_holders(ours.blocks, torch.cat(sums))
         assert totals is not None
         squares, stats.conditions, failed = torch.split(totals, [part.numel() for part in sums])
         # A sum of squares that has overflown is large and not infinite: ratios stay numbers.
         stats.squares = squares.view_as(stats.squares).clamp(max=torch.finfo(totals.dtype).max)
         if failed.numel():
-            names = [layer.name for layer in team.layers]
+            names = [layer.name for layer in work_group.layers]
             self._notices.append(FailureNotice(self.failures, names, failed))
         scales, moved = stats.scales(), set(stats.moved)
         for piece, part in pieces:  # all are to be taken, whether they move anything or not
-            if piece.parcel in moved:
-                layer = team.layers[piece.parcel]
-                direction = part.to(layer.dtype) * scales[piece.parcel].to(layer.device)
-                here = partial(piece.box.of, within=layer.spread.boxes[layer.spread.me])
-                self._move(layer, direction.to(layer.dtype), here, agreed.skip)
+            if piece.tensor in moved:
+                layer = work_group.layers[piece.tensor]
+                direction = part.to(layer.dtype) * scales[piece.tensor].to(layer.device)
+                here = partial(piece.box.of, within=layer.placement.boxes[layer.placement.me])
+                self._move(layer, direction.to(layer.dtype), here, gathered.skip)
         for place, direction in ours.elementwise.items():
-            self._move(team.layers[place], direction, lambda tensor: tensor, agreed.skip)
+            self._move(work_group.layers[place], direction, lambda tensor: tensor, gathered.skip)
         for place in stats.moved:
-            dropped = self.state[team.layers[place].param][DROPPED]
+            dropped = self.state[work_group.layers[place].param][DROPPED]
             new = stats.squares[place, DROPPED_ROW].to(dropped)
-            write([dropped], [dropped + new], agreed.skip)
+            write([dropped], [dropped + new], gathered.skip)
 
-    def _move(self, layer: Layer, direction: Tensor, here: Here, skip: Tensor | None) -> None:
+    def _move(
+        self, layer: BlockedLayer, direction: Tensor, here: Here, skip: Tensor | None
+    ) -> None:
         """Move the piece of this rank's part of the weights that lies `here` in it."""
         group, weight = self._group_of[layer.param], here(local(layer.param))
         if layer.blocks:
@@ -297,27 +303,29 @@ class SecondOrderOptimizer(OwnedState):
             lr = on_device(lr, weight.device).to(layer.dtype)
         write([weight], [old - lr * direction], skip)
 
-    def _failed(self, team: Team) -> Tensor:
+    def _failed(self, work_group: WorkGroup) -> Tensor:
         """What of this rank's own has failed for good, for others to know; empty where none is."""
-        device, dtype = team.exchange.device, team.dtype
-        if team.exchange.group is None:
+        device, dtype = work_group.redistribution.device, work_group.dtype
+        if work_group.redistribution.group is None:
             return torch.empty(0, device=device, dtype=dtype)
-        names = [layer.name for layer in team.layers]
+        names = [layer.name for layer in work_group.layers]
         if not self.failures.exhausted:  # made there: a copy would wait for the device
             return torch.zeros(len(names) * len(REASONS), device=device, dtype=dtype)
         counts = torch.tensor(counts_of(self.failures, names), device=device, dtype=dtype)
         self.failures.exhausted.clear()
         return counts
 
-    def _advance(self, agreed: Agreed) -> None:
+    def _advance(self, gathered: GatheredStep) -> None:
         """Count the step, on the device and on the host."""
-        moved = [layer.param for gathered in agreed.teams for layer in gathered.team.layers]
-        moved = [param for param in moved if param in agreed.active]
+        moved = [
+            layer.param for gradients in gathered.gradients for layer in gradients.work_group.layers
+        ]
+        moved = [param for param in moved if param in gathered.active]
         for param in moved:
             step = self.state[param]["step"]
-            skip = None if agreed.skip is None else agreed.skip.to(step.device)
+            skip = None if gathered.skip is None else gathered.skip.to(step.device)
             write([step], [step + 1], skip)
-        self._counts.stepped(moved, agreed.skip)
+        self._counts.stepped(moved, gathered.skip)
 
     def _adamw(
         self,

@@ -28,13 +28,13 @@ from largebatch.optim.blockwise.state_memory import (
 )
 from largebatch.optim.blockwise.work_group import (
     CUT,
-    Layer,
-    Team,
+    BlockedLayer,
+    WorkGroup,
     blocks_in,
     look_of,
     make_layer,
     share_out,
-    teams_of,
+    work_groups_of,
 )
 from largebatch.optim.loading import as_state, in_own_order, of_no_parameter
 from largebatch.optim.math.bias_correction import SUFFIX, ages_of
@@ -67,15 +67,15 @@ class OwnedState(MaskedOptimizer):
 
     def _begin(self, tolerated_failures: int = TOLERATED_FAILURES) -> None:
         self.failures = Failures(tolerated_failures)
-        self._layers: dict[Tensor, Layer] = {}
+        self._layers: dict[Tensor, BlockedLayer] = {}
         self._group_of: dict[Tensor, Group] = {}
-        self._known_teams: tuple[Any, list[Team]] = ((), [])
+        self._known_work_groups: tuple[Any, list[WorkGroup]] = ((), [])
         self._counts = StepCounts()
         self._history: dict[Tensor, dict[str, tuple[float, float]]] = {}
         self._notices: list[FailureNotice] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        shared = any(layer.spread.group is not None for layer in self._layers.values())
+        shared = any(layer.placement.group is not None for layer in self._layers.values())
         if shared or self._process_group is not None:
             raise ValueError(
                 f"{type(self).__name__} cannot be copied or pickled where ranks share its work, "
@@ -135,7 +135,7 @@ class OwnedState(MaskedOptimizer):
             yield list(names if len(names) == len(group["params"]) else range(first, end))
             first = end
 
-    def _teams(self) -> list[Team]:
+    def _work_groups(self) -> list[WorkGroup]:
         """All parameters that may have a gradient. Made anew where they have changed."""
         key: list[Any] = []
         named: list[tuple[Tensor, Name]] = []
@@ -150,19 +150,19 @@ class OwnedState(MaskedOptimizer):
                 is_live = param.requires_grad or param.grad is not None
                 named.append((param, name))
                 key.append((id(param), name, look_of(param, group), is_live))
-        if self._known_teams[0] == key:
-            return self._known_teams[1]
+        if self._known_work_groups[0] == key:
+            return self._known_work_groups[1]
         layers = {param: self._layer_of(param, name) for param, name in named}
         share_out(layers.values(), self._group_of)
         # One that has left the groups may come back to its state, and so to its owners.
         left = {p: layer for p, layer in self._layers.items() if p not in layers}
         self._layers = layers | {p: layer for p, layer in left.items() if p in self.state}
         live = {param for (param, _), entry in zip(named, key, strict=True) if entry[-1]}
-        teams = teams_of(layer for param, layer in layers.items() if param in live)
-        self._known_teams = key, teams
-        return teams
+        work_groups = work_groups_of(layer for param, layer in layers.items() if param in live)
+        self._known_work_groups = key, work_groups
+        return work_groups
 
-    def _layer_of(self, param: Tensor, name: Name) -> Layer:
+    def _layer_of(self, param: Tensor, name: Name) -> BlockedLayer:
         """The layer that a parameter is known as, or, where it is cut otherwise now, a new one."""
         group, known = self._group_of[param], self._layers.get(param)
         if known is not None and known.seen == look_of(param, group):
@@ -171,7 +171,7 @@ class OwnedState(MaskedOptimizer):
         layer = make_layer(param, name, group, self._process_group)
         if known is None:
             return layer
-        if known.blocks == layer.blocks and known.spread == layer.spread:
+        if known.blocks == layer.blocks and known.placement == layer.placement:
             layer.owners, layer.slots = known.owners, known.slots
         elif self.state.pop(param, None):
             self._counts.forget(param)
@@ -188,7 +188,7 @@ class OwnedState(MaskedOptimizer):
     def _states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return ((param, self.state[param]) for param in self._params() if param in self.state)
 
-    def _make_state(self, layer: Layer, group: Group) -> None:
+    def _make_state(self, layer: BlockedLayer, group: Group) -> None:
         """Make what state is missing, as at a parameter's first gradient; on every rank alike."""
         state = self.state[layer.param]
         if "step" not in state:
@@ -205,8 +205,8 @@ class OwnedState(MaskedOptimizer):
         if not layer.state_names:
             self._make_block_states(layer, group)
 
-    def _make_block_states(self, layer: Layer, group: Group) -> None:
-        state, me = self.state[layer.param], layer.spread.me
+    def _make_block_states(self, layer: BlockedLayer, group: Group) -> None:
+        state, me = self.state[layer.param], layer.placement.me
         for number, (block, owner) in enumerate(zip(layer.blocks, layer.owners, strict=True)):
             shapes = self._block_shapes(group, block)
             layer.state_names = tuple(shapes)
@@ -216,26 +216,26 @@ class OwnedState(MaskedOptimizer):
                 value = new_entry(name, shape if owner == me else (0,), layer)
                 state.setdefault(f"block_{number}/{name}", value)
 
-    def _scalar_keys(self, layer: Layer) -> tuple[str, ...]:
+    def _scalar_keys(self, layer: BlockedLayer) -> tuple[str, ...]:
         """0-d entries, zeros at first, and zeros where a checkpoint has none."""
         averages = AVERAGES if layer.blocks else AVERAGES[:2]
         return (*(average + SUFFIX for average in averages), DROPPED)
 
-    def _ages_of(self, layer: Layer, step: int) -> dict[str, float]:
+    def _ages_of(self, layer: BlockedLayer, step: int) -> dict[str, float]:
         """The t of each running average for its bias correction, at the parameter's step `step`."""
         param, betas = layer.param, self._betas(self._group_of[layer.param])
         return ages_of(self.state[param], self._history.setdefault(param, {}), betas, step)
 
     def _count_in_new_betas(self) -> None:
         """Before state is saved: β may have been set for the next step, and is saved with it."""
-        self._teams()
+        self._work_groups()
         self._counts.settle()
         self._counts.read(self._states())
         for param in self._params():
             if "step" in self.state.get(param, {}):
                 self._ages_of(self._layers[param], self._counts.of(param, self.state[param]) + 1)
 
-    def _block_state(self, layer: Layer, number: int) -> BlockState:
+    def _block_state(self, layer: BlockedLayer, number: int) -> BlockState:
         state = self.state[layer.param]
         return {name: state[f"block_{number}/{name}"] for name in layer.state_names}
 
@@ -248,17 +248,19 @@ class OwnedState(MaskedOptimizer):
         """
         self._count_in_new_betas()
 
-        def spread(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
+        def shard_owned(
+            _: Optimizer, packed: StateDict
+        ) -> StateDict:  # before the user's post-hooks
             ids = [index for group in packed["param_groups"] for index in group["params"]]
             index_of = dict(zip(self._params(), ids, strict=True))
             state = dict(packed["state"])
             for portable, keys in self._portables(self.state):
-                cut = portable.cut({(param, key): self.state[param][key] for param, key in keys})
-                for (param, key), value in cut.items():
+                whole = {(param, key): self.state[param][key] for param, key in keys}
+                for (param, key), value in portable.shard(whole).items():
                     state[index_of[param]] = {**state[index_of[param]], key: value}
             return {**packed, "state": state}
 
-        hook = self.register_state_dict_post_hook(spread, prepend=True)
+        hook = self.register_state_dict_post_hook(shard_owned, prepend=True)
         state, known = self.state, self._group_of
         # Torch has no number for a parameter that has left the groups.
         here = {k: v for k, v in state.items() if k in known or not isinstance(k, Tensor)}
@@ -311,7 +313,7 @@ class OwnedState(MaskedOptimizer):
         Raises:
             ValueError: a tensor that is missing or of another shape.
         """
-        self._teams()
+        self._work_groups()
         ready: dict[Tensor, dict[str, Any]] = {}
         for param, found in by_param.items():
             layer = self._layers[param]
@@ -350,18 +352,18 @@ class OwnedState(MaskedOptimizer):
                     kept = isinstance(value, Tensor) and not is_dtensor(value)
                     ready[param][key] = value.to(layer.device) if kept else value
         for portable, held in self._portables(ready):
-            joined = portable.join({(param, key): ready[param][key] for param, key in held})
+            joined = portable.gather({(param, key): ready[param][key] for param, key in held})
             for (param, key), value in joined.items():
                 ready[param][key] = value
         return ready
 
     def _portables(self, state: Mapping[Tensor, Any]) -> Iterator[tuple[Portable, list[Key]]]:
         """For each process group the block states of the layers that have any."""
-        by_group: dict[Any, list[Layer]] = {}
+        by_group: dict[Any, list[BlockedLayer]] = {}
         for param in self._params():
             layer = self._layers[param]
-            if layer.spread.group is not None and layer.blocks and param in state:
-                by_group.setdefault(layer.spread.group, []).append(layer)
+            if layer.placement.group is not None and layer.blocks and param in state:
+                by_group.setdefault(layer.placement.group, []).append(layer)
         for layers in by_group.values():
             shapes: dict[Key, tuple[int, ...]] = {}
             owners: dict[Key, int] = {}
@@ -371,7 +373,7 @@ class OwnedState(MaskedOptimizer):
                     owners[layer.param, key] = layer.owners[int(key[6 : key.index("/")])]
             yield Portable(layers, shapes, owners), [*shapes]
 
-    def _shapes_of(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+    def _shapes_of(self, layer: BlockedLayer) -> dict[str, tuple[int, ...]]:
         """The shapes of a layer's block states, by their keys in its state."""
         group = self._group_of[layer.param]
         return {

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from largebatch.optim.blockwise.work_group import Layer
+from largebatch.optim.blockwise.work_group import BlockedLayer
 from largebatch.optim.sharding.layout import is_dtensor, local
-from largebatch.optim.sharding.placement import spread_over
-from largebatch.optim.sharding.redistribution import Exchange
+from largebatch.optim.sharding.placement import mesh_placement
+from largebatch.optim.sharding.redistribution import Redistribution
 from largebatch.optim.sharding.rounds import whole
 
 Key = tuple[Tensor, str]
@@ -31,23 +31,27 @@ class Portable:
 
     def __init__(
         self,
-        layers: Iterable[Layer],
+        layers: Iterable[BlockedLayer],
         shapes: Mapping[Key, tuple[int, ...]],
         owners: Mapping[Key, int],
     ) -> None:
         by_param = {layer.param: layer for layer in layers}
         self._keys, self._shapes = [*shapes], shapes
         self._meshes = {param: mesh_of(layer) for param, layer in by_param.items()}
-        parcels = []
+        tensors = []
         for param, key in self._keys:
-            spread = spread_over(shapes[param, key], *self._meshes[param], by_param[param].name)
-            parcels.append(whole(spread, owners[param, key]))
+            placement = mesh_placement(
+                shapes[param, key], *self._meshes[param], by_param[param].name
+            )
+            tensors.append(whole(placement, owners[param, key]))
         wide = any(layer.dtype == torch.float64 for layer in by_param.values())
         first = next(iter(by_param.values()))
-        self._exchange = Exchange(parcels, torch.float64 if wide else torch.float32, first.device)
-        self._mine = [parcel.owners[0] == self._exchange.me for parcel in parcels]
+        self._redistribution = Redistribution(
+            tensors, torch.float64 if wide else torch.float32, first.device
+        )
+        self._mine = [tensor.owners[0] == self._redistribution.me for tensor in tensors]
 
-    def cut(self, states: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    def shard(self, states: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """From what this rank has at work to its parts of all states."""
         from torch.distributed.tensor import DTensor
 
@@ -55,9 +59,9 @@ class Portable:
             {0: states[key]} if mine else {}
             for key, mine in zip(self._keys, self._mine, strict=True)
         ]
-        pieces, _ = self._exchange.to_holders(blocks)
+        pieces, _ = self._redistribution.to_holders(blocks)
         found: dict[Key, Tensor] = {}
-        for index, part in self._exchange.joined(pieces):
+        for index, part in self._redistribution.joined(pieces):
             key = self._keys[index]
             mesh, placements = self._meshes[key[0]]
             shape = torch.Size(self._shapes[key])
@@ -71,8 +75,8 @@ class Portable:
             )
         return found
 
-    def join(self, states: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-        """The opposite of `cut`; takes whole tensors too, where every rank has them.
+    def gather(self, states: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        """The opposite of `shard`; takes whole tensors too, where every rank has them.
 
         What others own is an empty tensor.
         """
@@ -86,26 +90,26 @@ class Portable:
                 parts.append(local(value))
             else:
                 parts.append(None)
-        blocks, _ = self._exchange.to_owners(parts)
+        blocks, _ = self._redistribution.to_owners(parts)
         found: dict[Key, Tensor] = {}
         for key, mine, block in zip(self._keys, self._mine, blocks, strict=True):
             value = states[key]
             if not mine:
-                found[key] = torch.empty(0, dtype=value.dtype, device=self._exchange.device)
+                found[key] = torch.empty(0, dtype=value.dtype, device=self._redistribution.device)
             else:
                 found[key] = (block[0] if is_dtensor(value) else value).to(value.dtype).clone()
         return found
 
 
-def mesh_of(layer: Layer) -> tuple[Any, tuple[Any, ...]]:
+def mesh_of(layer: BlockedLayer) -> tuple[Any, tuple[Any, ...]]:
     """Where a layer's block states lie in a state dict: like its parameter, but cut by rows."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Replicate, Shard
 
     param: Any = layer.param
     if not is_dtensor(param):
-        assert layer.spread.group is not None
-        return DeviceMesh.from_group(layer.spread.group, layer.device.type), (Shard(0),)
+        assert layer.placement.group is not None
+        return DeviceMesh.from_group(layer.placement.group, layer.device.type), (Shard(0),)
     placements = tuple(
         Replicate() if placement.is_replicate() else Shard(0) for placement in param.placements
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from largebatch.optim.blockwise.blocks import Block
-from largebatch.optim.blockwise.work_group import Layer
+from largebatch.optim.blockwise.work_group import BlockedLayer
 from largebatch.optim.math.tensors import compute_dtype
 from largebatch.optim.sharding.layout import Name
 
@@ -60,7 +60,7 @@ def memory_in_words(parts: Iterable[Part]) -> str:
     return text + (f"\nNo factor along a long dimension: {', '.join(partly)}" if partly else "")
 
 
-def new_entry(name: str, shape: tuple[int, ...], layer: Layer) -> Tensor:
+def new_entry(name: str, shape: tuple[int, ...], layer: BlockedLayer) -> Tensor:
     """An entry of a block's state before its first step; empty where the block is another rank's.
 
     Roots and bases of nothing are the identity.

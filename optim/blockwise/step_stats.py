@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from largebatch.optim.blockwise.work_group import Layer
+from largebatch.optim.blockwise.work_group import BlockedLayer
 from largebatch.optim.math.tensors import root
 from largebatch.optim.sharding.layout import Name, local
 
@@ -15,7 +15,7 @@ DROPPED_ROW = 5
 
 
 @dataclass(frozen=True)
-class Worked:
+class BlockDirection:
     """What an owner makes of a block."""
 
     direction: Tensor
@@ -24,10 +24,10 @@ class Worked:
 
 
 @dataclass
-class Stats:
+class BlockStats:
     """Sums over whole layers, the rows of `squares`, and the condition of each of their blocks."""
 
-    layers: list[Layer]
+    layers: list[BlockedLayer]
     moved: list[int]
     squares: Tensor
     """(layers, 6): w², d², u², g², g·d with w the weights, d the direction, u the step, g the
@@ -63,9 +63,11 @@ class Stats:
 
 
 class Tally:
-    """Adds up what this rank knows of a step's `Stats`; summed over the ranks it is them."""
+    """Adds up what this rank knows of a step's `BlockStats`; summed over the ranks it is them."""
 
-    def __init__(self, layers: list[Layer], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, layers: list[BlockedLayer], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._layers, self._dtype = layers, dtype
         self._none = torch.zeros((), dtype=dtype, device=device)
         self._rows = [[self._none] * 6 for _ in layers]
@@ -84,29 +86,29 @@ class Tally:
     def add_part(self, place: int, grad: Tensor, direction: Tensor) -> None:
         """This rank's part of a layer without blocks."""
         if self._counts(place):
-            self._add(place, grad, Worked(direction, square(direction)))
+            self._add(place, grad, BlockDirection(direction, square(direction)))
 
     def add_block(
-        self, place: int, number: int, grad: Tensor, worked: Worked, condition: Tensor
+        self, place: int, number: int, grad: Tensor, done: BlockDirection, condition: Tensor
     ) -> None:
-        self._add(place, grad, worked)
+        self._add(place, grad, done)
         self._conditions[place][number] = condition.max()
 
-    def stats(self) -> Stats:
+    def stats(self) -> BlockStats:
         rows = [torch.stack([each.to(self._none) for each in row]) for row in self._rows]
         conditions = [each.to(self._none) for own in self._conditions for each in own]
         # One more, so that there is something to stack.
         stacked = torch.stack([*conditions, self._none])
-        return Stats(self._layers, self._moved, torch.stack(rows), stacked)
+        return BlockStats(self._layers, self._moved, torch.stack(rows), stacked)
 
     def _counts(self, place: int) -> bool:
         """Of several copies of a layer the first one does."""
-        spread = self._layers[place].spread
-        return spread.copies[spread.me] == 0
+        placement = self._layers[place].placement
+        return placement.copies[placement.me] == 0
 
-    def _add(self, place: int, grad: Tensor, worked: Worked) -> None:
-        direction = worked.direction
-        new = square(direction), worked.square, square(grad), (grad * direction).sum()
+    def _add(self, place: int, grad: Tensor, done: BlockDirection) -> None:
+        direction = done.direction
+        new = square(direction), done.square, square(grad), (grad * direction).sum()
         row = self._rows[place]
         row[1:5] = [old + each for old, each in zip(row[1:5], new, strict=True)]
 

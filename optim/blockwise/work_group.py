@@ -12,9 +12,9 @@ from largebatch.optim.base import Group
 from largebatch.optim.blockwise.blocks import Block, blocks_of
 from largebatch.optim.math.tensors import compute_dtype
 from largebatch.optim.sharding.layout import Name, local
-from largebatch.optim.sharding.placement import Spread, spread_of
-from largebatch.optim.sharding.redistribution import Exchange
-from largebatch.optim.sharding.rounds import Parcel
+from largebatch.optim.sharding.placement import Placement, placement_of
+from largebatch.optim.sharding.redistribution import Redistribution
+from largebatch.optim.sharding.rounds import ShardedTensor
 from largebatch.optim.sharding.work_assignment import assign
 
 if TYPE_CHECKING:
@@ -26,12 +26,12 @@ CUT = ("precondition", "block_size", "merge_dims", "max_preconditioner_dim")
 
 
 @dataclass(eq=False)
-class Layer:
+class BlockedLayer:
     """A parameter as a second-order optimizer treats it."""
 
     param: Tensor
     name: Name
-    spread: Spread
+    placement: Placement
     blocks: tuple[Block, ...]
     """What is preconditioned; none: a first-order method moves it."""
     seen: tuple[Any, ...] = ()
@@ -53,16 +53,18 @@ class Layer:
 
 
 @dataclass(eq=False)
-class Team:
+class WorkGroup:
     """Parameters that are spread over the same ranks."""
 
-    layers: list[Layer]
-    exchange: Exchange = field(init=False)
+    layers: list[BlockedLayer]
+    redistribution: Redistribution = field(init=False)
 
     def __post_init__(self) -> None:
-        self.exchange = Exchange(
+        self.redistribution = Redistribution(
             [
-                Parcel(layer.spread, tuple(block.box for block in layer.blocks), layer.owners)
+                ShardedTensor(
+                    layer.placement, tuple(block.box for block in layer.blocks), layer.owners
+                )
                 for layer in self.layers
             ],
             dtype=self.dtype,
@@ -77,7 +79,7 @@ class Team:
 
     @property
     def is_sharded(self) -> bool:
-        return any(layer.spread.is_sharded for layer in self.layers)
+        return any(layer.placement.is_sharded for layer in self.layers)
 
 
 def look_of(param: Tensor, group: Group) -> tuple[Any, ...]:
@@ -95,37 +97,41 @@ def blocks_in(group: Group, shape: Sequence[int]) -> tuple[Block, ...]:
 
 def make_layer(
     param: Tensor, name: Name, group: Group, process_group: "ProcessGroup | None"
-) -> Layer:
+) -> BlockedLayer:
     """A parameter with its blocks, which nobody owns yet.
 
     Raises:
         ValueError: a parameter whose parts cannot be known.
     """
-    spread = spread_of(param, name, process_group)
-    return Layer(param, name, spread, blocks_in(group, param.shape), look_of(param, group))
+    placement = placement_of(param, name, process_group)
+    return BlockedLayer(
+        param, name, placement, blocks_in(group, param.shape), look_of(param, group)
+    )
 
 
-def share_out(layers: Iterable[Layer], group_of: Mapping[Tensor, Group]) -> None:
+def share_out(layers: Iterable[BlockedLayer], group_of: Mapping[Tensor, Group]) -> None:
     """Give every block of the layers an owner and a slot; those who have some keep them.
 
     Slots are the same whatever the world size, and so are the steps at which roots are taken.
     """
     listed = sorted(layers, key=lambda layer: len(layer.owners) < len(layer.blocks))
-    by_interval: dict[int, list[Layer]] = {}
+    by_interval: dict[int, list[BlockedLayer]] = {}
     for layer in listed:
         interval = group_of[layer.param]["precondition_interval"]
         by_interval.setdefault(interval, []).append(layer)
     for interval, members in by_interval.items():
         fill(members, "slots", interval)
-    by_team: dict[Any, list[Layer]] = {}
+    by_group: dict[Any, list[BlockedLayer]] = {}
     for layer in listed:
-        by_team.setdefault(layer.spread.group, []).append(layer)
-    for process_group, members in by_team.items():
+        by_group.setdefault(layer.placement.group, []).append(layer)
+    for process_group, members in by_group.items():
         rounds = [slot for layer in members for slot in layer.slots]
         fill(members, "owners", 1 if process_group is None else process_group.size(), rounds)
 
 
-def fill(layers: list[Layer], what: str, num_bins: int, rounds: list[int] | None = None) -> None:
+def fill(
+    layers: list[BlockedLayer], what: str, num_bins: int, rounds: list[int] | None = None
+) -> None:
     """Set `slots` or `owners` of the layers, those that have none last in the list."""
     costs = [block.cost for layer in layers for block in layer.blocks]
     given = [chosen for layer in layers for chosen in getattr(layer, what)]
@@ -137,11 +143,11 @@ def fill(layers: list[Layer], what: str, num_bins: int, rounds: list[int] | None
         setattr(layer, what, tuple(bins[start:end]))
 
 
-def teams_of(layers: Iterable[Layer]) -> list[Team]:
+def work_groups_of(layers: Iterable[BlockedLayer]) -> list[WorkGroup]:
     """The layers by what they are spread over, in an order that all ranks share."""
-    by_group: dict[Any, list[Layer]] = {}
+    by_group: dict[Any, list[BlockedLayer]] = {}
     for layer in layers:
-        # The collectives of a team are on one device.
-        key = layer.spread.group, None if layer.spread.group is not None else layer.device
+        # The collectives of a work group are on one device.
+        key = layer.placement.group, None if layer.placement.group is not None else layer.device
         by_group.setdefault(key, []).append(layer)
-    return [Team(members) for members in by_group.values()]
+    return [WorkGroup(members) for members in by_group.values()]

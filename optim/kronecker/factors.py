@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from largebatch.optim.kronecker.damping import Damping, Roots, decomposed
-from largebatch.optim.kronecker.layers import Layer, Sums
+from largebatch.optim.kronecker.layers import FactorSums, Layer
 from largebatch.optim.math.decompositions import Decomposition
 from largebatch.optim.math.tensors import write
 
@@ -63,7 +63,7 @@ def _identity(like: Tensor) -> Tensor:
 def average(
     layer: Layer,
     state: State,
-    sums: Sums,
+    sums: FactorSums,
     items: Tensor,
     scale: Tensor,
     decay: float,

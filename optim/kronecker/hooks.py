@@ -24,22 +24,22 @@ class Watcher(Protocol):
 
 
 class Hook:
-    """A hook that keeps neither the curvature alive nor goes along with a copied model."""
+    """A hook that keeps neither the statistics alive nor goes along with a copied model."""
 
-    def __init__(self, curvature: Watcher | None, method: str, layer: Layer | None = None) -> None:
-        self._curvature = None if curvature is None else weakref.ref(curvature)
+    def __init__(self, statistics: Watcher | None, method: str, layer: Layer | None = None) -> None:
+        self._statistics = None if statistics is None else weakref.ref(statistics)
         self._method, self._layer = method, layer
 
     @_disable_dynamo  # in a compiled model it runs between two graphs
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        curvature = None if self._curvature is None else self._curvature()
-        if curvature is None:
+        statistics = None if self._statistics is None else self._statistics()
+        if statistics is None:
             return
         if self._layer is not None:
             kwargs, output = rest
-            curvature.see_forward(self._layer, args[0] if args else kwargs["input"], output)
+            statistics.see_forward(self._layer, args[0] if args else kwargs["input"], output)
         else:
-            getattr(curvature, self._method)(*rest)
+            getattr(statistics, self._method)(*rest)
 
     def __reduce__(self) -> tuple[type["Hook"], tuple[None, str]]:
         return Hook, (None, "")

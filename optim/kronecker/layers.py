@@ -305,7 +305,7 @@ def _gram(rows: Tensor, diagonal: bool) -> Tensor:
 
 
 @dataclass
-class Sums:
+class FactorSums:
     """What a layer has seen on this rank since the last step."""
 
     inputs: Tensor

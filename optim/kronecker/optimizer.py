@@ -25,21 +25,21 @@ from largebatch.optim.kronecker.coverage import (
 from largebatch.optim.kronecker.factors import FACTOR_STATE
 from largebatch.optim.kronecker.layers import Layer, find_layers, signature, without_bias
 from largebatch.optim.kronecker.options import check_group, check_whole
-from largebatch.optim.kronecker.state import CurvatureState
-from largebatch.optim.kronecker.statistics import Curvature
-from largebatch.optim.kronecker.turns import Turns
-from largebatch.optim.kronecker.work_group import Team, make_teams
+from largebatch.optim.kronecker.refresh_schedule import RefreshSchedule
+from largebatch.optim.kronecker.state import KroneckerState
+from largebatch.optim.kronecker.statistics import FactorStatistics
+from largebatch.optim.kronecker.work_group import WorkGroup, make_work_groups
 from largebatch.optim.math.matrix_roots import REASONS, Failures
 from largebatch.optim.math.tensors import on_device
 from largebatch.optim.options import require
 from largebatch.optim.sharding.layout import Name, is_dtensor, local
-from largebatch.optim.sharding.placement import Spread, spread_of
+from largebatch.optim.sharding.placement import Placement, placement_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class CurvatureOptimizer(CurvatureState):
+class KroneckerOptimizer(KroneckerState):
     """Base of optimizers that watch a model's layers.
 
     Args:
@@ -53,7 +53,7 @@ class CurvatureOptimizer(CurvatureState):
     _OWN: ClassVar[tuple[str, ...]] = (
         *("_model", "_options", "_process_group", "_elsewhere", "loss_scale", "failures"),
     )
-    _curvature: Curvature
+    _statistics: FactorStatistics
 
     def __init__(
         self,
@@ -88,10 +88,12 @@ class CurvatureOptimizer(CurvatureState):
         self._notices: list[FailureNotice] = []
         self._unsaid = True
         self._layers: list[Layer] = []
-        self._teams: list[Team] = []
+        self._work_groups: list[WorkGroup] = []
         self._seen = []
         self._shared: list[tuple[Any, ...]] | None = None
-        self._curvature = Curvature(self._model, self._find, self._options["fisher"] == "true")
+        self._statistics = FactorStatistics(
+            self._model, self._find, self._options["fisher"] == "true"
+        )
         self._find()
         self._share()
 
@@ -111,7 +113,7 @@ class CurvatureOptimizer(CurvatureState):
         except Exception:
             self.param_groups.pop()
             raise
-        if hasattr(self, "_curvature"):
+        if hasattr(self, "_statistics"):
             self._find()
             self._share()
 
@@ -160,11 +162,11 @@ class CurvatureOptimizer(CurvatureState):
                 group.setdefault(option, value)
         self._names: dict[Tensor, Name] = {p: name for name, p in self._named_params()}
         self._group_of = {param: group for group in self.param_groups for param in group["params"]}
-        self._spreads: dict[Tensor, Spread] = {
-            param: spread_of(param, name, self._process_group)
+        self._placements: dict[Tensor, Placement] = {
+            param: placement_of(param, name, self._process_group)
             for param, name in self._names.items()
         }
-        self._ranks = distinct(spread.group for spread in self._spreads.values())
+        self._ranks = distinct(placement.group for placement in self._placements.values())
         known = {signature(layer): layer for layer in self._layers}
         found = find_layers(self._model, self._options["max_factor_size"], self._is_trained)
         found = [layer if self._together(layer) else without_bias(layer) for layer in found]
@@ -176,7 +178,7 @@ class CurvatureOptimizer(CurvatureState):
         self._layers = [known.get(signature(layer), layer) for layer in layers]
         self._preconditioned = {param for layer in self._layers for param in layer.params}
         self._refuse_alone(self._layers)
-        self._curvature.watch(self._layers)
+        self._statistics.watch(self._layers)
 
     def _is_trained(self, param: Tensor) -> bool:
         """Or has been: what is frozen for a while keeps its curvature."""
@@ -184,8 +186,8 @@ class CurvatureOptimizer(CurvatureState):
 
     def _together(self, layer: Layer) -> bool:
         """Whether all of it is the optimizer's, and spread over the same ranks."""
-        known = all(param in self._spreads for param in layer.params)
-        return known and len({id(self._spreads[param].group) for param in layer.params}) == 1
+        known = all(param in self._placements for param in layer.params)
+        return known and len({id(self._placements[param].group) for param in layer.params}) == 1
 
     def _share(self) -> None:
         """Share the work on the layers out among their ranks, anew where they are not as they were.
@@ -193,7 +195,7 @@ class CurvatureOptimizer(CurvatureState):
         What a layer's owner has moves with the work. A collective, if anything has changed.
         """
         shared = [
-            (layer, local(layer.weight).device, layer.dtype, self._spreads[layer.weight].group)
+            (layer, local(layer.weight).device, layer.dtype, self._placements[layer.weight].group)
             for layer in self._layers
         ]
         if shared == self._shared:
@@ -202,36 +204,45 @@ class CurvatureOptimizer(CurvatureState):
         interval = self._options["inverse_interval"]
         known = {layer.weight for layer in self._layers if copied or layer in forms}
         found = {param: state for param, state in self.state.items() if param in known}
-        found = saving.cut(self._teams, forms, found)
-        self._teams, self._shared = make_teams(self._layers, self._spreads, interval), shared
-        self.state.update(saving.join(self._teams, self._forms(), found))
+        found = saving.shard(self._work_groups, forms, found)
+        self._work_groups, self._shared = (
+            make_work_groups(self._layers, self._placements, interval),
+            shared,
+        )
+        self.state.update(saving.gather(self._work_groups, self._forms(), found))
         for param in self._names.keys() - known:  # what has no curvature, or another kind of it
             for key in self.state.get(param, {}).keys() & FACTOR_STATE:
                 del self.state[param][key]
-        phases = {layer: phase for team in self._teams for layer, phase in team.phases.items()}
-        self._turns = Turns(phases, interval, self._options["factor_interval"])
-        self._go_on()
+        phases = {
+            layer: phase
+            for work_group in self._work_groups
+            for layer, phase in work_group.phases.items()
+        }
+        self._schedule = RefreshSchedule(phases, interval, self._options["factor_interval"])
+        self._restore_schedule()
 
     def _agree_on_uses(self) -> None:
         """Leave weights that passes on any rank have used without their modules to the fallback.
 
-        A collective of each team, at the first step after passes through layers that are new.
+        A collective of each work group, at the first step after passes through layers that are new.
         """
-        if not self._curvature.looks:
+        if not self._statistics.looks:
             return
-        found = (self._curvature.elsewhere or set()) & self._curvature.passes
-        looked, used = self._curvature.looked(), []
-        for team in self._teams:
-            flags = [looked, *(layer in found for layer in team.layers)]
-            if team.group is not None:
-                told = torch.tensor(flags, dtype=torch.float32, device=team.device)
-                dist.all_reduce(told, dist.ReduceOp.MAX, group=team.group)
+        found = (self._statistics.elsewhere or set()) & self._statistics.passes
+        looked, used = self._statistics.looked(), []
+        for work_group in self._work_groups:
+            flags = [looked, *(layer in found for layer in work_group.layers)]
+            if work_group.group is not None:
+                told = torch.tensor(flags, dtype=torch.float32, device=work_group.device)
+                dist.all_reduce(told, dist.ReduceOp.MAX, group=work_group.group)
                 flags = [flag > 0 for flag in told.tolist()]
             looked = looked or flags[0]
             used += [
-                layer for layer, is_used in zip(team.layers, flags[1:], strict=True) if is_used
+                layer
+                for layer, is_used in zip(work_group.layers, flags[1:], strict=True)
+                if is_used
             ]
-        self._curvature.looks = not looked
+        self._statistics.looks = not looked
         if used:
             self.leave_out(layer.weight for layer in used)
             for layer in used:
@@ -254,15 +265,15 @@ class CurvatureOptimizer(CurvatureState):
                 "of this rank alone for a model of its own"
             )
 
-    def _go_on(self) -> None:
+    def _restore_schedule(self) -> None:
         """Take up the state's count of steps, which waits for the device."""
         steps = [state["step"] for state in self.state.values() if "step" in state]
         decomposed = [layer for layer in self._layers if self._has_factors(layer)]
-        self._turns.go_on(max(steps, default=None, key=float), decomposed)
-        self._curvature.active = self._turns.begin()
+        self._schedule.restore(max(steps, default=None, key=float), decomposed)
+        self._statistics.active = self._schedule.begin()
 
     def _owned(self) -> Iterator[Layer]:
-        return (layer for team in self._teams for layer in team.owned)
+        return (layer for work_group in self._work_groups for layer in work_group.owned)
 
     # What users call ----------------------------------------------------------------------------
 
@@ -273,12 +284,12 @@ class CurvatureOptimizer(CurvatureState):
         scaled such that the gradient is of the mean over all items, `number` is this pass's own.
         """
         require(number >= 0, "number", ">= 0", number)
-        self._curvature.tell(number)
+        self._statistics.tell(number)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; the curvature of gradients that no step has used goes with them."""
         super().zero_grad(set_to_none)
-        self._curvature.drop()
+        self._statistics.drop()
 
     def fisher_backward(self, loss: Tensor) -> None:
         """For `fisher="true"`: take the curvature from this loss, whose labels are samples.
@@ -298,7 +309,7 @@ class CurvatureOptimizer(CurvatureState):
         """
         if self._options["fisher"] != "true":
             raise RuntimeError("fisher_backward needs fisher='true', got 'empirical'")
-        self._curvature.backward(loss)
+        self._statistics.backward(loss)
 
     # The phases of a step that do not depend on the formula -------------------------------------
 
@@ -334,18 +345,18 @@ class CurvatureOptimizer(CurvatureState):
         for notice in notices:
             notice.check()
 
-    def _exhausted(self, team: Team) -> Tensor:
+    def _exhausted(self, work_group: WorkGroup) -> Tensor:
         """What failed for good on this rank, for the others to know; empty where there are none."""
-        if team.group is None:
-            return torch.empty(0, device=team.device)
-        names = [layer.name for layer in team.layers]
+        if work_group.group is None:
+            return torch.empty(0, device=work_group.device)
+        names = [layer.name for layer in work_group.layers]
         if not self.failures.exhausted:  # made there: a copy would wait for the device
-            return torch.zeros(len(names) * len(REASONS), device=team.device)
-        return torch.tensor(counts_of(self.failures, names), device=team.device)
+            return torch.zeros(len(names) * len(REASONS), device=work_group.device)
+        return torch.tensor(counts_of(self.failures, names), device=work_group.device)
 
-    def _tell_failures(self, team: Team, counts: Tensor) -> None:
+    def _tell_failures(self, work_group: WorkGroup, counts: Tensor) -> None:
         if counts.numel():
-            names = [layer.name for layer in team.layers]
+            names = [layer.name for layer in work_group.layers]
             self._notices.append(FailureNotice(self.failures, names, counts))
 
     def _say_once(self) -> None:
@@ -356,11 +367,11 @@ class CurvatureOptimizer(CurvatureState):
         """
         rates = [group["lr"] for group in self.param_groups]
         still = not any(isinstance(rate, Tensor) or rate for rate in rates)  # read, it might wait
-        if self._unsaid and self._curvature.active and not still:  # so that the passes were seen
+        if self._unsaid and self._statistics.active and not still:  # so that the passes were seen
             self._unsaid = False
             say_coverage(self._names, self._layers)
             moved = [layer for layer in self._layers if layer.weight.grad is not None]
-            warn_of_blind([layer for layer in moved if layer not in self._curvature.passes])
+            warn_of_blind([layer for layer in moved if layer not in self._statistics.passes])
 
     def __repr__(self) -> str:
         options = {**self._options, **self._essentials()}

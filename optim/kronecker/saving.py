@@ -12,32 +12,37 @@ from torch import Tensor
 
 from largebatch.optim.blockwise.portable import Key, Portable
 from largebatch.optim.blockwise.state_memory import DROPPED
-from largebatch.optim.blockwise.work_group import Layer as Spreading
+from largebatch.optim.blockwise.work_group import BlockedLayer
 from largebatch.optim.kronecker.factors import state_shapes
 from largebatch.optim.kronecker.layers import Layer
-from largebatch.optim.kronecker.work_group import Team
+from largebatch.optim.kronecker.work_group import WorkGroup
 from largebatch.optim.loading import as_kept, as_state
 from largebatch.optim.sharding.layout import Name, local
-from largebatch.optim.sharding.placement import Spread
+from largebatch.optim.sharding.placement import Placement
 
 States = Mapping[Tensor, Mapping[str, Any]]
+Saved = dict[Tensor, dict[str, Any]]
 Forms = Mapping[Layer, str]
 
 
-def cut(teams: list[Team], forms: Forms, states: States) -> dict[Tensor, dict[str, Any]]:
-    """The state of every parameter as it is saved. A collective of each team."""
+def shard(
+    work_groups: list[WorkGroup], forms: Forms, states: States
+) -> dict[Tensor, dict[str, Any]]:
+    """The state of every parameter as it is saved. A collective of each work group."""
     saved = {param: dict(state) for param, state in states.items()}
-    for portable, keys in portables(teams, forms, states):
-        for (param, key), value in portable.cut(entries(states, keys)).items():
+    for portable, keys in portables(work_groups, forms, states):
+        for (param, key), value in portable.shard(entries(states, keys)).items():
             saved[param][key] = value
     return saved
 
 
-def join(teams: list[Team], forms: Forms, states: States) -> dict[Tensor, dict[str, Any]]:
-    """The opposite of `cut`."""
+def gather(
+    work_groups: list[WorkGroup], forms: Forms, states: States
+) -> dict[Tensor, dict[str, Any]]:
+    """The opposite of `shard`."""
     ready = {param: dict(state) for param, state in states.items()}
-    for portable, keys in portables(teams, forms, states):
-        for (param, key), value in portable.join(entries(states, keys)).items():
+    for portable, keys in portables(work_groups, forms, states):
+        for (param, key), value in portable.gather(entries(states, keys)).items():
             ready[param][key] = value
     return ready
 
@@ -47,24 +52,26 @@ def entries(states: States, keys: list[Key]) -> dict[Key, Tensor]:
 
 
 def portables(
-    teams: list[Team], forms: Forms, states: States
+    work_groups: list[WorkGroup], forms: Forms, states: States
 ) -> Iterator[tuple[Portable, list[Key]]]:
-    for team in teams:
-        held = [layer for layer in team.layers if "factor_in" in states.get(layer.weight, {})]
-        if team.group is None or not held:
+    for work_group in work_groups:
+        held = [layer for layer in work_group.layers if "factor_in" in states.get(layer.weight, {})]
+        if work_group.group is None or not held:
             continue
         shapes: dict[Key, tuple[int, ...]] = {}
         owners: dict[Key, int] = {}
         for layer in held:
             for key, shape in state_shapes(layer, forms[layer]).items():
                 shapes[layer.weight, key] = shape
-                owners[layer.weight, key] = team.owners[layer]
-        spreads = [spreading(layer, team.spreads[layer.weight]) for layer in held]
-        yield Portable(spreads, shapes, owners), [*shapes]
+                owners[layer.weight, key] = work_group.owners[layer]
+        placements = [
+            as_blocked_layer(layer, work_group.placements[layer.weight]) for layer in held
+        ]
+        yield Portable(placements, shapes, owners), [*shapes]
 
 
-def spreading(layer: Layer, spread: Spread) -> Spreading:
-    return Spreading(layer.weight, layer.name, spread, ())
+def as_blocked_layer(layer: Layer, placement: Placement) -> BlockedLayer:
+    return BlockedLayer(layer.weight, layer.name, placement, ())
 
 
 def checked(

@@ -12,8 +12,8 @@ from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.kronecker import saving
 from largebatch.optim.kronecker.factors import make_factor_state, state_shapes
 from largebatch.optim.kronecker.layers import Layer
-from largebatch.optim.kronecker.turns import Turns
-from largebatch.optim.kronecker.work_group import Team
+from largebatch.optim.kronecker.refresh_schedule import RefreshSchedule
+from largebatch.optim.kronecker.work_group import WorkGroup
 from largebatch.optim.loading import in_own_order, of_no_parameter
 from largebatch.optim.math.tensors import compute_dtype, write
 from largebatch.optim.sharding.layout import Name, local
@@ -21,7 +21,7 @@ from largebatch.optim.sharding.layout import Name, local
 ELSEWHERE = "used_elsewhere"
 
 
-class CurvatureState(MaskedOptimizer):
+class KroneckerState(MaskedOptimizer):
     """An optimizer with factors in the state of its layers' weights."""
 
     _OWN: ClassVar[tuple[str, ...]] = ()
@@ -32,8 +32,8 @@ class CurvatureState(MaskedOptimizer):
     """By which `_find` knows what has changed."""
     _names: dict[Tensor, Name]
     _group_of: dict[Tensor, Group]
-    _teams: list[Team]
-    _turns: Turns
+    _work_groups: list[WorkGroup]
+    _schedule: RefreshSchedule
 
     def _begin(self) -> None:
         """Watch the model; what has been here before is in groups and state."""
@@ -47,7 +47,7 @@ class CurvatureState(MaskedOptimizer):
         """Share them out among their ranks."""
         raise NotImplementedError
 
-    def _go_on(self) -> None:
+    def _restore_schedule(self) -> None:
         """Take up the state's count of steps."""
         raise NotImplementedError
 
@@ -59,17 +59,19 @@ class CurvatureState(MaskedOptimizer):
 
     def _count_step(self, skip: Tensor | None) -> None:
         """Make what state is missing, and advance the step of every parameter with a gradient."""
-        for team in self._teams:
-            for layer in team.layers:
+        for work_group in self._work_groups:
+            for layer in work_group.layers:
                 state = self.state.get(layer.weight, {})
-                if (team.size > 1 or layer.weight.grad is not None) and "factor_in" not in state:
-                    self.state[layer.weight].update(self._new_factor_state(team, layer))
+                if (
+                    work_group.size > 1 or layer.weight.grad is not None
+                ) and "factor_in" not in state:
+                    self.state[layer.weight].update(self._new_factor_state(work_group, layer))
                     self._make_state(layer.weight)  # whole, for it may be saved without a gradient
         moved = [param for _, param in self._moved()]
-        self._turns.counts.read((p, self.state[p]) for p in moved if p in self.state)
+        self._schedule.counts.read((p, self.state[p]) for p in moved if p in self.state)
         for param in moved:
             state = self._make_state(param)
-            self._turns.counts.of(param, state)  # before it is advanced
+            self._schedule.counts.of(param, state)  # before it is advanced
             write([state["step"]], [state["step"] + 1], skip)
 
     def _make_state(self, param: Tensor) -> dict[str, Tensor]:
@@ -80,23 +82,23 @@ class CurvatureState(MaskedOptimizer):
                 state[key] = torch.zeros_like(param, dtype=compute_dtype(param))
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=local(param).device)
-            self._turns.counts.begin(param)
+            self._schedule.counts.begin(param)
         if DROPPED not in state:
             state[DROPPED] = torch.zeros_like(state["step"])
         if param in self._elsewhere and ELSEWHERE not in state:
             state[ELSEWHERE] = torch.ones_like(state["step"])  # for a run that goes on from here
         return state
 
-    def _new_factor_state(self, team: Team, layer: Layer) -> dict[str, Tensor]:
+    def _new_factor_state(self, work_group: WorkGroup, layer: Layer) -> dict[str, Tensor]:
         form = self._forms()[layer]
-        if layer in team.owned:
-            return make_factor_state(layer, form, team.device)
-        empty = torch.empty(0, dtype=layer.dtype, device=team.device)
+        if layer in work_group.owned:
+            return make_factor_state(layer, form, work_group.device)
+        empty = torch.empty(0, dtype=layer.dtype, device=work_group.device)
         return {name: empty.clone() for name in state_shapes(layer, form)}
 
     def _forms(self) -> dict[Layer, str]:
         """Of the layers that are shared out and still in a group."""
-        layers = (layer for team in self._teams for layer in team.layers)
+        layers = (layer for work_group in self._work_groups for layer in work_group.layers)
         known = (layer for layer in layers if layer.weight in self._group_of)
         return {layer: self._group_of[layer.weight]["form"] for layer in known}
 
@@ -117,16 +119,18 @@ class CurvatureState(MaskedOptimizer):
         self._find()
         self._share()
 
-        def spread(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
+        def shard_owned(
+            _: Optimizer, packed: StateDict
+        ) -> StateDict:  # before the user's post-hooks
             found = {param: self.state[param] for param in self._names if param in self.state}
-            saved = saving.cut(self._teams, self._forms(), found)
+            saved = saving.shard(self._work_groups, self._forms(), found)
             state = dict(packed["state"])
             for param, index in self._numbered(packed):
                 if param in saved:
                     state[index] = saved[param]
             return {**packed, "state": state}
 
-        hook = self.register_state_dict_post_hook(spread, prepend=True)
+        hook = self.register_state_dict_post_hook(shard_owned, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -154,7 +158,7 @@ class CurvatureState(MaskedOptimizer):
             self._find()
             self._share()
             self.state.update(self._ready(found))
-            self._go_on()
+            self._restore_schedule()
 
         hooks = (
             self.register_load_state_dict_pre_hook(take_state),
@@ -196,10 +200,10 @@ class CurvatureState(MaskedOptimizer):
             layer = layers.get(param)  # type: ignore[call-overload] # by identity
             form = "" if layer is None else forms[layer]
             ready[param] = saving.checked(param, self._names[param], state, keys, layer, form)
-        return saving.join(self._teams, forms, ready)
+        return saving.gather(self._work_groups, forms, ready)
 
     def __getstate__(self) -> dict[str, Any]:
-        if any(team.group is not None for team in self._teams):
+        if any(work_group.group is not None for work_group in self._work_groups):
             raise TypeError(
                 "KFAC shares its work with other ranks and cannot be copied or pickled: build one "
                 "for the other model and give it this one's state_dict()"

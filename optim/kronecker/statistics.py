@@ -61,10 +61,10 @@ from largebatch.optim.kronecker.graph import (
 )
 from largebatch.optim.kronecker.hooks import Hook, remove
 from largebatch.optim.kronecker.layers import (
+    FactorSums,
     ForwardRecord,
     Layer,
     ModelCall,
-    Sums,
     input_sum,
     output_sum,
 )
@@ -73,7 +73,7 @@ from largebatch.optim.math.tensors import scalar
 from largebatch.optim.sharding.layout import is_dtensor
 
 
-class Curvature:
+class FactorStatistics:
     """Watches a model's layers.
 
     Args:
@@ -126,7 +126,7 @@ class Curvature:
 
     def _forget(self) -> None:
         self._interval += 1
-        self._sums: dict[Layer, Sums] = {}
+        self._sums: dict[Layer, FactorSums] = {}
         self._by_layer: dict[Layer, int] = {}
         self._by_model = 0
         self._open: list[tuple[GradientEdge, ForwardRecord | ModelCall]] = []
@@ -268,7 +268,7 @@ class Curvature:
                 outputs -= output_sum(layer, record.x, kept)
             if layer not in self._sums:
                 zeros = torch.zeros_like(record.inputs), torch.zeros_like(outputs)
-                self._sums[layer] = Sums(*zeros, outputs.new_zeros(()))
+                self._sums[layer] = FactorSums(*zeros, outputs.new_zeros(()))
             sums = self._sums[layer]
             sums.outputs += outputs
             if again:
@@ -329,7 +329,7 @@ class Curvature:
             self._forget()
             self._task, self._arrived = task, arrived
 
-    def take(self) -> tuple[dict[Layer, Sums], int]:
+    def take(self) -> tuple[dict[Layer, FactorSums], int]:
         """The sums and the number of items since the last time, on this rank."""
         self._drop_if_thrown_away(look=False)
         if self._open and not self._sums:

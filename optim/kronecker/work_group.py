@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from largebatch.optim.kronecker.damping import Roots, precondition
-from largebatch.optim.kronecker.layers import Layer, Sums
+from largebatch.optim.kronecker.layers import FactorSums, Layer
 from largebatch.optim.math.tensors import root
 from largebatch.optim.sharding.layout import local
-from largebatch.optim.sharding.placement import Spread
-from largebatch.optim.sharding.redistribution import Exchange
-from largebatch.optim.sharding.rounds import Parcel, whole
+from largebatch.optim.sharding.placement import Placement
+from largebatch.optim.sharding.redistribution import Redistribution
+from largebatch.optim.sharding.rounds import ShardedTensor, whole
 from largebatch.optim.sharding.work_assignment import assign
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Totals:
-    """What the passes of all ranks of a team add up to."""
+    """What the passes of all ranks of a work group add up to."""
 
-    sums: Mapping[Layer, Sums]
+    sums: Mapping[Layer, FactorSums]
     items: Tensor
     """0-d."""
 
@@ -33,8 +33,8 @@ class Totals:
 NUMBERS = ("weight", "grafted", "gradient", "update", "product", "scale", "condition")
 
 
-class Numbers:
-    """What ranks add up of every layer of a team: squares of norms, mostly, in FP32 or wider."""
+class LayerSums:
+    """Sums over the ranks of a work group for each layer, mostly squared norms; FP32 or wider."""
 
     def __init__(self, layers: Sequence[Layer], dtype: torch.dtype, device: torch.device) -> None:
         self._rows = {layer: row for row, layer in enumerate(layers)}
@@ -49,7 +49,7 @@ class Numbers:
         return dict(zip(NUMBERS, row.unbind(), strict=True))
 
 
-class Team:
+class WorkGroup:
     """Ranks that average their gradients, and the layers whose parameters they share.
 
     Attributes:
@@ -62,7 +62,7 @@ class Team:
         self,
         layers: Sequence[Layer],
         group: "ProcessGroup | None",
-        spreads: Mapping[Tensor, Spread],
+        placements: Mapping[Tensor, Placement],
         phases: Mapping[Layer, int],
     ) -> None:
         self.layers = list(layers)
@@ -74,18 +74,18 @@ class Team:
         self.owners = dict(zip(self.layers, owners, strict=True))
         me = 0 if group is None else group.rank()
         self.owned = [layer for layer, owner in self.owners.items() if owner == me]
-        self.spreads = spreads
+        self.placements = placements
         self.params = [param for layer in self.layers for param in layer.params]
-        parcels: list[Parcel] = []
+        tensors: list[ShardedTensor] = []
         for layer, owner in self.owners.items():
-            parcels += [whole(spreads[param], owner) for param in layer.params]
-        self.copies = {param: len(set(spreads[param].copies)) for param in self.params}
+            tensors += [whole(placements[param], owner) for param in layer.params]
+        self.copies = {param: len(set(placements[param].copies)) for param in self.params}
         dtypes = {layer.dtype for layer in self.layers}
         self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.device = local(self.params[0]).device
-        self.exchange = Exchange(parcels, self.dtype, self.device)
+        self.redistribution = Redistribution(tensors, self.dtype, self.device)
 
-    def add_up(self, sums: Mapping[Layer, Sums], items: int) -> Totals:
+    def add_up(self, sums: Mapping[Layer, FactorSums], items: int) -> Totals:
         """The sums of all ranks, in one collective; of symmetric ones a triangle travels."""
         if self.group is None:
             return Totals(sums, torch.full((), float(items), device=self.device))
@@ -107,14 +107,14 @@ class Team:
             at = end
         return Totals(total, vector[0])
 
-    def numbers(self) -> Numbers:
-        return Numbers(self.layers, self.dtype, self.device)
+    def numbers(self) -> LayerSums:
+        return LayerSums(self.layers, self.dtype, self.device)
 
     def precondition(
         self,
         gradients: Mapping[Tensor, Tensor | None],
         roots: Mapping[Layer, Roots],
-        numbers: Numbers,
+        numbers: LayerSums,
         failed: Tensor,
     ) -> tuple[Iterator[tuple[Tensor, Tensor]], Tensor]:
         """This rank's part of every layer's preconditioned gradient by its `scale`, a power of two
@@ -127,7 +127,7 @@ class Team:
             numbers: of this rank alone; afterwards, with the layers' own, of all.
             failed: counts that are to be added up over the ranks.
         """
-        whole, _ = self.exchange.to_owners([gradients[param] for param in self.params])
+        whole, _ = self.redistribution.to_owners([gradients[param] for param in self.params])
         blocks = dict(zip(self.params, whole, strict=True))
         results: dict[Tensor, Mapping[int, Tensor]] = {param: {} for param in self.params}
         for layer in roots:
@@ -143,12 +143,12 @@ class Team:
             for param, tensor in zip(layer.params, layer.tensors(update), strict=True):
                 results[param] = {0: tensor}
         ours = torch.cat([numbers.table.view(-1), failed.to(numbers.table)])
-        pieces, sums = self.exchange.to_holders([*results.values()], ours)
+        pieces, sums = self.redistribution.to_holders([*results.values()], ours)
         assert sums is not None
         table, failed = torch.split(sums, [numbers.table.numel(), failed.numel()])
         # A sum of squares that has overflown is large and not infinite: ratios stay numbers.
         numbers.table = table.view_as(numbers.table).clamp(max=torch.finfo(table.dtype).max)
-        parts = self.exchange.joined(pieces)
+        parts = self.redistribution.joined(pieces)
         return ((self.params[index], part) for index, part in parts), failed
 
 
@@ -161,19 +161,19 @@ def normalised(update: Tensor) -> tuple[Tensor, Tensor]:
     return update / scale, scale
 
 
-def make_teams(
-    layers: Sequence[Layer], spreads: Mapping[Tensor, Spread], interval: int
-) -> list[Team]:
+def make_work_groups(
+    layers: Sequence[Layer], placements: Mapping[Tensor, Placement], interval: int
+) -> list[WorkGroup]:
     """Layers by the ranks that they are spread over, with turns in an interval by their costs."""
-    # Whatever the teams are: the steps at which a layer is decomposed depend on its costs alone.
+    # Over all work groups: the steps at which a layer is decomposed depend on its costs alone.
     turns = assign([cost(layer) for layer in layers], interval)
     phases = dict(zip(layers, turns, strict=True))
-    groups = {layer: spreads[layer.weight].group for layer in layers}
-    teams = []
+    groups = {layer: placements[layer.weight].group for layer in layers}
+    work_groups = []
     for group in {id(group): group for group in groups.values()}.values():
         members = [layer for layer in layers if groups[layer] is group]
-        teams.append(Team(members, group, spreads, phases))
-    return teams
+        work_groups.append(WorkGroup(members, group, placements, phases))
+    return work_groups
 
 
 def cost(layer: Layer) -> float:
@@ -201,7 +201,7 @@ def _packed_size(layer: Layer) -> int:
     )
 
 
-def _unpacked(layer: Layer, vector: Tensor) -> Sums:
+def _unpacked(layer: Layer, vector: Tensor) -> FactorSums:
     found, at = [], 1
     for shape in (layer.shape_in, layer.shape_out):
         factors = vector.new_zeros(shape)
@@ -215,18 +215,18 @@ def _unpacked(layer: Layer, vector: Tensor) -> Sums:
             factors += factors.triu(1).mT
         found.append(factors.to(layer.dtype))
         at = end
-    return Sums(found[0], found[1], vector[0].to(layer.dtype))
+    return FactorSums(found[0], found[1], vector[0].to(layer.dtype))
 
 
 @dataclass(frozen=True)
 class Move:
-    """What a team's layers are to be moved by."""
+    """What a work group's layers are to be moved by."""
 
-    team: Team
+    work_group: WorkGroup
     parts: Iterator[tuple[Tensor, Tensor]]
     """U of each parameter by its layer's scale, as far as it lies here; to be taken by every rank,
-    team after team."""
-    numbers: Numbers
+    group after group."""
+    numbers: LayerSums
     ratios: Mapping[Layer, Tensor]
     """r of each layer, times its scale."""
 

@@ -30,8 +30,8 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from largebatch.optim.base import Group, MaskedOptimizer, refuse_param
 from largebatch.optim.layerwise.state_import import to_native
-from largebatch.optim.layerwise.step_plan import Batch, Work, norms_of, plan_work
-from largebatch.optim.layerwise.synced_step import Agreed, Stats
+from largebatch.optim.layerwise.step_plan import ChunkGroup, StepPlan, build_step_plan, norms_of
+from largebatch.optim.layerwise.synced_step import LayerStats, SyncedStep
 from largebatch.optim.layerwise.unbound import Unbound, refuse_redundancy
 from largebatch.optim.loading import as_kept, as_state, in_own_order, laid_out_as, of_no_parameter
 from largebatch.optim.math.tensors import (
@@ -51,7 +51,7 @@ class LayerwiseOptimizer(MaskedOptimizer):
     """Base of the layer-wise optimizers: their groups, their state, and the phases they share."""
 
     # On the class too, because deepcopy and pickle keep an optimizer's groups and state only.
-    _stats: Mapping[Any, Stats] = MappingProxyType({})
+    _stats: Mapping[Any, LayerStats] = MappingProxyType({})
     _clip_norm: Callable[[], Tensor] | None = None
 
     variant = "paper"
@@ -62,14 +62,14 @@ class LayerwiseOptimizer(MaskedOptimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         defaults = {"adapt": True, "norm_groups": None, "norm_dim": 0, **defaults}
         self._unbound = Unbound()
-        self._forget_work()
+        self._forget_plans()
         self._check_options(defaults)
         super().__init__(params, defaults)
 
-    def _forget_work(self) -> None:
+    def _forget_plans(self) -> None:
         self._bound: dict[Tensor, Layout] = {}
-        self._work: dict[Any, Work] = {}
-        self._rooms: dict[torch.dtype, Tensor] = {}
+        self._plans: dict[Any, StepPlan] = {}
+        self._scratch_kept: dict[torch.dtype, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "variant": self.variant}
@@ -82,7 +82,7 @@ class LayerwiseOptimizer(MaskedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_unbound", Unbound())  # none comes with a copy
-        self._forget_work()
+        self._forget_plans()
 
     def _check_options(self, options: dict[str, Any]) -> None:
         """Refuse options (the defaults, or one group's) out of range; subclasses add their own."""
@@ -156,11 +156,11 @@ class LayerwiseOptimizer(MaskedOptimizer):
         """
         self._bound.update(layouts)
         self._clip_norm = clip_norm
-        self._work.clear()
+        self._plans.clear()
 
     # The phases of a step -----------------------------------------------------------------------
 
-    def _plan(self) -> Work:
+    def _plan(self) -> StepPlan:
         """What there is to do. A sparse gradient is refused before anything has changed."""
         key: list[Any] = []
         for group in self.param_groups:
@@ -173,17 +173,17 @@ class LayerwiseOptimizer(MaskedOptimizer):
                         f"{type(self).__name__} needs dense gradients, got a "
                         f"{param.grad.layout} gradient for parameter {self._name_of(param)!r}."
                     )
-        known = self._work.get(tuple(key))
+        known = self._plans.get(tuple(key))
         if known is None:
             # Plans made for other strides go with the state's; and those of gradients that come
             # and go in ever new patterns.
-            if self._follow_strides() or len(self._work) >= 64:
-                self._work.clear()
-            known = plan_work(self.param_groups, self._layouts())
+            if self._follow_strides() or len(self._plans) >= 64:
+                self._plans.clear()
+            known = build_step_plan(self.param_groups, self._layouts())
             known.flats = self._unbound.flats(self.param_groups, self._bound)
             if self._clip_norm is None:
                 refuse_redundancy(self, self._max_grad_norm())
-            self._work[tuple(key)] = known
+            self._plans[tuple(key)] = known
         self._unbound.refuse_flats(type(self).__name__, known.flats)
         return known
 
@@ -217,57 +217,57 @@ class LayerwiseOptimizer(MaskedOptimizer):
             for name, param in zip(names, group["params"], strict=True)
         }
 
-    def _agree(self, work: Work) -> Agreed:
+    def _sync(self, plan: StepPlan) -> SyncedStep:
         """Whether to skip, and what to divide the gradients by: the same on every rank."""
         # Of all parameters, held here or not: placing a gradient may be a collective.
-        gradients = {param: gradient_of(param) for _, param in work.params}
+        gradients = {param: gradient_of(param) for _, param in plan.params}
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         max_norm = self._max_grad_norm()
-        divisor = None if grad_scale is None else on_device(grad_scale, work.device).float()
-        flag = None if found_inf is None else on_device(found_inf, work.device).float().clone()
+        divisor = None if grad_scale is None else on_device(grad_scale, plan.device).float()
+        flag = None if found_inf is None else on_device(found_inf, plan.device).float().clone()
         if max_norm < math.inf and self._clip_norm is not None:
-            norm = on_device(self._clip_norm(), work.device)
+            norm = on_device(self._clip_norm(), plan.device)
         elif max_norm < math.inf:
             norms: list[Tensor] = []
-            for batch in work.batches:
-                norms += norms_of(batch, batch.cut(gradients.__getitem__))
-            squares = work.squares(norms)
-            norm = work.complete(squares, flag).sum().sqrt()
+            for chunks in plan.chunk_groups:
+                norms += norms_of(chunks, chunks.cut(gradients.__getitem__))
+            squares = plan.squares(norms)
+            norm = plan.complete(squares, flag).sum().sqrt()
             norm = norm if divisor is None else norm / divisor
-        elif flag is not None and work.exchanges:
-            none = torch.zeros(len(work.names), 0, dtype=work.dtype, device=work.device)
-            work.complete(none, flag)
+        elif flag is not None and plan.reductions:
+            none = torch.zeros(len(plan.names), 0, dtype=plan.dtype, device=plan.device)
+            plan.complete(none, flag)
         if max_norm < math.inf:
             clip = torch.clamp(norm / max_norm, min=1.0)
             divisor = clip if divisor is None else divisor * clip
-        return Agreed(gradients, divisor, None if flag is None else flag != 0)
+        return SyncedStep(gradients, divisor, None if flag is None else flag != 0)
 
-    def _gradients(self, batch: Batch, agreed: Agreed) -> Tensors:
-        """The chunks' gradients to descend along, in the batch's dtype; not to be written to."""
-        grads: Tensors = in_dtype(batch.cut(agreed.gradients.__getitem__), batch.dtype)
-        if agreed.divisor is not None:
-            grads = torch._foreach_div(grads, agreed.divisor.to(batch.device, batch.dtype))
-        return torch._foreach_neg(grads) if batch.group["maximize"] else grads
+    def _gradients(self, chunks: ChunkGroup, synced: SyncedStep) -> Tensors:
+        """The chunks' gradients to descend along, in the group's dtype; not to be written to."""
+        grads: Tensors = in_dtype(chunks.cut(synced.gradients.__getitem__), chunks.dtype)
+        if synced.divisor is not None:
+            grads = torch._foreach_div(grads, synced.divisor.to(chunks.device, chunks.dtype))
+        return torch._foreach_neg(grads) if chunks.group["maximize"] else grads
 
-    def _weights(self, batch: Batch) -> list[Tensor]:
-        """The chunks' weights in the batch's dtype.
+    def _weights(self, chunks: ChunkGroup) -> list[Tensor]:
+        """The chunks' weights in the chunk group's dtype.
 
         The parameters themselves where they have that dtype, else their FP32 master copies, else
         copies of the moment.
         """
-        if not batch.group["master_weights"]:
-            return in_dtype(batch.cut(local), batch.dtype)
-        chunks = batch.cut(lambda param: local(self.state[param].get("master_weight", param)))
-        return in_dtype(chunks, batch.dtype)
+        if not chunks.group["master_weights"]:
+            return in_dtype(chunks.cut(local), chunks.dtype)
+        tensors = chunks.cut(lambda param: local(self.state[param].get("master_weight", param)))
+        return in_dtype(tensors, chunks.dtype)
 
-    def _state_of(self, batch: Batch, key: str) -> list[Tensor]:
+    def _state_of(self, chunks: ChunkGroup, key: str) -> list[Tensor]:
         """The chunks of a state that is shaped like the parameters."""
-        return batch.cut(lambda param: local(self.state[param][key]))
+        return chunks.cut(lambda param: local(self.state[param][key]))
 
-    def _make_state(self, work: Work) -> None:
+    def _make_state(self, plan: StepPlan) -> None:
         """Make what state is missing, as at a parameter's first gradient; on every rank alike."""
-        for group, param in work.params:
+        for group, param in plan.params:
             dtype, held = compute_dtype(param), self.state.get(param, {})
             for key in self._state_keys(group):
                 if key not in held:
@@ -279,37 +279,37 @@ class LayerwiseOptimizer(MaskedOptimizer):
         """The state tensors that are shaped like the parameter, zeros at first."""
         raise NotImplementedError
 
-    def _room(self, batch: Batch) -> Tensor:
-        """Working memory with an element for each of the batch's, not to be shared with others.
+    def _scratch(self, chunks: ChunkGroup) -> Tensor:
+        """Working memory with an element for each of the chunks', not to be shared with others.
 
         On a CPU it is kept from step to step, because fresh pages cost more than the arithmetic on
         them; elsewhere the allocator keeps them, and lends them out between steps.
         """
-        if batch.device.type != "cpu":
-            return torch.empty(batch.numel, dtype=batch.dtype, device=batch.device)
-        end, room = batch.start + batch.numel, self._rooms.get(batch.dtype)
-        if room is None or room.numel() < end:
-            batches = self._plan().batches
-            need = max(b.start + b.numel for b in batches if b.dtype == batch.dtype)
-            room = self._rooms[batch.dtype] = torch.empty(need, dtype=batch.dtype)
-        return room[batch.start : end]
+        if chunks.device.type != "cpu":
+            return torch.empty(chunks.numel, dtype=chunks.dtype, device=chunks.device)
+        end, scratch = chunks.start + chunks.numel, self._scratch_kept.get(chunks.dtype)
+        if scratch is None or scratch.numel() < end:
+            chunk_groups = self._plan().chunk_groups
+            need = max(c.start + c.numel for c in chunk_groups if c.dtype == chunks.dtype)
+            scratch = self._scratch_kept[chunks.dtype] = torch.empty(need, dtype=chunks.dtype)
+        return scratch[chunks.start : end]
 
-    def _trust_ratios(self, work: Work, weight_norms: Tensors, update_norms: Tensors) -> Tensor:
+    def _trust_ratios(self, plan: StepPlan, weight_norms: Tensors, update_norms: Tensors) -> Tensor:
         """The trust ratio of every layer, shape (layers,), from the norms of all chunks in order.
 
         This is the step's last collective, and the numbers behind `layer_stats`.
         """
-        sums = torch.stack([work.squares([*weight_norms]), work.squares([*update_norms])], dim=1)
-        weight_norm, update_norm = root(work.complete(sums)).unbind(dim=1)
+        sums = torch.stack([plan.squares([*weight_norms]), plan.squares([*update_norms])], dim=1)
+        weight_norm, update_norm = root(plan.complete(sums)).unbind(dim=1)
         ratios = [
             self._ratio(group, weight_norm[layers], update_norm[layers])
-            for group, layers in work.groups
+            for group, layers in plan.groups
         ]
         ratio = torch.cat(ratios) if len(ratios) > 1 else ratios[0]
-        shown = [each.to(work.stats_dtype) for each in (weight_norm, update_norm, ratio)]
-        stats = Stats(work.names, work.moved, *shown)
+        shown = [each.to(plan.stats_dtype) for each in (weight_norm, update_norm, ratio)]
+        stats = LayerStats(plan.names, plan.moved, *shown)
         # Wrappers that bind layouts may show the parameters part by part, a step for each.
-        self._stats = {**self._stats, tuple(work.names): stats} if self._bound else {None: stats}
+        self._stats = {**self._stats, tuple(plan.names): stats} if self._bound else {None: stats}
         return ratio
 
     def _ratio(self, group: Group, weight_norm: Tensor, update_norm: Tensor) -> Tensor:

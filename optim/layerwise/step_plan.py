@@ -1,8 +1,8 @@
-"""How a step's work is cut: which layers there are, and batches of chunks of them.
+"""How a step's work is cut: its layers, and their chunks in groups.
 
 A step touches every element twice: to take the norms, and again once the trust ratios are known. On
-a CPU both go over batches small enough to stay in the cache through all operations on them; on
-accelerators, where every operation is a kernel launch, a batch is as large as memory allows. The
+a CPU both go over groups of chunks small enough to stay in the cache through all operations; on
+accelerators, where every operation is a kernel launch, a group is as large as memory allows. The
 cut depends only on which parameters have gradients; it is made once and kept.
 """
 
@@ -27,11 +27,11 @@ from largebatch.optim.math.tensors import (
 )
 from largebatch.optim.sharding.layout import Layout, Name, Piece, Reduction, local
 
-# Elements in a batch: on a CPU a few FP32 tensors of it stay in the cache, and each operation takes
-# long against its start on all cores; on an accelerator it bounds the temporary memory of a
-# step to a few GiB.
-CPU_BATCH = 1 << 20
-DEVICE_BATCH = 1 << 28
+# Elements in a group of chunks: on a CPU a few FP32 tensors of it stay in the cache, and each
+# operation takes long against its start on all cores; on an accelerator it bounds the temporary
+# memory of a step to a few GiB.
+CPU_CHUNK_ELEMENTS = 1 << 20
+DEVICE_CHUNK_ELEMENTS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Chunk:
 
     param: Tensor
     layer: int
-    """Index into `Work.names`."""
+    """Index into `StepPlan.names`."""
     numel: int
     piece: Piece | None
     """None: the whole local tensor."""
@@ -55,7 +55,7 @@ class Chunk:
 
 
 @dataclass
-class Batch:
+class ChunkGroup:
     """Chunks of one parameter group, device and dtype that are worked on together."""
 
     group: Group
@@ -64,38 +64,38 @@ class Batch:
     """Of the arithmetic: FP32, or FP64 for FP64 parameters."""
     contiguous: bool
     """Whether every chunk is contiguous in memory, and so are gradients and state cut like it."""
-    chunks: list[Chunk] = field(default_factory=list)
+    members: list[Chunk] = field(default_factory=list)
     numel: int = 0
     longest: int = 0
     """Number of elements in the longest chunk."""
     start: int = 0
-    """Number of elements in the batches before it of the same device and dtype."""
+    """Number of elements in the groups before it of the same device and dtype."""
 
     def add(self, chunk: Chunk) -> None:
-        self.chunks.append(chunk)
+        self.members.append(chunk)
         self.numel += chunk.numel
         self.longest = max(self.longest, chunk.numel)
 
     def takes(self, chunk: Chunk) -> bool:
-        limit = CPU_BATCH if self.device.type == "cpu" else DEVICE_BATCH
+        limit = CPU_CHUNK_ELEMENTS if self.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
         return self.numel + chunk.numel <= limit
 
     def cut(self, tensor_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """The chunks, one after the other, of the tensors that `tensor_of` gives for parameters."""
-        return [chunk.of(tensor_of(chunk.param)) for chunk in self.chunks]
+        return [chunk.of(tensor_of(chunk.param)) for chunk in self.members]
 
     def of_layers(self, values: Tensor) -> Tensor:
         """A vector over all layers as one over the chunks, on their device and in their dtype."""
-        first, last = self.chunks[0].layer, self.chunks[-1].layer
-        if last - first + 1 == len(self.chunks) == len({chunk.layer for chunk in self.chunks}):
+        first, last = self.members[0].layer, self.members[-1].layer
+        if last - first + 1 == len(self.members) == len({chunk.layer for chunk in self.members}):
             taken = values[first : last + 1]
         else:
-            taken = torch.stack([values[chunk.layer] for chunk in self.chunks])
+            taken = torch.stack([values[chunk.layer] for chunk in self.members])
         return taken.to(self.device, self.dtype)
 
 
 @dataclass(frozen=True)
-class Exchange:
+class GroupReduction:
     """What one process group adds up in a collective."""
 
     group: "dist.ProcessGroup"
@@ -106,8 +106,8 @@ class Exchange:
 
 
 @dataclass
-class Work:
-    """All layers of an optimizer, and the batches of those that have a gradient now.
+class StepPlan:
+    """All layers of an optimizer, and the chunks of those that have a gradient now.
 
     Vectors over layers have the same length on every rank, and so have the collectives.
     """
@@ -123,17 +123,17 @@ class Work:
     """The parameters that have a gradient, whether or not anything of them is held here."""
     owners: tuple[Tensor, ...]
     """All parameters, kept alive so that no other takes the identity of one."""
-    batches: list[Batch]
-    exchanges: list[Exchange]
+    chunk_groups: list[ChunkGroup]
+    reductions: list[GroupReduction]
     layer_of_chunk: Tensor | None
-    """In the order of the batches; None: chunk i is layer i."""
+    """In the order of the chunk groups; None: chunk i is layer i."""
     stats_dtype: torch.dtype = torch.float32
     """Of norms and ratios as they are shown."""
     flats: list[Tensor] = field(default_factory=list)
     """Parameters that seem to hold several layers, of which nobody has said where they lie."""
 
     def squares(self, norms: list[Tensor]) -> Tensor:
-        """Local sum of squares of each layer, from the norms of all chunks, in the batches' order.
+        """Local sum of squares of each layer, from the norms of all chunks, in order.
 
         The norms may lie on several devices and are FP32 or wider; the result is a new vector.
         """
@@ -154,23 +154,25 @@ class Work:
             sums: shape (layers, …).
             flag: 0-d, travels along: non-zero afterwards, on every rank, where it was so on any.
         """
-        for exchange in self.exchanges:
-            part = sums if exchange.members is None else sums[exchange.members]
+        for reduction in self.reductions:
+            part = sums if reduction.members is None else sums[reduction.members]
             sent = part.reshape(-1)
             if flag is not None:
                 sent = torch.cat([sent, flag.to(sent).reshape(1)])
-            dist.all_reduce(sent, group=exchange.group)
+            dist.all_reduce(sent, group=reduction.group)
             if flag is not None:
                 flag.copy_(sent[-1])
                 sent = sent[:-1]
             part = sent.view(part.shape)
-            if exchange.factor is not None:
-                part = part * exchange.factor.view(-1, *[1] * (part.dim() - 1))
-            sums = part if exchange.members is None else sums.index_copy(0, exchange.members, part)
+            if reduction.factor is not None:
+                part = part * reduction.factor.view(-1, *[1] * (part.dim() - 1))
+            sums = (
+                part if reduction.members is None else sums.index_copy(0, reduction.members, part)
+            )
         return sums
 
 
-def plan_work(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -> Work:
+def build_step_plan(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -> StepPlan:
     """Cut what there is to do for the parameters that have a gradient now."""
     names: list[Name] = []
     spans: list[tuple[Group, slice]] = []
@@ -192,15 +194,15 @@ def plan_work(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -> Work
                 params.append((group, param))
                 chunks += [(group, chunk) for chunk in chunks_of(param, layout, first)]
         spans.append((group, slice(start, len(names))))
-    batches = batches_of(chunks)
+    chunk_groups = chunk_groups_of(chunks)
     device = local(next(iter(layouts))).device if layouts else torch.device("cpu")
     wide = any(compute_dtype(param) == torch.float64 for param in layouts)
     stats_dtype = torch.float64 if wide else torch.float32
     dtype = squares_dtype(device, stats_dtype)
-    layer_of_chunk = [chunk.layer for batch in batches for chunk in batch.chunks]
+    layer_of_chunk = [chunk.layer for chunk_group in chunk_groups for chunk in chunk_group.members]
     # Sums before means, so that a mean is over copies of a sum that is complete.
     ordered = sorted(reduced.values(), key=lambda entries: any(r.mean for r, _ in entries))
-    return Work(
+    return StepPlan(
         names=names,
         groups=spans,
         device=device,
@@ -208,23 +210,23 @@ def plan_work(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -> Work
         moved=moved,
         params=params,
         owners=tuple(layouts),
-        batches=batches,
-        exchanges=[exchange_of(entries, len(names), device, dtype) for entries in ordered],
+        chunk_groups=chunk_groups,
+        reductions=[group_reduction(entries, len(names), device, dtype) for entries in ordered],
         layer_of_chunk=index(layer_of_chunk, len(names), device),
         stats_dtype=stats_dtype,
     )
 
 
-def exchange_of(
+def group_reduction(
     entries: list[tuple[Reduction, int]],
     num_layers: int,
     device: torch.device,
     dtype: torch.dtype,
-) -> Exchange:
+) -> GroupReduction:
     """One collective for the layers that are reduced over one process group."""
     group = entries[0][0].group
     factors = [1 / group.size() if reduction.mean else 1.0 for reduction, _ in entries]
-    return Exchange(
+    return GroupReduction(
         group=group,
         members=index([layer for _, layer in entries], num_layers, device),
         factor=None if set(factors) == {1.0} else torch.tensor(factors, device=device, dtype=dtype),
@@ -234,7 +236,7 @@ def exchange_of(
 def chunks_of(param: Tensor, layout: Layout, first: int) -> Iterable[Chunk]:
     """What this rank holds of a parameter's layers, the first of which has index `first`."""
     tensor = local(param)
-    limit = CPU_BATCH if tensor.device.type == "cpu" else DEVICE_BATCH
+    limit = CPU_CHUNK_ELEMENTS if tensor.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
     for piece in (None,) if layout.pieces is None else layout.pieces:
         stretch = tensor if piece is None else tensor.narrow(piece.dim, piece.start, piece.length)
         layer, numel = first + (0 if piece is None else piece.layer), stretch.numel()
@@ -247,24 +249,24 @@ def chunks_of(param: Tensor, layout: Layout, first: int) -> Iterable[Chunk]:
             yield Chunk(param, layer, end - start, piece, slice(start, end))
 
 
-def batches_of(chunks: Iterable[tuple[Group, Chunk]]) -> list[Batch]:
-    """The chunks in batches of one group, device and dtype each, no larger than they should be."""
-    batches: list[Batch] = []
-    open_batches: dict[Any, Batch] = {}
+def chunk_groups_of(chunks: Iterable[tuple[Group, Chunk]]) -> list[ChunkGroup]:
+    """Put the chunks in groups of one parameter group, device and dtype, of limited size."""
+    chunk_groups: list[ChunkGroup] = []
+    open_groups: dict[Any, ChunkGroup] = {}
     for group, chunk in chunks:
         tensor = local(chunk.param)
         key = (id(group), tensor.device, tensor.dtype, in_order(chunk))
-        batch = open_batches.get(key)
-        if batch is None or not batch.takes(chunk):
-            batch = Batch(group, tensor.device, compute_dtype(tensor), in_order(chunk))
-            batches.append(batch)
-            open_batches[key] = batch
-        batch.add(chunk)
+        chunk_group = open_groups.get(key)
+        if chunk_group is None or not chunk_group.takes(chunk):
+            chunk_group = ChunkGroup(group, tensor.device, compute_dtype(tensor), in_order(chunk))
+            chunk_groups.append(chunk_group)
+            open_groups[key] = chunk_group
+        chunk_group.add(chunk)
     ends: dict[Any, int] = {}
-    for batch in batches:
-        batch.start = ends.get((batch.device, batch.dtype), 0)
-        ends[batch.device, batch.dtype] = batch.start + batch.numel
-    return batches
+    for chunk_group in chunk_groups:
+        chunk_group.start = ends.get((chunk_group.device, chunk_group.dtype), 0)
+        ends[chunk_group.device, chunk_group.dtype] = chunk_group.start + chunk_group.numel
+    return chunk_groups
 
 
 def in_order(chunk: Chunk) -> bool:
@@ -278,42 +280,42 @@ def index(members: list[int], length: int, device: torch.device) -> Tensor | Non
     return None if members == list(range(length)) else torch.tensor(members, device=device)
 
 
-def norms_of(batch: Batch, chunks: Tensors) -> Tensors:
+def norms_of(group: ChunkGroup, chunks: Tensors) -> Tensors:
     """‖chunk‖₂ of each, finite where the chunk is: a square of 1e20 is beyond FP32.
 
     An accelerator adds squares up in FP64. A CPU, which is slow at that, does so only where FP32
     has overflowed, or where a chunk has no stretches: it adds up in sequence, which loses digits
     over many FP32 numbers, and so takes the norm of the norms of short stretches.
     """
-    if batch.device.type != "cpu" or not batch.contiguous:
-        return torch._foreach_norm(chunks, 2, dtype=squares_dtype(batch.device, batch.dtype))
-    if batch.longest <= CPU_STRETCH:
-        norms: Tensors = torch._foreach_norm(chunks, 2, dtype=batch.dtype)
+    if group.device.type != "cpu" or not group.contiguous:
+        return torch._foreach_norm(chunks, 2, dtype=squares_dtype(group.device, group.dtype))
+    if group.longest <= CPU_STRETCH:
+        norms: Tensors = torch._foreach_norm(chunks, 2, dtype=group.dtype)
     else:
-        norms = [norm_in_stretches(chunk, batch.dtype) for chunk in chunks]
-    if batch.dtype == torch.float64 or math.inf not in torch.stack([*norms]).tolist():
+        norms = [norm_in_stretches(chunk, group.dtype) for chunk in chunks]
+    if group.dtype == torch.float64 or math.inf not in torch.stack([*norms]).tolist():
         return norms
     return torch._foreach_norm(chunks, 2, dtype=torch.float64)
 
 
 def descend(
-    batch: Batch, weights: Tensors, steps: Tensors, scale: float | Tensor, skip: Tensor | None
+    group: ChunkGroup, weights: Tensors, steps: Tensors, scale: float | Tensor, skip: Tensor | None
 ) -> None:
     """w ← w - scale · step for every chunk, and the parameters with them; nothing where `skip`.
 
     Args:
-        weights: what `_weights` gave, in the batch's dtype.
+        weights: what `_weights` gave, in the chunk group's dtype.
         scale: one number for all, or a vector with one for each chunk.
         skip: 0-d bool or None.
     """
     moved = weights if skip is None else [weight.clone() for weight in weights]
     if isinstance(scale, Tensor):
-        scales = on_device(scale, batch.device).to(batch.dtype) if scale.dim() == 0 else scale
+        scales = on_device(scale, group.device).to(group.dtype) if scale.dim() == 0 else scale
         each = [scales] * len(steps) if scale.dim() == 0 else scales.unbind()
         torch._foreach_addcmul_(moved, steps, each, value=-1)
     else:
         torch._foreach_add_(moved, steps, alpha=-scale)
     if skip is not None:
         write(weights, moved, skip)
-    if weights[0].dtype != batch.chunks[0].param.dtype:
-        write(batch.cut(local), weights, skip)
+    if weights[0].dtype != group.members[0].param.dtype:
+        write(group.cut(local), weights, skip)

@@ -9,7 +9,7 @@ from largebatch.optim.sharding.layout import Name
 
 
 @dataclass(frozen=True)
-class Agreed:
+class SyncedStep:
     """What a step starts from: decided alike by all ranks before any moment is touched."""
 
     gradients: Mapping[Tensor, Tensor]
@@ -21,7 +21,7 @@ class Agreed:
 
 
 @dataclass(frozen=True)
-class Stats:
+class LayerStats:
     """The layers' norms and ratios of a step, vectors over `names`."""
 
     names: list[Name]

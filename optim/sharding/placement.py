@@ -57,7 +57,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Spread:
+class Placement:
     """How a tensor lies over the members of a process group, by their rank in the group."""
 
     shape: tuple[int, ...]
@@ -96,7 +96,9 @@ def whole_box(shape: Sequence[int]) -> Box:
     return Box((0,) * len(shape), tuple(shape))
 
 
-def spread_of(tensor: Tensor, name: Name, process_group: "ProcessGroup | None" = None) -> Spread:
+def placement_of(
+    tensor: Tensor, name: Name, process_group: "ProcessGroup | None" = None
+) -> Placement:
     """How a parameter is spread.
 
     Args:
@@ -108,27 +110,29 @@ def spread_of(tensor: Tensor, name: Name, process_group: "ProcessGroup | None" =
     shape = tuple(tensor.shape)
     if not is_dtensor(tensor):
         return replicated(shape, process_group)
-    spread = spread_over(shape, tensor.device_mesh, tensor.placements, name)  # type: ignore[attr-defined]
-    box, found = spread.boxes[spread.me], tuple(local(tensor).shape)
+    placement = mesh_placement(shape, tensor.device_mesh, tensor.placements, name)  # type: ignore[attr-defined]
+    box, found = placement.boxes[placement.me], tuple(local(tensor).shape)
     if box.numel != local(tensor).numel() or (box.numel and box.size != found):
         raise ValueError(
             f"parameter {name!r} of shape {shape}, placed as "
             f"{tensor.placements}, should have a local part of shape {box.size}, got {found}: "  # type: ignore[attr-defined]
             "only shards as torch.chunk cuts them are known here"
         )
-    return spread
+    return placement
 
 
-def replicated(shape: tuple[int, ...], group: "ProcessGroup | None") -> Spread:
+def replicated(shape: tuple[int, ...], group: "ProcessGroup | None") -> Placement:
     """Every member of the group holds all of it."""
     if group is None or group.size() == 1:
-        return Spread(shape, None, (whole_box(shape),), (0,))
+        return Placement(shape, None, (whole_box(shape),), (0,))
     every = range(group.size())
     boxes = (whole_box(shape),) * len(every)
-    return Spread(shape, group, boxes, every, Line(group, every))
+    return Placement(shape, group, boxes, every, Line(group, every))
 
 
-def spread_over(shape: tuple[int, ...], mesh: Any, placements: Sequence[Any], name: Name) -> Spread:
+def mesh_placement(
+    shape: tuple[int, ...], mesh: Any, placements: Sequence[Any], name: Name
+) -> Placement:
     """How a DTensor of these placements is spread over its mesh.
 
     Raises:
@@ -141,12 +145,12 @@ def spread_over(shape: tuple[int, ...], mesh: Any, placements: Sequence[Any], na
             )
     if mesh.size() == 1:
         return replicated(shape, None)
-    boxes, copies = lie_over(shape, mesh, tuple(placements))
-    return Spread(shape, group_of(mesh), boxes, copies, *lines_of(mesh, placements))
+    boxes, copies = boxes_over(shape, mesh, tuple(placements))
+    return Placement(shape, group_of(mesh), boxes, copies, *lines_of(mesh, placements))
 
 
 @functools.lru_cache(maxsize=256)  # many tensors are alike, and there may be thousands of ranks
-def lie_over(
+def boxes_over(
     shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]
 ) -> tuple[tuple[Box, ...], tuple[int, ...]]:
     """The box of each member of a mesh, and the copy that it is of."""
@@ -167,7 +171,7 @@ def lie_over(
 
 
 def lines_of(mesh: Any, placements: Sequence[Any]) -> tuple[Line | None, Line | None]:
-    """`Spread.across` and `Spread.within` of a DTensor, of groups that its mesh has."""
+    """`Placement.across` and `Placement.within` of a DTensor, of groups that its mesh has."""
     group = group_of(mesh)
     every = Line(group, range(group.size()))
     sizes = tuple(mesh.mesh.shape)

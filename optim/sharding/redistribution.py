@@ -26,15 +26,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from largebatch.optim.sharding.placement import Box, Line
-from largebatch.optim.sharding.rounds import Parcel, Piece, Round, To, limit_of, rounds_of
+from largebatch.optim.sharding.rounds import Round, ShardedTensor, Slice, To, limit_of, rounds_of
 
-Arrived = tuple[Piece, Tensor]
+Arrived = tuple[Slice, Tensor]
 
 FEW: Final = 64
 """Ranks that send to each of the others; among more, that many messages take too long."""
 
 
-class Exchange:
+class Redistribution:
     """The way of some tensors, all spread over one process group, to their owners and back.
 
     Args:
@@ -47,19 +47,19 @@ class Exchange:
 
     def __init__(
         self,
-        parcels: Sequence[Parcel],
+        tensors: Sequence[ShardedTensor],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.parcels = tuple(parcels)
+        self.tensors = tuple(tensors)
         self.dtype, self.device = dtype, torch.device(device)
-        groups = {id(parcel.spread.group): parcel.spread.group for parcel in parcels}
+        groups = {id(tensor.placement.group): tensor.placement.group for tensor in tensors}
         if len(groups) > 1:
             raise ValueError("an exchange is over one process group, got tensors of several")
         self.group = next(iter(groups.values()), None)
         self.me = 0 if self.group is None else self.group.rank()
-        self.limit = limit_of(self.parcels)
-        self.rounds = rounds_of(self.parcels, self.me, self.limit)
+        self.limit = limit_of(self.tensors)
+        self.rounds = rounds_of(self.tensors, self.me, self.limit)
 
     def to_owners(
         self, parts: Sequence[Tensor | None], sums: Tensor | None = None
@@ -78,14 +78,14 @@ class Exchange:
         """
         totals = self._add_up(sums)
 
-        def part_of(piece: Piece) -> Tensor | None:
-            part, spread = parts[piece.parcel], self.parcels[piece.parcel].spread
-            return None if part is None else piece.box.of(part, spread.boxes[self.me])
+        def part_of(piece: Slice) -> Tensor | None:
+            part, placement = parts[piece.tensor], self.tensors[piece.tensor].placement
+            return None if part is None else piece.box.of(part, placement.boxes[self.me])
 
-        found: list[dict[int, Tensor]] = [{} for _ in self.parcels]
+        found: list[dict[int, Tensor]] = [{} for _ in self.tensors]
         for one in self.rounds:
             for piece, part in self._swap(one.within, one.to_owner, one.from_holder, part_of):
-                block, blocks = self.parcels[piece.parcel].blocks[piece.block], found[piece.parcel]
+                block, blocks = self.tensors[piece.tensor].blocks[piece.block], found[piece.tensor]
                 if piece.box == block:
                     blocks[piece.block] = part
                     continue
@@ -114,27 +114,27 @@ class Exchange:
 
     def joined(self, pieces: Iterable[Arrived]) -> Iterator[tuple[int, Tensor]]:
         """This rank's part of each tensor, by its index, from the pieces of `to_holders`."""
-        boxes = [parcel.spread.boxes[self.me] for parcel in self.parcels]
+        boxes = [tensor.placement.boxes[self.me] for tensor in self.tensors]
         part, missing = torch.empty(0), 0
         for piece, tensor in pieces:
-            held = boxes[piece.parcel]
+            held = boxes[piece.tensor]
             if piece.box == held:
-                yield piece.parcel, tensor
+                yield piece.tensor, tensor
                 continue
             if missing == 0:
                 part, missing = self._zeros(held), held.numel
             piece.box.of(part, held).copy_(tensor)
             missing -= piece.box.numel
             if missing == 0:  # before the next arrives: this one is not to be kept
-                yield piece.parcel, part
+                yield piece.tensor, part
         for index, held in enumerate(boxes):
             if held.numel == 0:
                 yield index, self._zeros(held)
 
     def _pieces(self, blocks: Sequence[Mapping[int, Tensor]]) -> Iterator[Arrived]:
-        def part_of(piece: Piece) -> Tensor | None:
-            block, parcel = blocks[piece.parcel].get(piece.block), self.parcels[piece.parcel]
-            return None if block is None else piece.box.of(block, parcel.blocks[piece.block])
+        def part_of(piece: Slice) -> Tensor | None:
+            block, tensor = blocks[piece.tensor].get(piece.block), self.tensors[piece.tensor]
+            return None if block is None else piece.box.of(block, tensor.blocks[piece.block])
 
         needs = [sum(piece.box.numel for _, piece in one.shared) for one in self.rounds]
         room = torch.empty(max(needs, default=0), dtype=self.dtype, device=self.device)
@@ -156,7 +156,7 @@ class Exchange:
         line: Line | None,
         sends: Sequence[To],
         receives: Sequence[To],
-        part_of: Callable[[Piece], Tensor | None],
+        part_of: Callable[[Slice], Tensor | None],
     ) -> Iterator[Arrived]:
         """What this rank receives in a line, its own too: one collective, or none for one rank."""
         size, me = (1, 0) if line is None else (line.group.size(), line.group.rank())
@@ -190,10 +190,10 @@ class Exchange:
         Args:
             room: for all of them.
         """
-        have = {(piece.parcel, piece.block): part for piece, part in near}
+        have = {(piece.tensor, piece.block): part for piece, part in near}
 
-        def part_of(piece: Piece) -> Tensor | None:
-            return have.get((piece.parcel, piece.block))
+        def part_of(piece: Slice) -> Tensor | None:
+            return have.get((piece.tensor, piece.block))
 
         if not one.shared:
             return
@@ -235,7 +235,7 @@ def sizes(pieces: Iterable[To], num_ranks: int, me: int) -> list[int]:
     return found
 
 
-def slot_of(box: Tensor, ends: list[int], rank: int, piece: Piece) -> Tensor:
+def slot_of(box: Tensor, ends: list[int], rank: int, piece: Slice) -> Tensor:
     """The next place for a piece of a rank's, from `ends[rank]` on, which moves."""
     start = ends[rank]
     ends[rank] = start + piece.box.numel

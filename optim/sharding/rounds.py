@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from largebatch.optim.sharding.placement import Box, Line, Spread, whole_box
+from largebatch.optim.sharding.placement import Box, Line, Placement, whole_box
 
 FEWEST: Final = 1 << 21
 """Elements of a round that are worth no cutting: 8 MiB of FP32."""
@@ -20,31 +20,31 @@ MOST: Final = 1 << 24
 
 
 @dataclass(frozen=True)
-class Parcel:
+class ShardedTensor:
     """A tensor, how it is spread, and who works on which block of it."""
 
-    spread: Spread
+    placement: Placement
     blocks: tuple[Box, ...]
     """Disjoint; together they are the tensor."""
     owners: tuple[int, ...]
     """The owner of each block, by its rank in the group."""
 
 
-def whole(spread: Spread, owner: int) -> Parcel:
+def whole(placement: Placement, owner: int) -> ShardedTensor:
     """A tensor that is worked on in one."""
-    return Parcel(spread, (whole_box(spread.shape),), (owner,))
+    return ShardedTensor(placement, (whole_box(placement.shape),), (owner,))
 
 
 @dataclass(frozen=True)
-class Piece:
+class Slice:
     """What of one block one member holds."""
 
-    parcel: int
+    tensor: int
     block: int
     box: Box
 
 
-To = tuple[int, Piece]
+To = tuple[int, Slice]
 """A piece, and the rank in a line that it goes to or comes from."""
 
 
@@ -67,46 +67,46 @@ class Round:
     """All that this rank's boxes have of the blocks, by who has it first."""
 
 
-def limit_of(parcels: Sequence[Parcel]) -> int:
+def limit_of(tensors: Sequence[ShardedTensor]) -> int:
     """Elements in a round: twice what the owner of most has to give, within `FEWEST` and `MOST`."""
     shares: Counter[int] = Counter()
-    for parcel in parcels:
-        for block, owner in zip(parcel.blocks, parcel.owners, strict=True):
+    for tensor in tensors:
+        for block, owner in zip(tensor.blocks, tensor.owners, strict=True):
             shares[owner] += block.numel
     return min(max(2 * max(shares.values(), default=0), FEWEST), MOST)
 
 
-def rounds_of(parcels: Sequence[Parcel], me: int, limit: int) -> list[Round]:
+def rounds_of(tensors: Sequence[ShardedTensor], me: int, limit: int) -> list[Round]:
     """All rounds of some tensors that are spread over one group, for its rank `me`."""
     routes: dict[tuple[int, ...], list[int]] = {}
-    for index, parcel in enumerate(parcels):
-        spread = parcel.spread
-        lines = (id(line and line.group) for line in (spread.within, spread.across))
+    for index, tensor in enumerate(tensors):
+        placement = tensor.placement
+        lines = (id(line and line.group) for line in (placement.within, placement.across))
         routes.setdefault(tuple(lines), []).append(index)
     found = []
     for indices in routes.values():
-        route = Route(parcels, indices, me)
-        found += [route.round(blocks) for blocks in cut(parcels, indices, limit)]
+        route = Route(tensors, indices, me)
+        found += [route.round(blocks) for blocks in cut(tensors, indices, limit)]
     return found
 
 
 def cut(
-    parcels: Sequence[Parcel], indices: Sequence[int], limit: int
+    tensors: Sequence[ShardedTensor], indices: Sequence[int], limit: int
 ) -> Iterator[list[tuple[int, int]]]:
     """The blocks of some tensors, by tensor and number, in rounds."""
     blocks: list[tuple[int, int]] = []
     owned: Counter[int] = Counter()  # by owner: what it gives in the round, to all copies
     held = within = 0  # the most that a member holds, of the tensors before and of this one
-    spreads = [parcels[index].spread for index in indices]
+    placements = [tensors[index].placement for index in indices]
     # A shard may well go in one: it is this rank's own share of the model.
-    limit = max([limit, *(spread.largest for spread in spreads if spread.is_sharded)])
+    limit = max([limit, *(placement.largest for placement in placements if placement.is_sharded)])
     for index in indices:
-        parcel, spread = parcels[index], parcels[index].spread
-        held, within = held + min(within, spread.largest), 0
-        fan = spread.num_copies if spread.across is None else 1
-        for number, (block, owner) in enumerate(zip(parcel.blocks, parcel.owners, strict=True)):
+        tensor, placement = tensors[index], tensors[index].placement
+        held, within = held + min(within, placement.largest), 0
+        fan = placement.num_copies if placement.across is None else 1
+        for number, (block, owner) in enumerate(zip(tensor.blocks, tensor.owners, strict=True)):
             size = block.numel
-            gives, holds = owned[owner] + fan * size, held + min(within + size, spread.largest)
+            gives, holds = owned[owner] + fan * size, held + min(within + size, placement.largest)
             if blocks and max(gives, holds) > limit:
                 yield blocks
                 blocks, held, within = [], 0, 0
@@ -121,39 +121,41 @@ def cut(
 class Route:
     """The way of tensors that are spread over the same lines, seen by the rank `me`."""
 
-    def __init__(self, parcels: Sequence[Parcel], indices: Sequence[int], me: int) -> None:
-        self._parcels, self._me = parcels, me
-        spread = parcels[indices[0]].spread
-        self._across, self._within = spread.across, spread.within
-        if spread.across is None and spread.group is not None:  # those of all copies, directly
-            self._within = Line(spread.group, range(spread.group.size()))
+    def __init__(self, tensors: Sequence[ShardedTensor], indices: Sequence[int], me: int) -> None:
+        self._tensors, self._me = tensors, me
+        placement = tensors[indices[0]].placement
+        self._across, self._within = placement.across, placement.within
+        if (
+            placement.across is None and placement.group is not None
+        ):  # those of all copies, directly
+            self._within = Line(placement.group, range(placement.group.size()))
         members = [me] if self._within is None else self._within.members
         self._rank_in = {member: rank for rank, member in enumerate(members)}
-        own, across = spread.copies[me], [] if self._across is None else self._across.members
-        self._near = [m for m in members if self._across is None or spread.copies[m] == own]
-        self._of_copy = {spread.copies[member]: rank for rank, member in enumerate(across)}
+        own, across = placement.copies[me], [] if self._across is None else self._across.members
+        self._near = [m for m in members if self._across is None or placement.copies[m] == own]
+        self._of_copy = {placement.copies[member]: rank for rank, member in enumerate(across)}
 
     def round(self, blocks: Sequence[tuple[int, int]]) -> Round:
         found = Round(self._within, self._across)
         for index, number in blocks:
-            parcel = self._parcels[index]
-            block, owner = parcel.blocks[number], parcel.owners[number]
-            boxes, copies = parcel.spread.boxes, parcel.spread.copies
+            tensor = self._tensors[index]
+            block, owner = tensor.blocks[number], tensor.owners[number]
+            boxes, copies = tensor.placement.boxes, tensor.placement.copies
             mine = block.overlap(boxes[self._me])
             if mine is not None:
-                self._hold(found, Piece(index, number, mine), owner, copies)
+                self._hold(found, Slice(index, number, mine), owner, copies)
             if owner == self._me:
                 for member in self._near:
                     theirs = block.overlap(boxes[member])
                     if theirs is not None:
-                        to = self._rank_in[member], Piece(index, number, theirs)
+                        to = self._rank_in[member], Slice(index, number, theirs)
                         found.to_holder.append(to)
                         # From the copy that the owner has a part of, which may be all of it.
                         if copies[owner] == copies[member]:
                             found.from_holder.append(to)
         return found
 
-    def _hold(self, found: Round, piece: Piece, owner: int, copies: Sequence[int]) -> None:
+    def _hold(self, found: Round, piece: Slice, owner: int, copies: Sequence[int]) -> None:
         """Note a piece that is this rank's own."""
         is_near = copies[owner] == copies[self._me]
         if self._across is None or is_near:

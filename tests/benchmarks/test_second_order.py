@@ -85,7 +85,7 @@ def test_kfac_hears_how_many_terms_the_loss_is_the_mean_of() -> None:
     stepper.take()
     stepper.backward()
     assert isinstance(stepper.optimizer, KFAC)
-    _, items = stepper.optimizer._curvature.take()
+    _, items = stepper.optimizer._statistics.take()
     assert items == TINY.batch_size * TINY.places
 
 

@@ -10,13 +10,14 @@ import torch.distributed as dist
 from gloo_ranks import Outcome
 from parity_layouts import mesh_of
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Placement as DTensorPlacement
 
-from largebatch.optim.sharding import redistribution as exchanging
+from largebatch.optim.sharding import redistribution as redistribution_code
 from largebatch.optim.sharding import rounds as exchange_rounds
-from largebatch.optim.sharding.placement import Box, Spread, spread_of
-from largebatch.optim.sharding.redistribution import Exchange
-from largebatch.optim.sharding.rounds import Parcel
+from largebatch.optim.sharding.placement import Box, Placement, placement_of
+from largebatch.optim.sharding.redistribution import Redistribution
+from largebatch.optim.sharding.rounds import ShardedTensor
 
 SHAPES = ((7, 3), (1, 4), (5,), (2, 3, 4), ())
 
@@ -30,7 +31,7 @@ class Case:
     """The rank that has none of the parts."""
     most: int = exchange_rounds.MOST
     """Elements in a round."""
-    few: int = exchanging.FEW
+    few: int = redistribution_code.FEW
     """Ranks that send to each of the others, copy to copy."""
 
     def __str__(self) -> str:
@@ -58,7 +59,7 @@ def spread_tensors(layout: str) -> list[Tensor]:
 MESHES_OF_TWO = ("hsdp", "twice")
 
 
-def placements_of(layout: str, tensor: Tensor) -> list[Placement]:
+def placements_of(layout: str, tensor: Tensor) -> list[DTensorPlacement]:
     """Shards of the first dimension; of the last one for "columns"; scalars are replicated."""
     if tensor.dim() == 0:
         return [Replicate()] * (2 if layout in MESHES_OF_TWO else 1)
@@ -81,19 +82,21 @@ def blocks_of_two(shape: tuple[int, ...]) -> tuple[Box, ...]:
     )
 
 
-def parcel_of(tensor: Tensor, layout: str, shift: int) -> Parcel:
+def sharded_tensor(tensor: Tensor, layout: str, shift: int) -> ShardedTensor:
     group = dist.group.WORLD if layout == "group" else None
-    spread: Spread = spread_of(tensor, "name", group)
-    size = 1 if spread.group is None else spread.group.size()
-    blocks = blocks_of_two(spread.shape)
-    return Parcel(spread, blocks, tuple((shift + number) % size for number in range(len(blocks))))
+    placement: Placement = placement_of(tensor, "name", group)
+    size = 1 if placement.group is None else placement.group.size()
+    blocks = blocks_of_two(placement.shape)
+    return ShardedTensor(
+        placement, blocks, tuple((shift + number) % size for number in range(len(blocks)))
+    )
 
 
 def carry(case: Case) -> Outcome:
     """Every tensor to the owners of its blocks, doubled by them, and back to all holders."""
     with (
         mock.patch.object(exchange_rounds, "MOST", case.most),
-        mock.patch.object(exchanging, "FEW", case.few),
+        mock.patch.object(redistribution_code, "FEW", case.few),
     ):
         return carry_by(case)
 
@@ -125,26 +128,28 @@ def counted() -> Iterator[dict[str, int]]:
 
 def carry_by(case: Case) -> Outcome:
     tensors = spread_tensors(case.layout)
-    exchange = Exchange([parcel_of(t, case.layout, number) for number, t in enumerate(tensors)])
+    redistribution = Redistribution(
+        [sharded_tensor(t, case.layout, number) for number, t in enumerate(tensors)]
+    )
     parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     rank = dist.get_rank() if dist.is_initialized() else 0
     sums = torch.tensor([rank + 1.0, 0.1])
     given = [None] * len(parts) if case.missing == rank else parts
     before = [part.clone() for part in parts]
     with counted() as to_owners:
-        blocks, gathered_sums = exchange.to_owners(given, sums)
+        blocks, gathered_sums = redistribution.to_owners(given, sums)
     doubled = [{n: 2 * block for n, block in own.items()} for own in blocks]
     with counted() as to_holders:
-        pieces, scattered_sums = exchange.to_holders(doubled, sums)
-        arrived = dict(exchange.joined((piece, part.clone()) for piece, part in pieces))
+        pieces, scattered_sums = redistribution.to_holders(doubled, sums)
+        arrived = dict(redistribution.joined((piece, part.clone()) for piece, part in pieces))
     back = [arrived[index] for index in range(len(parts))]
     negative = [{n: torch.full_like(block, -0.0) for n, block in own.items()} for own in blocks]
-    zeros = dict(exchange.joined(exchange.to_holders(negative)[0])).values()
+    zeros = dict(redistribution.joined(redistribution.to_holders(negative)[0])).values()
     return {
         "parts": parts,
         "unchanged": all(torch.equal(a, b) for a, b in zip(before, parts, strict=True)),
         "owned": [set(own) for own in blocks],
-        "owners": [parcel.owners for parcel in exchange.parcels],
+        "owners": [tensor.owners for tensor in redistribution.tensors],
         "blocks": [{n: block.clone() for n, block in own.items()} for own in blocks],
         "back": [part.clone() for part in back],
         "sums": (gathered_sums, scattered_sums),

@@ -9,8 +9,8 @@ from gloo_ranks import Outcome, launch, successful
 from second_order_ranks import SHAPES, Case, blocks_of_two, carry
 from torch import Tensor
 
-from largebatch.optim.sharding.placement import Spread, whole_box
-from largebatch.optim.sharding.redistribution import Exchange
+from largebatch.optim.sharding.placement import Placement, whole_box
+from largebatch.optim.sharding.redistribution import Redistribution
 from largebatch.optim.sharding.rounds import MOST, whole
 
 WORLDS = {
@@ -145,9 +145,9 @@ def test_tensors_of_two_groups_do_not_share_an_exchange() -> None:
             return 0
 
     boxes = (whole_box((2,)),)
-    parcels = [whole(Spread((2,), Group(), boxes, (0,)), 0) for _ in range(2)]
+    tensors = [whole(Placement((2,), Group(), boxes, (0,)), 0) for _ in range(2)]
     with pytest.raises(ValueError, match="one process group"):
-        Exchange(parcels)
+        Redistribution(tensors)
 
 
 def test_blocks_cover_the_tensor() -> None:

@@ -19,7 +19,7 @@ from optimizer_rows import (
 from torch import Tensor
 
 from largebatch.optim import LAMB, LARS
-from largebatch.optim.layerwise.step_plan import CPU_BATCH
+from largebatch.optim.layerwise.step_plan import CPU_CHUNK_ELEMENTS
 from largebatch.optim.math.adam import bias_correction
 from largebatch.optim.math.trust_ratio import trust_ratio
 
@@ -186,7 +186,7 @@ def test_a_large_layer_that_is_not_contiguous_has_the_right_norm() -> None:
 @each_of_ours
 def test_a_layer_cut_into_many_chunks_has_the_norms_of_the_whole(row: Row) -> None:
     generator = torch.Generator().manual_seed(0)
-    large = torch.randn(3, CPU_BATCH, generator=generator, dtype=torch.float64)
+    large = torch.randn(3, CPU_CHUNK_ELEMENTS, generator=generator, dtype=torch.float64)
     params = [torch.nn.Parameter(large + 1), torch.nn.Parameter(torch.empty(0, 5))]
     weight_norm, update = params[0].detach().norm(), large.clone()
     optimizer = row.make(params, lr=1e-3)

@@ -35,7 +35,7 @@ from torch.nn import Parameter
 
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim.sharding.messages import all_have
-from largebatch.optim.sharding.placement import Box, lie_over, whole_box
+from largebatch.optim.sharding.placement import Box, boxes_over, whole_box
 
 NUM_WRITERS: Final = 32
 """Ranks that share what all of them hold alike: every rank reads their files when it resumes."""
@@ -122,7 +122,7 @@ def is_known(value: Any, ranks: Ranks) -> bool:
         mesh = value.device_mesh
         if mesh.size() != ranks.size or any(p.is_partial() for p in value.placements):
             return False
-        box = lie_over(tuple(value.shape), mesh, value.placements)[0][ranks.rank]
+        box = boxes_over(tuple(value.shape), mesh, value.placements)[0][ranks.rank]
         (item,) = _create_write_items("", value)
         chunk = item.tensor_data.chunk  # type: ignore[union-attr]
         there = tuple(chunk.offsets), tuple(chunk.sizes)
@@ -148,7 +148,7 @@ def shards_of(
     shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]
 ) -> Sequence[Part]:
     """Of as many copies as have `NUM_WRITERS` ranks together; empty shards of others are none."""
-    boxes, copies = lie_over(shape, mesh, placements)
+    boxes, copies = boxes_over(shape, mesh, placements)
     every = sorted(set(copies))
     chosen = set(some_of(every, -(-NUM_WRITERS * len(every) // len(copies))))
     holders: dict[Box, list[int]] = {}

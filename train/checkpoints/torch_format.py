@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim.blockwise.state_memory import DROPPED
-from largebatch.optim.kronecker.state import ELSEWHERE, CurvatureState
+from largebatch.optim.kronecker.state import ELSEWHERE, KroneckerState
 from largebatch.optim.math.bias_correction import SUFFIX
 from largebatch.optim.sharding.messages import broadcast_json
 from largebatch.train.checkpoints.files import CheckedFile, Files, Part
@@ -260,7 +260,7 @@ def leave_out(model: nn.Module, optimizer: Optimizer, saved: Metadata) -> None:
     """Tell an optimizer which weights had no curvature, which it learns in its first pass: a new
     one would have their factors read.
     """
-    if isinstance(optimizer, CurvatureState):
+    if isinstance(optimizer, KroneckerState):
         paths = (saved.planner_data or {}).values()
         names = {path[2] for path in paths if path[:2] + path[3:] == _ELSEWHERE}
         optimizer.leave_out(param for name, param in model.named_parameters() if name in names)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from largebatch.optim.base import MaskedOptimizer
-from largebatch.optim.kronecker.optimizer import CurvatureOptimizer
+from largebatch.optim.kronecker.optimizer import KroneckerOptimizer
 from largebatch.optim.sharding.layout import local
 from largebatch.train.engines.precision import LossScale
 from largebatch.train.noise.small_gradients import squares_of
@@ -95,7 +95,7 @@ class Update:
         if limits.skip_above is None and self.loss_scale is None:
             optimizer.step()
             return replicated
-        if self.loss_scale is not None and isinstance(optimizer, CurvatureOptimizer):
+        if self.loss_scale is not None and isinstance(optimizer, KroneckerOptimizer):
             optimizer.loss_scale = self.loss_scale.value  # it has seen gradients as they went by
         most = math.inf if limits.skip_above is None else limits.skip_above
         # The comparison is false for NaN; an infinite norm is above every limit.

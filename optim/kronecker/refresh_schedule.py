@@ -9,7 +9,7 @@ from largebatch.optim.kronecker.layers import Layer
 from largebatch.optim.sharding.step_counts import StepCounts
 
 
-class Turns:
+class RefreshSchedule:
     """Every layer has a turn once in `interval` steps, in its phase of them.
 
     While averages are young they change fast: until the interval is reached, all layers have turns
@@ -26,7 +26,7 @@ class Turns:
         self._phases, self._interval = phases, interval
         self._factor_interval = factor_interval
         self._anchor = torch.empty(0)  # under which the steps are counted, whoever has them
-        self._turns: dict[Layer, int] = {}
+        self._schedule: dict[Layer, int] = {}
         self.counts = StepCounts()
 
     @property
@@ -45,17 +45,17 @@ class Turns:
         return skip is not None or self.steps % self._factor_interval == 0
 
     def due(self, layers: Iterable[Layer]) -> list[Layer]:
-        return [layer for layer in layers if self.steps >= self._turns.get(layer, 0)]
+        return [layer for layer in layers if self.steps >= self._schedule.get(layer, 0)]
 
-    def had(self, layer: Layer) -> None:
+    def mark_refreshed(self, layer: Layer) -> None:
         """The layer has had its turn in this step."""
-        self._turns[layer] = self._from(layer, self.steps + 1)
+        self._schedule[layer] = self._from(layer, self.steps + 1)
 
-    def go_on(self, steps: Tensor | None, layers: Iterable[Layer]) -> None:
+    def restore(self, steps: Tensor | None, layers: Iterable[Layer]) -> None:
         """After so many steps, of which layers have had their turns; None: of none."""
         self.counts = StepCounts()
         now = self.counts.of(self._anchor, {} if steps is None else {"step": steps})
-        self._turns = {layer: self._from(layer, now) for layer in layers}
+        self._schedule = {layer: self._from(layer, now) for layer in layers}
 
     def _from(self, layer: Layer, step: int) -> int:
         """The first turn at `step` or later, counted from 0."""
