@@ -4,8 +4,8 @@
     exact       (A ⊗ G + λ)⁻¹                in the eigenbases of A and G
 
 Factored damping with π from the traces is that of Martens, Grosse 2015, section 6.3. The forms
-"eigen" and "inverse" are two ways to compute it, by eigenvectors and by Cholesky factors, and the
-same preconditioner; "exact" is another, that of George et al. 2018 without their rescaling, and of
+"factored_eigen" and "factored_cholesky" compute the same preconditioner by eigenvectors and by
+Cholesky factors; "exact" is another, that of George et al. 2018 without their rescaling, and of
 libraries that call it "eigen".
 
 λ is the damping itself, or relative: the damping times mean eig A · mean eig G, the mean eigenvalue
@@ -32,7 +32,9 @@ from largebatch.optim.math.matrix_roots import (
     symmetric_eigen,
 )
 
-FORMS = ("eigen", "inverse", "exact")
+FORMS = ("factored_eigen", "factored_cholesky", "exact")
+FORMER_FORMS = {"eigen": "factored_eigen", "inverse": "factored_cholesky"}
+"""By the names that older state dicts have for them."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,10 @@ def decomposed(
     """The damped inverses of a layer's factors, or what stands for them.
 
     Returns:
-        "condition": the condition number of A ⊗ G as damped, in the 2-norm for "eigen" and "exact",
-        in the 1-norm for "inverse", the worst of the groups, 0-d. For a factored form "inverse_in"
-        and "inverse_out", else bases (none of a diagonal), eigenvalues and "shift", λ.
+        "condition": the condition number of A ⊗ G as damped, in the 2-norm for "factored_eigen"
+        and "exact", in the 1-norm for "factored_cholesky", the worst of the groups, 0-d. For a
+        factored form "inverse_in" and "inverse_out", else bases (none of a diagonal), eigenvalues
+        and "shift", λ.
 
     Raises:
         RootError: a factor has no decomposition, in FP64 neither, or its dtype does not hold it.
@@ -185,7 +188,7 @@ def _scaled_inverse(
     if diagonal:
         damped = factor + shift
         return 1 / damped, damped.amax(dim=1) / damped.amin(dim=1)
-    if form == "eigen":
+    if form == "factored_eigen":
         eigenvalues, basis = _eigen(factor)
         damped = eigenvalues + shift
         inverse = torch.stack([*map(of_eigen, 1 / damped, basis)])

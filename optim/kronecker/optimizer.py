@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.base import Group
+from largebatch.optim.base import Group, refuse_param
 from largebatch.optim.blockwise.failure_notice import FailureNotice, counts_of
 from largebatch.optim.kronecker import saving
 from largebatch.optim.kronecker.coverage import (
@@ -107,7 +107,7 @@ class KroneckerOptimizer(KroneckerState):
         try:
             check_group(self.param_groups[-1])
             for name, param in [*self._named_params()][-len(self.param_groups[-1]["params"]) :]:
-                self._refuse(name, param)
+                refuse_param("KFAC", "whole layers", name, param)
             clips = {group["kl_clip"] for group in self.param_groups}
             require(len(clips) == 1, "kl_clip", "the same in every group", sorted(map(str, clips)))
         except Exception:
@@ -120,19 +120,6 @@ class KroneckerOptimizer(KroneckerState):
     def _name_of_new(self, param: Tensor, index: int) -> str:
         names = {id(known): name for name, known in self._model.named_parameters()}
         return names.get(id(param)) or super()._name_of_new(param, index)
-
-    def _refuse(self, name: Name, param: Tensor) -> None:
-        if param.is_complex():
-            raise ValueError(
-                f"KFAC takes real parameters, got {param.dtype} for parameter {name!r}: hold its "
-                "real and imaginary part as two parameters."
-            )
-        if getattr(param, "_fsdp_flattened", False):
-            raise ValueError(
-                f"KFAC needs whole layers, and parameter {name!r} is a flat shard of "
-                "FullyShardedDataParallel (FSDP1), which does not say what it holds: wrap the "
-                "model with torch.distributed.fsdp.fully_shard (FSDP2)."
-            )
 
     def _named_params(self) -> Iterator[tuple[Name, nn.Parameter]]:
         """Every parameter with its name, or its index over all groups where unnamed."""

@@ -10,6 +10,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 from largebatch.optim.base import Group, MaskedOptimizer
 from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.kronecker import saving
+from largebatch.optim.kronecker.damping import FORMER_FORMS
 from largebatch.optim.kronecker.factors import make_factor_state, state_shapes
 from largebatch.optim.kronecker.layers import Layer
 from largebatch.optim.kronecker.refresh_schedule import RefreshSchedule
@@ -214,6 +215,8 @@ class KroneckerState(MaskedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         own = state.pop("own", None)
         super().__setstate__(state)
+        for group in self.param_groups:
+            group["form"] = FORMER_FORMS.get(group["form"], group["form"])
         if own is not None:  # a copy; else groups and state alone are loaded
             self.__dict__.update(own)
             self._begin()

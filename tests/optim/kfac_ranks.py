@@ -34,7 +34,7 @@ FACTORS = ("factor_in", "factor_out")
 ROWS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "ridge": {"ridge": 1e-4},
-    "inverse": {"form": "inverse", "damping": 1e-4, "graft": "sgd", "weight_decay": 0.1},
+    "inverse": {"form": "factored_cholesky", "damping": 1e-4, "graft": "sgd", "weight_decay": 0.1},
     "exact": {"form": "exact", "inverse_interval": 1, "kl_clip": 1e-3, "rule": "sgd"},
     "diagonal": {"max_factor_size": 8, "factor_interval": 2, "inverse_interval": 3},
 }

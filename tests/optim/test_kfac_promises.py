@@ -210,18 +210,18 @@ def test_a_failed_decomposition_keeps_the_last_good_one_and_at_last_names_the_la
         run.train(4, 5)
 
 
-@pytest.mark.parametrize("form", ["inverse", "eigen"])
+@pytest.mark.parametrize("form", ["factored_cholesky", "factored_eigen"])
 def test_what_fails_in_fp32_is_decomposed_in_fp64(form: str) -> None:
     run, expected = run_of("defaults", form=form), run_of("defaults", form=form)
     expected.train(0, 1)
-    name = {"inverse": "cholesky_ex", "eigen": "eigh"}[form]
+    name = {"factored_cholesky": "cholesky_ex", "factored_eigen": "eigh"}[form]
     real, refused = getattr(torch.linalg, name), []
 
     def only_fp64(matrix: Tensor, **options: Any) -> Any:
         if matrix.dtype == torch.float64:
             return real(matrix, **options)
         refused.append(matrix)
-        if form == "eigen":
+        if form == "factored_eigen":
             raise torch.linalg.LinAlgError("did not converge")
         return torch.zeros_like(matrix), torch.ones(len(matrix), dtype=torch.int32)
 
@@ -435,7 +435,7 @@ nan = float("nan")
         ({"kl_clip": 0.0}, r"kl_clip must be in \(0, inf\) or None, got 0.0"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"factor_decay": 1.0}, r"factor_decay must be in \[0, 1\), got 1.0"),
-        ({"form": "svd"}, r"form must be one of 'eigen', 'inverse', 'exact', got 'svd'"),
+        ({"form": "svd"}, "form must be one of 'factored_eigen', .*, 'exact', got 'svd'"),
         ({"graft": "lamb"}, "graft must be one of .*'none', got 'lamb'"),
         ({"rule": "lion"}, "rule must be a Rule or one of sgd, average, adam, plain, got 'lion'"),
         ({"fallback": "lion"}, "fallback must be a Rule or one of .* got 'lion'"),
@@ -453,6 +453,15 @@ def test_an_option_out_of_range_is_refused_with_its_value_and_the_range(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         KFAC(nn.Linear(2, 2), **{"lr": 0.1, **options})
+
+
+def test_a_state_dict_with_the_former_name_of_a_form_loads() -> None:
+    model = nn.Linear(2, 2)
+    state = KFAC(model, lr=0.1).state_dict()
+    state["param_groups"][0]["form"] = "inverse"
+    optimizer = KFAC(model, lr=0.1)
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["form"] == "factored_cholesky"
 
 
 def test_a_bad_group_is_refused_and_leaves_the_optimizer_as_it_was() -> None:

@@ -32,7 +32,7 @@ def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([weight, bias.unsqueeze(1)], dim=1).reshape(-1)
 
 
-@pytest.mark.parametrize("form", ["eigen", "inverse", "exact"])
+@pytest.mark.parametrize("form", ["factored_eigen", "factored_cholesky", "exact"])
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 def test_the_step_is_the_natural_gradient_where_kfac_is_exact(form: str, damping: float) -> None:
     """A linear layer whose inputs and gradients are independent: every pair of them occurs once.
@@ -92,7 +92,7 @@ def test_factored_damping_is_that_of_martens_and_grosse(relative: bool) -> None:
 @pytest.mark.parametrize("max_factor_size", [100, 4])
 def test_eigen_and_inverse_are_the_same_preconditioner(case: Case, max_factor_size: int) -> None:
     steps = {}
-    for form in ("eigen", "inverse"):
+    for form in ("factored_eigen", "factored_cholesky"):
         module, x = case.layer()
         options = {"form": form, "damping": 1e-2, "max_factor_size": max_factor_size}
         optimizer = KFAC(module, lr=1.0, **PLAIN, **options)
@@ -103,7 +103,7 @@ def test_eigen_and_inverse_are_the_same_preconditioner(case: Case, max_factor_si
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("form", ["eigen", "inverse", "exact"])
+@pytest.mark.parametrize("form", ["factored_eigen", "factored_cholesky", "exact"])
 def test_each_group_of_a_convolution_is_preconditioned_as_a_layer_of_its_own(form: str) -> None:
     torch.manual_seed(0)
     grouped = nn.Conv2d(4, 6, 2, groups=2).double()
@@ -203,7 +203,7 @@ OPTIONS: dict[str, Any] = {
     ],
     ids=str,
 )
-@pytest.mark.parametrize("form", ["eigen", "inverse"])
+@pytest.mark.parametrize("form", ["factored_eigen", "factored_cholesky"])
 def test_twelve_steps_are_those_of_the_formulas(changes: dict[str, Any], form: str) -> None:
     options = {**OPTIONS, **changes}
     torch.manual_seed(0)
@@ -271,7 +271,7 @@ def test_damping_moves_geometrically_with_the_items_seen(relative: bool) -> None
         torch.testing.assert_close(one, other, **TIGHT)
 
 
-@pytest.mark.parametrize("form", ["eigen", "inverse", "exact"])
+@pytest.mark.parametrize("form", ["factored_eigen", "factored_cholesky", "exact"])
 @pytest.mark.parametrize("damping", [1e-1, 1e-3])
 def test_of_one_sample_in_fp32_the_step_is_that_of_fp64(form: str, damping: float) -> None:
     """Factors of rank one: all but one of their eigenvalues are damping.
@@ -293,7 +293,7 @@ def test_of_one_sample_in_fp32_the_step_is_that_of_fp64(form: str, damping: floa
     assert 0 < (steps[0] - steps[1]).norm() <= limit * steps[1].norm()
 
 
-@pytest.mark.parametrize("form", ["eigen", "inverse", "exact"])
+@pytest.mark.parametrize("form", ["factored_eigen", "factored_cholesky", "exact"])
 @pytest.mark.parametrize("relative", [False, True])
 def test_without_any_samples_a_layer_is_not_preconditioned(form: str, relative: bool) -> None:
     """A gradient from elsewhere, of a layer that no pass has seen."""

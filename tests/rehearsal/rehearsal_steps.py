@@ -28,7 +28,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "kfac eigen": (KFAC, {"lr": 1e-2, "inverse_interval": 4}, STEPS),
     "kfac moved": (KFAC, {"lr": 1e-2, "inverse_interval": 4}, STEPS),
     "kfac masked": (KFAC, {"lr": 1e-2, "inverse_interval": 4}, STEPS),
-    "kfac inverse": (KFAC, {"lr": 1e-2, "form": "inverse", "inverse_interval": 4}, STEPS),
+    "kfac inverse": (KFAC, {"lr": 1e-2, "form": "factored_cholesky", "inverse_interval": 4}, STEPS),
     "kfac exact": (KFAC, {"lr": 1e-2, "form": "exact", "inverse_interval": 4}, STEPS),
 }
 
