@@ -1,14 +1,20 @@
-"""What every optimizer here needs of torch's protocols: scalers, compilers, groups, state."""
+"""The base of all optimizers: torch's protocols of scalers, compilers, groups and state."""
 
+import math
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import GradScaler
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from largebatch.optim.loading import in_own_order, of_no_parameter
+from largebatch.optim.math.tensors import compute_dtype, gradient_of, on_device, scalar
+from largebatch.optim.options import require
+from largebatch.optim.sharding.layout import Name
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,12 +35,12 @@ def uncompiled(step: Callable[P, T]) -> Callable[P, T]:
 class GroupedOptimizer(Optimizer):
     """Base of all optimizers: groups that may come late and without names, or lack an option."""
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         """Add a group, as in torch; one without names takes some where the others have names."""
         self._give_names(param_group)
         super().add_param_group(param_group)
 
-    def _give_names(self, group: dict[str, Any]) -> None:
+    def _give_names(self, group: Group) -> None:
         if not any("param_names" in known for known in self.param_groups):
             return
         params = group.get("params", ())
@@ -47,8 +53,18 @@ class GroupedOptimizer(Optimizer):
         group["params"] = params
 
     def _name_of_new(self, param: Tensor, index: int) -> str:
-        """The name of a parameter that came without one, by its index over all groups."""
+        """Name a parameter that came without a name, given its index over all groups."""
         return f"param_{index}"
+
+    def _named_params(self) -> Iterator[tuple[Group, Name, nn.Parameter]]:
+        """Yield each parameter with its group and its name, or its index where unnamed."""
+        first = 0
+        for group in self.param_groups:
+            params, names = group["params"], group.get("param_names", ())
+            if len(names) != len(params):  # a wrapper has put others in the place of the named
+                names = range(first, first + len(params))
+            yield from ((group, *named) for named in zip(names, params, strict=True))
+            first += len(params)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore groups and state; an option that was not yet known then takes its default."""
@@ -61,18 +77,91 @@ class GroupedOptimizer(Optimizer):
                 group.setdefault(name, value)
 
 
-class MaskedOptimizer(GroupedOptimizer):
-    """Base of optimizers whose `step` can be masked on the device.
+class ShardedOptimizer(GroupedOptimizer):
+    """Base of optimizers of parameters that may be sharded, whose `step` is masked on the device.
 
-    With `found_inf` set, as torch.amp.GradScaler does, `step` skips without asking the host.
+    With `found_inf` set, as torch.amp.GradScaler does, `step` skips without asking the host. State
+    is kept and loaded in FP32 at least.
     """
 
     # On the class, because deepcopy and pickle keep an optimizer's groups and state only.
     _scale_of_scaler: Tensor | None = None
 
+    _needs: ClassVar[str] = "to know layers"
+    """What a flat shard, which says nothing of its parameters, does not allow."""
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._check_options(defaults)
         refuse_what_only_has_parameters(type(self).__name__, params)
         super().__init__(params, defaults)
+
+    # Groups -------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, as in torch; a group that is refused leaves the optimizer as it was.
+
+        Raises:
+            ValueError: an option out of range, a parameter that cannot be treated.
+        """
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            self._check_options(group)
+            for owner, name, param in self._named_params():
+                if owner is group:
+                    self._check_param(group, name, param)
+            self._check_groups()
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Refuse options (the defaults, or one group's) out of range; subclasses add their own."""
+        lr = options["lr"]
+        if isinstance(lr, Tensor):  # its value may lie on a device and is not looked at
+            accepted = "a float or a tensor of one element"
+            require(lr.numel() == 1, "lr", accepted, f"shape {tuple(lr.shape)}")
+        else:
+            require(0 <= lr < math.inf, "lr", "in [0, inf)", lr)
+        if "betas" in options:
+            betas = options["betas"]
+            in_range = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+            require(in_range, "betas", "two numbers in [0, 1)", betas)
+        for name in ("eps", "weight_decay"):
+            if name in options:
+                require(0 <= options[name] < math.inf, name, "in [0, inf)", options[name])
+
+    def _check_param(self, group: Group, name: Name, param: Tensor) -> None:
+        """Refuse a parameter that cannot be treated."""
+        if param.is_complex():
+            raise ValueError(
+                f"{type(self).__name__} takes real parameters, got {param.dtype} for parameter "
+                f"{name!r}: hold its real and imaginary part as two parameters."
+            )
+        if getattr(param, "_fsdp_flattened", False):
+            raise ValueError(
+                f"{type(self).__name__} needs {self._needs}, and parameter {name!r} is a flat "
+                "shard of FullyShardedDataParallel (FSDP1), which does not say what it holds: wrap "
+                "the model with torch.distributed.fsdp.fully_shard (FSDP2)."
+            )
+
+    def _check_groups(self) -> None:
+        """Refuse options that differ between groups and may not."""
+
+    def _refuse_sparse(self) -> None:
+        """Refuse a sparse gradient.
+
+        Raises:
+            RuntimeError: naming the parameter.
+        """
+        for _, name, param in self._named_params():
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} needs dense gradients, got a {param.grad.layout} "
+                    f"gradient for parameter {name!r}."
+                )
+
+    # Loss scales and skipped steps --------------------------------------------------------------
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -92,12 +181,75 @@ class MaskedOptimizer(GroupedOptimizer):
         return replaced is None or hasattr(replaced, "_wrapped_by_lr_sched")
 
     def _take_scale_of_scaler(self) -> Tensor | None:
-        """What a GradScaler has multiplied the losses of this step by, 0-d; None: no scaler.
+        """Return what a GradScaler has multiplied this step's losses by, 0-d; None: no scaler.
 
         Known whether or not `scaler.unscale_` was called before. To be asked once, in `step`.
         """
         scale, self._scale_of_scaler = self._scale_of_scaler, None
         return scale
+
+    def _own_found_inf(self, device: torch.device) -> Tensor | None:
+        """Return this rank's `found_inf`, 0-d FP32, to be summed over ranks; None: not set."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        return None if found_inf is None else on_device(found_inf, device).float().clone()
+
+    def _unscaled_gradient(self, param: Tensor) -> Tensor:
+        """Return the local part of a gradient without the loss scale, FP32 or wider."""
+        gradient = gradient_of(param).to(compute_dtype(param))
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        return gradient if grad_scale is None else gradient / scalar(grad_scale, gradient)
+
+    # Loading ------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load as torch does, hooks included, but keep the state in FP32.
+
+        `torch.optim.Optimizer` casts every floating-point state to its parameter's dtype, which
+        would round the moments of a bf16 parameter to bf16. So torch is handed the groups alone.
+
+        Raises:
+            ValueError: a state that does not fit these parameters or options; what was there before
+                remains.
+        """
+        loaded: dict[int, dict[str, Any]] = {}
+        ids: list[int] = []
+
+        def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
+            final = self._translated(in_own_order(final, self.param_groups))
+            loaded.update(final["state"])
+            ids.extend(index for group in final["param_groups"] for index in group["params"])
+            return {**final, "state": of_no_parameter(final)}
+
+        def put_state(_: Optimizer) -> None:  # before the user's post-hooks
+            params = (param for group in self.param_groups for param in group["params"])
+            numbered = zip(params, ids, strict=True)
+            self._take_up({param: loaded[index] for param, index in numbered if index in loaded})
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(take_state),
+            self.register_load_state_dict_post_hook(put_state, prepend=True),
+        )
+        before = self.__dict__.copy()
+        try:
+            super().load_state_dict(state_dict)
+        except Exception:
+            self.__dict__.update(before)  # groups and state, which torch has replaced
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _translated(self, state_dict: StateDict) -> StateDict:
+        """Return the state dict as this optimizer would have written it."""
+        return state_dict
+
+    def _take_up(self, found: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Put loaded state of parameters in place; groups have been loaded before.
+
+        Raises:
+            ValueError: a state that does not fit.
+        """
+        raise NotImplementedError
 
 
 def refuse_what_only_has_parameters(name: str, params: object) -> None:
@@ -113,21 +265,6 @@ def refuse_what_only_has_parameters(name: str, params: object) -> None:
         raise TypeError(
             f"{name} takes parameters, got the method {called!r}: call it, {name}("
             f"model.{called}(), …)."
-        )
-
-
-def refuse_param(optimizer: str, needs: str, name: object, param: Tensor) -> None:
-    """Refuse a parameter that cannot be treated; `needs`: for what a flat shard does not do."""
-    if param.is_complex():
-        raise ValueError(
-            f"{optimizer} takes real parameters, got {param.dtype} for parameter {name!r}: hold "
-            "its real and imaginary part as two parameters."
-        )
-    if getattr(param, "_fsdp_flattened", False):
-        raise ValueError(
-            f"{optimizer} needs {needs}, and parameter {name!r} is a flat shard of "
-            "FullyShardedDataParallel (FSDP1), which does not say what it holds: wrap the model "
-            "with torch.distributed.fsdp.fully_shard (FSDP2)."
         )
 
 

@@ -41,7 +41,6 @@ from largebatch.optim.math.grafting import WITH_SQUARES, grafted_step, next_squa
 from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES
 from largebatch.optim.math.tensors import (
     compute_dtype,
-    gradient_of,
     root,
     scalar,
     without_too_large,
@@ -311,11 +310,7 @@ class KFAC(KroneckerOptimizer):
         """
         if param.grad is None:
             return None
-        gradient = gradient_of(param).to(compute_dtype(param))
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if grad_scale is not None:
-            gradient = gradient / scalar(grad_scale, gradient)
-        gradient, dropped = without_too_large(gradient)
+        gradient, dropped = without_too_large(self._unscaled_gradient(param))
         total = self.state[param][DROPPED]
         write([total], [total + dropped], skip)
         return -gradient if self._group_of[param]["maximize"] else gradient

@@ -31,7 +31,7 @@ from largebatch.optim.math.adam import adam_direction, average, lr_correction
 from largebatch.optim.math.bias_correction import rebased
 from largebatch.optim.math.tensors import Tensors, scalar, write
 from largebatch.optim.math.trust_ratio import UNBOUNDED, Bounds, trust_ratio
-from largebatch.optim.options import require, require_bounds, require_one_of, resolved
+from largebatch.optim.options import require_bounds, require_one_of, resolved
 from largebatch.optim.sharding.layout import Name, local
 
 PAPER: dict[str, Any] = {
@@ -141,10 +141,6 @@ class LAMB(LayerwiseOptimizer):
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
-        betas, eps = options["betas"], options["eps"]
-        in_range = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
-        require(in_range, "betas", "two numbers in [0, 1)", betas)
-        require(0 <= eps < math.inf, "eps", "in [0, inf)", eps)
         require_one_of(options, "bias_correction", ("moments", "lr", "none"))
         require_one_of(options, "eps_inside_sqrt", (False, True))
         require_one_of(options, "decay", ("update", "gradient", "decoupled"))

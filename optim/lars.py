@@ -131,12 +131,11 @@ class LARS(LayerwiseOptimizer):
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
         momentum, nesterov = options["momentum"], options["nesterov"]
-        trust_coefficient, eps = options["trust_coefficient"], options["eps"]
+        trust_coefficient = options["trust_coefficient"]
         require(0 <= momentum < 1, "momentum", "in [0, 1)", momentum)
         require(isinstance(nesterov, bool), "nesterov", "True or False", nesterov)
         require(momentum > 0 or not nesterov, "momentum", "in (0, 1) with nesterov", momentum)
         require(0 < trust_coefficient < math.inf, "trust_coefficient", "> 0", trust_coefficient)
-        require(0 <= eps < math.inf, "eps", "in [0, inf)", eps)
         require_one_of(options, "denominator", ("sum", "joint"))
         require_one_of(options, "lr_in_buffer", (False, True))
         require_one_of(options, "clip_to_lr", (False, True))

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from largebatch.optim.base import Group
 from largebatch.optim.math.tensors import compute_dtype
 from largebatch.optim.sharding.layout import Name, is_dtensor, local
+
+Groups = Sequence[dict[str, Any]]
 
 # What DistributedDataParallel and torch.compile write into the names of a model's parameters.
 WRAPPED = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")
 
 
-def in_own_order(state_dict: StateDict, own: Sequence[Group]) -> StateDict:
+def in_own_order(state_dict: StateDict, own: Groups) -> StateDict:
     """The state dict with its groups, and the parameters in them, in the optimizer's own order.
 
     Names decide where both sides have them, `param_names` in every group, and they are the same
@@ -62,7 +63,7 @@ def in_own_order(state_dict: StateDict, own: Sequence[Group]) -> StateDict:
     return with_names(state_dict, ordered, own)
 
 
-def with_names(state_dict: StateDict, groups: Sequence[Group], own: Sequence[Group]) -> StateDict:
+def with_names(state_dict: StateDict, groups: Groups, own: Groups) -> StateDict:
     """The state dict with these groups under the optimizer's own names for their parameters."""
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
         return state_dict  # for torch to refuse
@@ -79,7 +80,7 @@ def of_no_parameter(state_dict: StateDict) -> dict[Any, Any]:
     return {key: value for key, value in state_dict["state"].items() if key not in known}
 
 
-def names_of(groups: Sequence[Group]) -> list[list[str]] | None:
+def names_of(groups: Groups) -> list[list[str]] | None:
     """Each group's names, without what wrappers write into them; None where one has none."""
     found = [group.get("param_names") for group in groups]
     if not all(

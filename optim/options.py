@@ -1,25 +1,13 @@
 """The options of an optimizer: what a variant resolves to, and what is refused."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor
 
 
 def require(holds: bool, name: str, accepted: str, value: object) -> None:
     """Refuse an option. Write `holds` so that NaN fails it: `0 <= x`, not `not x < 0`."""
     if not holds:
         raise ValueError(f"{name} must be {accepted}, got {value}")
-
-
-def require_lr(lr: float | Tensor) -> None:
-    """Refuse a learning rate out of range, or a tensor of several elements."""
-    if isinstance(lr, Tensor):  # its value may lie on a device and is not looked at
-        accepted = "a float or a tensor of one element"
-        require(lr.numel() == 1, "lr", accepted, f"shape {tuple(lr.shape)}")
-    else:
-        require(0 <= lr < math.inf, "lr", "in [0, inf)", lr)
 
 
 def require_one_of(options: Mapping[str, Any], name: str, accepted: tuple[Any, ...]) -> None:

@@ -27,7 +27,6 @@ for where roots or bases are taken, which cannot be done without: see
 `largebatch.optim.math.decompositions`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, overload
@@ -52,8 +51,8 @@ from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.blockwise.step_stats import DROPPED_ROW, BlockStats, Tally
 from largebatch.optim.blockwise.work_group import BlockedLayer, WorkGroup
 from largebatch.optim.math.matrix_roots import REASONS, TOLERATED_FAILURES, full_precision
-from largebatch.optim.math.tensors import gradient_of, on_device, without_too_large, write
-from largebatch.optim.options import require, require_lr, require_one_of
+from largebatch.optim.math.tensors import on_device, without_too_large, write
+from largebatch.optim.options import require, require_one_of
 from largebatch.optim.sharding.layout import Name, local
 
 if TYPE_CHECKING:
@@ -76,17 +75,10 @@ class SecondOrderOptimizer(OwnedState):
         tolerated_failures: int = TOLERATED_FAILURES,
     ) -> None:
         require(tolerated_failures >= 0, "tolerated_failures", ">= 0", tolerated_failures)
-        self._check_options(defaults)
         super().__init__(params, defaults, process_group, tolerated_failures)
 
     def _check_options(self, options: dict[str, Any]) -> None:
-        """Refuse options (the defaults, or one group's) out of range; subclasses add their own."""
-        lr, betas = options["lr"], options["betas"]
-        require_lr(lr)
-        in_range = len(betas) == 2 and 0 <= betas[0] < 1 and 0 <= betas[1] < 1
-        require(in_range, "betas", "two numbers in [0, 1)", betas)
-        for name in ("eps", "weight_decay"):
-            require(0 <= options[name] < math.inf, name, "in [0, inf)", options[name])
+        super()._check_options(options)
         for name in ("block_size", "precondition_interval"):
             whole = isinstance(options[name], int) and options[name] >= 1
             require(whole, name, "a whole number >= 1", options[name])
@@ -96,23 +88,6 @@ class SecondOrderOptimizer(OwnedState):
         for name in ("maximize", "merge_dims", "precondition"):
             require(isinstance(options[name], bool), name, "True or False", options[name])
         require_one_of(options, "decay", ("decoupled", "l2"))
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch. In it, `precondition=False` leaves its tensors to AdamW.
-
-        Raises:
-            ValueError: an option out of range, a parameter that cannot be treated.
-        """
-        super().add_param_group(param_group)
-        try:
-            group = self.param_groups[-1]
-            self._check_options(group)
-            *_, names = self._names()
-            for name, param in zip(names, group["params"], strict=True):
-                self._refuse(name, param)
-        except Exception:
-            self.param_groups.pop()
-            raise
 
     # What a subclass says of its formula --------------------------------------------------------
 
@@ -157,6 +132,7 @@ class SecondOrderOptimizer(OwnedState):
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""
         loss = evaluate(closure)
         self._heed_failures()
+        self._refuse_sparse()
         self._counts.settle()
         self._counts.read(self._states())
         gathered = self._gather(self._work_groups())
@@ -176,9 +152,8 @@ class SecondOrderOptimizer(OwnedState):
 
     def _gather(self, work_groups: list[WorkGroup]) -> GatheredStep:
         """Bring the gradients to the owners of their blocks, before any state is touched."""
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
         device = work_groups[0].layers[0].device if work_groups else torch.device("cpu")
-        flag = None if found_inf is None else on_device(found_inf, device).float()
+        flag = self._own_found_inf(device)
         active: set[Tensor] = set()
         gradients: list[GroupGradients] = []
         for work_group in work_groups:
@@ -215,10 +190,7 @@ class SecondOrderOptimizer(OwnedState):
         param, group = layer.param, self._group_of[layer.param]
         if param.grad is None:
             return None, None
-        grad = gradient_of(param).to(layer.dtype)
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if grad_scale is not None:
-            grad = grad / on_device(grad_scale, grad.device).to(grad.dtype)
+        grad = self._unscaled_gradient(param)
         if group["maximize"]:
             grad = -grad
         if group["decay"] == "l2" and group["weight_decay"]:

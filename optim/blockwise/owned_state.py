@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from largebatch.optim.base import Group, MaskedOptimizer
+from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.blockwise.blocks import Block
 from largebatch.optim.blockwise.failure_notice import FailureNotice
 from largebatch.optim.blockwise.portable import Key, Portable
@@ -36,7 +36,7 @@ from largebatch.optim.blockwise.work_group import (
     share_out,
     work_groups_of,
 )
-from largebatch.optim.loading import as_state, in_own_order, of_no_parameter
+from largebatch.optim.loading import as_state
 from largebatch.optim.math.bias_correction import SUFFIX, ages_of
 from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES, Failures
 from largebatch.optim.sharding.layout import Name, is_dtensor
@@ -48,8 +48,10 @@ if TYPE_CHECKING:
 BlockState = dict[str, Tensor]
 
 
-class OwnedState(MaskedOptimizer):
+class OwnedState(ShardedOptimizer):
     """An optimizer whose parameters have blocks, with owners among the ranks that share them."""
+
+    _needs = "whole matrices"
 
     # On the class too, because pickle keeps an optimizer's groups and state only.
     _process_group: "ProcessGroup | None" = None
@@ -106,18 +108,8 @@ class OwnedState(MaskedOptimizer):
 
     # Who has what --------------------------------------------------------------------------------
 
-    def _refuse(self, name: Name, param: Tensor) -> None:
-        if param.is_complex():
-            raise ValueError(
-                f"{type(self).__name__} takes real parameters, got {param.dtype} for "
-                f"parameter {name!r}: hold its real and imaginary part as two parameters."
-            )
-        if getattr(param, "_fsdp_flattened", False):
-            raise ValueError(
-                f"{type(self).__name__} works on whole matrices, and parameter {name!r} is a flat "
-                "shard of FullyShardedDataParallel (FSDP1), which does not say what of: wrap the "
-                "model with torch.distributed.fsdp.fully_shard (FSDP2)."
-            )
+    def _check_param(self, group: Group, name: Name, param: Tensor) -> None:
+        super()._check_param(group, name, param)
         if is_dtensor(param):
             for placement in param.placements:  # type: ignore[attr-defined]
                 if placement.is_partial():
@@ -126,38 +118,21 @@ class OwnedState(MaskedOptimizer):
                         "it, shard or replicate it instead"
                     )
 
-    def _names(self) -> Iterator[list[Name]]:
-        """The names of each group's parameters, or their index over all groups."""
-        first = 0
-        for group in self.param_groups:
-            end = first + len(group["params"])
-            names = group.get("param_names", ())
-            yield list(names if len(names) == len(group["params"]) else range(first, end))
-            first = end
-
     def _work_groups(self) -> list[WorkGroup]:
         """All parameters that may have a gradient. Made anew where they have changed."""
         key: list[Any] = []
-        named: list[tuple[Tensor, Name]] = []
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
-        for group, names in zip(self.param_groups, self._names(), strict=True):
-            for name, param in zip(names, group["params"], strict=True):
-                if param.grad is not None and param.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__} needs dense gradients, got a {param.grad.layout} "
-                        f"gradient for a parameter of shape {tuple(param.shape)}."
-                    )
-                is_live = param.requires_grad or param.grad is not None
-                named.append((param, name))
-                key.append((id(param), name, look_of(param, group), is_live))
+        for group, name, param in self._named_params():
+            is_live = param.requires_grad or param.grad is not None
+            key.append((id(param), name, look_of(param, group), is_live))
         if self._known_work_groups[0] == key:
             return self._known_work_groups[1]
-        layers = {param: self._layer_of(param, name) for param, name in named}
+        layers = {param: self._layer_of(param, name) for _, name, param in self._named_params()}
         share_out(layers.values(), self._group_of)
         # One that has left the groups may come back to its state, and so to its owners.
         left = {p: layer for p, layer in self._layers.items() if p not in layers}
         self._layers = layers | {p: layer for p, layer in left.items() if p in self.state}
-        live = {param for (param, _), entry in zip(named, key, strict=True) if entry[-1]}
+        live = {param for param, entry in zip(layers, key, strict=True) if entry[-1]}
         work_groups = work_groups_of(layer for param, layer in layers.items() if param in live)
         self._known_work_groups = key, work_groups
         return work_groups
@@ -271,41 +246,8 @@ class OwnedState(MaskedOptimizer):
             hook.remove()
             self.state = state
 
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load as torch does, hooks included, but keep the state in FP32; as for `state_dict`.
-
-        Raises:
-            ValueError: a state that does not fit these parameters or its own options; what was
-                there before remains.
-        """
-        loaded: dict[int, dict[str, Any]] = {}
-        ids: list[int] = []
-
-        def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
-            final = in_own_order(final, self.param_groups)
-            loaded.update(final["state"])
-            ids.extend(index for group in final["param_groups"] for index in group["params"])
-            # Torch would cast it to the parameters' dtype.
-            return {**final, "state": of_no_parameter(final)}
-
-        def put_state(_: Optimizer) -> None:  # before the user's post-hooks
-            params = [*self._params()]
-            by_param = {p: loaded[i] for p, i in zip(params, ids, strict=True) if i in loaded}
-            self.state.update(self._ready(by_param))
-
-        hooks = (
-            self.register_load_state_dict_pre_hook(take_state),
-            self.register_load_state_dict_post_hook(put_state, prepend=True),
-        )
-        before = self.__dict__.copy()
-        try:
-            super().load_state_dict(state_dict)
-        except Exception:
-            self.__dict__.update(before)  # groups and state, which torch has replaced
-            raise
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _take_up(self, found: Mapping[Tensor, dict[str, Any]]) -> None:
+        self.state.update(self._ready(found))
 
     def _ready(self, by_param: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
         """The loaded state of each parameter as `step` expects it, from options loaded before.
@@ -388,9 +330,8 @@ class OwnedState(MaskedOptimizer):
 
     def _parts(self) -> Iterator[Part]:
         """What the state of each parameter takes, known from its shape."""
-        for group, names in zip(self.param_groups, self._names(), strict=True):
-            for name, param in zip(names, group["params"], strict=True):
-                blocks = blocks_in(group, param.shape)
-                shapes = [self._block_shapes(group, block) for block in blocks]
-                beside = param.numel() * len(self._elementwise_keys(bool(blocks), group))
-                yield Part(name, param, blocks, shapes, beside)
+        for group, name, param in self._named_params():
+            blocks = blocks_in(group, param.shape)
+            shapes = [self._block_shapes(group, block) for block in blocks]
+            beside = param.numel() * len(self._elementwise_keys(bool(blocks), group))
+            yield Part(name, param, blocks, shapes, beside)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.base import Group, refuse_param
+from largebatch.optim.base import Group
 from largebatch.optim.blockwise.failure_notice import FailureNotice, counts_of
 from largebatch.optim.kronecker import saving
 from largebatch.optim.kronecker.coverage import (
@@ -30,7 +30,6 @@ from largebatch.optim.kronecker.state import KroneckerState
 from largebatch.optim.kronecker.statistics import FactorStatistics
 from largebatch.optim.kronecker.work_group import WorkGroup, make_work_groups
 from largebatch.optim.math.matrix_roots import REASONS, Failures
-from largebatch.optim.math.tensors import on_device
 from largebatch.optim.options import require
 from largebatch.optim.sharding.layout import Name, is_dtensor, local
 from largebatch.optim.sharding.placement import Placement, placement_of
@@ -69,7 +68,6 @@ class KroneckerOptimizer(KroneckerState):
                 f"KFAC takes the model, whose layers it watches, got {type(model).__name__}: write "
                 "KFAC(model, lr=…), or KFAC(model, lr=…, params=…) for some of its parameters"
             )
-        check_group(defaults)
         check_whole(options)
         require(tolerated_failures >= 0, "tolerated_failures", ">= 0", tolerated_failures)
         model, averaging = unwrapped(model)
@@ -98,48 +96,32 @@ class KroneckerOptimizer(KroneckerState):
         self._share()
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group, as in torch, with options of its own.
-
-        Raises:
-            ValueError: an option out of range, a parameter that cannot be treated.
-        """
+        """Add a group, as in torch, with options of its own; its layers are watched from now on."""
         super().add_param_group(param_group)
-        try:
-            check_group(self.param_groups[-1])
-            for name, param in [*self._named_params()][-len(self.param_groups[-1]["params"]) :]:
-                refuse_param("KFAC", "whole layers", name, param)
-            clips = {group["kl_clip"] for group in self.param_groups}
-            require(len(clips) == 1, "kl_clip", "the same in every group", sorted(map(str, clips)))
-        except Exception:
-            self.param_groups.pop()
-            raise
         if hasattr(self, "_statistics"):
             self._find()
             self._share()
 
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        check_group(options)
+
+    def _check_groups(self) -> None:
+        clips = {group["kl_clip"] for group in self.param_groups}
+        require(len(clips) == 1, "kl_clip", "the same in every group", sorted(map(str, clips)))
+
     def _name_of_new(self, param: Tensor, index: int) -> str:
         names = {id(known): name for name, known in self._model.named_parameters()}
         return names.get(id(param)) or super()._name_of_new(param, index)
-
-    def _named_params(self) -> Iterator[tuple[Name, nn.Parameter]]:
-        """Every parameter with its name, or its index over all groups where unnamed."""
-        first = 0
-        for group in self.param_groups:
-            params, names = group["params"], group.get("param_names", ())
-            if len(names) != len(params):  # edited without them
-                names = range(first, first + len(params))
-            yield from zip(names, params, strict=True)
-            first += len(params)
 
     def _find(self) -> None:
         """Find the layers, and hook into them, where groups or parameters are not as they were.
 
         Before a forward pass and a step; communicates with nobody.
         """
-        groups = [group for group in self.param_groups for _ in group["params"]]
         seen = [
             (id(group), id(p), name, p.device, p.dtype, p.requires_grad)
-            for group, (name, p) in zip(groups, self._named_params(), strict=True)
+            for group, name, p in self._named_params()
         ]
         if seen == self._seen:
             return
@@ -147,7 +129,7 @@ class KroneckerOptimizer(KroneckerState):
         for group in self.param_groups:
             for option, value in self.defaults.items():
                 group.setdefault(option, value)
-        self._names: dict[Tensor, Name] = {p: name for name, p in self._named_params()}
+        self._names: dict[Tensor, Name] = {p: name for _, name, p in self._named_params()}
         self._group_of = {param: group for group in self.param_groups for param in group["params"]}
         self._placements: dict[Tensor, Placement] = {
             param: placement_of(param, name, self._process_group)
@@ -300,21 +282,11 @@ class KroneckerOptimizer(KroneckerState):
 
     # The phases of a step that do not depend on the formula -------------------------------------
 
-    def _refuse_sparse(self) -> None:
-        for name, param in self._named_params():
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"KFAC needs dense gradients, got a {param.grad.layout} gradient for "
-                    f"parameter {name!r}."
-                )
-
     def _agreed_skip(self) -> Tensor | None:
         """Whether any rank has found a gradient that is not finite, 0-d bool; None: not asked."""
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is None:
+        flag = self._own_found_inf(local(next(iter(self._names))).device)
+        if flag is None:
             return None
-        device = local(next(iter(self._names))).device
-        flag = on_device(found_inf, device).float().clone()
         for group in self._ranks:
             dist.all_reduce(flag, group=group)
         return flag != 0

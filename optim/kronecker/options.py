@@ -7,16 +7,13 @@ from typing import Any
 from largebatch.optim.kronecker.damping import FORMS
 from largebatch.optim.kronecker.rules import RULES, Rule
 from largebatch.optim.math.grafting import GRAFTINGS
-from largebatch.optim.options import require, require_lr, require_one_of
+from largebatch.optim.options import require, require_one_of
 
 
 def check_group(options: dict[str, Any]) -> None:
-    """Refuse options of a group, or the defaults, that are out of range."""
-    lr, betas, momentum = options["lr"], options["betas"], options["momentum"]
-    require_lr(lr)
-    in_range = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
-    require(in_range, "betas", "two numbers in [0, 1)", betas)
-    for name in ("eps", "weight_decay", "damping", "ridge"):
+    """Refuse options of a group, or the defaults, that only K-FAC has, out of range."""
+    momentum = options["momentum"]
+    for name in ("damping", "ridge"):
         require(0 <= options[name] < math.inf, name, "in [0, inf)", options[name])
     for name in ("final_damping", "damping_items", "kl_clip"):
         value = options[name]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
-from largebatch.optim.base import Group, MaskedOptimizer
+from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.kronecker import saving
 from largebatch.optim.kronecker.damping import FORMER_FORMS
@@ -15,14 +15,13 @@ from largebatch.optim.kronecker.factors import make_factor_state, state_shapes
 from largebatch.optim.kronecker.layers import Layer
 from largebatch.optim.kronecker.refresh_schedule import RefreshSchedule
 from largebatch.optim.kronecker.work_group import WorkGroup
-from largebatch.optim.loading import in_own_order, of_no_parameter
 from largebatch.optim.math.tensors import compute_dtype, write
 from largebatch.optim.sharding.layout import Name, local
 
 ELSEWHERE = "used_elsewhere"
 
 
-class KroneckerState(MaskedOptimizer):
+class KroneckerState(ShardedOptimizer):
     """An optimizer with factors in the state of its layers' weights."""
 
     _OWN: ClassVar[tuple[str, ...]] = ()
@@ -144,37 +143,18 @@ class KroneckerState(MaskedOptimizer):
             ValueError: a state that does not fit these parameters or these options; what was there
                 before remains.
         """
-        loaded: StateDict = {}
-
-        def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
-            final = in_own_order(final, self.param_groups)
-            loaded.update(final)
-            # Torch would cast it to the parameters' dtype.
-            return {**final, "state": of_no_parameter(final)}
-
-        def put_state(_: Optimizer) -> None:  # before the user's post-hooks
-            state = loaded["state"]
-            found = {p: state[i] for p, i in self._numbered(loaded) if i in state}
-            self.leave_out(param for param in found if ELSEWHERE in found[param])
-            self._find()
-            self._share()
-            self.state.update(self._ready(found))
-            self._restore_schedule()
-
-        hooks = (
-            self.register_load_state_dict_pre_hook(take_state),
-            self.register_load_state_dict_post_hook(put_state, prepend=True),
-        )
-        before = self.__dict__.copy()
         try:
             super().load_state_dict(state_dict)
         except Exception:
-            self.__dict__.update(before)  # groups and state, which torch has replaced
             self._seen = []  # for the hooks are those of what has not been loaded
             raise
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+    def _take_up(self, found: Mapping[Tensor, dict[str, Any]]) -> None:
+        self.leave_out(param for param in found if ELSEWHERE in found[param])
+        self._find()
+        self._share()
+        self.state.update(self._ready(found))
+        self._restore_schedule()
 
     def leave_out(self, params: Iterable[Tensor]) -> None:
         """Leave weights to the fallback from the next step, or look at the state, on.

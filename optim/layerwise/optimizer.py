@@ -20,20 +20,20 @@ What composes with what, in this order: unscale, agree on `found_inf`, clip by t
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+from torch.optim.optimizer import ParamsT, StateDict
 
-from largebatch.optim.base import Group, MaskedOptimizer, refuse_param
+from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.layerwise.state_import import to_native
 from largebatch.optim.layerwise.step_plan import ChunkGroup, StepPlan, build_step_plan, norms_of
 from largebatch.optim.layerwise.synced_step import LayerStats, SyncedStep
 from largebatch.optim.layerwise.unbound import Unbound, refuse_redundancy
-from largebatch.optim.loading import as_kept, as_state, in_own_order, laid_out_as, of_no_parameter
+from largebatch.optim.loading import as_kept, as_state, laid_out_as
 from largebatch.optim.math.tensors import (
     Tensors,
     compute_dtype,
@@ -43,11 +43,11 @@ from largebatch.optim.math.tensors import (
     root,
 )
 from largebatch.optim.math.trust_ratio import ADAPT_UNDECAYED
-from largebatch.optim.options import require, require_lr, require_one_of
+from largebatch.optim.options import require, require_one_of
 from largebatch.optim.sharding.layout import Layout, Name, layout_of, local
 
 
-class LayerwiseOptimizer(MaskedOptimizer):
+class LayerwiseOptimizer(ShardedOptimizer):
     """Base of the layer-wise optimizers: their groups, their state, and the phases they share."""
 
     # On the class too, because deepcopy and pickle keep an optimizer's groups and state only.
@@ -63,7 +63,6 @@ class LayerwiseOptimizer(MaskedOptimizer):
         defaults = {"adapt": True, "norm_groups": None, "norm_dim": 0, **defaults}
         self._unbound = Unbound()
         self._forget_plans()
-        self._check_options(defaults)
         super().__init__(params, defaults)
 
     def _forget_plans(self) -> None:
@@ -85,10 +84,7 @@ class LayerwiseOptimizer(MaskedOptimizer):
         self._forget_plans()
 
     def _check_options(self, options: dict[str, Any]) -> None:
-        """Refuse options (the defaults, or one group's) out of range; subclasses add their own."""
-        lr, weight_decay = options["lr"], options["weight_decay"]
-        require_lr(lr)
-        require(0 <= weight_decay < math.inf, "weight_decay", "in [0, inf)", weight_decay)
+        super()._check_options(options)
         for switch in ("adapt", "maximize", "master_weights"):
             require(isinstance(options[switch], bool), switch, "True or False", options[switch])
         require(options["max_grad_norm"] > 0, "max_grad_norm", "> 0", options["max_grad_norm"])
@@ -105,28 +101,14 @@ class LayerwiseOptimizer(MaskedOptimizer):
                 cannot be known.
         """
         super().add_param_group(param_group)
-        try:
-            self._check_options(self.param_groups[-1])
-            *_, (group, names) = self._named_groups()
-            for name, param in zip(names, group["params"], strict=True):
-                refuse_param(type(self).__name__, "to know layers", name, param)
-                layout_of(param, name, group["norm_groups"], group["norm_dim"])
-            self._max_grad_norm()
-        except Exception:
-            self.param_groups.pop()
-            raise
-        self._unbound.give(group["params"])
+        self._unbound.give(self.param_groups[-1]["params"])
 
-    def _named_groups(self) -> Iterator[tuple[Group, list[Name]]]:
-        """Each group with its parameters' names, or their index over all groups where unnamed."""
-        first = 0
-        for group in self.param_groups:
-            end = first + len(group["params"])
-            names = group.get("param_names", ())
-            # A wrapper may have put parameters of its own in the place of those that were named.
-            named = len(names) == len(group["params"])
-            yield group, list(names if named else range(first, end))
-            first = end
+    def _check_param(self, group: Group, name: Name, param: Tensor) -> None:
+        super()._check_param(group, name, param)
+        layout_of(param, name, group["norm_groups"], group["norm_dim"])
+
+    def _check_groups(self) -> None:
+        self._max_grad_norm()
 
     def _max_grad_norm(self) -> float:
         """The bound of the global norm, which all groups share.
@@ -162,17 +144,13 @@ class LayerwiseOptimizer(MaskedOptimizer):
 
     def _plan(self) -> StepPlan:
         """What there is to do. A sparse gradient is refused before anything has changed."""
+        self._refuse_sparse()
         key: list[Any] = []
         for group in self.param_groups:
             key.append((id(group), group["norm_groups"], group["norm_dim"]))
             for param in group["params"]:
                 key.append((id(param), param.grad is None, param.dtype, param.device, param.shape))
                 key.append(param.stride())  # of all: what lies in order decides how it is cut
-                if param.grad is not None and param.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__} needs dense gradients, got a "
-                        f"{param.grad.layout} gradient for parameter {self._name_of(param)!r}."
-                    )
         known = self._plans.get(tuple(key))
         if known is None:
             # Plans made for other strides go with the state's; and those of gradients that come
@@ -201,20 +179,11 @@ class LayerwiseOptimizer(MaskedOptimizer):
                         self.state[param][key] = followed
         return moved
 
-    def _name_of(self, wanted: Tensor) -> Name:
-        return next(
-            name
-            for group, names in self._named_groups()
-            for name, param in zip(names, group["params"], strict=True)
-            if param is wanted
-        )
-
     def _layouts(self) -> dict[Tensor, Layout]:
         return {
             param: self._bound.get(param)
             or layout_of(param, name, group["norm_groups"], group["norm_dim"])
-            for group, names in self._named_groups()
-            for name, param in zip(names, group["params"], strict=True)
+            for group, name, param in self._named_params()
         }
 
     def _sync(self, plan: StepPlan) -> SyncedStep:
@@ -222,10 +191,9 @@ class LayerwiseOptimizer(MaskedOptimizer):
         # Of all parameters, held here or not: placing a gradient may be a collective.
         gradients = {param: gradient_of(param) for _, param in plan.params}
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        flag = self._own_found_inf(plan.device)
         max_norm = self._max_grad_norm()
         divisor = None if grad_scale is None else on_device(grad_scale, plan.device).float()
-        flag = None if found_inf is None else on_device(found_inf, plan.device).float().clone()
         if max_norm < math.inf and self._clip_norm is not None:
             norm = on_device(self._clip_norm(), plan.device)
         elif max_norm < math.inf:
@@ -338,57 +306,29 @@ class LayerwiseOptimizer(MaskedOptimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load as torch does, hooks included, but keep the state in FP32.
 
-        `torch.optim.Optimizer` casts every floating-point state to its parameter's dtype, which
-        would round the moments of a bf16 parameter to bf16. So torch is handed the groups alone.
         State of the same algorithm in another library is taken too: see
         `largebatch.optim.layerwise.state_import`.
 
         Raises:
             ValueError: a state that does not fit these parameters or this algorithm.
         """
-        loaded: dict[Tensor, dict[str, Any]] = {}
-
-        def take_state(_: Optimizer, final: StateDict) -> StateDict:  # after the user's pre-hooks
-            native = to_native(in_own_order(final, self.param_groups), self)
-            loaded.update(self._state_by_param(native))
-            return {**native, "state": of_no_parameter(native)}
-
-        def put_state(_: Optimizer) -> None:  # before the user's post-hooks
-            self.state.update(loaded)
-
-        hooks = (
-            self.register_load_state_dict_pre_hook(take_state),
-            self.register_load_state_dict_post_hook(put_state, prepend=True),
-        )
         bound, clip_norm = self._bound, self._clip_norm
         try:
             super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            # The parameters are the same ones, and lie where they did.
+        finally:  # the parameters are the same ones, and lie where they did
             self.bind_layouts(bound, clip_norm)
 
-    def _state_by_param(self, native: StateDict) -> dict[Tensor, dict[str, Any]]:
-        """The state of each parameter, ready for `step`.
+    def _translated(self, state_dict: StateDict) -> StateDict:
+        return to_native(state_dict, self)
 
-        Raises:
-            ValueError: a tensor that does not have its parameter's shape and placement.
-        """
-        ids = [index for group in native["param_groups"] for index in group["params"]]
-        named = [
-            (name, param)
-            for group, names in self._named_groups()
-            for name, param in zip(names, group["params"], strict=True)
-        ]
-        if len(ids) != len(named):
-            return {}  # torch refuses it
+    def _take_up(self, found: Mapping[Tensor, dict[str, Any]]) -> None:
         known = ("step", "master_weight", *self._known_state)
-        return {
+        ready: dict[Tensor, dict[str, Any]] = {
             param: {
                 key: as_state(key, value, name, param) if key in known else as_kept(value, param)
-                for key, value in native["state"][index].items()
+                for key, value in found[param].items()
             }
-            for index, (name, param) in zip(ids, named, strict=True)
-            if index in native["state"]
+            for _, name, param in self._named_params()
+            if param in found
         }
+        self.state.update(ready)

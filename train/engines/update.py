@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from largebatch.optim.base import MaskedOptimizer
-from largebatch.optim.kronecker.optimizer import KroneckerOptimizer
+from largebatch.optim.base import ShardedOptimizer
 from largebatch.optim.sharding.layout import local
 from largebatch.train.engines.precision import LossScale
 from largebatch.train.noise.small_gradients import squares_of
@@ -95,7 +94,7 @@ class Update:
         if limits.skip_above is None and self.loss_scale is None:
             optimizer.step()
             return replicated
-        if self.loss_scale is not None and isinstance(optimizer, KroneckerOptimizer):
+        if self.loss_scale is not None and hasattr(optimizer, "loss_scale"):
             optimizer.loss_scale = self.loss_scale.value  # it has seen gradients as they went by
         most = math.inf if limits.skip_above is None else limits.skip_above
         # The comparison is false for NaN; an infinite norm is above every limit.
@@ -116,7 +115,7 @@ class Update:
 
 def masked_step(optimizer: Optimizer, skip: Tensor) -> None:
     """Step where `skip` is 0; where it is 1 nothing changes, moments and step counts included."""
-    ours = isinstance(optimizer, MaskedOptimizer)
+    ours = isinstance(optimizer, ShardedOptimizer)
     if not ours and not getattr(optimizer, "_step_supports_amp_scaling", False):
         if not bool(skip):  # waits for the device
             optimizer.step()
