@@ -17,12 +17,10 @@ BENCHMARKS: Final = {
     "noise": Benchmark(
         "largebatch.benchmarks.noise.command", "what measuring the noise scale adds to a step"
     ),
-    "ramp": Benchmark("largebatch.benchmarks.ramp", "a batch that follows the noise scale"),
     "collectives": Benchmark(
         "largebatch.benchmarks.collectives.command",
         "all-reduce and its like: values, alpha, beta, advice",
     ),
-    "init": Benchmark("largebatch.benchmarks.init", "what it takes many ranks to meet"),
     "checkpoint": Benchmark(
         "largebatch.benchmarks.checkpoint", "saving and loading, beside the disk and torch.save"
     ),
