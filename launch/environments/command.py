@@ -1,7 +1,7 @@
-"""`largebatch env pack|spread|count`: a Python environment on every node's own disk.
+"""`largebatch env pack|spread`: a Python environment on every node's own disk.
 
 Tens of thousands of ranks that import from one file system ask it for hundreds of millions of
-file names. So: count what an import asks for, pack the environment once, spread it over MPI.
+file names. So: pack the environment once, spread it over MPI.
 """
 
 import argparse
@@ -20,7 +20,6 @@ def main(arguments: list[str]) -> int:
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "pack": _pack,
         "spread": _spread,
-        "count": _count,
     }
     try:
         return commands[options.command](options)
@@ -47,13 +46,6 @@ def _spread(options: argparse.Namespace) -> int:
     return spread(options.archive, options.to, options.timeout)
 
 
-def _count(options: argparse.Namespace) -> int:
-    from largebatch.launch.environments.count import count, table
-
-    print(table(count(options.modules, options.strace), options.ranks))
-    return 0
-
-
 COPPER: Final = """\
 # Copper caches reads of one path on every node; for imports only, never for what a job writes.
 # Files above 10 MB are not cached by default. Keep ranks and CCL workers off its cores, 48-51.
@@ -68,7 +60,7 @@ stop_copper.sh"""
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="largebatch env",
-        description="A Python environment on every node's own disk, and what imports cost.",
+        description="A Python environment on every node's own disk.",
         epilog="exit codes: 0 done; 1 some node failed, and is named; 2 refused",
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -110,21 +102,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     spread.add_argument(
         "--copper", action="store_true", help="print how Copper does it on Aurora instead"
-    )
-
-    count = commands.add_parser("count", help="files and file-system operations of an import")
-    count.add_argument(
-        "modules", nargs="*", default=["torch", "largebatch.train.command"], metavar="MODULE",
-        help="to import (default: torch largebatch.train.command)",
-    )  # fmt: skip
-    count.add_argument(
-        "--ranks", type=int, nargs="+", default=[12, 3072, 38_400, 98_304], metavar="N",
-        help="to multiply with (default: 12 3072 38400 98304)",
-    )  # fmt: skip
-    count.add_argument(
-        "--no-strace",
-        dest="strace",
-        action="store_false",
-        help="count from inside Python even where strace is installed",
     )
     return parser

@@ -26,8 +26,7 @@ COMMANDS: Final = {
     "submit": Command("largebatch.launch.jobs.submit", "a job on a cluster: its script, submitted"),
     "doctor": Command("largebatch.launch.doctor.command", "what is wrong here; a job's preflight"),
     "env": Command(
-        "largebatch.launch.environments.command",
-        "an environment on every node: pack, spread, count",
+        "largebatch.launch.environments.command", "an environment on every node: pack, spread"
     ),
     "watch": Command(
         "largebatch.launch.watch.command", "end a run that stands still; name the rank"

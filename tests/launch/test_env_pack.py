@@ -349,51 +349,5 @@ def test_the_command_refuses_in_a_sentence(
     assert "no virtual environment" in capsys.readouterr().err
     assert main(["spread"]) == 2
     assert main(["spread", str(tmp_path / "none.tar.gz"), "--timeout", "0"]) == 2
-    assert main(["count", "no-module"]) == 2
-    assert main(["count", "largebatch.none"]) == 2
-    assert main(["count", "json", "--ranks", "0"]) == 2
     assert main(["spread", "--copper"]) == 0
     assert "launch_copper.sh" in capsys.readouterr().out
-
-
-MODULE = """
-import os
-for name in ("one", "two", "three"):
-    open(os.path.join({folder!r}, name)).close()
-    os.stat(os.path.join({folder!r}, name))
-"""
-
-
-@pytest.mark.parametrize("strace", [False, pytest.param(True, marks=pytest.mark.skipif(
-    shutil.which("strace") is None, reason="needs strace"))])  # fmt: skip
-def test_an_imports_files_and_operations_are_counted(
-    strace: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from largebatch.launch.environments.count import count, table
-
-    for name in ("one", "two", "three"):
-        (tmp_path / name).touch()
-    (tmp_path / "three_files.py").write_text(MODULE.format(folder=str(tmp_path)), encoding="utf-8")
-    (tmp_path / "no_file.py").write_text("import os\n", encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    more, fewer = count(["three_files"], strace), count(["no_file"], strace)
-    assert more.files - fewer.files == 3
-    assert more.operations - fewer.operations == 6
-    assert f"{more.operations * 38_400:,}" in table(more, [12, 38_400])
-
-
-def test_straces_lines_are_read_as_calls() -> None:
-    from largebatch.launch.environments.count import read_strace
-
-    files, calls = read_strace(
-        [
-            '12 openat(AT_FDCWD, "/lib/a.so", O_RDONLY|O_CLOEXEC) = 3',
-            '12 openat(AT_FDCWD, "/lib/b.so", O_RDONLY) = -1 ENOENT (No such file or directory)',
-            '13 newfstatat(AT_FDCWD, "/lib", {st_mode=S_IFDIR|0755, ...}, 0) = 0',
-            '13 newfstatat(3, "", {st_mode=S_IFREG|0644, ...}, AT_EMPTY_PATH) = 0',
-            "13 <... openat resumed>) = 4",
-            "13 +++ exited with 0 +++",
-        ]
-    )
-    assert files == {"/lib/a.so"}
-    assert calls == {"all": 3, "failed": 1}
