@@ -1,11 +1,12 @@
 """`largebatch env spread`: an archive onto every node's own disk, over MPI.
 
-Rank 0 reads the archive once; one rank of each node takes it from a tree of nodes, unpacks it while
-it arrives and checks every file. Each node then says what came of it, and rank 0 names those where
-it failed. What can be promised of a rank that disappears: one that stands still is named after
-`timeout` seconds and ends the job with exit code 1; one that dies ends the job at once where the
-launcher does so (mpiexec's own words and exit code), and otherwise counts as standing still. In
-either case no node is left with half an environment under its final name.
+Rank 0 reads the archive once and broadcasts it, in chunks, to one rank of each node, which unpacks
+it while it arrives and checks every file. Each node then reports, and rank 0 names those where it
+failed. A rank that hangs is named after `timeout` seconds and ends the job with exit code 1; one
+that dies ends the job at once where the launcher does so (mpiexec's own words and exit code), and
+otherwise counts as hanging. In either case no node keeps half an environment under its final name.
+
+MPI is called from the main thread only, and polled: a blocking broadcast could not be given up.
 """
 
 import json
@@ -14,8 +15,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -23,7 +24,6 @@ from typing import Any, Final
 
 from largebatch.launch.environments.archive import is_zstd
 from largebatch.launch.environments.errors import EnvError
-from largebatch.launch.environments.tree import Lost, stream, wait
 from largebatch.launch.environments.unpack import Damaged, is_there, manifest_of, unpack
 from largebatch.launch.hosts import node_name, places
 
@@ -33,14 +33,23 @@ _REPORT_BYTES: Final = 4096
 _SHOW_SECONDS: Final = 5.0
 
 
+class Lost(Exception):
+    """A node that has not answered in time."""
+
+    def __init__(self, rank: int, what: str) -> None:
+        super().__init__(what)
+        self.rank = rank
+
+
 @dataclass(frozen=True)
 class Order:
-    """What rank 0 tells all."""
+    """What every node has to do, as rank 0 found it in the archive."""
 
     archive: str
+    archive_bytes: int
     zstd: bool
     total: str
-    """The hash of what is inside."""
+    """Hash of the contents."""
     target: str
     unpacked_bytes: int
     home: str
@@ -48,11 +57,13 @@ class Order:
 
 @dataclass
 class Report:
-    """What came of it on one node."""
+    """Result of one node."""
 
     node: str
     failed: str = ""
     reused: bool = False
+    stalled: bool = False
+    """Whether the archive stopped arriving."""
 
 
 def spread(archive: Path, to: Path | None, timeout_seconds: float) -> int:
@@ -93,25 +104,33 @@ def spread(archive: Path, to: Path | None, timeout_seconds: float) -> int:
         )
         world.Abort(1)
         raise
-    return _hear(world, code)
+    return _shared_code(world, code)
 
 
 def _order(archive: Path, to: Path | None) -> Order | EnvError:
-    """On rank 0: what to do, or why not; the others are waiting for either."""
+    """Return what to do, or why not: the other ranks wait for either."""
     try:
         zstd = is_zstd(archive)
         manifest = manifest_of(archive, zstd)
+        num_bytes = archive.stat().st_size
     except EnvError as error:
         return error
     user = os.environ.get("USER", str(os.getuid()))
     target = to or Path("/tmp") / user / f"{manifest.name}-{manifest.total[:12]}"
     if not target.is_absolute():
         return EnvError(f"--to must be an absolute path, the same on every node, got {target}")
-    return Order(str(archive), zstd, manifest.total, str(target), manifest.num_bytes, manifest.home)
+    return Order(
+        str(archive), num_bytes, zstd, manifest.total, str(target), manifest.num_bytes,
+        manifest.home,
+    )  # fmt: skip
 
 
 def _lead(leaders: Any, order: Order, nodes: list[str], patience: float) -> int:
-    """One node's part; on rank 0 the summary too. Returns the exit code, known on rank 0 only."""
+    """Install on one node; on rank 0 print the summary. The exit code is rank 0's: 0 elsewhere.
+
+    Raises:
+        Lost: a node has not answered within `patience` seconds.
+    """
     own = Report(nodes[leaders.rank])
     target = Path(order.target.replace("{node}", own.node))
     started = time.perf_counter()
@@ -121,19 +140,17 @@ def _lead(leaders: Any, order: Order, nodes: list[str], patience: float) -> int:
             if not own.reused:
                 _check_space(target, order)
         except OSError as error:
-            own.failed = _words(error)
+            own.failed = _format_error(error)
         missing = leaders.allreduce(int(not own.reused and not own.failed))
-    num_bytes = 0
     if missing:
         with _Unpacking(order, target, own) as unpacking:
-            chunks = _shown(Path(order.archive)) if leaders.rank == 0 else iter(())
-            num_bytes = stream(leaders, chunks, _CHUNK, unpacking.take, patience)
-        # The last chunks are unpacked while the others are still on their way elsewhere.
+            own.stalled = not _broadcast(leaders, order, unpacking.take, patience)
     if not own.failed and not (target / "bin" / "python").exists():
         own.failed = f"the environment's base Python in {order.home} is not on this node"
     reports = _gather(leaders, own, patience)
     if leaders.rank != 0:
         return 0
+    num_bytes = order.archive_bytes if missing else 0
     print(_summary(reports, order, num_bytes, time.perf_counter() - started), flush=True)
     return int(any(report.failed for report in reports))
 
@@ -152,7 +169,7 @@ def _check_space(target: Path, order: Order) -> None:
 
 
 class _Unpacking:
-    """A thread that unpacks what `take` is given; it is not needed where a node has failed."""
+    """A thread that unpacks what `take` is given; idle where a node needs or can do nothing."""
 
     def __init__(self, order: Order, target: Path, report: Report) -> None:
         self._order, self._target, self._report = order, target, report
@@ -170,10 +187,10 @@ class _Unpacking:
             os.close(self._writing)
             self._thread.join()
 
-    def take(self, chunk: bytes) -> None:
+    def take(self, chunk: memoryview) -> None:
         if self._idle or self._report.failed:
-            return  # a node that has failed still passes on what others need
-        rest = memoryview(chunk)
+            return  # a node that has failed still takes part in the broadcast
+        rest = chunk
         try:
             while rest:
                 rest = rest[os.write(self._writing, rest) :]
@@ -185,60 +202,118 @@ class _Unpacking:
             try:
                 unpack(source, self._order.zstd, self._target)
             except (OSError, Damaged) as error:
-                self._report.failed = _words(error)
+                self._report.failed = _format_error(error)
             except Exception as error:
                 self._report.failed = f"{type(error).__name__}: {error}"
 
 
+def _broadcast(
+    leaders: Any, order: Order, take: Callable[[memoryview], None], patience: float
+) -> bool:
+    """Give every chunk of the archive to `take` on every node; False where they stop coming.
+
+    The next chunk is on its way while `take` works on one. A slow node slows the others down.
+    """
+    from mpi4py import MPI
+
+    buffers = memoryview(bytearray(_CHUNK)), memoryview(bytearray(_CHUNK))
+    starts = range(0, order.archive_bytes, _CHUNK)
+    with ExitStack() as stack:
+        root = leaders.rank == 0
+        file = stack.enter_context(Path(order.archive).open("rb")) if root else None
+        progress = _Progress(order.archive_bytes) if root else None
+
+        def begin(number: int) -> tuple[memoryview, Any]:
+            size = min(_CHUNK, order.archive_bytes - starts[number])
+            chunk = buffers[number % 2][:size]
+            if file is not None:
+                file.readinto(chunk)
+            return chunk, leaders.Ibcast([chunk, MPI.BYTE], root=0)
+
+        coming = begin(0)
+        for number, start in enumerate(starts):
+            chunk, request = coming
+            if not _wait(request, patience):
+                return False
+            if number + 1 < len(starts):
+                coming = begin(number + 1)
+            take(chunk)
+            if progress is not None:
+                progress.show(start + len(chunk))
+    return True
+
+
+def _wait(request: Any, seconds: float) -> bool:
+    """Poll an MPI request until it is complete; False where it takes longer than that."""
+    deadline = time.monotonic() + seconds
+    pause = 0.0
+    while not request.Test():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(0.005, pause + 0.0001)
+    return True
+
+
 def _gather(leaders: Any, own: Report, patience: float) -> list[Report]:
-    """Every node's report, on rank 0."""
+    """Every node's report, on rank 0.
+
+    Raises:
+        Lost: a node has sent none; or all have, and to some of them the archive stopped arriving.
+    """
     from mpi4py import MPI
 
     if leaders.rank != 0:
         text = json.dumps(asdict(own)).encode()[:_REPORT_BYTES]
         sent = leaders.Isend([text, MPI.BYTE], dest=0, tag=_REPORT_TAG)
-        wait(sent, 0, "taken this node's report", patience)
+        taken = _wait(sent, patience)
+        if own.stalled:
+            time.sleep(3 * patience)  # for rank 0 to find out who hangs, unless it is the one
+        if own.stalled or not taken:
+            raise Lost(0, f"has not taken this node's report for {patience:g} s")
         return []
-    reports = [own]
-    expected = []
-    for rank in range(1, leaders.size):
-        buffer = bytearray(_REPORT_BYTES)
-        expected.append(
-            (rank, buffer, leaders.Irecv([buffer, MPI.BYTE], source=rank, tag=_REPORT_TAG))
-        )
-    for rank, buffer, request in expected:
-        wait(request, rank, "said how it went", patience)
-        reports.append(Report(**json.loads(bytes(buffer).rstrip(b"\0"))))
+    buffers = [bytearray(_REPORT_BYTES) for _ in range(1, leaders.size)]
+    expected = [
+        leaders.Irecv([buffer, MPI.BYTE], source=rank, tag=_REPORT_TAG)
+        for rank, buffer in enumerate(buffers, 1)
+    ]
+    for rank, request in enumerate(expected, 1):
+        if not _wait(request, patience):
+            raise Lost(rank, f"has not said how it went for {patience:g} s")
+    reports = [own, *(Report(**json.loads(buffer.rstrip(b"\0"))) for buffer in buffers)]
+    for rank, report in enumerate(reports):
+        if report.stalled:
+            raise Lost(rank, f"has not got anything for {patience:g} s")
     return reports
 
 
-def _hear(world: Any, code: int) -> int:
-    """Rank 0's exit code, on all; they doze until then, since cores may be wanted."""
+def _shared_code(world: Any, code: int) -> int:
+    """Rank 0's exit code, on all ranks. They sleep until then: their cores may be wanted."""
     from mpi4py import MPI
 
-    told = bytearray([code])
-    wait(world.Ibcast([told, MPI.BYTE], root=0), 0, "ended", inf)
-    return told[0]
+    shared = bytearray([code])
+    _wait(world.Ibcast([shared, MPI.BYTE], root=0), inf)
+    return shared[0]
 
 
-def _shown(archive: Path) -> Iterator[bytes]:
-    """The archive's chunks, with a line every few seconds of how far it is."""
-    size = archive.stat().st_size
-    done, started = 0, time.perf_counter()
-    shown = started
-    with archive.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
-            done += len(chunk)
-            now = time.perf_counter()
-            if now - shown > _SHOW_SECONDS:
-                shown = now
-                rate = done / 2**20 / (now - started)
-                print(
-                    f"{done / 2**20:,.0f} of {size / 2**20:,.0f} MiB, {rate:,.0f} MiB/s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+class _Progress:
+    """A line every few seconds with the share of the archive that has been sent."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+        self._started = self._shown = time.perf_counter()
+
+    def show(self, done: int) -> None:
+        now = time.perf_counter()
+        if now - self._shown <= _SHOW_SECONDS:
+            return
+        self._shown = now
+        rate = done / 2**20 / (now - self._started)
+        print(
+            f"{done / 2**20:,.0f} of {self._num_bytes / 2**20:,.0f} MiB, {rate:,.0f} MiB/s",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _summary(reports: list[Report], order: Order, num_bytes: int, seconds: float) -> str:
@@ -268,7 +343,7 @@ def _within(seconds: float, what: str) -> Iterator[None]:
     def end() -> None:
         print(
             f"largebatch env spread: {what} after {seconds:g} s: look for a rank that has died or "
-            "stands still; nothing was changed",
+            "hangs; nothing was changed",
             file=sys.stderr,
             flush=True,
         )
@@ -283,8 +358,8 @@ def _within(seconds: float, what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _words(error: BaseException) -> str:
-    """An error in words, cut to what a report holds."""
+def _format_error(error: BaseException) -> str:
+    """Format an error as a line, cut to the length that a report holds."""
     name = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
     strerror = getattr(error, "strerror", None)
     return f"{name}{strerror or error}"[:1000]

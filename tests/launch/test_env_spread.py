@@ -16,7 +16,6 @@ import pytest
 
 from largebatch.launch.environments.manifest import NAME
 from largebatch.launch.environments.pack import pack, site_packages
-from largebatch.launch.environments.tree import children_of, parent_of
 
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 pytestmark = pytest.mark.skipif(MPIEXEC is None, reason="needs an MPI launcher")
@@ -133,7 +132,7 @@ def test_a_damaged_archive_fails_on_every_node_by_name_and_leaves_nothing(
 
 
 def end(pid: int) -> None:
-    """Kill a process that stands still, if the launcher has not, and wait until it is gone."""
+    """Kill a process that hangs, if the launcher has not, and wait until it is gone."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 10
@@ -179,15 +178,6 @@ def test_a_rank_that_disappears_ends_the_job_and_leaves_no_half_environment(
         shutil.rmtree(tmp_path / node, ignore_errors=True)
     assert spread(made / "small.tar.gz", "--to", target(tmp_path)).returncode == 0
     assert [path.name for path in (tmp_path / "node2").iterdir()] == ["env"]
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 12, 1000])
-def test_the_tree_reaches_every_rank_once(size: int) -> None:
-    reached = [0]
-    for rank in reached:  # grows as it goes
-        reached += children_of(rank, size)
-    assert sorted(reached) == list(range(size))
-    assert all(rank in children_of(parent_of(rank) or 0, size) for rank in range(1, size))
 
 
 def test_what_is_no_archive_is_refused_on_all_ranks(tmp_path: Path) -> None:
