@@ -7,26 +7,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import IO, Final, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, Final, Self
 
 from largebatch.common.errors import ConfigError
 
+if TYPE_CHECKING:  # a bare install has no psutil
+    import psutil
+
 PASSED_ON: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
-"""Those by which a batch system, or a user, ends a run between two steps."""
+"""Signals by which a batch system, or a user, ends a run between two steps."""
 
 ECHO_SECONDS: Final = 1.0
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
-
-
-class Process(NamedTuple):
-    """A process for good: ids are used again, not with the same time of start."""
-
-    pid: int
-    started: int
-    """In the kernel's ticks."""
+_ENDED: Final = ("zombie", "dead")
 
 
 class Job:
@@ -41,7 +37,7 @@ class Job:
             None: the command has this process's own.
 
     Attributes:
-        signal: the first of `PASSED_ON` that came.
+        signal: the first of `PASSED_ON` that was received.
 
     Raises:
         ConfigError: on entry, where the command cannot be started.
@@ -58,12 +54,12 @@ class Job:
         self.signal: int | None = None
         self._noted = 0.0
         self._process: subprocess.Popen[bytes] | None = None
-        self._before: set[Process] = set()
+        self._before: set[psutil.Process] = set()
         self._handlers: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> Self:
         _adopt_orphans()
-        self._before = descendants(os.getpid())
+        self._before = descendants()
         for number in PASSED_ON:
             self._handlers[number] = signal.signal(number, self._pass_on)
         # A group of its own, so that Ctrl-C reaches it once, from here. It is in the background
@@ -81,7 +77,7 @@ class Job:
         self._process = process
         if self._listen and process.stdout and process.stderr:
             self._listen([(process.stdout, 1), (process.stderr, 2)])
-        if self.signal is not None:  # it came meanwhile
+        if self.signal is not None:  # received meanwhile
             process.send_signal(self.signal)
         return self
 
@@ -108,7 +104,7 @@ class Job:
             self._process.send_signal(number)
 
     def exit_code(self, seconds: float) -> int | None:
-        """The command's exit code as a shell has it, waiting so long; None while it runs."""
+        """Wait for the command; return its exit code as a shell has it, or None while it runs."""
         assert self._process is not None
         try:
             code = self._process.wait(seconds)
@@ -116,9 +112,9 @@ class Job:
             return None
         return 128 - code if code < 0 else code
 
-    def processes(self) -> set[Process]:
-        """All of the job that run on this machine."""
-        return descendants(os.getpid()) - self._before
+    def processes(self) -> "set[psutil.Process]":
+        """Running processes of the job on this machine."""
+        return descendants() - self._before
 
     def end(self, grace: float) -> None:
         """SIGTERM to the command; after `grace` seconds SIGKILL to what is left.
@@ -128,19 +124,18 @@ class Job:
         assert self._process is not None
         self._process.send_signal(signal.SIGTERM)
         if not self._gone(grace):
-            parents = set(running().values())
-            kill(process for process in self.processes() if process.pid not in parents)
+            kill(process for process in self.processes() if not descendants(process))
             self._gone(5.0)
         self.kill()
 
     def kill(self) -> list[int]:
-        """SIGKILL to all of the job; returns who is left, such as one that waits for a device."""
+        """SIGKILL to all of the job; return the ids that remain, such as one waiting for a device."""
         kill(self.processes())
         self._gone(10.0)
         return sorted(process.pid for process in self.processes())
 
     def _gone(self, seconds: float) -> bool:
-        """Wait until nothing of the job runs; False where it takes longer than that."""
+        """Wait until nothing of the job runs; False where it takes longer than `seconds`."""
         until = time.monotonic() + seconds
         while self.exit_code(0.0) is None or self.processes():
             if time.monotonic() > until:
@@ -149,54 +144,43 @@ class Job:
         return True
 
 
-def is_stopped(process: Process) -> bool:
-    """Whether a process of this machine is stopped, by SIGSTOP or a debugger."""
-    fields = _stat(process.pid)
-    return fields is not None and int(fields[19]) == process.started and fields[0] in "Tt"
+def is_running(process: "psutil.Process") -> bool:
+    """Whether a process of this machine has not ended; False for a zombie."""
+    import psutil
 
-
-def kill(processes: Iterable[Process]) -> None:
-    """SIGKILL to those that still are who they were."""
-    still = running()
-    for process in processes:
-        if process in still:
-            try:
-                os.kill(process.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                continue
-
-
-def descendants(pid: int) -> set[Process]:
-    """What runs below a process; nothing where there is no /proc."""
-    children: dict[int, set[Process]] = {}
-    for process, parent in running().items():
-        children.setdefault(parent, set()).add(process)
-    found: set[Process] = set()
-    level = children.get(pid, set())
-    while level:
-        found |= level
-        level = {child for process in level for child in children.get(process.pid, ())} - found
-    return found
-
-
-def running() -> dict[Process, int]:
-    """The processes of this machine that are no zombies, with their parents."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        fields = _stat(int(folder.name))
-        if fields is not None and fields[0] not in "ZX":
-            found[Process(int(folder.name), int(fields[19]))] = int(fields[1])
-    return found
-
-
-def _stat(pid: int) -> list[str] | None:
-    """A process's state, parent, …: the fields after its name; None where it is gone."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    # The second field, a name in parentheses, may hold anything.
-    return stat.rpartition(")")[2].split()
+        return process.is_running() and process.status() not in _ENDED
+    except psutil.NoSuchProcess:
+        return False
+
+
+def is_stopped(process: "psutil.Process") -> bool:
+    """Whether a process of this machine is stopped, by SIGSTOP or a debugger."""
+    import psutil
+
+    try:
+        return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill(processes: "Iterable[psutil.Process]") -> None:
+    """SIGKILL to those that run; never to another process that has got the id of one."""
+    import psutil
+
+    for process in processes:
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            process.kill()
+
+
+def descendants(process: "psutil.Process | None" = None) -> "set[psutil.Process]":
+    """Running processes below one, or below this process."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        found = (process or psutil.Process()).children(recursive=True)
+        return set(filter(is_running, found))
+    return set()
 
 
 def _adopt_orphans() -> None:

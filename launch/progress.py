@@ -3,25 +3,38 @@
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from largebatch.launch.processes import Process, running
-from largebatch.records.heartbeat import Beat, find_beat
+from largebatch.launch.processes import is_running
+from largebatch.records.heartbeat import Beat, find_beat, process_start
 from largebatch.records.names import HEARTBEAT
 
+if TYPE_CHECKING:
+    import psutil
 
-def process_of(beat: Beat) -> Process | None:
-    """The process of a heartbeat, where it says which."""
-    if beat.pid is None or beat.pid_started is None:
+
+def process_of(beat: Beat) -> "psutil.Process | None":
+    """The process of a heartbeat; None where it does not run on this machine."""
+    if not _is_here(beat) or beat.pid is None or process_start(beat.pid) != beat.pid_started:
         return None
-    return Process(beat.pid, beat.pid_started)
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(beat.pid)
+        return process if is_running(process) else None
+    return None
 
 
 def is_gone(beat: Beat) -> bool:
-    """Whether the process of a heartbeat was one of this machine, and runs no more."""
-    process = process_of(beat)
-    return process is not None and beat.host == socket.gethostname() and process not in running()
+    """Whether the process of a heartbeat was one of this machine, and has ended."""
+    return _is_here(beat) and process_of(beat) is None
+
+
+def _is_here(beat: Beat) -> bool:
+    named = beat.pid is not None and beat.pid_started is not None
+    return named and beat.host == socket.gethostname()
 
 
 def has_runs_below(run: Path) -> bool:
@@ -30,14 +43,14 @@ def has_runs_below(run: Path) -> bool:
 
 
 class Progress:
-    """How long a run has stood still.
+    """Time since a run last made progress.
 
     Args:
-        stale: the heartbeat of a process before, which says nothing of this one.
+        stale: heartbeat of an earlier process, to ignore.
 
     Attributes:
         beat: the last heartbeat of this run; None before the first.
-        problems: what heartbeats held that could not be taken, each once.
+        problems: what could not be read in heartbeats, each once.
     """
 
     def __init__(
@@ -50,13 +63,13 @@ class Progress:
         self._since = clock()
 
     def look(self) -> None:
-        """Take in the heartbeat as it is now."""
+        """Read the heartbeat as it is now."""
         found: list[str] = []
         beat = find_beat(self._run, found)
         self.problems += [problem for problem in found if problem not in self.problems]
         if beat is None or beat == self._stale:
             return
-        # Not its time: a process may go on telling that it lives.
+        # Not its time: a process that hangs may still write heartbeats.
         mark = (beat.pid, beat.pid_started, beat.state, beat.phase, beat.step, beat.samples)
         if mark != self._mark:
             self._mark, self._since = mark, self._clock()
@@ -64,12 +77,12 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """For how long there has been no progress."""
+        """Seconds since the last progress."""
         return self._clock() - self._since
 
     @property
     def is_stepping(self) -> bool:
-        """Whether this process has made a step and not ended: then a pause is short."""
+        """Whether this process has made a step and not ended: pauses are short from then on."""
         return self.beat is not None and self.beat.state in ("stepping", "failed")
 
     @property

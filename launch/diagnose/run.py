@@ -1,7 +1,6 @@
 """How a run ended, and what it says of that itself: summary, heartbeat, events of the guard."""
 
 import signal
-import socket
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
@@ -60,7 +59,7 @@ def is_alive(run: Path, beat: Beat, now: float) -> bool:
     if is_gone(beat):
         return False
     if beat.time is None:
-        return process_of(beat) is not None and beat.host == socket.gethostname()
+        return process_of(beat) is not None
     return now - beat.time < max(QUIET_SECONDS, QUIET_STEPS * (_seconds_a_step(run) or 0.0))
 
 
@@ -161,7 +160,7 @@ def _divergence(run: Path, step: str, reason: str | None) -> Cause:
 def _of_life(run: Path, beat: Beat, now: float) -> list[Cause]:
     """Of a run that may go on: a rank that is stopped, a step that does not come."""
     process, usual = process_of(beat), _seconds_a_step(run)
-    if process is not None and beat.host == socket.gethostname() and is_stopped(process):
+    if process is not None and is_stopped(process):
         return [
             Cause(
                 80,

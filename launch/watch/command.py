@@ -6,7 +6,6 @@ has not entered keeps all others busy for ever, and time-outs of collectives can
 """
 
 import argparse
-import socket
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Final
 
 from largebatch.common.errors import ConfigError
 from largebatch.distributed.walltime import end_of_job
-from largebatch.launch.processes import Job, descendants, kill, running
+from largebatch.launch.processes import Job, descendants, kill
 from largebatch.launch.progress import Progress, has_runs_below, is_gone, process_of
 from largebatch.launch.watch.nodes import Faults, Nodes, held_up
 from largebatch.launch.watch.ranks import ask, dismiss
@@ -281,17 +280,16 @@ def _end_from_outside(run: Path, beat: Beat, options: argparse.Namespace) -> Non
     if not options.end:
         _say(f"to end it: --end, or kill process {beat.pid} on {beat.host}, or qdel, scancel")
         return
-    here = first is not None and beat.host == socket.gethostname()
 
     def wait() -> None:
         until = time.monotonic() + options.grace
-        while time.monotonic() < until and not (here and first not in running()):
+        while time.monotonic() < until and not is_gone(beat):
             time.sleep(0.2)
 
     _say(f"telling its ranks to leave, for {options.grace:g} s")
     dismiss(run, wait)
-    if here and first is not None:
-        kill({first} | descendants(first.pid))
+    if first is not None:
+        kill({first} | descendants(first))
     else:
         _say(
             f"should some have stayed: rank 0 was process {beat.pid} on {beat.host}; qdel, scancel"

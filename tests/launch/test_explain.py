@@ -24,8 +24,8 @@ from largebatch.distributed.ranks import free_port
 from largebatch.launch.diagnose import command as explain
 from largebatch.launch.diagnose.causes import Cause
 from largebatch.launch.diagnose.run_times import read_steps
-from largebatch.launch.processes import running
 from largebatch.launch.watch import command as watch
+from largebatch.records.heartbeat import process_start
 from largebatch.train import command as train_command
 
 NODE = socket.gethostname().partition(".")[0]
@@ -293,10 +293,18 @@ def test_a_step_that_does_not_come_is_said_with_the_usual_time_of_one(tmp_path: 
     assert cause.what.startswith("No step for 100 s after step 14, where one takes 4.39 s")
 
 
+def named(pid: int) -> dict[str, Any]:
+    """As a heartbeat names a process of this machine."""
+    return {"host": socket.gethostname(), "pid": pid, "pid_started": process_start(pid)}
+
+
 def test_a_rank_that_is_stopped_is_named(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
-        (first,) = [found for found in running() if found.pid == process.pid]
-        beat = {"host": socket.gethostname(), "pid": first.pid, "pid_started": first.started}
+        beat = {
+            "host": socket.gethostname(),
+            "pid": process.pid,
+            "pid_started": process_start(process.pid),
+        }
         write_run(tmp_path, steps_of(0, 60), None, state="stepping", time=BEGIN + 1e6, **beat)
         assert causes_of(tmp_path) == []
         process.send_signal(signal.SIGSTOP)
@@ -304,13 +312,16 @@ def test_a_rank_that_is_stopped_is_named(tmp_path: Path) -> None:
         (cause,) = causes_of(tmp_path)
         process.kill()
     assert cause.what.startswith("Rank 0 is stopped (SIGSTOP, or Ctrl-Z)")
-    assert cause.do == f"kill -CONT {first.pid}"
+    assert cause.do == f"kill -CONT {process.pid}"
 
 
 def test_a_run_whose_process_is_gone_from_this_machine_has_stopped(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
-        (first,) = [found for found in running() if found.pid == process.pid]
-        words = {"host": socket.gethostname(), "pid": first.pid, "pid_started": first.started}
+        words = {
+            "host": socket.gethostname(),
+            "pid": process.pid,
+            "pid_started": process_start(process.pid),
+        }
         beat = {"state": "stepping", "time": BEGIN + 1e6 - 1} | words
         write_run(tmp_path, steps_of(0, 60), None, **beat)
         assert causes_of(tmp_path) == []

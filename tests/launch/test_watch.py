@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from largebatch.launch.processes import running
 from largebatch.launch.watch import command as watch
 from largebatch.launch.watch.report import report
 from largebatch.records.heartbeat import Heartbeat
@@ -47,14 +47,11 @@ def last_report(run: Path) -> dict[str, Any]:
 
 def nothing_runs(run: Path) -> bool:
     """No process is left that names the run's folder."""
-    for process in running():
-        try:
-            words = Path(f"/proc/{process.pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if str(run).encode() in words:
-            return False
-    return True
+    return not any(
+        str(run) in word
+        for process in psutil.process_iter(["cmdline"])
+        for word in process.info["cmdline"] or ()
+    )
 
 
 LIMITS = ("--timeout", "1", "--grace", "4", "--wait", "15")

@@ -7,15 +7,15 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import forked
 import pytest
 
-from largebatch.launch.processes import Process, running
-from largebatch.launch.progress import Progress
-from largebatch.records.heartbeat import Heartbeat, find_beat, process_start
+from largebatch.launch.progress import Progress, is_gone, process_of
+from largebatch.records.heartbeat import Beat, Heartbeat, find_beat, process_start
 from largebatch.records.names import HEARTBEAT, WATCH
 
 
@@ -91,7 +91,11 @@ def test_a_reader_and_a_killed_writer_never_see_half_of_it(tmp_path: Path) -> No
 
 
 def test_a_process_is_named_as_the_watch_names_it(tmp_path: Path) -> None:
-    assert Process(os.getpid(), process_start(os.getpid()) or 0) in running()
+    beat = Beat(pid=os.getpid(), pid_started=process_start(os.getpid()), host=socket.gethostname())
+    process = process_of(beat)
+    assert process is not None
+    assert (process.pid, is_gone(beat)) == (os.getpid(), False)
+    assert is_gone(replace(beat, pid_started=0))
     assert process_start(2**22 + 1) is None
 
 
