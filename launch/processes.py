@@ -129,7 +129,7 @@ class Job:
         self.kill()
 
     def kill(self) -> list[int]:
-        """SIGKILL to all of the job; return the ids that remain, such as one waiting for a device."""
+        """SIGKILL to all of the job; return the ids that remain: processes in a device driver."""
         kill(self.processes())
         self._gone(10.0)
         return sorted(process.pid for process in self.processes())

@@ -4,7 +4,7 @@ import getpass
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -148,29 +148,44 @@ class Scheduler:
         most = None if queue is None else queue.jobs_per_user
         if most is None:
             return
-        user = getpass.getuser()
-        ask = (
-            ["qselect", "-u", user, "-q", str(name)]
-            if self._pbs
-            else ["squeue", "--noheader", "--format=%i", f"--user={user}", f"--partition={name}"]
-        )
-        if shutil.which(ask[0]) is None:
+        there = self._own_jobs("-q" if self._pbs else "--partition", str(name))
+        if there is None:
             return  # then the scheduler refuses it itself
-        done = subprocess.run(ask, capture_output=True, text=True, timeout=60)
-        there = done.stdout.split()
         if len(there) + self._cluster.chain > most:
             raise ConfigError(
                 f"queue {name} holds {most} of your jobs, and has {len(there)} of them already "
                 f"({', '.join(there)}): wait, or take another queue"
             )
 
-    def submit(self, script: Path, after: str | None) -> str:
-        """Submit, to run once the job `after` has ended however it ended; returns the job's id.
+    def _own_jobs(self, *options: str) -> list[str] | None:
+        """This user's jobs that have not ended; None where the scheduler does not answer."""
+        user = getpass.getuser()
+        if self._pbs:
+            ask = ["qselect", "-u", user]
+        else:
+            ask = ["squeue", "--noheader", "--format=%i", f"--user={user}"]
+        try:
+            done = subprocess.run([*ask, *options], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.split() if done.returncode == 0 else None
+
+    def ended(self, ids: Iterable[str]) -> set[str]:
+        """Those of the jobs that have ended; none where the scheduler does not answer."""
+        there = self._own_jobs()
+        return set() if there is None else set(ids) - set(there)
+
+    def submit(self, script: Path, after: str | None = None, options: Sequence[str] = ()) -> str:
+        """Submit a job; return its id.
+
+        Args:
+            after: a job that has to end before this one starts, however it ends.
+            options: of qsub or sbatch.
 
         Raises:
             ConfigError: the scheduler's own words.
         """
-        options: Sequence[str] = [] if self._pbs else ["--parsable"]
+        options = [*options, *([] if self._pbs else ["--parsable"])]
         if after is not None:
             depend = f"depend=afterany:{after}"
             options = [*options, *(["-W", depend] if self._pbs else [f"--dependency={depend[7:]}"])]

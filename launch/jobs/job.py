@@ -27,12 +27,14 @@ class Job:
         words: those of `largebatch COMMAND …`, the first of them `train` or `sweep`.
         record: the folder in which the run keeps its record.
         told: how the user asked for it.
+        program: the command that runs in place of `largebatch WORDS`; its "python" is the job's.
     """
 
     config: SubmitConfig
     words: Sequence[str]
     record: str
     told: Sequence[str]
+    program: Sequence[str] | None = None
 
     @property
     def cluster(self) -> ClusterConfig:
@@ -50,6 +52,15 @@ class Job:
         if cluster.venv or cluster.modules or cluster.setup or cluster.environment == "spread":
             return "python"
         return word(sys.executable)
+
+    @property
+    def command(self) -> Lines:
+        """The words of the command, some a line."""
+        if self.program is None:
+            yield f"{self.python} -m largebatch"
+            yield from map(word, self.words)
+        else:
+            yield from (self.python if text == "python" else word(text) for text in self.program)
 
     @property
     def binding(self) -> Binding | None:

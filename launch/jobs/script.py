@@ -31,8 +31,8 @@ def script(job: Job) -> str:
         ConfigError: cores that two would have.
     """
     sections = (
-        _head, _directives, _begin, _modules, _environment, variables_lines, _limits, nodes_lines,
-        master_lines, _storage, cores_lines, _diagnostics, _chain, _run,
+        _head, directives_lines, _begin, _modules, _environment, variables_lines, _limits,
+        nodes_lines, master_lines, _storage, cores_lines, _diagnostics, _chain, _run,
     )  # fmt: skip
     return "\n".join(line for section in sections for line in section(job)) + "\n"
 
@@ -51,7 +51,7 @@ def _size(job: Job) -> str:
     return f"{nodes} x {cluster.node.ranks} ranks = {cluster.num_ranks} ranks{spares}"
 
 
-def _directives(job: Job) -> Lines:
+def directives_lines(job: Job) -> Lines:
     cluster, folder = job.cluster, job.config.folder
     nodes = cluster.nodes + cluster.spares
     if cluster.scheduler == "pbs":
@@ -274,8 +274,7 @@ def _run(job: Job) -> Lines:
     cluster, steps, logged = job.cluster, ["command"], False
     yield ""
     yield "command=("
-    yield f"  {job.python} -m largebatch"
-    yield from (f"  {word(text)}" for text in job.words)
+    yield from (f"  {line}" for line in job.command)
     yield ")"
     if job.on_ranks:
         yield "launch=("

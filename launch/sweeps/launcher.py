@@ -141,7 +141,7 @@ def ground(
     Raises:
         ConfigError: it cannot be.
     """
-    if settings.shape != "nodes":
+    if settings.shape == "devices":
         try:
             import parsl  # noqa: F401 — a second of imports, and an extra that may not be there
         except ModuleNotFoundError as error:
@@ -150,7 +150,7 @@ def ground(
                 "install 'largebatch[parsl]'"
             ) from error
     if settings.shape == "jobs":
-        from largebatch.launch.sweeps.parsl_jobs import Jobs
+        from largebatch.launch.sweeps.jobs import Jobs
 
         assert cluster is not None
         return Jobs(cluster, settings, record, folder)

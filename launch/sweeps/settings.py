@@ -17,8 +17,7 @@ class SweepSettings:
     Attributes:
         shape: devices: a trial on each device of every node (Parsl's HighThroughputExecutor);
             nodes: each on `nodes_per_trial` nodes of this allocation, by an mpiexec or srun of its
-            own; jobs: each is a job of its own, submitted through Parsl's PBSProProvider or
-            SlurmProvider.
+            own; jobs: each is a job of its own, of PBS, Slurm or this machine.
         cluster: a choice of conf/cluster, as of `largebatch submit`; it knows launcher, cores and,
             for jobs, scheduler, modules and settings.
         overrides: of that choice, each quoted: ['cluster.node.cores_per_rank=8'].

@@ -78,7 +78,7 @@ def test_ranks_of_srun_in_a_job_of_a_sweep_train_as_those_of_torchrun(
         ["scontrol", "--oneliner", "show", "job", submitted["job"]],
         env=slurm, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert f"JobId={submitted['job']} JobName=trial-0." in known.stdout
+    assert f"JobId={submitted['job']} JobName=trial-0 " in known.stdout
     assert "NumNodes=1 NumCPUs=2 NumTasks=2" in known.stdout
 
 

@@ -1,5 +1,5 @@
-"""A PBS job for each trial, through Parsl's provider and stand-ins for qsub and qstat, which really
-run what is submitted.
+"""A PBS job for each trial, with stand-ins for qsub and qselect, which really run what is
+submitted.
 """
 
 import json
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import forked
 import pytest
+
+from largebatch.launch.sweeps.jobs import LocalJobs
 
 HERE = Path(__file__).parent
 
@@ -114,9 +116,9 @@ def test_jobs_outlive_their_sweep_and_are_found_again(pbs: PBS) -> None:
 def test_a_dry_run_shows_a_job_and_submits_none(pbs: PBS) -> None:
     code, said = pbs.run("seed=0,1", "hydra.launcher.dry_run=true", "hydra.launcher.walltime=600")
     assert code == 0, said
-    assert "# qsub -q any -A project" in said
-    assert "#PBS -l walltime=00:10:00" in said
-    assert "#PBS -l select=1:ncpus=1" in said
+    assert f"# qsub {pbs.at / 'sweep' / '0' / 'attempt-1.job'}" in said
+    for directive in ("-A project", "-q any", "-l walltime=00:10:00", "-l select=1"):
+        assert f"#PBS {directive}\n" in said
     assert "mpiexec -n 2 -ppn 2" in said
     assert "# 2 jobs like this one would be submitted" in said
     assert pbs.submitted == []
@@ -138,3 +140,16 @@ def test_what_cannot_be_is_refused_in_a_sentence(pbs: PBS, words: list[str], sen
     assert sentence in said
     assert said.count("\n") == 1
     assert pbs.submitted == []
+
+
+def test_a_job_of_this_machine_has_ended_once_its_process_is_gone(tmp_path: Path) -> None:
+    script, jobs = tmp_path / "job", LocalJobs()
+    script.write_text(f"while [ ! -e {tmp_path / 'end'} ]; do sleep 0.01; done\n")
+    job, before = jobs.submit(script), f"{os.getpid()}.0"
+    assert jobs.ended([job, before]) == {before}  # an id is not that of a process with its number
+    assert LocalJobs().ended([job]) == set()  # as a sweep that is started again finds it
+    (tmp_path / "end").touch()
+    deadline = time.monotonic() + 20
+    while not jobs.ended([job]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
