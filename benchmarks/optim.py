@@ -6,25 +6,23 @@ memory's speed that the step's unavoidable traffic makes.
 """
 
 import argparse
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from torch.nn import Parameter
 
+from largebatch.benchmarks import harness
 from largebatch.benchmarks.arguments import add_options, run
 from largebatch.benchmarks.contenders import PEERS, REFERENCE, Contender, contenders
+from largebatch.benchmarks.harness import MEMORY_BYTES, Note, timed
 from largebatch.benchmarks.inventories import Inventory, small_tensors, transformer
-from largebatch.benchmarks.rounds import MEMORY_BYTES, NUM_WARM_UP, Rounds, run_rounds
-from largebatch.distributed.ranks import Ranks
-from largebatch.train.reporting.provenance import provenance
 
 FORMULAS: Final = {
     "ms": "median over the rounds of one optimizer.step(), device idle before and after",
@@ -63,38 +61,88 @@ def measure(
 ) -> dict[str, Any]:
     """The record: provenance, formulas, and the lines of each inventory."""
     rows, left_out = contenders()
-    record: dict[str, Any] = {
-        "benchmark": "optim",
-        "provenance": provenance(Ranks(), device),
+    found, share = [], seconds / len(inventories)
+    with harness.progress_bar() as begin:
+        for inventory in inventories:
+            rounds = run_rounds(inventory, rows, device, share, begin(inventory.name, share))
+            found.append(summarize(inventory, rows, rounds))
+    return harness.head_of("optim", device, FORMULAS) | {
         "peers": {name: version_of(name) for name in peer_libraries()},
         "left_out": left_out,
-        "load_average": os.getloadavg()[0],
-        "num_warm_up": NUM_WARM_UP,
-        "formulas": FORMULAS,
-        "inventories": [],
+        "inventories": found,
     }
-    bar = Progress(
-        BarColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        disable=not Console(stderr=True).is_terminal,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("", total=seconds)
-        for index, inventory in enumerate(inventories):
-            share = seconds / len(inventories)
-
-            def progress(elapsed: float, what: str, before: float = index * share) -> None:
-                bar.update(task, completed=before + elapsed, description=what)
-
-            rounds = run_rounds(inventory, rows, device, share, progress)
-            record["inventories"].append(told(inventory, rows, rounds))
-    return record
 
 
-def told(inventory: Inventory, rows: Sequence[Contender], rounds: Rounds) -> dict[str, Any]:
-    """What the samples of one inventory say."""
+@dataclass(frozen=True)
+class Rounds:
+    """Seconds of every sample: a list for each contender, one entry a round."""
+
+    steps: dict[str, list[float]]
+    scalings: list[float]
+    """Of reading and writing MEMORY_BYTES / 2 in place, as optimizers write."""
+    copies: list[float]
+    """Of copying MEMORY_BYTES / 2. That a CPU first reads what it overwrites is not counted."""
+
+    def __len__(self) -> int:
+        return len(self.copies)
+
+
+class Tensors:
+    """Weights that all optimizers step in turn, and the gradients that each of them finds."""
+
+    def __init__(self, inventory: Inventory, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        drawn = [torch.randn(shape, generator=generator) for shape in inventory.shapes]
+        self.params = [Parameter(0.02 * values.to(device)) for values in drawn]
+        self._grads = [1e-3 * values.flip(0).to(device) for values in drawn]
+        for param, grad in zip(self.params, self._grads, strict=True):
+            param.grad = grad.clone()
+
+    @torch.no_grad()
+    def write_grads(self) -> None:
+        for param, grad in zip(self.params, self._grads, strict=True):
+            assert param.grad is not None
+            param.grad.copy_(grad)
+
+
+def run_rounds(
+    inventory: Inventory,
+    contenders: Sequence[Contender],
+    device: torch.device,
+    seconds: float,
+    note: Note,
+) -> Rounds:
+    """Sample one step of every optimizer a round, and the memory's speed.
+
+    Before each step, outside of what is timed, the gradients are written anew: some optimizers
+    change them.
+    """
+    tensors = Tensors(inventory, device)
+    optimizers = {row.name: row.make(tensors.params) for row in contenders}
+    memory = torch.ones(MEMORY_BYTES // 8, device=device)
+    target = torch.ones_like(memory)
+    rounds = Rounds({name: [] for name in optimizers}, [], [])
+
+    def step(name: str, number: int) -> None:
+        tensors.write_grads()
+        seconds = timed(optimizers[name].step, device)
+        if number >= 0:
+            rounds.steps[name].append(seconds)
+
+    def move(number: int) -> None:
+        scaling = timed(lambda: memory.mul_(1.0), device)
+        copy = timed(lambda: target.copy_(memory), device)
+        if number >= 0:
+            rounds.scalings.append(scaling)
+            rounds.copies.append(copy)
+
+    samplers = {name: partial(step, name) for name in optimizers}
+    harness.run_rounds(samplers | {"memory": move}, seconds, note)
+    return rounds
+
+
+def summarize(inventory: Inventory, rows: Sequence[Contender], rounds: Rounds) -> dict[str, Any]:
+    """Medians and ratios over the samples of one inventory."""
     memory_speed = MEMORY_BYTES / statistics.median(rounds.scalings)
     return {
         "name": inventory.name,
@@ -137,17 +185,8 @@ def version_of(library: str) -> str | None:
 
 def show(record: dict[str, Any], console: Console) -> None:
     """What was measured with, how, and a table for each inventory."""
-    made, peers = record["provenance"], record["peers"]
-    versions = made["versions"] | {name: number for name, number in peers.items() if number}
-    lines = [
-        ", ".join(f"{name} {number}" for name, number in versions.items()),
-        f"{made['device']}, {made['num_threads']} threads; {record['num_warm_up']} warm-up steps; "
-        f"load average {record['load_average']:.1f} at the start, best below 0.5",
-        *(f"{name}: {formula}" for name, formula in record["formulas"].items()),
-        *record["left_out"],
-    ]
-    for text in lines:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    harness.show_head(record, console, f"{record['num_warm_up']} warm-up steps", record["peers"])
+    harness.say(console, *record["left_out"])
     for inventory in record["inventories"]:
         console.print()
         console.print(table(inventory))
@@ -160,12 +199,8 @@ def table(inventory: dict[str, Any]) -> Table:
         f"{inventory['memory_bytes_per_second'] / 1e9:.1f} GB/s in place, "
         f"{inventory['copy_bytes_per_second'] / 1e9:.1f} GB/s copying"
     )
-    shown = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    shown.add_column("optimizer")
-    for head in ("ms", "ratio", "quartiles", "GB/s", "of memory"):
-        shown.add_column(head, justify="right", no_wrap=True)
+    heads = ("ms", "ratio", "quartiles", "GB/s", "of memory")
+    shown = harness.make_table(title, "optimizer", heads)
     for entry in inventory["optimizers"]:
         low, high = entry["ratio_quartiles"]
         shown.add_row(

@@ -103,7 +103,7 @@ ROOMS = {
     "benchmarks/collectives": ["."],
     "benchmarks/noise": ["."],
     "benchmarks/scale": [".", "collectives"],
-    "benchmarks/second_order": [".", "noise"],
+    "benchmarks/second_order": ["."],
 }
 LARGEST_FOLDER, LONGEST_FILE = 15, 400
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, Store
 from torch.multiprocessing.spawn import start_processes
 
-from largebatch.benchmarks.rounds import timed
+from largebatch.benchmarks.harness import timed
 from largebatch.common.files import read_json
 from largebatch.distributed.ranks import Ranks, meet, pick_device, process_group
 

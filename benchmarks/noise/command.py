@@ -8,42 +8,25 @@ memory, once, what the norms are taken of.
 """
 
 import argparse
-import gc
-import json
 import os
 import statistics
-import tempfile
-import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
-from torch.multiprocessing.spawn import start_processes
 from torch.profiler import ProfilerActivity, profile
 
+from largebatch.benchmarks import harness
 from largebatch.benchmarks.arguments import add_options, run
-from largebatch.benchmarks.noise.steps import (
-    ALONE,
-    NUM_MICRO_BATCHES,
-    ON_RANKS,
-    Bytewise,
-    Decoding,
-    Row,
-    Stepper,
-    Workload,
-)
-from largebatch.benchmarks.rounds import FEWEST_ROUNDS, MEMORY_BYTES, NUM_WARM_UP, timed
-from largebatch.common.files import read_json
+from largebatch.benchmarks.harness import FEWEST_ROUNDS, MEMORY_BYTES, Note, plural, timed_on_ranks
+from largebatch.benchmarks.noise.steps import ALONE, NUM_MICRO_BATCHES, ON_RANKS, Row, Stepper
+from largebatch.benchmarks.workloads import Bytewise, Decoding, Workload, describe
 from largebatch.distributed.ranks import Ranks
-from largebatch.train.reporting.provenance import provenance
 
 NUM_RANKS: Final = 2
 ONE_PROCESS: Final[tuple[Workload, ...]] = (
@@ -117,52 +100,37 @@ def measure(
 
     Ranks are processes on the CPU, whatever the device, and share its threads.
     """
-    record: dict[str, Any] = {
-        "benchmark": "noise",
-        "provenance": provenance(Ranks(), device),
-        "load_average": os.getloadavg()[0],
-        "num_warm_up": NUM_WARM_UP,
-        "num_micro_batches": NUM_MICRO_BATCHES,
-        "formulas": FORMULAS,
-        "workloads": [],
-    }
     share = seconds / (len(alone) + len(on_ranks))
-    columns = TextColumn("{task.description}"), BarColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    found = []
+    with harness.progress_bar() as begin:
         for workload in alone:
-            task = bar.add_task(workload.name, total=share)
-
-            def progress(elapsed: float, task: Any = task) -> None:
-                bar.update(task, completed=elapsed)
-
-            record["workloads"].append(compare(ALONE, workload, Ranks(), device, share, progress))
-            bar.remove_task(task)
+            note = begin(workload.name, share)
+            found.append(compare(Ranks(), ALONE, workload, device, share, note))
         for workload in on_ranks:
-            bar.add_task(f"{workload.name}, {NUM_RANKS} ranks", total=None)
-            record["workloads"].append(compare_on_ranks(workload, share))
-    return record
+            begin(f"{workload.name}, {NUM_RANKS} ranks", None)
+            found.append(compare_on_ranks(workload, share))
+    head = harness.head_of("noise", device, FORMULAS)
+    return head | {"num_micro_batches": NUM_MICRO_BATCHES, "workloads": found}
 
 
 def compare(
+    ranks: Ranks,
     rows: Sequence[Row],
     workload: Workload,
-    ranks: Ranks,
     device: torch.device,
     seconds: float,
-    progress: Callable[[float], None] = lambda elapsed: None,
+    note: Note = lambda elapsed, what: None,
 ) -> dict[str, Any]:
     """What the rows cost at one workload, on every rank of `ranks`."""
     steppers = {row.name: Stepper(row, workload, ranks, device) for row in rows}
-    samples = run_rounds(steppers, device, seconds, progress)
+    samples = run_rounds(steppers, device, seconds, note)
     collectives = {name: collectives_of(stepper.step) for name, stepper in steppers.items()}
     own = {name: stepper.own_work(FEWEST_ROUNDS) for name, stepper in steppers.items()}
     for stepper in steppers.values():
         stepper.finish()
     read_speed = MEMORY_BYTES / statistics.median(samples.reads)
-    return {
-        "name": workload.name,
+    return describe(workload) | {
         "num_ranks": ranks.size,
-        "num_parameters": sum(param.numel() for param in workload.model().parameters()),
         "num_rounds": len(samples),
         "num_threads": torch.get_num_threads(),
         "read_bytes_per_second": read_speed,
@@ -177,72 +145,33 @@ def compare(
 def compare_on_ranks(workload: Workload, seconds: float) -> dict[str, Any]:
     """As `compare`, on gloo ranks of their own that share this process's threads."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the ranks' profiler speaks of itself, else
-    with tempfile.TemporaryDirectory() as folder:
-        start_processes(  # type: ignore[no-untyped-call]
-            _as_rank,
-            args=(workload, seconds, max(1, torch.get_num_threads() // NUM_RANKS), folder),
-            nprocs=NUM_RANKS,
-            start_method="spawn",
-        )
-        found: dict[str, Any] = read_json(Path(folder, "found.json"))
+    threads = max(1, torch.get_num_threads() // NUM_RANKS)
+    words = (ON_RANKS, workload, torch.device("cpu"), seconds)
+    found: dict[str, Any] = harness.on_ranks(NUM_RANKS, threads, compare, *words)[0]
     return found
 
 
-def _as_rank(rank: int, workload: Workload, seconds: float, threads: int, folder: str) -> None:
-    torch.set_num_threads(threads)
-    # FSDP2 advises on in-place operations after a linear layer; there is none.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=NUM_RANKS
-    )
-    try:
-        ranks = Ranks(rank=rank, size=NUM_RANKS, local_rank=rank, local_size=NUM_RANKS)
-        found = compare(ON_RANKS, workload, ranks, torch.device("cpu"), seconds)
-        gc.collect()  # models and their hooks hold one another, and the group that is to go
-        dist.barrier()
-        if ranks.is_first:
-            Path(folder, "found.json").write_text(json.dumps(found), encoding="utf-8")
-    finally:
-        dist.destroy_process_group()
-
-
 def run_rounds(
-    steppers: dict[str, Stepper],
-    device: torch.device,
-    seconds: float,
-    progress: Callable[[float], None],
+    steppers: dict[str, Stepper], device: torch.device, seconds: float, note: Note
 ) -> Samples:
-    """As many rounds as fit into `seconds`, warm-up included, but never less than FEWEST_ROUNDS."""
-    began = time.perf_counter()
+    """Sample one step of every row a round, and the memory's speed."""
     memory = torch.ones(MEMORY_BYTES // 4, device=device)
-
-    def one(work: Callable[[], object]) -> float:
-        progress(time.perf_counter() - began)
-        if dist.is_initialized():
-            dist.barrier()
-        return timed(work, device)
-
     samples = Samples({name: [] for name in steppers}, {name: [] for name in steppers}, [])
-    for _ in range(NUM_WARM_UP):
-        for stepper in steppers.values():
-            one(stepper.step)
-        one(memory.sum)
-    while len(samples) < FEWEST_ROUNDS or time_is_left(time.perf_counter() - began < seconds):
-        for name, stepper in steppers.items():
-            worked = time.process_time()
-            samples.steps[name].append(one(stepper.step))
-            samples.work[name].append(time.process_time() - worked)
-        samples.reads.append(one(memory.sum))
+
+    def step(name: str, number: int) -> None:
+        times = timed_on_ranks(steppers[name].step, device)
+        if number >= 0:
+            samples.steps[name].append(times[0])
+            samples.work[name].append(times[1])
+
+    def read(number: int) -> None:
+        seconds, _ = timed_on_ranks(memory.sum, device)
+        if number >= 0:
+            samples.reads.append(seconds)
+
+    samplers = {name: partial(step, name) for name in steppers}
+    harness.run_rounds(samplers | {"memory": read}, seconds, note)
     return samples
-
-
-def time_is_left(here: bool) -> bool:
-    """As rank 0 finds it: all ranks go on, or none."""
-    told = torch.tensor(here)
-    if dist.is_initialized():
-        dist.broadcast(told, 0)
-    return bool(told)
 
 
 def collectives_of(step: Callable[[], None]) -> int:
@@ -286,36 +215,28 @@ def line(
 
 def show(record: dict[str, Any], console: Console) -> None:
     """What was measured with, how, and a table for each workload."""
-    made = record["provenance"]
-    lines = [
-        ", ".join(f"{name} {number}" for name, number in made["versions"].items()),
-        f"{made['device']}, {made['num_threads']} threads; {record['num_warm_up']} warm-up steps; "
-        f"{record['num_micro_batches']} micro-batches a step on each rank; load average "
-        f"{record['load_average']:.1f} at the start, best below 0.5",
-        *(f"{name}: {formula}" for name, formula in record["formulas"].items()),
-    ]
-    for text in lines:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    how = (
+        f"{record['num_warm_up']} warm-up steps; {record['num_micro_batches']} micro-batches a "
+        "step on each rank"
+    )
+    harness.show_head(record, console, how)
     for workload in record["workloads"]:
         console.print()
         console.print(table(workload))
 
 
 def table(workload: dict[str, Any]) -> Table:
-    ranks = workload["num_ranks"]
     title = (
-        f"{workload['name']}, {ranks} rank{'s' * (ranks > 1)} of {workload['num_threads']} "
-        f"thread{'s' * (workload['num_threads'] > 1)}: {workload['num_parameters'] / 1e6:.2f} M "
+        f"{workload['name']}, {plural(workload['num_ranks'], 'rank')} of "
+        f"{plural(workload['num_threads'], 'thread')}: {workload['num_parameters'] / 1e6:.2f} M "
         f"parameters, {workload['num_rounds']} rounds; memory "
         f"{workload['read_bytes_per_second'] / 1e9:.1f} GB/s reading"
     )
-    shown = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    shown.add_column("noise scale")
-    times = ("ms", "ratio", "quartiles", "of work", "own ms", "of step", "floor ms", "of floor")
-    for head in (*times, "collectives", "floats"):
-        shown.add_column(head, justify="right", no_wrap=True)
+    heads = (
+        "ms", "ratio", "quartiles", "of work", "own ms", "of step", "floor ms", "of floor",
+        "collectives", "floats",
+    )  # fmt: skip
+    shown = harness.make_table(title, "noise scale", heads)
     for entry in workload["rows"]:
         low, high = entry["ratio_quartiles"]
         shown.add_row(

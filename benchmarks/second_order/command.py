@@ -7,34 +7,29 @@ share the work out among them: time, memory and what travels, rank by rank.
 
 import argparse
 import gc
-import json
-import os
 import statistics
-import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from torch.multiprocessing.spawn import start_processes
+from rich.table import Table
 
+from largebatch.benchmarks import harness
 from largebatch.benchmarks.arguments import add_options, run
 from largebatch.benchmarks.contenders import REFERENCE
-from largebatch.benchmarks.noise.steps import Bytewise, Decoding, Workload
+from largebatch.benchmarks.harness import Note, make_table, plural, say
 from largebatch.benchmarks.second_order.steps import ROWS, Samples, Stepper, run_rounds
-from largebatch.benchmarks.second_order.tables import show
-from largebatch.common.files import read_json
+from largebatch.benchmarks.workloads import Bytewise, Decoding, Workload, describe
 from largebatch.distributed.ranks import Ranks
-from largebatch.train.reporting.provenance import provenance
 
 INTERVALS: Final[tuple[int, ...]] = (1, 10, 50)
 WORLD_SIZES: Final[tuple[int, ...]] = (1, 2, 4)
 INTERVAL_ON_RANKS: Final = 10  # the optimizers' own
+
+
+Begin = Callable[[str, float | None], Note]
 
 
 class Part(NamedTuple):
@@ -127,56 +122,55 @@ def measure(parts: Sequence[Part], device: torch.device, seconds: float) -> dict
     Ranks are processes on the CPU, whatever the device.
     """
     half = seconds / 2
-    columns = TextColumn("{task.description}"), BarColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        return {
-            "benchmark": "second_order",
-            "provenance": provenance(Ranks(), device),
-            "load_average": os.getloadavg()[0],
-            "num_cores": os.cpu_count(),
-            "interval_on_ranks": INTERVAL_ON_RANKS,
-            "formulas": FORMULAS,
-            "rank_formulas": RANK_FORMULAS,
-            "alone": [by_interval(part, device, half * part.share, bar) for part in parts],
-            "on_ranks": by_world_size(parts, half, bar),
-        }
+    with harness.progress_bar() as begin:
+        alone = [by_interval(part, device, half * part.share, begin) for part in parts]
+        on_ranks = by_world_size(parts, half, begin)
+    return harness.head_of("second_order", device, FORMULAS) | {
+        "interval_on_ranks": INTERVAL_ON_RANKS,
+        "rank_formulas": RANK_FORMULAS,
+        "alone": alone,
+        "on_ranks": on_ranks,
+    }
 
 
-def by_interval(part: Part, device: torch.device, seconds: float, bar: Progress) -> dict[str, Any]:
+def by_interval(part: Part, device: torch.device, seconds: float, begin: Begin) -> dict[str, Any]:
     """All rows at every interval, in this process."""
     lines: list[Line] = []
     spend = seconds / len(INTERVALS)
     for interval in INTERVALS:
-        task = bar.add_task(f"{part.workload.name}, interval {interval}", total=spend)
-
-        def progress(elapsed: float, task: Any = task) -> None:
-            bar.update(task, completed=elapsed)
-
-        seen = compare(part.workload, interval, Ranks(), device, spend, progress)
+        note = begin(f"{part.workload.name}, interval {interval}", spend)
+        seen = compare(Ranks(), part.workload, interval, device, spend, note)
         lines += [line(name, interval, seen.samples) for name in ROWS]
-        bar.remove_task(task)
     threads = {"num_threads": torch.get_num_threads()}
-    return told(part.workload) | threads | {"rows": [asdict(each) for each in lines]}
+    return describe(part.workload) | threads | {"rows": [asdict(each) for each in lines]}
 
 
-def by_world_size(parts: Sequence[Part], seconds: float, bar: Progress) -> list[dict[str, Any]]:
+def by_world_size(parts: Sequence[Part], seconds: float, begin: Begin) -> list[dict[str, Any]]:
     """All rows on every number of ranks, for each part."""
     lines: list[list[RankLine]] = [[] for _ in parts]
     for num_ranks in WORLD_SIZES:
-        task = bar.add_task(f"{num_ranks} rank{'s' * (num_ranks > 1)}", total=None)
-        found = compare_on_ranks(parts, num_ranks, seconds / len(WORLD_SIZES))
-        for rows, more in zip(lines, found, strict=True):
-            rows += more
-        bar.remove_task(task)
+        begin(plural(num_ranks, "rank"), None)
+        words = (parts, INTERVAL_ON_RANKS, seconds / len(WORLD_SIZES))
+        found = harness.on_ranks(num_ranks, 1, compare_parts, *words)
+        for place, rows in enumerate(lines):
+            rows += [rank_line(name, [every[place][name] for every in found]) for name in ROWS]
     return [
-        told(part.workload) | {"rows": [asdict(each) for each in rows]}
+        describe(part.workload) | {"rows": [asdict(each) for each in rows]}
         for part, rows in zip(parts, lines, strict=True)
     ]
 
 
-def told(workload: Workload) -> dict[str, Any]:
-    num_parameters = sum(param.numel() for param in workload.model().parameters())
-    return {"name": workload.name, "num_parameters": num_parameters}
+def compare_parts(
+    ranks: Ranks, parts: Sequence[Part], interval: int, seconds: float
+) -> list[dict[str, Any]]:
+    """What one rank says of each row, for each part."""
+    found = []
+    for workload, share in parts:
+        seen = compare(ranks, workload, interval, torch.device("cpu"), seconds * share)
+        found.append({name: of_rank(name, seen) for name in ROWS})
+        del seen
+        gc.collect()  # models and their hooks hold one another
+    return found
 
 
 @dataclass(frozen=True)
@@ -188,18 +182,18 @@ class Seen:
 
 
 def compare(
+    ranks: Ranks,
     workload: Workload,
     interval: int,
-    ranks: Ranks,
     device: torch.device,
     seconds: float,
-    progress: Callable[[float], None],
+    note: Note = lambda elapsed, what: None,
 ) -> Seen:
     """All rows, in this process."""
     steppers = {
         name: Stepper(make, interval, workload, ranks, device) for name, make in ROWS.items()
     }
-    samples = run_rounds(steppers, interval, device, seconds, progress)
+    samples = run_rounds(steppers, interval, device, seconds, note)
     return Seen(samples, {name: stepper.state_bytes() for name, stepper in steppers.items()})
 
 
@@ -222,56 +216,6 @@ def line(name: str, interval: int, samples: Mapping[str, Samples]) -> Line:
         whole_ratio=sum(own.wholes) / sum(reference.wholes),
         whole_worst_by_median=max(own.wholes) / statistics.median(own.wholes),
     )
-
-
-def compare_on_ranks(parts: Sequence[Part], num_ranks: int, seconds: float) -> list[list[RankLine]]:
-    """The rows of each part, on gloo ranks of one thread each."""
-    with tempfile.TemporaryDirectory() as folder:
-        start_processes(  # type: ignore[no-untyped-call]
-            _as_rank,
-            args=(num_ranks, parts, INTERVAL_ON_RANKS, seconds, folder),
-            nprocs=num_ranks,
-            start_method="spawn",
-        )
-        found = [read_json(Path(folder, f"{rank}.json")) for rank in range(num_ranks)]
-    return [
-        [rank_line(name, [every[place][name] for every in found]) for name in ROWS]
-        for place in range(len(parts))
-    ]
-
-
-def _as_rank(
-    rank: int,
-    num_ranks: int,
-    parts: Sequence[Part],
-    interval: int,
-    seconds: float,
-    folder: str,
-) -> None:
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks
-    )
-    try:
-        ranks = Ranks(rank=rank, size=num_ranks, local_rank=rank, local_size=num_ranks)
-        found = []
-        for workload, share in parts:
-            seen = compare(
-                workload,
-                interval,
-                ranks,
-                torch.device("cpu"),
-                seconds * share,
-                lambda elapsed: None,
-            )
-            found.append({name: of_rank(name, seen) for name in ROWS})
-            del seen
-            gc.collect()  # models and their hooks hold one another, and the group that is to go
-        dist.barrier()
-        Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    finally:
-        dist.destroy_process_group()
 
 
 def of_rank(name: str, seen: Seen) -> dict[str, Any]:
@@ -306,3 +250,99 @@ def rank_line(name: str, ranks: Sequence[Mapping[str, Any]]) -> RankLine:
         num_collectives=[rank["num_collectives"] for rank in ranks],
         sent_bytes=[rank["sent_bytes"] for rank in ranks],
     )
+
+
+def show(record: dict[str, Any], console: Console) -> None:
+    """What was measured with, how, and two tables for each workload."""
+    harness.show_head(record, console, "whole training steps")
+    for workload in record["alone"]:
+        console.print()
+        console.print(table(workload))
+    say(
+        console,
+        "\nOn ranks of one thread each, batch and optimizer shared out among them; interval "
+        f"{record['interval_on_ranks']}:",
+        *(f"{name}: {formula}" for name, formula in record["rank_formulas"].items()),
+    )
+    cores = record["num_cores"]
+    sizes = [row["num_ranks"] for workload in record["on_ranks"] for row in workload["rows"]]
+    if cores is not None and max(sizes) > cores:
+        say(
+            console,
+            f"More ranks than the {cores} cores here take turns on them: their ms and worst are "
+            "mostly waiting, and only work says what a rank has to do.",
+        )
+    for workload in record["on_ranks"]:
+        console.print()
+        console.print(rank_table(workload))
+
+
+def table(workload: dict[str, Any]) -> Table:
+    title = (
+        f"{workload['name']}, in one process of "
+        f"{plural(workload['num_threads'], 'thread')}: {workload['num_parameters'] / 1e6:.2f} M "
+        "parameters"
+    )
+    heads = (
+        "interval", "rounds", "ms", "ratio", "mean", "of work", "worst", "by median", "early",
+        "step ms", "step ratio", "step worst",
+    )  # fmt: skip
+    shown = make_table(title, "optimizer", heads)
+    for before, entry in zip([None, *workload["rows"]], workload["rows"], strict=False):
+        if before is not None and before["interval"] != entry["interval"]:
+            shown.add_section()
+        shown.add_row(
+            entry["name"],
+            str(entry["interval"]),
+            str(entry["num_rounds"]),
+            f"{1e3 * entry['seconds']:.2f}",
+            f"{entry['ratio']:.2f}",
+            f"{entry['mean_ratio']:.2f}",
+            f"{entry['work_ratio']:.2f}",
+            f"{1e3 * entry['worst_seconds']:.2f}",
+            f"{entry['worst_by_median']:.1f}",
+            f"{1e3 * entry['early_worst_seconds']:.1f}",
+            f"{1e3 * entry['whole_seconds']:.1f}",
+            f"{entry['whole_ratio']:.2f}",
+            f"{entry['whole_worst_by_median']:.1f}",
+        )
+    return shown
+
+
+def rank_table(workload: dict[str, Any]) -> Table:
+    title = f"{workload['name']}: {workload['num_parameters'] / 1e6:.2f} M parameters"
+    heads = (
+        "ranks", "ms", "work", "1/n", "worst", "MB", "1/n", "on each", "collectives", "sent",
+        "by gradient",
+    )  # fmt: skip
+    shown = make_table(title, "optimizer", heads)
+    names = [*dict.fromkeys(entry["name"] for entry in workload["rows"])]
+    for name in names:
+        entries = [entry for entry in workload["rows"] if entry["name"] == name]
+        alone = entries[0]
+        assert alone["num_ranks"] == 1
+        for entry in entries:
+            n, sent = entry["num_ranks"], entry["sent_bytes"]
+            shown.add_row(
+                name,
+                str(n),
+                spread(entry["step_seconds"], 1e3),
+                spread(entry["work_seconds"], 1e3),
+                f"{1e3 * alone['work_seconds'][0] / n:.1f}",
+                f"{1e3 * max(entry['worst_seconds']):.1f}",
+                spread(entry["state_bytes"], 1e-6, 2),
+                f"{1e-6 * alone['state_bytes'][0] / n:.2f}",
+                f"{1e-6 * entry['replicated_bytes']:.2f}" if n > 1 else "",
+                f"{max(entry['num_collectives']):.3g}",
+                spread(sent, 1e-6, 2),
+                f"{max(sent) / (4 * workload['num_parameters']):.2f}",
+            )
+        if name != names[-1]:
+            shown.add_section()
+    return shown
+
+
+def spread(values: Sequence[float], unit: float, digits: int = 1) -> str:
+    """Least and most; one number where they are shown alike."""
+    least, most = (f"{unit * value:.{digits}f}" for value in (min(values), max(values)))
+    return least if least == most else f"{least}-{most}"

@@ -4,10 +4,10 @@ Every row steps a model of its own from the same start, over the same samples. L
 small, so that weights stay about where they are over the steps of a benchmark.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -17,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from largebatch.benchmarks import harness
 from largebatch.benchmarks.contenders import REFERENCE
-from largebatch.benchmarks.noise.command import time_is_left
-from largebatch.benchmarks.noise.steps import Decoding, Workload
-from largebatch.benchmarks.rounds import FEWEST_ROUNDS, NUM_WARM_UP, timed
+from largebatch.benchmarks.harness import NUM_WARM_UP, Note, timed, timed_on_ranks, wait_for_ranks
+from largebatch.benchmarks.workloads import Decoding, Workload
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import KFAC, SOAP, Shampoo
 from largebatch.train.data.sampler import Sampler
@@ -158,37 +158,20 @@ class Samples:
 
 
 def run_rounds(
-    steppers: dict[str, Stepper],
-    interval: int,
-    device: torch.device,
-    seconds: float,
-    progress: Callable[[float], None],
+    steppers: dict[str, Stepper], interval: int, device: torch.device, seconds: float, note: Note
 ) -> dict[str, Samples]:
-    """Interleaved rounds over whole intervals, after one that is not timed, by row.
-
-    As many intervals as fit into `seconds`, the first included, but never less than one, nor less
-    than FEWEST_ROUNDS rounds.
-    """
-    began = time.perf_counter()
+    """Rounds over whole intervals, after one interval that is only part of `early`, by row."""
     samples = {name: Samples() for name in steppers}
-    for number in range(max(NUM_WARM_UP, interval)):
-        for name, stepper in steppers.items():
-            progress(time.perf_counter() - began)
-            warm_up(stepper, samples[name], device, is_first=number == 0)
-    length = 0.0
+    num_warm_up = max(NUM_WARM_UP, interval)
 
-    def go_on() -> bool:
-        num_rounds = len(next(iter(samples.values())))
-        fits = time.perf_counter() - began + length < seconds
-        return num_rounds < FEWEST_ROUNDS or time_is_left(fits)
+    def sample(name: str, number: int) -> None:
+        if number < 0:
+            warm_up(steppers[name], samples[name], device, is_first=number == -num_warm_up)
+        else:
+            one_round(steppers[name], samples[name], device)
 
-    while go_on():
-        interval_began = time.perf_counter()
-        for _ in range(interval):
-            for name, stepper in steppers.items():
-                progress(time.perf_counter() - began)
-                one_round(stepper, samples[name], device)
-        length = time.perf_counter() - interval_began
+    samplers = {name: partial(sample, name) for name in steppers}
+    harness.run_rounds(samplers, seconds, note, num_warm_up=num_warm_up, interval=interval)
     return samples
 
 
@@ -205,16 +188,8 @@ def warm_up(stepper: Stepper, samples: Samples, device: torch.device, is_first: 
 
 def one_round(stepper: Stepper, samples: Samples, device: torch.device) -> None:
     stepper.take()
-    wait_for_ranks()
-    backward = timed(stepper.backward, device)
-    wait_for_ranks()
-    worked = time.process_time()
-    step = timed(stepper.step, device)
-    samples.work.append(time.process_time() - worked)
+    backward, _ = timed_on_ranks(stepper.backward, device)
+    step, work = timed_on_ranks(stepper.step, device)
+    samples.work.append(work)
     samples.steps.append(step)
     samples.wholes.append(backward + step)
-
-
-def wait_for_ranks() -> None:
-    if dist.is_initialized():
-        dist.barrier()

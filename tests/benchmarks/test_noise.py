@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from largebatch.benchmarks import command, rounds
+from largebatch.benchmarks import command, harness
 from largebatch.benchmarks.noise import command as noise
 from largebatch.benchmarks.noise import steps as noise_steps
 from largebatch.benchmarks.noise.command import Samples, collectives_of, line, run_rounds
-from largebatch.benchmarks.noise.steps import ALONE, ON_RANKS, Bytewise, Decoding, Row, Stepper
+from largebatch.benchmarks.noise.steps import ALONE, ON_RANKS, Row, Stepper
+from largebatch.benchmarks.workloads import Bytewise, Decoding
 from largebatch.distributed.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -84,11 +85,11 @@ def test_rounds_are_interleaved() -> None:
     steppers: dict[str, Any] = {
         name: SimpleNamespace(step=lambda name=name: calls.append(name)) for name in "ABC"
     }
-    samples = run_rounds(steppers, CPU, 1e-6, lambda elapsed: None)
-    assert calls == ["A", "B", "C"] * (rounds.NUM_WARM_UP + rounds.FEWEST_ROUNDS)
+    samples = run_rounds(steppers, CPU, 1e-6, lambda elapsed, what: None)
+    assert calls == ["A", "B", "C"] * (harness.NUM_WARM_UP + harness.FEWEST_ROUNDS)
     for kind in (samples.steps, samples.work):
         assert {name: len(times) for name, times in kind.items()} == dict.fromkeys("ABC", 3)
-    assert len(samples) == rounds.FEWEST_ROUNDS
+    assert len(samples) == harness.FEWEST_ROUNDS
 
 
 def test_own_work_is_that_of_the_calls_that_measure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import Parameter
 
 from largebatch.benchmarks import contenders as contenders_module
-from largebatch.benchmarks import optim, rounds
+from largebatch.benchmarks import harness, optim
 from largebatch.benchmarks.contenders import REFERENCE, Contender, contenders
 from largebatch.benchmarks.inventories import Inventory, small_tensors, transformer
-from largebatch.benchmarks.rounds import Rounds, Tensors, run_rounds
+from largebatch.benchmarks.optim import Rounds, Tensors, run_rounds
 
 CPU = torch.device("cpu")
 TINY = Inventory("tiny", ((5, 3), (3,)))
@@ -75,10 +75,10 @@ def test_rounds_are_interleaved_and_every_optimizer_finds_the_same_gradients() -
         return Contender(name, 0, lambda params: Observed(params, observe))
 
     done = run_rounds(TINY, [row("A"), row("B"), row("C")], CPU, 1e-6, lambda elapsed, what: None)
-    num_turns = rounds.NUM_WARM_UP + rounds.FEWEST_ROUNDS
+    num_turns = harness.NUM_WARM_UP + harness.FEWEST_ROUNDS
     assert calls == ["A", "B", "C"] * num_turns
     assert {name: len(times) for name, times in done.steps.items()} == dict.fromkeys("ABC", 3)
-    assert len(done) == len(done.scalings) == rounds.FEWEST_ROUNDS
+    assert len(done) == len(done.scalings) == harness.FEWEST_ROUNDS
     assert all(torch.equal(one, other) for one, other in zip(found, found[2:], strict=False))
     assert all(grad.abs().min() > 0 for grad in found)
 

@@ -11,15 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from largebatch.benchmarks import command, rounds
+from largebatch.benchmarks import command, harness
 from largebatch.benchmarks.contenders import REFERENCE
 from largebatch.benchmarks.noise.command import collectives_of
-from largebatch.benchmarks.noise.steps import Bytewise, Decoding
 from largebatch.benchmarks.second_order import command as second_order
-from largebatch.benchmarks.second_order import steps as second_order_steps
-from largebatch.benchmarks.second_order.command import PARTS, Part, line, rank_line
+from largebatch.benchmarks.second_order.command import PARTS, Part, line, rank_line, spread
 from largebatch.benchmarks.second_order.steps import ROWS, Samples, Stepper, Traffic, run_rounds
-from largebatch.benchmarks.second_order.tables import spread
+from largebatch.benchmarks.workloads import Bytewise, Decoding
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import KFAC
 
@@ -101,7 +99,7 @@ class Fake:
 def test_rounds_are_interleaved_and_whole_intervals() -> None:
     told: list[str] = []
     steppers: dict[str, Any] = {name: Fake(name, told) for name in "ABC"}
-    samples = run_rounds(steppers, 5, CPU, 1e-6, lambda elapsed: None)
+    samples = run_rounds(steppers, 5, CPU, 1e-6, lambda elapsed, what: None)
     assert told == [*"aAbBcC"] * (5 + 5)
     for found in samples.values():
         times = (found.steps, found.work, found.wholes, found.early)
@@ -109,13 +107,14 @@ def test_rounds_are_interleaved_and_whole_intervals() -> None:
         assert len(found.traffic) == 4  # but of the first
     told.clear()
     assert (
-        len(run_rounds(steppers, 1, CPU, 1e-6, lambda elapsed: None)["A"]) == rounds.FEWEST_ROUNDS
+        len(run_rounds(steppers, 1, CPU, 1e-6, lambda elapsed, what: None)["A"])
+        == harness.FEWEST_ROUNDS
     )
     # As many intervals as fit: a clock that moves by one with each look at it.
     with pytest.MonkeyPatch.context() as patch:
         clock = itertools.count()
-        patch.setattr(second_order_steps.time, "perf_counter", lambda: float(next(clock)))
-        assert len(run_rounds(steppers, 5, CPU, 1000.0, lambda elapsed: None)["A"]) % 5 == 0
+        patch.setattr(harness.time, "perf_counter", lambda: float(next(clock)))
+        assert len(run_rounds(steppers, 5, CPU, 1000.0, lambda elapsed, what: None)["A"]) % 5 == 0
         assert 900 < next(clock) < 1010
 
 

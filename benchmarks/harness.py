@@ -1,0 +1,227 @@
+"""What benchmarks share: interleaved rounds, ranks of their own, a progress bar, tables, records.
+
+Every row of a table is sampled once a round, A B C, A B C, …, so that what slows the machine slows
+them all. A sample is timed from an idle device to an idle device.
+"""
+
+import gc
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from torch.multiprocessing.spawn import start_processes
+
+from largebatch.benchmarks.arguments import Record
+from largebatch.common.files import read_json
+from largebatch.distributed.ranks import Ranks
+from largebatch.train.reporting.provenance import provenance
+
+NUM_WARM_UP: Final = 2  # the first step makes the state
+FEWEST_ROUNDS: Final = 3
+MEMORY_BYTES: Final = 2**28
+"""Moved by one sample of the memory's speed, far more than a cache holds."""
+
+Note = Callable[[float, str], None]
+"""Takes the seconds spent so far, and what runs."""
+
+
+def run_rounds(
+    samplers: Mapping[str, Callable[[int], None]],
+    seconds: float,
+    note: Note,
+    *,
+    num_warm_up: int = NUM_WARM_UP,
+    interval: int = 1,
+) -> int:
+    """Call all samplers in turn, round after round; return the number of rounds after the warm-up.
+
+    As many intervals of rounds as fit into `seconds`, warm-up included, but never less than
+    FEWEST_ROUNDS rounds. On ranks, rank 0 decides for all.
+
+    Args:
+        samplers: take the number of the round, below 0 in the warm-up.
+    """
+    began = time.perf_counter()
+
+    def one_round(number: int) -> None:
+        stage = "warm-up" if number < 0 else f"round {number + 1}"
+        for name, sample in samplers.items():
+            note(time.perf_counter() - began, f"{stage}, {name}")
+            sample(number)
+
+    for number in range(-num_warm_up, 0):
+        one_round(number)
+    num_rounds, length = 0, 0.0
+    while num_rounds < FEWEST_ROUNDS or as_on_rank_0(
+        time.perf_counter() - began + length < seconds
+    ):
+        interval_began = time.perf_counter()
+        for _ in range(interval):
+            one_round(num_rounds)
+            num_rounds += 1
+        length = time.perf_counter() - interval_began
+    return num_rounds
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of `work`, what it left on the device's queue included."""
+    wait_for(device)
+    began = time.perf_counter()
+    work()
+    wait_for(device)
+    return time.perf_counter() - began
+
+
+def timed_on_ranks(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Seconds of `work`, begun by all ranks together, and this process's processor seconds."""
+    wait_for_ranks()
+    worked = time.process_time()
+    seconds = timed(work, device)
+    return seconds, time.process_time() - worked
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def wait_for_ranks() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def as_on_rank_0(here: bool) -> bool:
+    """Rank 0's answer, on all ranks."""
+    answer = torch.tensor(here)
+    if dist.is_initialized():
+        dist.broadcast(answer, 0)
+    return bool(answer)
+
+
+def on_ranks(
+    num_ranks: int, num_threads: int, measure: Callable[..., Any], *words: Any
+) -> list[Any]:
+    """Call `measure(ranks, *words)` on gloo ranks of this machine; return what each found, as JSON.
+
+    Args:
+        num_threads: of torch, for each rank.
+        measure: a function that can be pickled.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(  # type: ignore[no-untyped-call]
+            _as_rank,
+            args=(num_ranks, num_threads, measure, words, folder),
+            nprocs=num_ranks,
+            start_method="spawn",
+        )
+        return [read_json(Path(folder, f"{rank}.json")) for rank in range(num_ranks)]
+
+
+def _as_rank(
+    rank: int,
+    num_ranks: int,
+    num_threads: int,
+    measure: Callable[..., Any],
+    words: Sequence[Any],
+    folder: str,
+) -> None:
+    torch.set_num_threads(num_threads)
+    # FSDP2 advises on in-place operations after a linear layer; no model here has one.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks
+    )
+    try:
+        ranks = Ranks(rank=rank, size=num_ranks, local_rank=rank, local_size=num_ranks)
+        found = measure(ranks, *words)
+        gc.collect()  # models and their hooks hold one another, and the group that is to go
+        dist.barrier()
+        Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, float | None], Note]]:
+    """A bar on stderr, where that is a terminal. `begin(part, seconds)` starts a part anew."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), console=console, transient=True,
+        disable=not console.is_terminal,
+    )  # fmt: skip
+
+    def begin(part: str, seconds: float | None) -> Note:
+        for task in bar.task_ids:
+            bar.remove_task(task)
+        task = bar.add_task(part, total=seconds)
+        return lambda elapsed, what: bar.update(
+            task, completed=elapsed, description=f"{part}: {what}"
+        )
+
+    with bar:
+        yield begin
+
+
+def head_of(benchmark: str, device: torch.device, formulas: Mapping[str, str]) -> Record:
+    """The part of a record that says what was measured with, and how."""
+    return {
+        "benchmark": benchmark,
+        "provenance": provenance(Ranks(), device),
+        "load_average": os.getloadavg()[0],
+        "num_cores": os.cpu_count(),
+        "num_warm_up": NUM_WARM_UP,
+        "formulas": formulas,
+    }
+
+
+def show_head(
+    record: Record, console: Console, how: str, versions: dict[str, Any] | None = None
+) -> None:
+    """Print the part of a record that `head_of` makes.
+
+    Args:
+        how: what is measured, in a few words.
+        versions: of further libraries; None: not installed.
+    """
+    made = record["provenance"]
+    known = made["versions"] | (versions or {})
+    say(
+        console,
+        ", ".join(f"{name} {number}" for name, number in known.items() if number),
+        f"{made['device']}, {record['num_cores']} cores, {made['num_threads']} threads; {how}; "
+        f"load average {record['load_average']:.1f} at the start, best below 0.5",
+        *(f"{name}: {formula}" for name, formula in record["formulas"].items()),
+    )
+
+
+def say(console: Console, *lines: str) -> None:
+    for text in lines:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def make_table(title: str, name: str, heads: Sequence[str]) -> Table:
+    """An empty table: a column of names, and columns of numbers."""
+    shown = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    shown.add_column(name, no_wrap=True)
+    for head in heads:
+        shown.add_column(head, justify="right", no_wrap=True)
+    return shown
+
+
+def plural(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count > 1)}"
