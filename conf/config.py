@@ -5,6 +5,7 @@ Groups whose choices differ in their keys (task, model, optim, lr, batch, logger
 a `_target_`; what they build checks its own arguments. Imports no torch.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from typing import Any
@@ -13,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from largebatch.common.errors import ConfigError, format_config_error
-from largebatch.common.numbers import moment, real_number, whole_number
+from largebatch.common.numbers import real_number, whole_number
 from largebatch.conf.engine_config import EngineConfig
+from largebatch.conf.specs import choice, convert, count, real, time_of_day
 from largebatch.conf.sweep_config import LRFindConfig, StudyConfig
 from largebatch.schedules.scaling import RULES, check_hold, check_options
 
@@ -27,27 +29,21 @@ class ScalingConfig:
     rules.
     """
 
-    rule: str = "none"
-    base_batch: Any = 256
+    rule: str = choice("none", *RULES, "custom")
+    base_batch: int = count(256, least=1)
     hold: str | None = None
-    base_samples: Any = None
+    base_samples: int | None = count(None, least=1)
     exponent: Any = None
     noise_scale: Any = None
     function: str | None = None
 
     def __post_init__(self) -> None:
-        self.base_batch = whole_number(self.base_batch, "scaling.base_batch", 1)
-        names = [*RULES, "custom"]
-        if self.rule not in names:
-            raise ConfigError(f"scaling.rule must be one of {', '.join(names)}, got {self.rule!r}")
         if (self.rule == "custom") != (self.function is not None):
             raise ConfigError(
                 "scaling.function names the rule where scaling=custom, and nothing else, got "
                 f"scaling.rule={self.rule} and scaling.function={self.function}"
             )
         check_hold(self.hold)
-        if self.base_samples is not None:
-            self.base_samples = whole_number(self.base_samples, "scaling.base_samples", 1)
         if self.rule in RULES:
             check_options(RULES[self.rule], self.options)
 
@@ -58,113 +54,65 @@ class ScalingConfig:
         return {name: value for name, value in options.items() if value is not None}
 
 
-PRECISIONS = ("fp32", "bf16", "fp16")
-
-
 @dataclass
 class TargetConfig:
-    loss: Any = None
-    give_up_samples: Any = None
-
-    def __post_init__(self) -> None:
-        if self.loss is not None:
-            self.loss = real_number(self.loss, "target.loss")
-        if self.give_up_samples is not None:
-            self.give_up_samples = whole_number(self.give_up_samples, "target.give_up_samples", 1)
+    loss: float | None = real(None)
+    give_up_samples: int | None = count(None, least=1)
 
 
 @dataclass
 class BudgetConfig:
-    samples: Any = 1_000_000
-    tokens: Any = None
-    tokens_per_sample: Any = 1
+    samples: int = count(1_000_000, least=1)
+    tokens: int | None = count(None, least=1)
+    tokens_per_sample: int = count(1, least=1)
 
     def __post_init__(self) -> None:
-        per = whole_number(self.tokens_per_sample, "budget.tokens_per_sample", 1)
-        self.tokens_per_sample = per
         if self.tokens is not None:
+            per = self.tokens_per_sample
             self.samples = whole_number(self.tokens, "budget.tokens", per) // per
             self.tokens = None
-        self.samples = whole_number(self.samples, "budget.samples", 1)
 
 
 @dataclass
 class EvaluationConfig:
-    growth: Any = 1.03
-
-    def __post_init__(self) -> None:
-        self.growth = real_number(self.growth, "evaluation.growth", least=1.0)
+    growth: float = real(1.03, least=1.0)
 
 
 @dataclass
 class RecordConfig:
-    every: Any = 1
+    every: int = count(1, least=1)
     layers: bool = False
-
-    def __post_init__(self) -> None:
-        self.every = whole_number(self.every, "record.every", 1)
-
-
-NOISE_SEAMS = ("auto", "rank", "micro_batch", "example")
 
 
 @dataclass
 class NoiseConfig:
     """What small gradients the noise scale is measured with; None: it is not measured."""
 
-    small: str | None = None
-    half_life_samples: Any = 8192
-    every: Any = 1
+    small: str | None = choice(None, "auto", "rank", "micro_batch", "example")
+    half_life_samples: int = count(8192, least=1)
+    every: int = count(1, least=1)
     preconditioned: bool = False
-
-    def __post_init__(self) -> None:
-        if self.small is not None and self.small not in NOISE_SEAMS:
-            raise ConfigError(
-                f"noise.small must be null or one of {', '.join(NOISE_SEAMS)}, got {self.small!r}"
-            )
-        name = "noise.half_life_samples"
-        self.half_life_samples = whole_number(self.half_life_samples, name, 1)
-        self.every = whole_number(self.every, "noise.every", 1)
-
-
-CHECKPOINT_MODES = ("sync", "async")
-CHECKPOINT_CHECKS = ("auto", "full", "size")
 
 
 @dataclass
 class CheckpointConfig:
     """When a run is saved, what stays, and what is read before one is gone on from."""
 
-    every_samples: Any = None
-    every_minutes: Any = None
-    mode: str = "sync"
-    keep: Any = 2
-    keep_every_samples: Any = None
-    verify: str = "auto"
+    every_samples: int | None = count(None, least=1)
+    every_minutes: float | None = real(None, above=0.0)
+    mode: str = choice("sync", "sync", "async")
+    keep: int = count(2, least=1)
+    keep_every_samples: int | None = count(None, least=1)
+    verify: str = choice("auto", "auto", "full", "size")
     required: bool = False
     folder: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("every_samples", "keep_every_samples"):
-            if getattr(self, name) is not None:
-                count = whole_number(getattr(self, name), f"checkpoint.{name}", 1)
-                setattr(self, name, count)
-        if self.every_minutes is not None:
-            self.every_minutes = real_number(
-                self.every_minutes, "checkpoint.every_minutes", above=0.0
-            )
-        self.keep = whole_number(self.keep, "checkpoint.keep", 1)
         if self.folder is not None and not self.folder.startswith("/"):
             raise ConfigError(
                 f"checkpoint.folder must be a path from / on, got {self.folder!r}: null keeps "
                 "checkpoints in the run's own folder"
             )
-        for name, words in (("mode", CHECKPOINT_MODES), ("verify", CHECKPOINT_CHECKS)):
-            if getattr(self, name) not in words:
-                raise ConfigError(
-                    f"checkpoint.{name} must be one of {', '.join(words)}, "
-                    f"got {getattr(self, name)!r}"
-                )
 
     @property
     def saves(self) -> bool:
@@ -179,28 +127,16 @@ REMEDIES = ("skip", "rollback", "stop")
 class GuardConfig:
     """What is done about numbers that go wrong; `train/guard.py` has the rules."""
 
-    non_finite: str = "stop"
-    spike: str = "skip"
-    grad_norm_multiple: Any = None
-    loss_deviations: Any = None
-    eval_loss_multiple: Any = 100.0
-    window: Any = 100
-    warmup_steps: Any = 20
-    most_events: Any = 10
+    non_finite: str = choice("stop", *REMEDIES)
+    spike: str = choice("skip", *REMEDIES)
+    grad_norm_multiple: float | None = real(None, above=1.0)
+    loss_deviations: float | None = real(None, above=0.0)
+    eval_loss_multiple: float | None = real(100.0, above=1.0, optional=True)
+    window: int = count(100, least=5)
+    warmup_steps: int = count(20)
+    most_events: int = count(10)
 
     def __post_init__(self) -> None:
-        for name in ("non_finite", "spike"):
-            if getattr(self, name) not in REMEDIES:
-                raise ConfigError(
-                    f"guard.{name} must be one of {', '.join(REMEDIES)}, "
-                    f"got {getattr(self, name)!r}"
-                )
-        for name in ("grad_norm_multiple", "loss_deviations", "eval_loss_multiple"):
-            if getattr(self, name) is not None:
-                above = 0.0 if name == "loss_deviations" else 1.0
-                setattr(self, name, real_number(getattr(self, name), f"guard.{name}", above=above))
-        for name, least in (("window", 5), ("warmup_steps", 0), ("most_events", 0)):
-            setattr(self, name, whole_number(getattr(self, name), f"guard.{name}", least))
         if self.spike == "skip" and self.loss_deviations is not None:
             raise ConfigError(
                 "guard.loss_deviations sees a loss when its step is made, too late to skip it: "
@@ -226,20 +162,9 @@ FORMULAS = ("auto", "palm", "megatron", "megatron_recompute", "counted")
 class ThroughputConfig:
     """What rates are made with: see `flops.py` and `peaks.py` in `train/reporting`."""
 
-    formula: str | None = None
-    peak_tflops: Any = None
-    steps_left_out: Any = 5
-
-    def __post_init__(self) -> None:
-        if self.formula and self.formula not in FORMULAS:
-            raise ConfigError(
-                f"throughput.formula must be null or one of {', '.join(FORMULAS)}, "
-                f"got {self.formula!r}"
-            )
-        if self.peak_tflops is not None:
-            name = "throughput.peak_tflops"
-            self.peak_tflops = real_number(self.peak_tflops, name, above=0.0)
-        self.steps_left_out = whole_number(self.steps_left_out, "throughput.steps_left_out")
+    formula: str | None = choice(None, *FORMULAS)
+    peak_tflops: float | None = real(None, above=0.0)
+    steps_left_out: int = count(5)
 
 
 @dataclass
@@ -264,28 +189,16 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
-    precision: str = "fp32"
-    clip_norm: Any = None
+    precision: str = choice("fp32", "fp32", "bf16", "fp16")
+    clip_norm: float | None = real(None, above=0.0)
     resume: str | None = None
-    stop_at: Any = None
-    stop_before_walltime: Any = 300
+    stop_at: float | None = time_of_day(None)
+    stop_before_walltime: float = real(300.0, least=0.0)
     mode: LRFindConfig | None = None
     study: StudyConfig | None = None
-    seed: Any = 0
+    seed: int = count(0)
 
     def __post_init__(self) -> None:
-        self.seed = whole_number(self.seed, "seed")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(
-                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
-            )
-        if self.clip_norm is not None:
-            self.clip_norm = real_number(self.clip_norm, "clip_norm", above=0.0)
-        if self.stop_at is not None:
-            self.stop_at = moment(self.stop_at, "stop_at")
-        self.stop_before_walltime = real_number(
-            self.stop_before_walltime, "stop_before_walltime", least=0.0
-        )
         if self.guard.rolls_back and not self.checkpoint.saves:
             raise ConfigError(
                 "guard goes back to the last checkpoint: set checkpoint.every_samples or "
@@ -353,6 +266,9 @@ def typed(config: DictConfig) -> TrainConfig:
         ]
         if missing:
             raise ConfigError(f"{' and '.join(missing)} must be given, as KEY=VALUE")
+        config = deepcopy(config)
+        OmegaConf.set_struct(config, False)
+        convert(config, TrainConfig)
         merged = OmegaConf.merge(_schema(), config)
         result = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, ValueError) as error:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Final
 
-from largebatch.common.numbers import real_number, whole_number
+from largebatch.conf.specs import count, real
 
 _MOVED: Final = {
     "largebatch.train.engines.DDP": "largebatch.train.engines.ddp.DDP",
@@ -23,30 +23,27 @@ class EngineConfig:
     """Keys of all engines, and below them those of one; a YAML has only its own."""
 
     _target_: str = "largebatch.train.engines.ddp.DDP"
-    micro_batch_size: Any = None
-    nproc: Any = 1
+    micro_batch_size: int | str | None = count(None, least=1, word="auto")
+    nproc: int = count(1, least=1)
     device: str | None = None
     ipex: bool = False
     activation_checkpointing: bool | None = None
     compile: bool = False
-    bucket_mb: Any = None
-    shard_nodes: Any = None
-    replicas: Any = None
+    bucket_mb: float | None = real(None, above=0.0)
+    shard_nodes: int | None = count(None, least=1)
+    replicas: int | None = count(None, least=1)
     reshard_after_forward: bool | None = None
     accumulate: str | None = None
-    stage: Any = None
+    stage: int | None = count(None)
     zero: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._target_ = engine_target(self._target_)
-        self.nproc = whole_number(self.nproc, "engine.nproc", 1)
-        for name in ("micro_batch_size", "shard_nodes", "replicas", "stage"):
-            value = getattr(self, name)
-            if value is not None and not (name == "micro_batch_size" and value == "auto"):
-                least = 0 if name == "stage" else 1
-                setattr(self, name, whole_number(value, f"engine.{name}", least))
-        if self.bucket_mb is not None:
-            self.bucket_mb = real_number(self.bucket_mb, "engine.bucket_mb", above=0.0)
+
+    @property
+    def known_micro_batch_size(self) -> int | None:
+        """None: the whole local batch, or one that is found on the device."""
+        return self.micro_batch_size if isinstance(self.micro_batch_size, int) else None
 
     @property
     def target(self) -> dict[str, Any]:
@@ -60,7 +57,7 @@ class EngineConfig:
     def shards_weights(self) -> bool:
         """Whether it can fill a model shard by shard, as FSDP2 and ZeRO-3 do."""
         if self._target_ == "largebatch.train.engines.deepspeed.DeepSpeed":
-            return bool(self.stage == 3)
+            return self.stage == 3
         return self._target_ == "largebatch.train.engines.fsdp.FSDP"
 
     @property

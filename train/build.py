@@ -68,7 +68,6 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> BuiltParts
     num_parameters = sum(p.numel() for p in model.parameters())
     if num_parameters <= MOST_TRIED:
         try_one_pass(task, model)
-    size = config.engine.micro_batch_size
     prepare_model(config.engine, model, device, ranks)
     engine: Engine = build(
         config.engine.target,
@@ -76,7 +75,7 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> BuiltParts
         model=model,
         ranks=ranks,
         device=device,
-        micro_batch_size=None if size == "auto" else size,
+        micro_batch_size=config.engine.known_micro_batch_size,
         precision=Precision(config.precision, device),
         **({} if values is None else {"values": values}),
     )
@@ -88,7 +87,7 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> BuiltParts
         )
     try:
         optimizer = engine.attach(optimizer, config.clip_norm)
-        if size == "auto":
+        if config.engine.micro_batch_size == "auto":
             sizes = [split.global_batch_size for split in spec.plan.splits(ranks.size, None)]
             engine.set_micro_batch_size(
                 find_micro_batch_size(engine, optimizer, task, ranks, sizes)

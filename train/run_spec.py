@@ -161,8 +161,7 @@ def checked_plan(config: TrainConfig, data_parallel_size: int) -> tuple[Plan, st
     """
     plan = make_plan(config)
     try:
-        given = config.engine.micro_batch_size
-        micro_batch_size = None if given == "auto" else given  # found on the device
+        micro_batch_size = config.engine.known_micro_batch_size
         plan.check_divisible(data_parallel_size, micro_batch_size)
         splits = plan.splits(data_parallel_size, micro_batch_size)
         source = noise_source(config.noise.small, data_parallel_size, splits, micro_batch_size)

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from largebatch.common.errors import ConfigError
 from largebatch.conf.config import BudgetConfig
 from largebatch.conf.engine_config import engine_target
+from largebatch.conf.specs import convert
 from largebatch.records.checkpoints import listed
 from largebatch.records.configuration import read_yaml
 from largebatch.records.fields import RecordError
@@ -235,9 +236,11 @@ def check_same(folder: Path, config: str) -> int:
 def _budget(values: Mapping[str, Any]) -> int:
     """The budget in samples, however it is given; 0 where it is none."""
     samples, tokens = (values.get(key) for key in _BUDGET)
+    per = values.get("budget.tokens_per_sample", 1)
+    budget = {"samples": samples, "tokens": tokens, "tokens_per_sample": per}
     try:
-        per = values.get("budget.tokens_per_sample", 1)
-        return int(BudgetConfig(samples, tokens, per).samples)
+        convert(budget, BudgetConfig)
+        return BudgetConfig(**budget).samples
     except ValueError:
         return 0
 

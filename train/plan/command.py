@@ -119,7 +119,7 @@ def describe(plan: Plan, config: TrainConfig, ranks: int) -> dict[str, Any]:
     try:
         splits = {
             split.global_batch_size: split
-            for split in plan.splits(ranks, config.engine.micro_batch_size)
+            for split in plan.splits(ranks, config.engine.known_micro_batch_size)
         }
     except ValueError as error:
         raise ConfigError(str(error)) from error
