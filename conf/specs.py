@@ -65,7 +65,7 @@ def choice(default: str | None, *words: str) -> Any:
     """One of these words."""
 
     def check(value: Any, name: str) -> Any:
-        if value in (None, "") and default is None or not isinstance(value, str | int | float):
+        if (value in (None, "") and default is None) or not isinstance(value, str | int | float):
             return value  # refused with the types, or with all empty words
         if str(value) not in words:
             null = "null or " * (default is None)

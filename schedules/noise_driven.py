@@ -257,16 +257,8 @@ class Goodput(NoiseRamp):
         self.step_times.load_state_dict(state["step_seconds"])
 
 
-def goodput(
-    batch_size: float, noise_scale: float, overhead_seconds: float, seconds_per_sample: float
-) -> float:
-    """Progress a second at `batch_size`, up to a factor that does not depend on it."""
-    throughput = batch_size / (overhead_seconds + seconds_per_sample * batch_size)
-    return throughput / (noise_scale + batch_size)
-
-
 def best_goodput(noise_scale: float, overhead_seconds: float, seconds_per_sample: float) -> float:
-    """The batch size of the greatest `goodput`, in samples.
+    """The batch size of the most progress a second, in samples.
 
     0 where a step's time is all its samples', infinite where none of it is.
     """

@@ -47,10 +47,6 @@ class Fit:
     num_points: int
     num_censored: int
 
-    def steps_at(self, batch_size: float) -> float:
-        """Steps the fitted curve predicts at a batch size."""
-        return self.s_min + self.e_min / batch_size
-
 
 def fit_points(points: Sequence[Point]) -> Fit | None:
     """`fit_curve` of one optimizer's points; a miss with no known bound is left out."""
