@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from largebatch.records import fields
 from largebatch.records.fields import RecordError, must_be, optional, text, whole
@@ -17,9 +17,50 @@ _RATES: Final = (1e-30, 1e30)
 _LOSSES: Final = 1e30
 
 
+class SummaryRecord(TypedDict, total=False):
+    """`summary.json` as a run writes it, by type."""
+
+    status: str
+    reason: str | None
+    steps_to_target: int | None
+    samples_to_target: int | None
+    steps: int
+    samples: int
+    loss: float | None
+    eval_loss: float | None
+    seconds: float
+    task: str
+    model: str
+    optimizer: str
+    batch_size: int
+    lr: float
+    base_lr: float
+    scaling: dict[str, Any]
+    seed: int
+    target_loss: float | None
+    budget_samples: int
+    give_up_samples: int | None
+    data_parallel_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    precision: str
+    num_parameters: int
+    throughput: dict[str, Any]
+    provenance: dict[str, Any]
+    error: str
+    """Of a run that failed."""
+    signal: int
+    """That interrupted it."""
+    checkpoint_failures: list[str]
+    lr_find: dict[str, Any]
+    """What a sweep of learning rates found."""
+
+
 @dataclass(frozen=True)
 class Summary:
-    """One run. `batch_size` is the global batch in samples, `lr` the peak actually used."""
+    """What a study reads of a run. `batch_size` is the global batch in samples, `lr` the peak
+    actually used.
+    """
 
     folder: Path
     status: str

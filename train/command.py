@@ -9,7 +9,7 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -21,7 +21,7 @@ from largebatch.distributed.ranks import Ranks, die_with_parent
 from largebatch.distributed.team import Team, find_team, started_team
 from largebatch.records.outcomes import STATUS_CODES, ExitCode
 from largebatch.records.record import RunEnded
-from largebatch.records.summary import objective
+from largebatch.records.summary import SummaryRecord, objective
 from largebatch.train.hydra_app import again, import_from_here, parse_options, run_hydra
 from largebatch.train.run_spec import RunSpec, received_spec, resolve_run
 from largebatch.train.sweeps import failure_of, reported, shown_folder
@@ -29,7 +29,7 @@ from largebatch.train.sweeps import failure_of, reported, shown_folder
 _TRIAL: Final = "largebatch_trial"
 """The sweeper of one run of a sweep, in processes that the sweep's launcher has started."""
 
-_outcome: list[dict[str, Any] | ConfigError | RanksEnded] = []
+_outcome: list[SummaryRecord | ConfigError | RanksEnded] = []
 """What the run came to: Hydra's main returns nothing, and prints around what a task raises."""
 
 
@@ -153,7 +153,7 @@ def single_run(composed: DictConfig) -> None:
             print(lr_results.format_outcome(summary, folder))
 
 
-def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
+def job(composed: DictConfig, display: bool = False) -> SummaryRecord:
     """One run of a composed configuration; returns its summary. Sweeps call it in worker processes.
 
     Raises:
@@ -166,7 +166,9 @@ def job(composed: DictConfig, display: bool = False) -> dict[str, Any]:
     except RunEnded as ended:
         if display or team.ranks.size > 1:
             raise
-        return ended.summary  # a sweep that goes on with resume=auto passes it by
+        return cast(
+            SummaryRecord, ended.summary
+        )  # a sweep that goes on with resume=auto passes it by
     except OSError as error:  # a folder where a file belongs, a disk that does not answer
         raise ConfigError(
             f"{error.filename} cannot be used: {error.strerror}: mend it, or choose another "
@@ -198,7 +200,7 @@ def follow(team: Team) -> int:
     return 0
 
 
-def train(team: Team, spec: RunSpec | None, display: bool = False) -> dict[str, Any]:
+def train(team: Team, spec: RunSpec | None, display: bool = False) -> SummaryRecord:
     """Train as rank 0 orders; returns the summary."""
     from largebatch.distributed.rank_dump import answering
     from largebatch.distributed.ranks import pick_device, process_group, set_threads
@@ -224,7 +226,7 @@ def train(team: Team, spec: RunSpec | None, display: bool = False) -> dict[str, 
             return run(spec, team, device, shown)
 
 
-def exit_code(summary: dict[str, Any]) -> int:
+def exit_code(summary: SummaryRecord) -> int:
     """The exit code of a run that ended as `summary` says."""
     if summary["status"] == "exhausted" and summary["target_loss"] is not None:
         return ExitCode.MISSED

@@ -15,6 +15,7 @@ from largebatch.distributed.ranks import Ranks
 from largebatch.distributed.team import Team
 from largebatch.distributed.walltime import find_stop
 from largebatch.records.record import RunFolder, unwritable
+from largebatch.records.summary import SummaryRecord
 from largebatch.train.build import BuiltParts, build_parts, build_throughput
 from largebatch.train.checkpoints.data_identity import check_data, data_of
 from largebatch.train.evaluation import Evaluation, EvaluationGrid, evaluate
@@ -39,7 +40,7 @@ def run(
     team: Team,
     device: torch.device,
     watch: Callable[[dict[str, Any]], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> SummaryRecord:
     """Train as `spec` says; returns the summary, which rank 0 has also written.
 
     Args:
@@ -82,7 +83,7 @@ def run(
     return summary
 
 
-def close_record(folder: RunFolder, summary: dict[str, Any]) -> None:
+def close_record(folder: RunFolder, summary: SummaryRecord) -> None:
     """Write the summary; where that cannot be, the summary says so of itself."""
     try:
         folder.close(summary)
@@ -123,7 +124,7 @@ class Run:
     reporter: NullReporter
     progress: Progress = field(default_factory=Progress)
 
-    def train(self) -> dict[str, Any]:
+    def train(self) -> SummaryRecord:
         """Make the steps; returns the summary."""
         config, spec = self.spec.config, self.spec
         before = None if spec.resumption is None else spec.resumption.checkpoint
@@ -207,7 +208,7 @@ class Run:
             tell.flush_to_disk,
         )  # fmt: skip
 
-    def failed(self, error: BaseException) -> dict[str, Any]:
+    def failed(self, error: BaseException) -> SummaryRecord:
         """The summary of a run that an error ends."""
         self.progress.status = "failed"
         message = str(error)
@@ -220,7 +221,7 @@ class Run:
         """At the ramp's last batch size."""
         return self.parts.engine.micro_batch_size(self.spec.plan.final_batch_size)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> SummaryRecord:
         """What `summary.json` says as of now."""
         config, progress = self.spec.config, self.progress
         reached = progress.status == "reached"

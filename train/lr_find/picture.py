@@ -9,13 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from largebatch.common.figures import BLUE, GREEN, GRID, PURPLE, RED, paper_style
+from largebatch.records.summary import SummaryRecord
 from largebatch.train.lr_find.search import LRFinder, smoothed
 
 RAW, SMOOTH = "#9ec9e2", BLUE
 MINIMUM, BLOW_UP, SUGGESTION = GREEN, RED, PURPLE
 
 
-def draw(finder: LRFinder, summary: Mapping[str, Any]) -> Figure:
+def draw(finder: LRFinder, summary: SummaryRecord) -> Figure:
     """Loss against learning rate, and the three learning rates where they were found."""
     smooth = [smoothed(finder.losses, place) for place in range(len(finder.losses))]
     with paper_style():

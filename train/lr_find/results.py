@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from largebatch.common.errors import ConfigError
 from largebatch.common.files import lock_or_warn
+from largebatch.records.summary import SummaryRecord
 from largebatch.train.lr_find.search import FRACTION, LRFinder
 
 TABLE: Final = "lr_find.csv"
@@ -29,7 +30,7 @@ OF_THE_SWEEP: Final = (
 COLUMNS: Final = (*OF_THE_RUN, "scaling", *OF_THE_SWEEP, "run")
 
 
-def publish(folder: Path, summary: Mapping[str, Any], finder: LRFinder) -> None:
+def publish(folder: Path, summary: SummaryRecord, finder: LRFinder) -> None:
     """Draw the sweep, and add what it has found to the table; an interrupted one leaves neither."""
     if summary["status"] == "interrupted":
         return
@@ -41,7 +42,7 @@ def publish(folder: Path, summary: Mapping[str, Any], finder: LRFinder) -> None:
         append(folder.parent / TABLE, row(folder, summary))
 
 
-def row(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+def row(folder: Path, summary: SummaryRecord) -> dict[str, Any]:
     """A run's row, from its summary."""
     of_the_run = {name: summary[name] for name in OF_THE_RUN}
     rule = summary["scaling"]["function"] or summary["scaling"]["rule"]
@@ -80,7 +81,7 @@ def append(path: Path, found: Mapping[str, Any]) -> None:
         table.write(text.getvalue().encode())
 
 
-def format_outcome(summary: Mapping[str, Any], folder: Path) -> str:
+def format_outcome(summary: SummaryRecord, folder: Path) -> str:
     """What a sweep has found, as lines for people."""
     found = summary["lr_find"]
     run, batch = f"{summary['optimizer']} on {summary['model']}", f"{summary['batch_size']:,}"

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
 from largebatch.conf.config import TargetConfig, TrainConfig
 from largebatch.conf.sweep_config import FEWEST_POINTS, LRFindConfig
 from largebatch.records.step_record import StepRecord
+from largebatch.records.summary import SummaryRecord
 from largebatch.schedules import AdaptiveRamp, ConstantBatch, GeometricSweep, Hyper, Plan
 
 AROUND: Final = 2
@@ -99,7 +100,7 @@ class LRFinder:
         self._least = min(self._least, loss)
         return loss > float(self.mode.blow_up) * self._least
 
-    def outcome(self, status: str) -> dict[str, Any]:
+    def outcome(self, status: str) -> SummaryRecord:
         """What the summary says of a sweep that ended with `status`."""
         if status == "interrupted":
             return {}

@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from largebatch.common.progress import progress_bar
+from largebatch.records.summary import SummaryRecord
 from largebatch.train.run_spec import RunSpec
 
 
@@ -39,7 +40,7 @@ class Display:
         self._bar.update(self._task, completed=line["samples"], description=text)
 
 
-def outcome(summary: dict[str, Any], folder: Path) -> str:
+def outcome(summary: SummaryRecord, folder: Path) -> str:
     """One line: how the run ended, what it took, and where its record is."""
     evaluation, target = summary["eval_loss"], summary["target_loss"]
     ended = summary["status"]
