@@ -78,6 +78,7 @@ class Muon(GroupedOptimizer):
             groups of them.
         adamw: patterns (`fnmatch`) of names that AdamW takes too. With names alone, `NAMES` and
             these, and the last matrix where it has as many rows as an embedding.
+        groups: beside a model, groups of its parameters, as of `param_groups`; None: one.
         momentum, nesterov, ns_steps, adjust_lr_fn: of torch.optim.Muon.
         betas, eps: of torch.optim.AdamW.
 
@@ -103,6 +104,7 @@ class Muon(GroupedOptimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         adamw: Sequence[str] = (),
+        groups: Iterable[dict[str, Any]] | None = None,
     ) -> None:
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
@@ -112,21 +114,23 @@ class Muon(GroupedOptimizer):
         if isinstance(params, nn.Module):
             entries = find_parameters(params)
             self._by_adamw = _by_module(params, entries, adamw)
-            groups: list[Any] = [{"params": [(entry.names[0], entry.param) for entry in entries]}]
+            whole = {"params": [(entry.names[0], entry.param) for entry in entries]}
+            taken: list[Any] = [whole] if groups is None else list(groups)
         else:
-            groups = list(params)
-            if not groups or not isinstance(groups[0], dict):
-                groups = [{"params": groups}]
+            require(groups is None, "groups", "None where params is no model", "groups")
+            taken = list(params)
+            if not taken or not isinstance(taken[0], dict):
+                taken = [{"params": taken}]
             # A generator, such as named_parameters() itself, is read once.
-            groups = [{**group, "params": list(group["params"])} for group in groups]
-            pairs = [pair for group in groups for pair in group["params"]]
+            taken = [{**group, "params": list(group["params"])} for group in taken]
+            pairs = [pair for group in taken for pair in group["params"]]
             named = all(isinstance(pair, tuple) for pair in pairs)
             require(
                 named, "params", "the model, or named_parameters(), (name, parameter) pairs",
                 "bare parameters",
             )  # fmt: skip
             self._by_adamw = _by_name(pairs, (*NAMES, *adamw))
-        super().__init__(groups, defaults)
+        super().__init__(taken, defaults)
         has_matrix = any(group["algorithm"] == MUON for group in self.param_groups)
         require(has_matrix, "params", "with at least one hidden matrix for Muon", "none")
 

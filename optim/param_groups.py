@@ -55,6 +55,7 @@ def param_groups(
     no_decay: str | Iterable[str] | None = None,
     no_adapt: str | Iterable[str] | None = None,
     norm_groups: Mapping[str, Sizes | Mapping[str, Any]] | None = None,
+    precondition: str | Iterable[str] | None = None,
     rows: Iterable[tuple[str, Options]] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups of a model's trainable parameters, by name, for any optimizer: ours or torch's.
@@ -67,7 +68,9 @@ def param_groups(
     one. Under a selector stands the number of equal parts, their sizes, or
     `{"sizes": …, "dim": …}` to split along another dimension than the first. The first selector
     that matches a parameter decides; parameters that do not adapt are passed over.
-    `rows`, in place of the three, are (selector, options of a group): each parameter goes into the
+    `precondition` selects what Shampoo and SOAP precondition, of what has two dimensions or more:
+    the others get `precondition=False`. None leaves the option out: they precondition all they can.
+    `rows`, in place of the four, are (selector, options of a group): each parameter goes into the
     group of the first row that matches it; `weight_decay` fills the rows that have none.
 
     Parameters and groups keep the model's order, frozen parameters and empty groups are left out.
@@ -79,9 +82,12 @@ def param_groups(
     """
     entries = find_parameters(model)
     if rows is None:
-        choices = usual_options(entries, no_decay, no_adapt, norm_groups or {})
+        choices = usual_options(entries, no_decay, no_adapt, norm_groups or {}, precondition)
     else:
-        others = {"no_decay": no_decay, "no_adapt": no_adapt, "norm_groups": norm_groups}
+        others = {
+            "no_decay": no_decay, "no_adapt": no_adapt, "norm_groups": norm_groups,
+            "precondition": precondition,
+        }  # fmt: skip
         given = [keyword for keyword, value in others.items() if value is not None]
         if given:
             raise ValueError(
@@ -126,23 +132,29 @@ def usual_options(
     no_decay: str | Iterable[str] | None,
     no_adapt: str | Iterable[str] | None,
     norm_groups: Mapping[str, Sizes | Mapping[str, Any]],
+    precondition: str | Iterable[str] | None,
 ) -> list[tuple[Hashable, Options]]:
     """For each entry its options, and what tells them from others."""
     undecayed = picked(no_decay, entries, "no_decay")
     unadapted = picked(no_adapt, entries, "no_adapt")
+    everything = [True] * len(entries)
+    wanted = everything if precondition is None else picked(precondition, entries, "precondition")
     adapted = [entry for entry, left_out in zip(entries, unadapted, strict=True) if not left_out]
     numbers = iter(first_matches(list(norm_groups), adapted, "norm_groups"))
     splits = [split_options(*item) for item in norm_groups.items()]
 
     choices: list[tuple[Hashable, Options]] = []
-    for without_decay, without_adapt in zip(undecayed, unadapted, strict=True):
+    for without_decay, without_adapt, with_factors in zip(
+        undecayed, unadapted, wanted, strict=True
+    ):
         number = None if without_adapt else next(numbers)
         options = {
             **({"weight_decay": 0.0} if without_decay else {}),
             **({"adapt": False} if without_adapt else {}),
             **({} if number is None else splits[number]),
+            **({} if with_factors else {"precondition": False}),
         }
-        choices.append(((without_decay, without_adapt, number), options))
+        choices.append(((without_decay, without_adapt, number, with_factors), options))
     return choices
 
 

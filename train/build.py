@@ -20,6 +20,7 @@ from largebatch.conf.build import build, call, check_arguments, check_kind
 from largebatch.conf.config import TrainConfig
 from largebatch.conf.engine_config import EngineConfig
 from largebatch.distributed.ranks import Ranks
+from largebatch.optim import param_groups
 from largebatch.train.engines.base import Engine
 from largebatch.train.engines.initial_values import InitialValues, NotRecorded, record
 from largebatch.train.engines.micro_batch import find_micro_batch_size
@@ -50,6 +51,8 @@ class BuiltParts(Parts):
     num_parameters: int = 0
     data: Mapping[str, str] = field(default_factory=dict)
     """The task's provenance."""
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    """What tells the optimizer's groups from one another."""
 
 
 def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> BuiltParts:
@@ -80,6 +83,7 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> BuiltParts
         **({} if values is None else {"values": values}),
     )
     optimizer = build_optimizer(config.optim, engine.model, ranks)
+    groups = describe_groups(optimizer)
     if not engine.can_skip and Guard(config.guard).skips:
         raise ConfigError(
             "engine=deepspeed steps whatever the gradient: set guard.non_finite and guard.spike to "
@@ -95,7 +99,7 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> BuiltParts
     except ValueError as error:
         raise ConfigError(str(error)) from error
     noise = build_noise(spec, engine, optimizer)
-    return BuiltParts(task, engine, optimizer, noise, num_parameters, data)
+    return BuiltParts(task, engine, optimizer, noise, num_parameters, data, groups)
 
 
 def build_model(
@@ -225,7 +229,8 @@ def build_noise(spec: RunSpec, engine: Engine, optimizer: Optimizer) -> Gradient
 
 
 def build_optimizer(node: Mapping[str, Any], model: nn.Module, ranks: Ranks) -> Optimizer:
-    """The optimizer over the model's parameters, or over the model where it asks for modules.
+    """Build the optimizer over groups of the model's parameters, as `optim.groups` makes them, and
+    over the model itself where it asks for modules.
 
     One with a keyword `process_group` is given that of all ranks, to share its work over them.
     """
@@ -234,7 +239,9 @@ def build_optimizer(node: Mapping[str, Any], model: nn.Module, ranks: Ranks) -> 
             "optim._partial_ must be true, the parameters come later, got "
             f"{in_yaml(node.get('_partial_'))}"
         )
-    make = build(node, "optim")
+    asked = node.get("groups") or {}
+    groups = build_groups(asked, model)
+    make = build({key: value for key, value in node.items() if key != "groups"}, "optim")
     try:
         if "momentum" in make.keywords:  # torch's own take any that is not negative
             real_number(make.keywords["momentum"], "optim.momentum", least=0.0, most=1.0)
@@ -242,9 +249,44 @@ def build_optimizer(node: Mapping[str, Any], model: nn.Module, ranks: Ranks) -> 
         raise ConfigError(str(error)) from error
     if ranks.size > 1 and "process_group" in inspect.signature(make.func).parameters:
         make = partial(make.func, **{"process_group": dist.group.WORLD} | make.keywords)
-    takes_model = getattr(make.func, "takes_model", False)
-    argument = model if takes_model else list(model.named_parameters())
+    argument: Any = groups
+    if getattr(make.func, "takes_model", False):
+        argument = model
+        name = "groups" if "groups" in inspect.signature(make.func).parameters else "params"
+        make = partial(make.func, **make.keywords | {name: groups})
     check_arguments(make.func, (argument,), make.keywords, "optim")
     optimizer: Optimizer = call(partial(make, argument), make.keywords, "optim")
     check_kind(optimizer, Optimizer, "optim._target_", str(node["_target_"]))
+    if asked.get("precondition") is not None and "precondition" not in optimizer.defaults:
+        raise ConfigError(
+            "optim.groups.precondition is for optim=shampoo and optim=soap; "
+            f"{type(optimizer).__name__} does not read it: leave it at null"
+        )
     return optimizer
+
+
+def build_groups(asked: Mapping[str, Any], model: nn.Module) -> list[dict[str, Any]]:
+    """Build the groups that `optim.groups` asks for.
+
+    Raises:
+        ConfigError: a key that is no selector's, or one that matches nothing.
+    """
+    check_arguments(param_groups, (model,), asked, "optim.groups")
+    for name in ("weight_decay", "rows"):
+        if name in asked:
+            raise ConfigError(f"optim.groups.{name} is for Python: set optim.weight_decay")
+    made: list[dict[str, Any]] = call(partial(param_groups, model, **asked), asked, "optim.groups")
+    return made
+
+
+def describe_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What tells an optimizer's groups from one another, for the summary."""
+    return [
+        {
+            "parameters": len(group["params"]),
+            "elements": sum(param.numel() for param in group["params"]),
+            "weight_decay": float(group.get("weight_decay", 0.0)),
+        }
+        | {name: group[name] for name in ("adapt", "precondition") if name in optimizer.defaults}
+        for group in optimizer.param_groups
+    ]

@@ -254,6 +254,7 @@ class Run:
             ),
             "precision": config.precision,
             "num_parameters": self.parts.num_parameters,
+            "groups": self.parts.groups,
             "throughput": self.reporter.rates(),
             "provenance": provenance(self.ranks, self.device) | dict(self.parts.data),
         }

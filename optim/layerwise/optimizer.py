@@ -275,7 +275,10 @@ class LayerwiseOptimizer(ShardedOptimizer):
         ]
         ratio = torch.cat(ratios) if len(ratios) > 1 else ratios[0]
         shown = [each.to(plan.stats_dtype) for each in (weight_norm, update_norm, ratio)]
-        stats = LayerStats(plan.names, plan.moved, *shown)
+        adapts = [False] * len(plan.names)
+        for group, layers in plan.groups:
+            adapts[layers] = [self._adapts(group)] * len(adapts[layers])
+        stats = LayerStats(plan.names, plan.moved, adapts, *shown)
         # Wrappers that bind layouts may show the parameters part by part, a step for each.
         self._stats = {**self._stats, tuple(plan.names): stats} if self._bound else {None: stats}
         return ratio
@@ -299,7 +302,9 @@ class LayerwiseOptimizer(ShardedOptimizer):
         Keys are the parameters' names where the optimizer was given `model.named_parameters()`,
         else their index over all groups; the layers of a split one are called "name[0]", "name[1]",
         and so on. Values are 0-d tensors on the device; when to read them on the host is the
-        caller's choice. After a step masked by `found_inf` they are void.
+        caller's choice. `adapts`, a bool on the host, is False where the ratio is 1 by choice:
+        `adapt=False`, or a variant that leaves out what does not decay. After a step masked by
+        `found_inf` they are void.
         """
         return {name: layer for stats in self._stats.values() for name, layer in stats.by_layer()}
 

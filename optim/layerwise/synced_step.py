@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from largebatch.optim.sharding.layout import Name
@@ -26,6 +27,8 @@ class LayerStats:
 
     names: list[Name]
     moved: list[int]
+    adapts: list[bool]
+    """Whether a layer has a trust ratio, or 1 by choice."""
     weight_norm: Tensor
     update_norm: Tensor
     trust_ratio: Tensor
@@ -33,6 +36,6 @@ class LayerStats:
     def by_layer(self) -> Iterator[tuple[Name, dict[str, Tensor]]]:
         keys = ("weight_norm", "update_norm", "trust_ratio")
         values = [*zip(*(getattr(self, key).unbind() for key in keys), strict=True)]
-        return (
-            (self.names[layer], dict(zip(keys, values[layer], strict=True))) for layer in self.moved
-        )
+        for layer in self.moved:
+            stats = dict(zip(keys, values[layer], strict=True))
+            yield self.names[layer], stats | {"adapts": torch.tensor(self.adapts[layer])}

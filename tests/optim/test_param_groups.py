@@ -272,6 +272,8 @@ def test_a_pattern_is_searched_for_anywhere_in_the_name() -> None:
         ({"rows": [("", {}), ("qkv", {})]}, "rows: 'qkv' matches none of the 5 parameters"),
         ({"rows": [("", {}), ("^0", {})]}, "rows: earlier selectors take every parameter that '^"),
         ({"rows": [("", {})], "no_decay": ()}, "rows decide alone, got no_decay beside them"),
+        ({"rows": [("", {})], "precondition": ()}, "rows decide alone, got precondition beside"),
+        ({"precondition": "qkv"}, "precondition: 'qkv' matches none of the 5 parameters"),
         (
             {"rows": [("", {})], "no_adapt": "norm", "norm_groups": {"^0": 2}},
             "rows decide alone, got no_adapt and norm_groups beside them",
@@ -336,14 +338,24 @@ def test_no_decay_and_no_adaptation_reach_the_parameters_and_only_them() -> None
     model = block()
     optimizer = LAMB(param_groups(model, no_decay="bias", no_adapt="norm"), lr=0.1)
     train(model, optimizer, steps=1)
-    ratios = {name: stats["trust_ratio"] for name, stats in optimizer.layer_stats().items()}
+    found = optimizer.layer_stats()
+    ratios = {name: stats["trust_ratio"] for name, stats in found.items()}
     assert {name for name, ratio in ratios.items() if ratio == 1} == {"1.weight", "1.bias"}
+    assert {name for name, stats in found.items() if not stats["adapts"]} == {"1.weight", "1.bias"}
     decayed = {
         name: group["weight_decay"] != 0
         for group in optimizer.param_groups
         for name in group["param_names"]
     }
     assert [name for name, decays in decayed.items() if not decays] == ["0.bias", "1.bias"]
+
+
+def test_only_what_is_selected_is_preconditioned() -> None:
+    groups = param_groups(block(), precondition="^0")
+    options = {
+        name: group.get("precondition", True) for group in groups for name, _ in group["params"]
+    }
+    assert {name for name, wanted in options.items() if wanted} == {"0.weight", "0.bias"}
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,18 @@ from torch.optim import Optimizer
 
 
 def trust_ratios(optimizer: Optimizer, by_layer: bool) -> dict[str, Tensor]:
-    """Least, median and greatest trust ratio over the layers, where the optimizer has any.
+    """Least, median and greatest trust ratio over the layers that adapt, where there are any.
 
     With `by_layer` every layer's as well, as `trust_ratio/NAME`.
     """
     layer_stats: Callable[[], dict[Any, dict[str, Tensor]]] = getattr(
         optimizer, "layer_stats", dict
     )
-    layers = {name: stats["trust_ratio"] for name, stats in layer_stats().items()}
+    layers = {
+        name: stats["trust_ratio"]
+        for name, stats in layer_stats().items()
+        if bool(stats.get("adapts", True))  # on the host: nothing is waited for
+    }
     if not layers:
         return {}
     ratios = torch.stack([*layers.values()])
