@@ -36,6 +36,7 @@ from largebatch.optim.kronecker.optimizer import KroneckerOptimizer
 from largebatch.optim.kronecker.options import rule_of
 from largebatch.optim.kronecker.rules import RULES, Rule
 from largebatch.optim.kronecker.work_group import Move, WorkGroup, stats_of
+from largebatch.optim.math.adam import corrected
 from largebatch.optim.math.decompositions import Decomposition, decompose
 from largebatch.optim.math.grafting import WITH_SQUARES, grafted_step, next_squares
 from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES
@@ -325,7 +326,7 @@ class KFAC(KroneckerOptimizer):
         if grafting in WITH_SQUARES:
             after.append(next_squares(grafting, before[1], gradient, beta2))
         squares = after[1] if len(after) > 1 else None
-        mean = after[0] / (1 - beta1**step)
+        mean = corrected(after[0], beta1, step)
         grafted = grafted_step(grafting, mean, squares, step, beta2, group["eps"])
         write(before, after, skip)
         return grafted

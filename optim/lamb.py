@@ -27,7 +27,7 @@ from largebatch.optim.base import Group, evaluate, uncompiled
 from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer
 from largebatch.optim.layerwise.step_plan import ChunkGroup, StepPlan, descend, norms_of
 from largebatch.optim.layerwise.synced_step import SyncedStep
-from largebatch.optim.math.adam import adam_direction, average, lr_correction
+from largebatch.optim.math.adam import average, chunk_directions, lr_correction
 from largebatch.optim.math.bias_correction import rebased
 from largebatch.optim.math.tensors import Tensors, scalar, write
 from largebatch.optim.math.trust_ratio import UNBOUNDED, Bounds, trust_ratio
@@ -199,7 +199,7 @@ class LAMB(LayerwiseOptimizer):
             beta1, beta2 = group["betas"]
             average(exp_avg, grads, beta1, synced.skip)
             average(exp_avg_sq, torch._foreach_mul(grads, grads), beta2, synced.skip)
-            update = adam_direction(exp_avg, exp_avg_sq, ages, group)
+            update = chunk_directions(exp_avg, exp_avg_sq, ages, group)
         if group["decay"] == "update" and group["weight_decay"]:
             torch._foreach_add_(update, weights, alpha=group["weight_decay"])
         return update

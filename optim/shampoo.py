@@ -32,6 +32,7 @@ from largebatch.optim.blockwise.factors import factor_beta, in_basis, next_facto
 from largebatch.optim.blockwise.optimizer import Here, SecondOrderOptimizer
 from largebatch.optim.blockwise.step_stats import BlockDirection, square
 from largebatch.optim.blockwise.work_group import BlockedLayer
+from largebatch.optim.math.adam import corrected
 from largebatch.optim.math.decompositions import Decomposition, Outcome
 from largebatch.optim.math.grafting import GRAFTINGS, WITH_SQUARES, grafted_step, next_squares
 from largebatch.optim.math.matrix_roots import Root, inverse_root
@@ -163,7 +164,7 @@ class Shampoo(SecondOrderOptimizer):
             outcomes = yield self._asked_roots(block)
             self._take_roots(block, outcomes)
         mean = block.put("exp_avg", block.state["exp_avg"].lerp(grad, 1 - beta1))
-        mean = mean / (1 - beta1 ** block.ages["exp_avg"])
+        mean = corrected(mean, beta1, block.ages["exp_avg"])
         squares, grafting = None, group["grafting"]
         if grafting in WITH_SQUARES:
             squares = next_squares(grafting, block.state["grad_sq"], grad, beta2)

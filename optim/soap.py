@@ -47,6 +47,7 @@ from largebatch.optim.blockwise.blocks import Block
 from largebatch.optim.blockwise.factors import in_basis, next_factor, out_of_basis
 from largebatch.optim.blockwise.optimizer import SecondOrderOptimizer
 from largebatch.optim.blockwise.step_stats import BlockDirection, square
+from largebatch.optim.math.adam import adam_direction, corrected
 from largebatch.optim.math.decompositions import Decomposition, Outcome
 from largebatch.optim.math.matrix_roots import Refined, eigenbasis, refined_basis
 from largebatch.optim.options import require
@@ -152,9 +153,9 @@ class SOAP(SecondOrderOptimizer):
         mean = block.put("exp_avg", state["exp_avg"].lerp(grad, 1 - beta1))
         turned = in_basis(grad, bases)
         squares = block.put("exp_avg_sq", state["exp_avg_sq"].lerp(turned * turned, 1 - beta2))
-        root = above_rounding((squares / (1 - beta2 ** block.ages["exp_avg_sq"])).sqrt_())
-        mean = in_basis(mean, bases) / (1 - beta1 ** block.ages["exp_avg"])
-        return out_of_basis(mean.div_(root.add_(group["eps"])), bases)
+        squares = corrected(squares, beta2, block.ages["exp_avg_sq"])
+        mean = corrected(in_basis(mean, bases), beta1, block.ages["exp_avg"])
+        return out_of_basis(adam_direction(mean, squares, group["eps"], root_above_rounding), bases)
 
     def _asked_bases(self, block: BlockAtWork) -> list[Decomposition[Refined]]:
         take = first_basis if block.step == 1 else refined_basis
@@ -183,8 +184,9 @@ class SOAP(SecondOrderOptimizer):
         block.put("condition", condition)
 
 
-def above_rounding(root: Tensor) -> Tensor:
-    """√v̂, but not below what rounding leaves of the largest in the block; in place."""
+def root_above_rounding(squares: Tensor) -> Tensor:
+    """Return √v̂, but not below what rounding leaves of the largest in the block."""
+    root = squares.sqrt()
     return root.clamp_(min=NOISE * torch.finfo(root.dtype).eps * root.amax())
 
 

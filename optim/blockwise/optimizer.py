@@ -50,6 +50,7 @@ from largebatch.optim.blockwise.owned_state import OwnedState
 from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.blockwise.step_stats import DROPPED_ROW, BlockStats, Tally
 from largebatch.optim.blockwise.work_group import BlockedLayer, WorkGroup
+from largebatch.optim.math.adam import adam_direction, corrected
 from largebatch.optim.math.matrix_roots import REASONS, TOLERATED_FAILURES, full_precision
 from largebatch.optim.math.tensors import on_device, without_too_large, write
 from largebatch.optim.options import require, require_one_of
@@ -313,8 +314,8 @@ class SecondOrderOptimizer(OwnedState):
         mean = exp_avg.lerp(grad, 1 - beta1)
         squares = exp_avg_sq.lerp(grad * grad, 1 - beta2)
         write([exp_avg, exp_avg_sq], [mean, squares], skip)
-        denominator = (squares / (1 - beta2 ** ages["exp_avg_sq"])).sqrt_().add_(group["eps"])
-        return mean.div_(1 - beta1 ** ages["exp_avg"]).div_(denominator)
+        mean = corrected(mean, beta1, ages["exp_avg"])
+        return adam_direction(mean, corrected(squares, beta2, ages["exp_avg_sq"]), group["eps"])
 
     def layer_stats(self) -> dict[Name, dict[str, Tensor]]:
         """What the last step was like, for every layer moved by it.

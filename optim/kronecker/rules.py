@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from largebatch.optim.math.adam import adam_direction, corrected
 from largebatch.optim.math.tensors import root
 
 State = Mapping[str, Tensor]
@@ -45,15 +46,15 @@ def sgd(grad: Tensor, state: State, group: Group, step: int) -> Advanced:
 def average(grad: Tensor, state: State, group: Group, step: int) -> Advanced:
     beta1, _ = group["betas"]
     exp_avg = state["exp_avg"].lerp(grad, 1 - beta1)
-    return exp_avg / (1 - beta1**step), {"exp_avg": exp_avg}
+    return corrected(exp_avg, beta1, step), {"exp_avg": exp_avg}
 
 
 def adam(grad: Tensor, state: State, group: Group, step: int) -> Advanced:
     beta1, beta2 = group["betas"]
     exp_avg = state["exp_avg"].lerp(grad, 1 - beta1)
     exp_avg_sq = state["exp_avg_sq"].lerp(grad.square(), 1 - beta2)
-    denominator = root(exp_avg_sq / (1 - beta2**step)) + group["eps"]
-    direction = exp_avg / (1 - beta1**step) / denominator
+    mean, squares = corrected(exp_avg, beta1, step), corrected(exp_avg_sq, beta2, step)
+    direction = adam_direction(mean, squares, group["eps"], root)
     return direction, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 

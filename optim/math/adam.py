@@ -1,13 +1,35 @@
-"""Adam's arithmetic on lists of chunks: running averages, bias correction and direction."""
+"""Adam's arithmetic: running averages, bias correction and direction.
+
+Once on a tensor, with step counts that the host knows, and once on lists of chunks, with step
+counts on the device.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from largebatch.optim.math.tensors import Tensors, root, write
+
+
+def corrected(average: Tensor, beta: float, age: float) -> Tensor:
+    """Return average / (1 - βᵗ), a running average without the bias of its start at 0."""
+    return average / (1 - beta**age)
+
+
+def adam_direction(
+    mean: Tensor, squares: Tensor, eps: float, root: Callable[[Tensor], Tensor] = Tensor.sqrt
+) -> Tensor:
+    """Return m̂ / (√v̂ + ε).
+
+    Args:
+        mean, squares: m̂ and v̂, bias-corrected.
+        root: the square root; it may bound v̂ from below.
+    """
+    step: Tensor = mean / (root(squares) + eps)
+    return step
 
 
 def average(averages: Tensors, values: Tensors, beta: float, skip: Tensor | None) -> None:
@@ -18,7 +40,7 @@ def average(averages: Tensors, values: Tensors, beta: float, skip: Tensor | None
         write(averages, torch._foreach_lerp(averages, values, 1 - beta), skip)
 
 
-def adam_direction(
+def chunk_directions(
     exp_avg: Tensors, exp_avg_sq: Tensors, ages: tuple[Tensors, Tensors], options: Mapping[str, Any]
 ) -> Tensors:
     """m̂ / (√v̂ + ε), or m̂ / √(v̂ + ε), a new tensor for each chunk.

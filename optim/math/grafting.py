@@ -13,6 +13,8 @@ average m of the gradient g, bias-corrected, as d does. At step t:
 
 from torch import Tensor
 
+from largebatch.optim.math.adam import adam_direction, corrected
+
 GRAFTINGS = ("adam", "rmsprop", "adagrad", "sgd", "none")
 WITH_SQUARES = ("adam", "rmsprop", "adagrad")
 
@@ -36,5 +38,5 @@ def grafted_step(
     if squares is None:
         return mean
     if grafting == "adam":
-        squares = squares / (1 - beta2**step)
-    return mean / (squares.sqrt() + eps)
+        squares = corrected(squares, beta2, step)
+    return adam_direction(mean, squares, eps)
