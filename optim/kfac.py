@@ -35,7 +35,7 @@ from largebatch.optim.kronecker.layers import Layer
 from largebatch.optim.kronecker.optimizer import KroneckerOptimizer
 from largebatch.optim.kronecker.options import rule_of
 from largebatch.optim.kronecker.rules import RULES, Rule
-from largebatch.optim.kronecker.work_group import Move, WorkGroup, stats_of
+from largebatch.optim.kronecker.work_group import KroneckerWorkGroup, Move, stats_of
 from largebatch.optim.math.adam import corrected
 from largebatch.optim.math.decompositions import Decomposition, decompose
 from largebatch.optim.math.grafting import WITH_SQUARES, grafted_step, next_squares
@@ -200,7 +200,7 @@ class KFAC(KroneckerOptimizer):
         self._find()
         self._share()
         self._agree_on_uses()
-        self._heed_failures()
+        self._reports.heed()
         self._refuse_sparse()
         self._say_once()
         self._stats = {}
@@ -274,7 +274,7 @@ class KFAC(KroneckerOptimizer):
         damping = Damping(value, group["relative_damping"], group["ridge"])
         return new_roots(layer, group["form"], damping, state)
 
-    def _precondition(self, work_group: WorkGroup, skip: Tensor | None) -> Move:
+    def _precondition(self, work_group: KroneckerWorkGroup, skip: Tensor | None) -> Move:
         """U of a work group's layers, as far as it lies here, and the norms over all ranks."""
         gradients: dict[Tensor, Tensor | None] = {
             param: self._gradient(param, skip) for param in work_group.params
@@ -293,9 +293,9 @@ class KFAC(KroneckerOptimizer):
                 state = self.state[layer.weight]
                 roots[layer] = roots_of(layer, state)
                 numbers.add(layer, "condition", state["condition"][0])
-        failed = self._exhausted(work_group)
+        failed = self._reports.own(work_group)
         parts, failed = work_group.precondition(gradients, roots, numbers, failed)
-        self._tell_failures(work_group, failed)
+        self._reports.receive(work_group, failed)
         ratios = {}
         for layer in work_group.layers:
             found = numbers.of(layer)

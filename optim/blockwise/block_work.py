@@ -10,10 +10,11 @@ from torch import Tensor
 from largebatch.optim.base import Group
 from largebatch.optim.blockwise.owned_state import BlockState
 from largebatch.optim.blockwise.step_stats import BlockDirection, BlockStats
-from largebatch.optim.blockwise.work_group import BlockedLayer, WorkGroup
+from largebatch.optim.blockwise.work_group import BlockedLayer, BlockWorkGroup
 from largebatch.optim.math.decompositions import Decomposition, Outcome, decompose
 from largebatch.optim.math.matrix_roots import Failures
 from largebatch.optim.math.tensors import write
+from largebatch.optim.sharding.refresh_schedule import is_due
 
 Result = TypeVar("Result")
 
@@ -60,19 +61,9 @@ class BlockAtWork:
         return value
 
     def is_due(self, first: int) -> bool:
-        """Whether roots are taken now: once in an interval, in this block's slot of it.
-
-        They are first needed at step `first`. Where that is in the first interval, factors are
-        young and change much: all blocks' roots are then taken at `first`, and once more within
-        steps 2 to 3 from there, 4 to 7, 8 to 15, and so on up to the interval's length. Otherwise
-        those for `first` have been spread over the interval before it.
-        """
+        """Whether roots or bases, first needed at step `first`, are taken now."""
         interval: int = self.group["precondition_interval"]
-        slot, age = self.layer.slots[self.number], self.step - first + 1
-        if first < interval and age < interval:
-            phase = 1 << (age.bit_length() - 1) if age > 0 else 0  # begins and lasts so
-            return age > 0 and age == phase + slot * phase // interval
-        return self.step > first - interval and (self.step - 1 - slot) % interval == 0
+        return is_due(self.step, first, interval, self.layer.slots[self.number])
 
 
 def run_tasks(works: Sequence[BlockTask]) -> list[BlockDirection]:
@@ -109,7 +100,7 @@ class GatheredStep:
 class GroupGradients:
     """A work group's gradients as they have arrived."""
 
-    work_group: WorkGroup
+    work_group: BlockWorkGroup
     parts: list[Tensor | None]
     """For each layer this rank's part of the gradient."""
     dropped: list[Tensor | None]
@@ -122,7 +113,7 @@ class GroupGradients:
 class Directions:
     """What a rank has made of a work group's gradients."""
 
-    work_group: WorkGroup
+    work_group: BlockWorkGroup
     blocks: list[dict[int, Tensor]]
     """For each layer the directions of the blocks owned here."""
     elementwise: dict[int, Tensor]

@@ -8,6 +8,7 @@ the host, every rank raises the same sentence.
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from largebatch.optim.math.matrix_roots import REASONS, Failures
 from largebatch.optim.sharding.layout import Name
 from largebatch.optim.sharding.step_counts import Arriving
+from largebatch.optim.sharding.work_group import WorkGroup
 
 
 def counts_of(failures: Failures, layers: Sequence[Name]) -> list[float]:
@@ -36,7 +38,7 @@ class FailureNotice:
         self._first = Arriving(first_failure(counts))
 
     def check(self) -> None:
-        """Raise what was told.
+        """Raise what was reported.
 
         Raises:
             RootError: a layer has failed for good, on whichever rank.
@@ -51,3 +53,37 @@ def first_failure(counts: Tensor) -> Tensor:
     """The place of the first count above 0, and whether there is one; shape (2,)."""
     failed = (counts > 0).to(torch.int64)
     return torch.stack([failed.argmax(), failed.amax()])
+
+
+class FailureReports:
+    """Failures for good of an optimizer's layers, which its ranks report to each other."""
+
+    def __init__(self, failures: Failures) -> None:
+        self._failures = failures
+        self._notices: list[FailureNotice] = []
+
+    def own(self, work_group: WorkGroup[Any]) -> Tensor:
+        """Return this rank's failures, to be summed over the ranks; empty for a single rank."""
+        device, dtype, names = work_group.device, work_group.dtype, work_group.names
+        if work_group.group is None:
+            return torch.empty(0, device=device, dtype=dtype)
+        if not self._failures.exhausted:  # made there: a copy would wait for the device
+            return torch.zeros(len(names) * len(REASONS), device=device, dtype=dtype)
+        counts = torch.tensor(counts_of(self._failures, names), device=device, dtype=dtype)
+        self._failures.exhausted.clear()
+        return counts
+
+    def receive(self, work_group: WorkGroup[Any], counts: Tensor) -> None:
+        """Keep the sums over all ranks for the next step."""
+        if counts.numel():
+            self._notices.append(FailureNotice(self._failures, work_group.names, counts))
+
+    def heed(self) -> None:
+        """Raise what any rank has reported in the step before.
+
+        Raises:
+            RootError: a layer has failed for good, on whichever rank.
+        """
+        notices, self._notices = self._notices, []
+        for notice in notices:
+            notice.check()

@@ -45,13 +45,12 @@ from largebatch.optim.blockwise.block_work import (
     run_tasks,
 )
 from largebatch.optim.blockwise.factors import factor_beta
-from largebatch.optim.blockwise.failure_notice import FailureNotice, counts_of
 from largebatch.optim.blockwise.owned_state import OwnedState
 from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.blockwise.step_stats import DROPPED_ROW, BlockStats, Tally
-from largebatch.optim.blockwise.work_group import BlockedLayer, WorkGroup
+from largebatch.optim.blockwise.work_group import BlockedLayer, BlockWorkGroup
 from largebatch.optim.math.adam import adam_direction, corrected
-from largebatch.optim.math.matrix_roots import REASONS, TOLERATED_FAILURES, full_precision
+from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES, full_precision
 from largebatch.optim.math.tensors import on_device, without_too_large, write
 from largebatch.optim.options import require, require_one_of
 from largebatch.optim.sharding.layout import Name, local
@@ -132,7 +131,7 @@ class SecondOrderOptimizer(OwnedState):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""
         loss = evaluate(closure)
-        self._heed_failures()
+        self._reports.heed()
         self._refuse_sparse()
         self._counts.settle()
         self._counts.read(self._states())
@@ -145,13 +144,7 @@ class SecondOrderOptimizer(OwnedState):
         self._advance(gathered)
         return loss
 
-    def _heed_failures(self) -> None:
-        """Raise what any rank has told of the step before."""
-        notices, self._notices = self._notices, []
-        for notice in notices:
-            notice.check()
-
-    def _gather(self, work_groups: list[WorkGroup]) -> GatheredStep:
+    def _gather(self, work_groups: list[BlockWorkGroup]) -> GatheredStep:
         """Bring the gradients to the owners of their blocks, before any state is touched."""
         device = work_groups[0].layers[0].device if work_groups else torch.device("cpu")
         flag = self._own_found_inf(device)
@@ -237,16 +230,14 @@ class SecondOrderOptimizer(OwnedState):
     def _descend(self, ours: Directions, gathered: GatheredStep) -> None:
         """Bring the directions back, and move this rank's part of the weights."""
         work_group, stats = ours.work_group, ours.stats
-        failed = self._failed(work_group)
+        failed = self._reports.own(work_group)
         sums = [stats.squares.flatten(), stats.conditions, failed]
         pieces, totals = work_group.redistribution.to_holders(ours.blocks, torch.cat(sums))
         assert totals is not None
         squares, stats.conditions, failed = torch.split(totals, [part.numel() for part in sums])
         # A sum of squares that has overflown is large and not infinite: ratios stay numbers.
         stats.squares = squares.view_as(stats.squares).clamp(max=torch.finfo(totals.dtype).max)
-        if failed.numel():
-            names = [layer.name for layer in work_group.layers]
-            self._notices.append(FailureNotice(self.failures, names, failed))
+        self._reports.receive(work_group, failed)
         scales, moved = stats.scales(), set(stats.moved)
         for piece, part in pieces:  # all are to be taken, whether they move anything or not
             if piece.tensor in moved:
@@ -275,18 +266,6 @@ class SecondOrderOptimizer(OwnedState):
         if isinstance(lr, Tensor):
             lr = on_device(lr, weight.device).to(layer.dtype)
         write([weight], [old - lr * direction], skip)
-
-    def _failed(self, work_group: WorkGroup) -> Tensor:
-        """What of this rank's own has failed for good, for others to know; empty where none is."""
-        device, dtype = work_group.redistribution.device, work_group.dtype
-        if work_group.redistribution.group is None:
-            return torch.empty(0, device=device, dtype=dtype)
-        names = [layer.name for layer in work_group.layers]
-        if not self.failures.exhausted:  # made there: a copy would wait for the device
-            return torch.zeros(len(names) * len(REASONS), device=device, dtype=dtype)
-        counts = torch.tensor(counts_of(self.failures, names), device=device, dtype=dtype)
-        self.failures.exhausted.clear()
-        return counts
 
     def _advance(self, gathered: GatheredStep) -> None:
         """Count the step, on the device and on the host."""

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.blockwise.blocks import Block
-from largebatch.optim.blockwise.failure_notice import FailureNotice
+from largebatch.optim.blockwise.failure_notice import FailureReports
 from largebatch.optim.blockwise.portable import Key, Portable
 from largebatch.optim.blockwise.state_memory import (
     AVERAGES,
@@ -29,7 +29,7 @@ from largebatch.optim.blockwise.state_memory import (
 from largebatch.optim.blockwise.work_group import (
     CUT,
     BlockedLayer,
-    WorkGroup,
+    BlockWorkGroup,
     blocks_in,
     look_of,
     make_layer,
@@ -69,12 +69,12 @@ class OwnedState(ShardedOptimizer):
 
     def _begin(self, tolerated_failures: int = TOLERATED_FAILURES) -> None:
         self.failures = Failures(tolerated_failures)
+        self._reports = FailureReports(self.failures)
         self._layers: dict[Tensor, BlockedLayer] = {}
         self._group_of: dict[Tensor, Group] = {}
-        self._known_work_groups: tuple[Any, list[WorkGroup]] = ((), [])
+        self._known_work_groups: tuple[Any, list[BlockWorkGroup]] = ((), [])
         self._counts = StepCounts()
         self._history: dict[Tensor, dict[str, tuple[float, float]]] = {}
-        self._notices: list[FailureNotice] = []
 
     def __getstate__(self) -> dict[str, Any]:
         shared = any(layer.placement.group is not None for layer in self._layers.values())
@@ -118,7 +118,7 @@ class OwnedState(ShardedOptimizer):
                         "it, shard or replicate it instead"
                     )
 
-    def _work_groups(self) -> list[WorkGroup]:
+    def _work_groups(self) -> list[BlockWorkGroup]:
         """All parameters that may have a gradient. Made anew where they have changed."""
         key: list[Any] = []
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}

@@ -1,7 +1,7 @@
 """Which ranks share the work on which parameters, and what of it falls to whom and when."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ from largebatch.optim.blockwise.blocks import Block, blocks_of
 from largebatch.optim.math.tensors import compute_dtype
 from largebatch.optim.sharding.layout import Name, local
 from largebatch.optim.sharding.placement import Placement, placement_of
-from largebatch.optim.sharding.redistribution import Redistribution
 from largebatch.optim.sharding.rounds import ShardedTensor
 from largebatch.optim.sharding.work_assignment import assign
+from largebatch.optim.sharding.work_group import WorkGroup
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,30 +52,15 @@ class BlockedLayer:
         return local(self.param).device
 
 
-@dataclass(eq=False)
-class WorkGroup:
-    """Parameters that are spread over the same ranks."""
+class BlockWorkGroup(WorkGroup[BlockedLayer]):
+    """Parameters in blocks, each with an owner among the ranks of the group."""
 
-    layers: list[BlockedLayer]
-    redistribution: Redistribution = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.redistribution = Redistribution(
-            [
-                ShardedTensor(
-                    layer.placement, tuple(block.box for block in layer.blocks), layer.owners
-                )
-                for layer in self.layers
-            ],
-            dtype=self.dtype,
-            device=self.layers[0].device,
-        )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Wide enough for all of its parameters."""
-        wide = any(layer.dtype == torch.float64 for layer in self.layers)
-        return torch.float64 if wide else torch.float32
+    def __init__(self, layers: Sequence[BlockedLayer]) -> None:
+        tensors = [
+            ShardedTensor(layer.placement, tuple(block.box for block in layer.blocks), layer.owners)
+            for layer in layers
+        ]
+        super().__init__(layers, tensors, layers[0].device)
 
     @property
     def is_sharded(self) -> bool:
@@ -143,11 +128,11 @@ def fill(
         setattr(layer, what, tuple(bins[start:end]))
 
 
-def work_groups_of(layers: Iterable[BlockedLayer]) -> list[WorkGroup]:
+def work_groups_of(layers: Iterable[BlockedLayer]) -> list[BlockWorkGroup]:
     """The layers by what they are spread over, in an order that all ranks share."""
     by_group: dict[Any, list[BlockedLayer]] = {}
     for layer in layers:
         # The collectives of a work group are on one device.
         key = layer.placement.group, None if layer.placement.group is not None else layer.device
         by_group.setdefault(key, []).append(layer)
-    return [WorkGroup(members) for members in by_group.values()]
+    return [BlockWorkGroup(members) for members in by_group.values()]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import Group
-from largebatch.optim.blockwise.failure_notice import FailureNotice, counts_of
+from largebatch.optim.blockwise.failure_notice import FailureReports
 from largebatch.optim.kronecker import saving
 from largebatch.optim.kronecker.coverage import (
     coverage,
@@ -25,14 +25,14 @@ from largebatch.optim.kronecker.coverage import (
 from largebatch.optim.kronecker.factors import FACTOR_STATE
 from largebatch.optim.kronecker.layers import Layer, find_layers, signature, without_bias
 from largebatch.optim.kronecker.options import check_group, check_whole
-from largebatch.optim.kronecker.refresh_schedule import RefreshSchedule
 from largebatch.optim.kronecker.state import KroneckerState
 from largebatch.optim.kronecker.statistics import FactorStatistics
-from largebatch.optim.kronecker.work_group import WorkGroup, make_work_groups
-from largebatch.optim.math.matrix_roots import REASONS, Failures
+from largebatch.optim.kronecker.work_group import KroneckerWorkGroup, make_work_groups
+from largebatch.optim.math.matrix_roots import Failures
 from largebatch.optim.options import require
 from largebatch.optim.sharding.layout import Name, is_dtensor, local
 from largebatch.optim.sharding.placement import Placement, placement_of
+from largebatch.optim.sharding.refresh_schedule import RefreshSchedule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -83,10 +83,10 @@ class KroneckerOptimizer(KroneckerState):
     def _begin(self) -> None:
         """Watch the model; what has been here before is in groups and state."""
         self._stats: dict[Name, dict[str, Tensor]] = {}
-        self._notices: list[FailureNotice] = []
+        self._reports = FailureReports(self.failures)
         self._unsaid = True
         self._layers: list[Layer] = []
-        self._work_groups: list[WorkGroup] = []
+        self._work_groups: list[KroneckerWorkGroup] = []
         self._seen = []
         self._shared: list[tuple[Any, ...]] | None = None
         self._statistics = FactorStatistics(
@@ -182,12 +182,8 @@ class KroneckerOptimizer(KroneckerState):
         for param in self._names.keys() - known:  # what has no curvature, or another kind of it
             for key in self.state.get(param, {}).keys() & FACTOR_STATE:
                 del self.state[param][key]
-        phases = {
-            layer: phase
-            for work_group in self._work_groups
-            for layer, phase in work_group.phases.items()
-        }
-        self._schedule = RefreshSchedule(phases, interval, self._options["factor_interval"])
+        slots = {layer: slot for each in self._work_groups for layer, slot in each.slots.items()}
+        self._schedule = RefreshSchedule(slots, interval, self._options["factor_interval"])
         self._restore_schedule()
 
     def _agree_on_uses(self) -> None:
@@ -297,26 +293,6 @@ class KroneckerOptimizer(KroneckerState):
         scale = self._take_scale_of_scaler()
         scale = scale if grad_scale is None else grad_scale
         return self.loss_scale if scale is None else scale
-
-    def _heed_failures(self) -> None:
-        """Raise, on every rank, what failed for good on one of them at the step before."""
-        notices, self._notices = self._notices, []
-        for notice in notices:
-            notice.check()
-
-    def _exhausted(self, work_group: WorkGroup) -> Tensor:
-        """What failed for good on this rank, for the others to know; empty where there are none."""
-        if work_group.group is None:
-            return torch.empty(0, device=work_group.device)
-        names = [layer.name for layer in work_group.layers]
-        if not self.failures.exhausted:  # made there: a copy would wait for the device
-            return torch.zeros(len(names) * len(REASONS), device=work_group.device)
-        return torch.tensor(counts_of(self.failures, names), device=work_group.device)
-
-    def _tell_failures(self, work_group: WorkGroup, counts: Tensor) -> None:
-        if counts.numel():
-            names = [layer.name for layer in work_group.layers]
-            self._notices.append(FailureNotice(self.failures, names, counts))
 
     def _say_once(self) -> None:
         """Say how much of the model has curvature and which layers go unseen: at the first step.

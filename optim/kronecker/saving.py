@@ -15,7 +15,7 @@ from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.blockwise.work_group import BlockedLayer
 from largebatch.optim.kronecker.factors import state_shapes
 from largebatch.optim.kronecker.layers import Layer
-from largebatch.optim.kronecker.work_group import WorkGroup
+from largebatch.optim.kronecker.work_group import KroneckerWorkGroup
 from largebatch.optim.loading import as_kept, as_state
 from largebatch.optim.sharding.layout import Name, local
 from largebatch.optim.sharding.placement import Placement
@@ -26,7 +26,7 @@ Forms = Mapping[Layer, str]
 
 
 def shard(
-    work_groups: list[WorkGroup], forms: Forms, states: States
+    work_groups: list[KroneckerWorkGroup], forms: Forms, states: States
 ) -> dict[Tensor, dict[str, Any]]:
     """The state of every parameter as it is saved. A collective of each work group."""
     saved = {param: dict(state) for param, state in states.items()}
@@ -37,7 +37,7 @@ def shard(
 
 
 def gather(
-    work_groups: list[WorkGroup], forms: Forms, states: States
+    work_groups: list[KroneckerWorkGroup], forms: Forms, states: States
 ) -> dict[Tensor, dict[str, Any]]:
     """The opposite of `shard`."""
     ready = {param: dict(state) for param, state in states.items()}
@@ -52,7 +52,7 @@ def entries(states: States, keys: list[Key]) -> dict[Key, Tensor]:
 
 
 def portables(
-    work_groups: list[WorkGroup], forms: Forms, states: States
+    work_groups: list[KroneckerWorkGroup], forms: Forms, states: States
 ) -> Iterator[tuple[Portable, list[Key]]]:
     for work_group in work_groups:
         held = [layer for layer in work_group.layers if "factor_in" in states.get(layer.weight, {})]

@@ -13,10 +13,10 @@ from largebatch.optim.kronecker import saving
 from largebatch.optim.kronecker.damping import FORMER_FORMS
 from largebatch.optim.kronecker.factors import make_factor_state, state_shapes
 from largebatch.optim.kronecker.layers import Layer
-from largebatch.optim.kronecker.refresh_schedule import RefreshSchedule
-from largebatch.optim.kronecker.work_group import WorkGroup
+from largebatch.optim.kronecker.work_group import KroneckerWorkGroup
 from largebatch.optim.math.tensors import compute_dtype, write
 from largebatch.optim.sharding.layout import Name, local
+from largebatch.optim.sharding.refresh_schedule import RefreshSchedule
 
 ELSEWHERE = "used_elsewhere"
 
@@ -32,8 +32,8 @@ class KroneckerState(ShardedOptimizer):
     """By which `_find` knows what has changed."""
     _names: dict[Tensor, Name]
     _group_of: dict[Tensor, Group]
-    _work_groups: list[WorkGroup]
-    _schedule: RefreshSchedule
+    _work_groups: list[KroneckerWorkGroup]
+    _schedule: RefreshSchedule[Layer]
 
     def _begin(self) -> None:
         """Watch the model; what has been here before is in groups and state."""
@@ -89,7 +89,7 @@ class KroneckerState(ShardedOptimizer):
             state[ELSEWHERE] = torch.ones_like(state["step"])  # for a run that goes on from here
         return state
 
-    def _new_factor_state(self, work_group: WorkGroup, layer: Layer) -> dict[str, Tensor]:
+    def _new_factor_state(self, work_group: KroneckerWorkGroup, layer: Layer) -> dict[str, Tensor]:
         form = self._forms()[layer]
         if layer in work_group.owned:
             return make_factor_state(layer, form, work_group.device)

@@ -13,12 +13,12 @@ from largebatch.optim.kronecker.layers import FactorSums, Layer
 from largebatch.optim.math.tensors import root
 from largebatch.optim.sharding.layout import local
 from largebatch.optim.sharding.placement import Placement
-from largebatch.optim.sharding.redistribution import Redistribution
-from largebatch.optim.sharding.rounds import ShardedTensor, whole
+from largebatch.optim.sharding.rounds import whole
 from largebatch.optim.sharding.work_assignment import assign
+from largebatch.optim.sharding.work_group import WorkGroup
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    pass
 
 
 @dataclass(frozen=True)
@@ -49,41 +49,37 @@ class LayerSums:
         return dict(zip(NUMBERS, row.unbind(), strict=True))
 
 
-class WorkGroup:
+class KroneckerWorkGroup(WorkGroup[Layer]):
     """Ranks that average their gradients, and the layers whose parameters they share.
 
     Attributes:
-        size: number of ranks, R.
         owners: who has the factors and inverses of each layer, by rank in the group.
         owned: the layers that are this rank's work.
+        slots: when in an interval each layer is decomposed.
+        copies: how many ranks hold the same part of a parameter.
     """
 
     def __init__(
         self,
         layers: Sequence[Layer],
-        group: "ProcessGroup | None",
         placements: Mapping[Tensor, Placement],
-        phases: Mapping[Layer, int],
+        slots: Mapping[Layer, int],
     ) -> None:
-        self.layers = list(layers)
-        self.group = group
-        self.size = 1 if group is None else group.size()
-        costs = [cost(layer) for layer in self.layers]
-        self.phases = {layer: phases[layer] for layer in self.layers}
-        owners = assign(costs, self.size, rounds=[*self.phases.values()])
-        self.owners = dict(zip(self.layers, owners, strict=True))
-        me = 0 if group is None else group.rank()
-        self.owned = [layer for layer, owner in self.owners.items() if owner == me]
+        self.slots = {layer: slots[layer] for layer in layers}
         self.placements = placements
-        self.params = [param for layer in self.layers for param in layer.params]
-        tensors: list[ShardedTensor] = []
-        for layer, owner in self.owners.items():
-            tensors += [whole(placements[param], owner) for param in layer.params]
+        self.params = [param for layer in layers for param in layer.params]
         self.copies = {param: len(set(placements[param].copies)) for param in self.params}
-        dtypes = {layer.dtype for layer in self.layers}
-        self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        self.device = local(self.params[0]).device
-        self.redistribution = Redistribution(tensors, self.dtype, self.device)
+        group = placements[self.params[0]].group
+        num_ranks, me = (1, 0) if group is None else (group.size(), group.rank())
+        owners = assign([*map(cost, layers)], num_ranks, rounds=[*self.slots.values()])
+        self.owners = dict(zip(layers, owners, strict=True))
+        self.owned = [layer for layer, owner in self.owners.items() if owner == me]
+        tensors = [
+            whole(placements[param], owner)
+            for layer, owner in self.owners.items()
+            for param in layer.params
+        ]
+        super().__init__(layers, tensors, local(self.params[0]).device)
 
     def add_up(self, sums: Mapping[Layer, FactorSums], items: int) -> Totals:
         """The sums of all ranks, in one collective; of symmetric ones a triangle travels."""
@@ -163,16 +159,15 @@ def normalised(update: Tensor) -> tuple[Tensor, Tensor]:
 
 def make_work_groups(
     layers: Sequence[Layer], placements: Mapping[Tensor, Placement], interval: int
-) -> list[WorkGroup]:
-    """Layers by the ranks that they are spread over, with turns in an interval by their costs."""
+) -> list[KroneckerWorkGroup]:
+    """Group layers by the ranks that they lie over, with slots in an interval by their costs."""
     # Over all work groups: the steps at which a layer is decomposed depend on its costs alone.
-    turns = assign([cost(layer) for layer in layers], interval)
-    phases = dict(zip(layers, turns, strict=True))
+    slots = dict(zip(layers, assign([*map(cost, layers)], interval), strict=True))
     groups = {layer: placements[layer.weight].group for layer in layers}
     work_groups = []
     for group in {id(group): group for group in groups.values()}.values():
         members = [layer for layer in layers if groups[layer] is group]
-        work_groups.append(WorkGroup(members, group, placements, phases))
+        work_groups.append(KroneckerWorkGroup(members, placements, slots))
     return work_groups
 
 
@@ -222,7 +217,7 @@ def _unpacked(layer: Layer, vector: Tensor) -> FactorSums:
 class Move:
     """What a work group's layers are to be moved by."""
 
-    work_group: WorkGroup
+    work_group: KroneckerWorkGroup
     parts: Iterator[tuple[Tensor, Tensor]]
     """U of each parameter by its layer's scale, as far as it lies here; to be taken by every rank,
     group after group."""

@@ -16,7 +16,7 @@ from largebatch.optim.math.tensors import Tensors, root, write
 
 def corrected(average: Tensor, beta: float, age: float) -> Tensor:
     """Return average / (1 - βᵗ), a running average without the bias of its start at 0."""
-    return average / (1 - beta**age)
+    return average.div(1 - beta**age)
 
 
 def adam_direction(
@@ -28,8 +28,7 @@ def adam_direction(
         mean, squares: m̂ and v̂, bias-corrected.
         root: the square root; it may bound v̂ from below.
     """
-    step: Tensor = mean / (root(squares) + eps)
-    return step
+    return mean.div(root(squares) + eps)
 
 
 def average(averages: Tensors, values: Tensors, beta: float, skip: Tensor | None) -> None:

@@ -108,10 +108,10 @@ def test_with_torchs_gradient_scaler_factors_and_steps_are_those_without(
 def test_the_host_waits_for_the_device_where_a_layer_is_decomposed_only(row: str) -> None:
     run = run_of(row, inverse_interval=16, factor_interval=1, lr=torch.tensor(0.02))
     run.train(0, 9)  # with the turns of the first steps
-    phases = {phase for team in run.optimizer._work_groups for phase in team.phases.values()}
+    slots = {slot for each in run.optimizer._work_groups for slot in each.slots.values()}
     without = 0
     for number in range(9, 25):
-        if number % 16 in phases:
+        if number % 16 in slots:
             run.train(number, number + 1)
             continue
         without += 1
