@@ -115,7 +115,7 @@ def read_summary(path: Path) -> Summary:
         samples=record.take("samples", whole()),
         steps_to_target=record.take("steps_to_target", optional(whole(1))),
         samples_to_target=record.take("samples_to_target", optional(whole(1))),
-        eval_loss=record.take("eval_loss", loss),
+        eval_loss=record.take("eval_loss", fields.number_or_none),
         seconds=record.find("seconds", fields.number_or_none),
         give_up_samples=record.find("give_up_samples", whole()),
         provenance=provenance.values,

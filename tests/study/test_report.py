@@ -178,6 +178,14 @@ def test_ties_go_to_the_lower_loss_and_then_to_the_lower_rate(tmp_path: Path) ->
     assert not point.at_edge
 
 
+def test_a_run_that_diverged_beyond_all_numbers_is_a_miss_and_not_left_out(tmp_path: Path) -> None:
+    record(tmp_path / "a", 100, lr=0.01)
+    record(tmp_path / "b", None, lr=0.02, status="diverged", eval_loss=4.75e33, loss=1e38)
+    study = read_study(tmp_path)
+    assert study.problems == []
+    assert (study.points[0].steps, study.points[0].trials) == (100, 2)
+
+
 def test_the_best_rate_at_an_end_of_those_tried_is_at_the_edge(tmp_path: Path) -> None:
     record(tmp_path / "64a", 100, lr=0.01)
     record(tmp_path / "128a", 60, lr=0.01, batch_size=128)
