@@ -54,9 +54,9 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     if options.alpha is not None:
         if ranks.is_first:
-            told = projection(options, cluster_of(options, given_link(options)))
-            show_projection(told, options.algorithms, Console())
-            keep(options.out, {"projection": told})
+            projected = projection(options, cluster_of(options, given_link(options)))
+            show_projection(projected, options.algorithms, Console())
+            keep(options.out, {"projection": projected})
         return 0
     try:
         measured = measure_all(options, ranks)
@@ -230,8 +230,8 @@ def report(
         cluster, trust = cluster_measured(options, measured, found[0].link)
         poor = " The fit behind it is poor." if found[0].doubts else ""
         console.print(f"\n{trust}{poor}")
-        parts["projection"] = told = projection(options, cluster)
-        show_projection(told, options.algorithms, console)
+        parts["projection"] = projected = projection(options, cluster)
+        show_projection(projected, options.algorithms, console)
     keep(options.out, parts)
 
 

@@ -52,9 +52,9 @@ def projection_figure(
     figure = Figure(figsize=(9.2, 4.0), layout="constrained")
     curves, areas = figure.subplots(1, 2)
     for index, nbytes in enumerate(sizes):
-        told = [project(cluster, count, nbytes, algorithms) for count in nodes]
+        rows = [project(cluster, count, nbytes, algorithms) for count in nodes]
         for name in algorithms:
-            seconds = [row.seconds.get(name, np.nan) for row in told]
+            seconds = [row.seconds.get(name, np.nan) for row in rows]
             dashes = DASHES[index % len(DASHES)]
             curves.plot(nodes, seconds, color=colours[name], linestyle=dashes, linewidth=1.2)
     curves.set(xscale="log", yscale="log", xlabel="Nodes", ylabel="Seconds of an all-reduce")

@@ -169,9 +169,9 @@ def verdict(store: Store, ranks: Ranks, number: int, fault: str) -> str:
         store.add(f"wrong/{number}", 1)
     if store.add(f"checked/{number}", 1) == ranks.size:  # the last one
         wrong = store.add(f"wrong/{number}", 0)
-        told = store.get(f"fault/{number}").decode() if wrong else ""
+        fault = store.get(f"fault/{number}").decode() if wrong else ""
         others = f" (and {wrong - 1} more ranks)" if wrong > 1 else ""
-        store.set(f"verdict/{number}", told + others)
+        store.set(f"verdict/{number}", fault + others)
     agreed: str = store.get(f"verdict/{number}").decode()
     return agreed
 

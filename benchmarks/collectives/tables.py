@@ -73,9 +73,11 @@ def show_fits(found: Sequence[Fit], console: Console) -> None:
         console.print("No alpha and beta: too few sizes of all_reduce over 2 or more ranks.")
         return
     best = found[0]
+    alpha = format_estimate(best.alpha, best.alpha_error)
+    beta = format_estimate(best.beta, best.beta_error)
     console.print(
-        f"As {best.algorithm}, all_reduce took alpha = {in_words(best.alpha, best.alpha_error)} "
-        f"seconds a message and beta = {in_words(best.beta, best.beta_error)} seconds a byte "
+        f"As {best.algorithm}, all_reduce took alpha = {alpha} seconds a message and beta = {beta} "
+        "seconds a byte "
         "(adding up included), with standard errors. Spread of the times around each algorithm's "
         "model: "
         + ", ".join(f"{fit.algorithm} {fit.spread:.0%}" for fit in found)
@@ -85,12 +87,12 @@ def show_fits(found: Sequence[Fit], console: Console) -> None:
         console.print(f"The fit is poor: {doubt}.", style="bold")
 
 
-def in_words(value: float, error: float) -> str:
+def format_estimate(value: float, error: float) -> str:
     return f"{value:.3g} ± {error:.2g}"
 
 
-def show_projection(told: dict[str, Any], algorithms: Sequence[str], console: Console) -> None:
-    cluster: Cluster = told["cluster"]
+def show_projection(projected: dict[str, Any], algorithms: Sequence[str], console: Console) -> None:
+    cluster: Cluster = projected["cluster"]
     out, inside = cluster.shared_out, cluster.inside
     console.print(
         f"\nPROJECTION, not a measurement: all-reduce over nodes of {cluster.ranks_per_node} ranks "
@@ -100,7 +102,7 @@ def show_projection(told: dict[str, Any], algorithms: Sequence[str], console: Co
     table = Table(title="milliseconds, * the fastest", title_justify="left")
     for name in ("bytes", "nodes", *algorithms):
         table.add_column(name, justify="right", overflow="fold")
-    for row in told["rows"]:
+    for row in projected["rows"]:
         cells = [
             f"{1e3 * row.seconds[name]:,.3f}{'*' if name == row.fastest else ' '}"
             if name in row.seconds
@@ -109,8 +111,8 @@ def show_projection(told: dict[str, Any], algorithms: Sequence[str], console: Co
         ]
         table.add_row(binary(row.nbytes), f"{row.nodes:,}", *cells)
     console.print(table)
-    console.print(f"The model's choice for {told['nodes']:,} nodes, as oneCCL's environment:")
-    for name, value in told["settings"].items():
+    console.print(f"The model's choice for {projected['nodes']:,} nodes, as oneCCL's environment:")
+    for name, value in projected["settings"].items():
         console.print(f'  export {name}="{value}"', soft_wrap=True, highlight=False)
     console.print(
         "A proposal. Sizes are of a rank's share of the message, which oneCCL's topo sends between "
@@ -125,11 +127,11 @@ def keep(folder: Path | None, parts: dict[str, Any]) -> None:
     """Tables as CSV, pictures as PNG, all of it as JSON with what it was measured with."""
     if folder is None:
         return
-    told = parts.get("projection")
+    projected = parts.get("projection")
     if "measured" in parts:
         keep_measured(folder, parts["measured"], parts["fits"])
-    if told is not None:
-        keep_projection(folder, told)
+    if projected is not None:
+        keep_projection(folder, projected)
     print(f"largebatch: tables and pictures are in {folder}")
 
 
@@ -170,10 +172,10 @@ def keep_measured(folder: Path, measured: "Sequence[Measurement]", found: Sequen
         measured_figure(rows, title).savefig(folder / "collectives.png", dpi=150)
 
 
-def keep_projection(folder: Path, told: dict[str, Any]) -> None:
+def keep_projection(folder: Path, projected: dict[str, Any]) -> None:
     from largebatch.benchmarks.collectives.picture import projection_figure
 
-    rows, cluster = told["rows"], told["cluster"]
+    rows, cluster = projected["rows"], projected["cluster"]
     names = list(dict.fromkeys(name for row in rows for name in row.seconds))
     with (folder / "projection.csv").open("x", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -181,8 +183,8 @@ def keep_projection(folder: Path, told: dict[str, Any]) -> None:
         for row in rows:
             cells = [row.seconds.get(name, "") for name in names]
             table.writerow([row.nodes, row.nbytes, *cells])
-    lines = [f'export {name}="{value}"' for name, value in told["settings"].items()]
-    head = f"# PROJECTED by a cost model for {told['nodes']} nodes; check values before use\n"
+    lines = [f'export {name}="{value}"' for name, value in projected["settings"].items()]
+    head = f"# PROJECTED by a cost model for {projected['nodes']} nodes; check values before use\n"
     (folder / "oneccl.env").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
     nodes = sorted({row.nodes for row in rows})
     sizes = sorted({row.nbytes for row in rows})

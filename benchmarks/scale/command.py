@@ -102,9 +102,9 @@ def measure(shapes: Shapes, sizes: Sequence[int], link: Link) -> Record:
         for size in sizes:
             for name in EXCHANGES:
                 row = exchanged(name, shapes, layout, size)
-                found.append(told(name, layout, size, row, link))
+                found.append(exchange_row(name, layout, size, row, link))
             row = norms_reduced(shapes, layout, size)
-            found.append(told("LAMB, LARS: norms", layout, size, row, link))
+            found.append(exchange_row("LAMB, LARS: norms", layout, size, row, link))
             plan = planned(shapes, layout, size)
             plans.append({"layout": layout, "ranks": size, **asdict(plan), **by_torch(plan, size)})
     return {
@@ -120,7 +120,7 @@ def measure(shapes: Shapes, sizes: Sequence[int], link: Link) -> Record:
     }
 
 
-def told(name: str, layout: str, size: int, row: Exchanged, link: Link) -> dict[str, Any]:
+def exchange_row(name: str, layout: str, size: int, row: Exchanged, link: Link) -> dict[str, Any]:
     """A row of the record, with what is modelled."""
     # A sum goes from copy to copy, over the nodes, where each of these has one.
     over = size if layout == "ddp" else size // PER_NODE

@@ -288,7 +288,7 @@ def planned(shapes: Shapes, layout: str, size: int) -> Planned:
         state, paths = planner.state_dict, planner.mappings
         begun = time.process_time()
         digest = digest_of(state, paths, first)
-        told = time.process_time()
+        planned = time.process_time()
         whole = plan_of(digest, state, paths, first)
         ended = time.process_time()
         writers = {r for value in state.values() for _, may in parts_of(value, size) for r in may}
@@ -300,7 +300,7 @@ def planned(shapes: Shapes, layout: str, size: int) -> Planned:
         assert whole is not None
         assert other is not None
         return Planned(
-            len(writers), ended - begun, last - between + told - begun, told - begun, 2 * 8,
+            len(writers), ended - begun, last - between + planned - begun, planned - begun, 2 * 8,
             *by_torch(nested(params)),
         )  # fmt: skip
 
@@ -323,13 +323,13 @@ def by_torch(tensors: dict[str, Any], num_plans: int = 8) -> tuple[int, float]:
     """Bytes of one rank's plan, and seconds that joining such plans takes for each of them."""
     planner = DefaultSavePlanner()
     planner.set_up_planner(tensors, is_coordinator=True)
-    told = pickle.dumps(planner.create_local_plan())
+    plan = pickle.dumps(planner.create_local_plan())
     collects = gc.isenabled()
     gc.disable()  # what there is to search depends on what else this process has made
     try:
         begun = time.process_time()
-        planner._dedup_save_plans([pickle.loads(told) for _ in range(num_plans)])
-        return len(told), (time.process_time() - begun) / num_plans
+        planner._dedup_save_plans([pickle.loads(plan) for _ in range(num_plans)])
+        return len(plan), (time.process_time() - begun) / num_plans
     finally:
         if collects:
             gc.enable()

@@ -15,7 +15,7 @@ MOST_NAMED: Final = 8
 
 
 @dataclass(frozen=True)
-class Finding:
+class ReportedDivergence:
     """A collective in which ranks did not come together, as a report has it.
 
     Attributes:
@@ -51,7 +51,7 @@ def read_reports(run: Path, problems: list[str]) -> list[Cause]:
     suspects = culprits or silent
     hosts = _hosts(path.parent, suspects, problems)
     evidence = [f"{name}: {reason}"]
-    evidence += [f"{name}: {_in_words(finding)}" for finding in findings]
+    evidence += [f"{name}: {_format_divergence(finding)}" for finding in findings]
     for place in held.each("places"):
         ranks, lines = place.find("ranks", RANKS) or [], place.find("lines", list_of(text))
         if lines and (set(ranks) & set(suspects) or not suspects):
@@ -70,11 +70,11 @@ def read_reports(run: Path, problems: list[str]) -> list[Cause]:
     ]
 
 
-def _finding(held: Fields) -> Finding | None:
+def _finding(held: Fields) -> ReportedDivergence | None:
     """None where it is noted as damaged."""
     try:
         calls = held.take("calls", _calls)
-        return Finding(
+        return ReportedDivergence(
             held.take("kind", text),
             held.take("number", whole()),
             calls[0][0],
@@ -99,7 +99,10 @@ def _calls(value: Any) -> list[tuple[str, list[int]]]:
 
 
 def _who(
-    findings: Sequence[Finding], culprits: list[int], silent: list[int], hosts: dict[int, str]
+    findings: Sequence[ReportedDivergence],
+    culprits: list[int],
+    silent: list[int],
+    hosts: dict[int, str],
 ) -> str:
     where = f" (on {', '.join(dict.fromkeys(hosts.values()))})" if hosts else ""
     first = {finding.kind: finding for finding in reversed(findings)}
@@ -124,7 +127,7 @@ def _who(
     return "The run stood still, and no rank waited for another in a collective."
 
 
-def _in_words(finding: Finding) -> str:
+def _format_divergence(finding: ReportedDivergence) -> str:
     entered = "; ".join(f"{_ranks(ranks)} in it" for ranks in finding.entered)
     missing = f"; {_ranks(finding.missing)} missing" if finding.missing else ""
     return f"collective {finding.number}, {finding.call}: {entered}{missing}"

@@ -1,4 +1,4 @@
-"""All checks of what has been read: pure functions from `Facts` to findings."""
+"""All checks of what has been read: pure functions from `HostFacts` to findings."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
@@ -13,7 +13,7 @@ from largebatch.launch.doctor import (
     checks_world,
 )
 from largebatch.launch.doctor.findings import Finding, merged
-from largebatch.launch.doctor.system import Facts
+from largebatch.launch.doctor.host import HostFacts
 
 TOGETHER: Final = (
     "node",
@@ -30,7 +30,7 @@ TOGETHER: Final = (
 )
 
 
-def of_one(facts: Facts) -> list[Finding]:
+def of_one(facts: HostFacts) -> list[Finding]:
     """What one process tells by itself."""
     found: list[Finding] = []
     for room in (
@@ -44,7 +44,7 @@ def of_one(facts: Facts) -> list[Finding]:
     return found
 
 
-def together(world: Sequence[Facts]) -> list[Finding]:
+def together(world: Sequence[HostFacts]) -> list[Finding]:
     """What the ranks of a node show beside one another, and all ranks. Reads `TOGETHER` only."""
     found: list[Finding] = []
     for ranks in by_node(world).values():
@@ -53,20 +53,20 @@ def together(world: Sequence[Facts]) -> list[Finding]:
     return [*found, *checks_world.check(world)]
 
 
-def of_all(world: Sequence[Facts]) -> list[Finding]:
+def of_all(world: Sequence[HostFacts]) -> list[Finding]:
     """All of it, as one list in which nothing is said twice."""
     return merged([*(finding for facts in world for finding in of_one(facts)), *together(world)])
 
 
-def by_node(world: Iterable[Facts]) -> dict[str, list[Facts]]:
+def by_node(world: Iterable[HostFacts]) -> dict[str, list[HostFacts]]:
     """The ranks of each node, nodes in the order of their first rank."""
-    nodes: dict[str, list[Facts]] = {}
+    nodes: dict[str, list[HostFacts]] = {}
     for facts in world:
         nodes.setdefault(facts.node, []).append(facts)
     return nodes
 
 
-def thin(facts: Facts) -> dict[str, Any]:
+def thin(facts: HostFacts) -> dict[str, Any]:
     """What `together` needs of a rank, as small as it goes: rank 0 reads 98,304 of these.
 
     A node's environment is told by its local rank 0; the others tell their own part of it.

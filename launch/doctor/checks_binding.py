@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Final
 
 from largebatch.launch.doctor.findings import Finding
-from largebatch.launch.doctor.system import Facts
+from largebatch.launch.doctor.host import HostFacts
 
 _AURORA_CPUS: Final = 208
 _CORES: Final = 104
@@ -23,7 +23,7 @@ SAFE_LIST: Final = (
 SAFE_WORKERS: Final = "CCL_WORKER_AFFINITY=42,43,44,45,46,47,94,95,96,97,98,99"
 
 
-def check_node(ranks: Sequence[Facts]) -> Iterator[Finding]:
+def check_node(ranks: Sequence[HostFacts]) -> Iterator[Finding]:
     """cores-unbound, cores-overlap, cores-reserved, cores-two-sockets, cores-ccl, cores-copper."""
     node = ranks[0].node
     cores = {facts.rank: physical(facts) for facts in ranks if facts.cores}
@@ -43,14 +43,14 @@ def check_node(ranks: Sequence[Facts]) -> Iterator[Finding]:
         yield from _aurora(ranks, cores)
 
 
-def physical(facts: Facts) -> frozenset[int]:
+def physical(facts: HostFacts) -> frozenset[int]:
     """The cores under the logical CPUs of a rank: a hyperthread is its core."""
     if facts.num_cpus != _AURORA_CPUS:
         return frozenset(facts.cores)
     return frozenset(cpu % _CORES for cpu in facts.cores)
 
 
-def _all(facts: Facts) -> int:
+def _all(facts: HostFacts) -> int:
     return _CORES if facts.num_cpus == _AURORA_CPUS else facts.num_cpus
 
 
@@ -71,7 +71,7 @@ def _overlap(cores: dict[int, frozenset[int]], node: str) -> Iterator[Finding]:
         owner |= dict.fromkeys(held, rank)
 
 
-def _aurora(ranks: Sequence[Facts], cores: dict[int, frozenset[int]]) -> Iterator[Finding]:
+def _aurora(ranks: Sequence[HostFacts], cores: dict[int, frozenset[int]]) -> Iterator[Finding]:
     taken = frozenset[int]().union(*cores.values())
     if taken & _RESERVED:
         yield Finding(
@@ -114,7 +114,7 @@ def _aurora(ranks: Sequence[Facts], cores: dict[int, frozenset[int]]) -> Iterato
         )
 
 
-def worker_cores(facts: Facts) -> frozenset[int]:
+def worker_cores(facts: HostFacts) -> frozenset[int]:
     """Where oneCCL's workers of this node run; none where nothing asks for tiles."""
     if not facts.expects_tiles:
         return frozenset()

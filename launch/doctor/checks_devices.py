@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 from largebatch.launch.doctor.checks_environment import hierarchy
 from largebatch.launch.doctor.findings import Finding
-from largebatch.launch.doctor.system import Facts
+from largebatch.launch.doctor.host import HostFacts
 
 
-def check(facts: Facts) -> Iterator[Finding]:
+def check(facts: HostFacts) -> Iterator[Finding]:
     """ze-composite, devices-few: what one rank can tell."""
     devices = facts.torch.get("devices", 0)
     if not facts.torch.get("xpu"):
@@ -36,7 +36,7 @@ def check(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def check_node(ranks: Sequence[Facts]) -> Iterator[Finding]:
+def check_node(ranks: Sequence[HostFacts]) -> Iterator[Finding]:
     """device-shared: what the ranks of one node tell together."""
     if any("ZEX_NUMBER_OF_CCS" in facts.environment for facts in ranks):
         return  # several ranks a tile are meant
@@ -57,7 +57,7 @@ def check_node(ranks: Sequence[Facts]) -> Iterator[Finding]:
             )
 
 
-def tile(facts: Facts) -> str:
+def tile(facts: HostFacts) -> str:
     """The tile that this rank will take, by its number among all of the node."""
     shown = [part for part in facts.environment.get("ZE_AFFINITY_MASK", "").split(",") if part]
     # A mask of one tile for each rank: torch counts what it shows, from 0.

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from largebatch.launch.doctor.findings import Finding
-from largebatch.launch.doctor.system import Facts
+from largebatch.launch.doctor.host import HostFacts
 
 # A world from which start-up limits begin to tell.
 _LARGE_WORLD: Final = 1000
 
 
-def check(facts: Facts) -> Iterator[Finding]:
+def check(facts: HostFacts) -> Iterator[Finding]:
     """ccl-direct-on-ofi, ccl-kvs-on-ofi, ccl-2d-scaleout, ccl-bcast, ccl-launcher, ccl-kvs-timeout,
     fi-monitor, ze-mask, libuv-off.
     """
@@ -84,7 +84,7 @@ def _transport(environment: Mapping[str, str]) -> Iterator[Finding]:
         )
 
 
-def _launcher(facts: Facts) -> Iterator[Finding]:
+def _launcher(facts: HostFacts) -> Iterator[Finding]:
     environment = facts.environment
     launcher = environment.get("CCL_PROCESS_LAUNCHER")
     if launcher == "none" and not {"CCL_LOCAL_RANK", "CCL_LOCAL_SIZE"} <= environment.keys():
@@ -105,7 +105,7 @@ def _launcher(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _large(facts: Facts) -> Iterator[Finding]:
+def _large(facts: HostFacts) -> Iterator[Finding]:
     environment = facts.environment
     if facts.size >= _LARGE_WORLD and environment.get("USE_LIBUV") == "0":
         yield Finding(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from largebatch.launch.doctor.findings import Finding
-from largebatch.launch.doctor.system import Facts, Folder
+from largebatch.launch.doctor.host import Folder, HostFacts
 
 # Where multiprocessing and torch's shared memory put their sockets below TMPDIR:
 # /torch-shm-dir-XXXXXX/manager.sock and /pymp-XXXXXXXX/listener-XXXXXXXX.
@@ -20,7 +20,7 @@ _TMPDIR_NEEDS: Final = 256 << 20
 _OTHER_SOCKETS: Final = 1024
 
 
-def check(facts: Facts) -> Iterator[Finding]:
+def check(facts: HostFacts) -> Iterator[Finding]:
     """ranks-refused, world-of-one, and those of limits and of folders."""
     yield from _world(facts)
     yield from _limits(facts)
@@ -28,7 +28,7 @@ def check(facts: Facts) -> Iterator[Finding]:
     yield from _run_folder(facts)
 
 
-def _world(facts: Facts) -> Iterator[Finding]:
+def _world(facts: HostFacts) -> Iterator[Finding]:
     if facts.launcher_error:
         yield Finding(
             "ranks-refused",
@@ -54,7 +54,7 @@ def _world(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _limits(facts: Facts) -> Iterator[Finding]:
+def _limits(facts: HostFacts) -> Iterator[Finding]:
     if facts.size == 1:
         return
     needed = facts.size + _OTHER_SOCKETS
@@ -98,7 +98,7 @@ def _limits(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _tmpdir(facts: Facts) -> Iterator[Finding]:
+def _tmpdir(facts: HostFacts) -> Iterator[Finding]:
     folder = facts.tmpdir
     here = (facts.node,) if facts.size > 1 else ()
     length = len(folder.path.encode())
@@ -134,7 +134,7 @@ def _tmpdir(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _run_folder(facts: Facts) -> Iterator[Finding]:
+def _run_folder(facts: HostFacts) -> Iterator[Finding]:
     folder = facts.run_folder
     here = (facts.node,) if facts.size > 1 else ()
     if folder.error or not folder.writable:

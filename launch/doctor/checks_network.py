@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from typing import Final
 
 from largebatch.launch.doctor.findings import Finding
-from largebatch.launch.doctor.system import Facts
+from largebatch.launch.doctor.host import HostFacts
 
 _SLOW_START_SECONDS: Final = 30.0
 
 
-def check(facts: Facts) -> Iterator[Finding]:
+def check(facts: HostFacts) -> Iterator[Finding]:
     """master-unknown, master-loopback, master-elsewhere, master-slow-network, port-taken,
     lookup-slow.
     """
@@ -49,7 +49,7 @@ def check(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _interface(facts: Facts) -> Iterator[Finding]:
+def _interface(facts: HostFacts) -> Iterator[Finding]:
     holds = [name for name, held in facts.addresses.items() if held in facts.master_resolves]
     fast = sorted(name for name in facts.addresses if name.startswith("hsn"))
     told = f"MASTER_ADDR={facts.master} ({', '.join(facts.master_resolves)})"

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 
 from largebatch.launch.doctor.findings import Finding
-from largebatch.launch.doctor.system import MODULES, Facts
+from largebatch.launch.doctor.host import MODULES, HostFacts
 
 # A wheel of pytorch.org or PyPI says so after the plus; Aurora's says git449b176, an XPU one xpu.
 _FOREIGN_TAGS = ("cpu", "cu", "rocm")
 
 
-def check(facts: Facts) -> Iterator[Finding]:
+def check(facts: HostFacts) -> Iterator[Finding]:
     """torch-missing, torch-replaced, torch-broken, xpu-unavailable, module-missing, module-dead,
     deepspeed-accelerator, backend-ccl, hydra-plugin-old.
     """
@@ -41,7 +41,7 @@ def check(facts: Facts) -> Iterator[Finding]:
     yield from _hydra(facts)
 
 
-def _torch(facts: Facts) -> Iterator[Finding]:
+def _torch(facts: HostFacts) -> Iterator[Finding]:
     version = facts.versions.get("torch")
     if version is None or "torch" in facts.missing_modules:
         yield Finding(
@@ -70,7 +70,7 @@ def _torch(facts: Facts) -> Iterator[Finding]:
         yield _no_tiles(facts, version)
 
 
-def _missing(facts: Facts, name: str) -> Finding:
+def _missing(facts: HostFacts, name: str) -> Finding:
     extra = "mpi" if name == "mpi4py" else "train"
     for_optimizers = name not in MODULES or facts.size > 1
     return Finding(
@@ -84,7 +84,7 @@ def _missing(facts: Facts, name: str) -> Finding:
     )
 
 
-def _no_tiles(facts: Facts, version: str) -> Finding:
+def _no_tiles(facts: HostFacts, version: str) -> Finding:
     tag = version.partition("+")[2]
     if not tag or tag.startswith(_FOREIGN_TAGS):
         return Finding(
@@ -113,7 +113,7 @@ def _no_tiles(facts: Facts, version: str) -> Finding:
     )
 
 
-def _deepspeed(facts: Facts) -> Iterator[Finding]:
+def _deepspeed(facts: HostFacts) -> Iterator[Finding]:
     version = facts.versions.get("deepspeed")
     accelerator = facts.environment.get("DS_ACCELERATOR")
     if version is None or accelerator != "xpu" or _numbers(version) >= (0, 18, 7):
@@ -128,7 +128,7 @@ def _deepspeed(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _hydra(facts: Facts) -> Iterator[Finding]:
+def _hydra(facts: HostFacts) -> Iterator[Finding]:
     core, plugin = facts.versions.get("hydra-core"), facts.versions.get("hydra-joblib-launcher")
     if core and plugin and _numbers(core) >= (1, 4) > _numbers(plugin):
         yield Finding(
@@ -146,5 +146,5 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts)
 
 
-def _here(facts: Facts) -> tuple[str, ...]:
+def _here(facts: HostFacts) -> tuple[str, ...]:
     return (facts.node,) if facts.size > 1 else ()

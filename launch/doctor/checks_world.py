@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from largebatch.launch.doctor.findings import Finding
-from largebatch.launch.doctor.system import Facts
+from largebatch.launch.doctor.host import HostFacts
 from largebatch.launch.hosts import places
 
 _SKEW_SECONDS: Final = 1.0
 
 
-def check(world: Sequence[Facts]) -> Iterator[Finding]:
+def check(world: Sequence[HostFacts]) -> Iterator[Finding]:
     """versions-differ, sizes-differ, ranks-uneven, clock-skew."""
     for name in sorted({name for facts in world for name in facts.versions}):
         yield from _differ(world, name)
@@ -49,7 +49,7 @@ def check(world: Sequence[Facts]) -> Iterator[Finding]:
             )
 
 
-def _differ(world: Sequence[Facts], name: str) -> Iterator[Finding]:
+def _differ(world: Sequence[HostFacts], name: str) -> Iterator[Finding]:
     held = Counter(facts.versions.get(name) for facts in world)
     if len(held) == 1:
         return

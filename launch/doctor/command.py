@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from largebatch.distributed.mailbox import Unreachable
 from largebatch.launch.doctor import checks
 from largebatch.launch.doctor.findings import Finding, as_json, as_text, exit_code
+from largebatch.launch.doctor.host import Host, HostFacts, alone, collect
 from largebatch.launch.doctor.preflight.command import MODES, Verdict, preflight, seconds_for
-from largebatch.launch.doctor.preflight.meeting import Unreachable
-from largebatch.launch.doctor.preflight.nodes import TooFewNodes, choose, remembered, told
+from largebatch.launch.doctor.preflight.nodes import TooFewNodes, choose, format_choice, remembered
 from largebatch.launch.doctor.preflight.probe import ANSWER, TEMPLATE, give, probe
-from largebatch.launch.doctor.system import Facts, System, alone, look
 from largebatch.launch.hosts import host_lines, write_hosts
 from largebatch.records.outcomes import ExitCode
 
@@ -21,20 +21,20 @@ from largebatch.records.outcomes import ExitCode
 def main(arguments: list[str]) -> int:
     """Run `largebatch doctor ARGUMENTS`; returns 0 (no error found), 1 (errors), 2 (refused)."""
     options = _parser().parse_args(arguments)
-    system = System()
+    host = Host()
     try:
         _check(options)
-        lines = _hostfile(options, system) if options.nodes else []
+        lines = _hostfile(options, host) if options.nodes else []
         taken_out = remembered(options.bad)
     except ValueError as error:
         print(f"largebatch: {error}", file=sys.stderr)
         return ExitCode.REFUSED
     if options.answer is not None:
-        facts = look(alone(system), options.run_folder)
+        facts = collect(alone(host), options.run_folder)
         give(options.answer, facts.node, as_json(checks.of_all([facts]), _about(facts)))
         return 0
-    facts = look(system, options.run_folder)
-    desk = _Desk(options, facts, lines)
+    facts = collect(host, options.run_folder)
+    desk = _Printer(options, facts, lines)
     if options.probe:
         seconds = options.timeout or seconds_for("fast", len(lines))
         found = probe(lines, options.probe, seconds, options.hostfile_out)
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
         return desk.report(verdict) if facts.rank == 0 else exit_code(verdict.findings)
     try:
         return preflight(
-            facts, system.ranks(), mode, report=desk.report, timeout_seconds=options.timeout,
+            facts, host.ranks(), mode, report=desk.report, timeout_seconds=options.timeout,
             all_to_all=options.all_to_all,
         ).code  # fmt: skip
     except Unreachable as error:
@@ -61,10 +61,10 @@ _DIAL = (
 )
 
 
-class _Desk:
+class _Printer:
     """Says what was found, on rank 0."""
 
-    def __init__(self, options: argparse.Namespace, facts: Facts, lines: list[str]) -> None:
+    def __init__(self, options: argparse.Namespace, facts: HostFacts, lines: list[str]) -> None:
         self.options, self.facts, self.lines = options, facts, lines
 
     def report(self, verdict: Verdict) -> int:
@@ -83,7 +83,7 @@ class _Desk:
                 if self.options.spares_out is not None:
                     write_hosts(choice.spares, self.options.spares_out)
                 # What was wrong is left out.
-                code, words = 0, told(choice, self.options.hostfile_out)
+                code, words = 0, format_choice(choice, self.options.hostfile_out)
                 chosen = {"nodes": list(choice.lines), "left_out": dict(choice.left_out)}
         if self.options.json:
             print(as_json(verdict.findings, {**_about(self.facts), **verdict.measured, **chosen}))
@@ -95,7 +95,7 @@ class _Desk:
         return code
 
 
-def page(facts: Facts, findings: list[Finding], measured: dict[str, Any]) -> str:
+def page(facts: HostFacts, findings: list[Finding], measured: dict[str, Any]) -> str:
     """The short page for people."""
     known = {name: version for name, version in facts.versions.items() if version}
     lines = [
@@ -122,7 +122,7 @@ def page(facts: Facts, findings: list[Finding], measured: dict[str, Any]) -> str
     return "\n".join(lines)
 
 
-def _about(facts: Facts) -> dict[str, Any]:
+def _about(facts: HostFacts) -> dict[str, Any]:
     return {
         "node": facts.node,
         "ranks": facts.size,
@@ -147,8 +147,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--hostfile-out {options.hostfile_out}: there is no such folder")
 
 
-def _hostfile(options: argparse.Namespace, system: System) -> list[str]:
-    named = options.hostfile or system.environment.get("PBS_NODEFILE")
+def _hostfile(options: argparse.Namespace, host: Host) -> list[str]:
+    named = options.hostfile or host.environment.get("PBS_NODEFILE")
     if not named:
         raise ValueError(
             "--nodes chooses from the allocation's hostfile: give it with --hostfile FILE, or run "

@@ -19,7 +19,7 @@ from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig
 from largebatch.launch.jobs.cluster import Scheduler, check_queue, queue_of
 from largebatch.launch.jobs.job import Job
 from largebatch.launch.jobs.script import directives_lines, script
-from largebatch.launch.sweeps.ground import Attempt, Ended
+from largebatch.launch.sweeps.backend import Attempt, Ended
 from largebatch.launch.sweeps.record import Record, Trial
 from largebatch.launch.sweeps.settings import KEY, SweepSettings
 from largebatch.records.heartbeat import process_start
@@ -55,8 +55,9 @@ def _local_id(pid: int) -> str:
 
 
 class Jobs:
-    """Jobs of a scheduler; see `Ground`. The scheduler chooses their nodes: Slurm's can be kept off
-    those that are left out, PBS's cannot.
+    """Jobs of a scheduler, as a `Backend`.
+
+    The scheduler chooses their nodes: Slurm's can be kept off those left out, PBS's cannot.
 
     Args:
         folder: of the sweep.

@@ -17,12 +17,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from largebatch.common.errors import ConfigError, RunFailed, hydra_word
 from largebatch.conf.cluster_config import ClusterConfig, NodeConfig
 from largebatch.distributed.walltime import end_of_job
+from largebatch.launch.sweeps.backend import Backend
 from largebatch.launch.sweeps.checks import checked, cluster_of
-from largebatch.launch.sweeps.conduct import Conductor, Outcome
-from largebatch.launch.sweeps.ground import Ground
-from largebatch.launch.sweeps.nodes import Blame
+from largebatch.launch.sweeps.node_health import NodeHealth
 from largebatch.launch.sweeps.progress import SweepProgress
 from largebatch.launch.sweeps.record import Record, Trial
+from largebatch.launch.sweeps.scheduler import Outcome, TrialScheduler
 from largebatch.launch.sweeps.settings import KEY, SweepSettings
 from largebatch.launch.sweeps.slices import Slices, nodes_here
 from largebatch.records.summary import objective
@@ -41,7 +41,7 @@ _NOT_PASSED_ON = (
 
 
 class TrialLauncher:
-    """All batches of one sweep: the ground they run on is held from the first to the last.
+    """All batches of one sweep: the backend that they run on is held from the first to the last.
 
     Args:
         values: of hydra.launcher.
@@ -55,8 +55,8 @@ class TrialLauncher:
         self._folder = Path(os.path.abspath(str(config.hydra.sweep.dir)))
         in_jobs = self.settings.shape == "jobs"
         self._end = end_of_job(None if in_jobs else self.settings.walltime)
-        self._blame = Blame()
-        self._ground: Ground | None = None
+        self._blame = NodeHealth()
+        self._backend: Backend | None = None
         self._in_study = config.get("study") is not None
 
     def launch(self, jobs: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
@@ -69,16 +69,16 @@ class TrialLauncher:
         setup_globals()
         trials = [self.trial(number, words) for number, words in enumerate(jobs, first)]
         with Record(self._folder) as record:
-            if self._ground is None:
+            if self._backend is None:
                 cluster = cluster_of(self.settings, next(iter(self._config_dirs()), None))
-                self._ground = ground(self.settings, cluster, record, self._folder)
-                atexit.register(self._ground.close)
+                self._backend = make_backend(self.settings, cluster, record, self._folder)
+                atexit.register(self._backend.close)
             if self.settings.dry_run:
-                print(self._ground.show(trials[0]))
+                print(self._backend.show(trials[0]))
                 print(f"# {len(trials)} jobs like this one would be submitted")
                 raise SystemExit(0)
-            conductor = Conductor(
-                trials, self._ground, record, self._blame, self.settings, self._end,
+            conductor = TrialScheduler(
+                trials, self._backend, record, self._blame, self.settings, self._end,
                 SweepProgress(len(trials), silent=self._in_study),
             )  # fmt: skip
             try:
@@ -92,10 +92,10 @@ class TrialLauncher:
         return [_returned(trial, outcomes[trial.name]) for trial in trials]
 
     def _close(self) -> None:
-        if self._ground is not None:
-            atexit.unregister(self._ground.close)
-            self._ground.close()
-            self._ground = None
+        if self._backend is not None:
+            atexit.unregister(self._backend.close)
+            self._backend.close()
+            self._backend = None
 
     def _config_dirs(self) -> list[str]:
         """Those of --config-dir."""
@@ -133,9 +133,9 @@ def _as_given(words: Any) -> list[str]:
     return [str(word) for word in OmegaConf.to_container(words) or ()]
 
 
-def ground(
+def make_backend(
     settings: SweepSettings, cluster: ClusterConfig | None, record: Record, folder: Path
-) -> Ground:
+) -> Backend:
     """Where trials run, by the settings' shape.
 
     Raises:

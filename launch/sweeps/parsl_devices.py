@@ -37,7 +37,7 @@ from largebatch.common.errors import ConfigError
 from largebatch.conf.cluster_config import ClusterConfig
 from largebatch.distributed.walltime import JOB_END
 from largebatch.launch.jobs.binding import Binding, bind, pals_list
-from largebatch.launch.sweeps.ground import Attempt, Ended
+from largebatch.launch.sweeps.backend import Attempt, Ended
 from largebatch.launch.sweeps.record import Trial
 from largebatch.launch.sweeps.settings import KEY, SweepSettings
 from largebatch.launch.sweeps.slices import one_a_node, start_script
@@ -125,7 +125,7 @@ def is_plain(path: str) -> bool:
 
 
 class Devices:
-    """Every device of the nodes; see `Ground`.
+    """Every device of the nodes; see `Backend`.
 
     Args:
         nodes: the allocation's.

@@ -19,7 +19,7 @@ from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig
 from largebatch.distributed.walltime import JOB_END
 from largebatch.launch.jobs.job import Job
 from largebatch.launch.jobs.script import cores_lines, launcher_lines, master_lines, variables_lines
-from largebatch.launch.sweeps.ground import Attempt, Ended
+from largebatch.launch.sweeps.backend import Attempt, Ended
 from largebatch.launch.sweeps.record import Trial
 from largebatch.launch.sweeps.tied import tied
 
@@ -27,7 +27,7 @@ PROBE_SECONDS: Final = 30.0
 
 
 class Slices:
-    """Nodes in slices of `nodes_per_trial`; see `Ground`.
+    """Nodes in slices of `nodes_per_trial`; see `Backend`.
 
     Args:
         nodes: the allocation's.

@@ -23,7 +23,7 @@ _MOST_NAMED: Final = 16
 
 
 @dataclass(frozen=True)
-class Finding:
+class Divergence:
     """One collective in which ranks do not come together.
 
     Attributes:
@@ -70,7 +70,7 @@ class Comparison:
         culprits: ranks to look at first: those that others wait for and that wait for nobody.
     """
 
-    findings: list[Finding]
+    findings: list[Divergence]
     culprits: list[int]
     words: list[str]
 
@@ -102,7 +102,7 @@ def compare(records: Mapping[int, Record]) -> Comparison:
         findings += [] if finding is None else [finding]
     culprits = _culprits(findings)
     findings.sort(key=lambda finding: not {*finding.missing, *finding.apart} & {*culprits})
-    return Comparison(findings, culprits, _in_words(findings, culprits, records))
+    return Comparison(findings, culprits, _format_divergences(findings, culprits, records))
 
 
 def _last_numbers(
@@ -128,19 +128,21 @@ def _last_numbers(
 
 def _gap(
     group: Group, calls: Mapping[int, Calls], last: Mapping[int, int], tells_done: bool
-) -> Finding | None:
+) -> Divergence | None:
     """The first collective that not all have entered; else the last, where it does not end."""
     behind = min(last.values())
     if behind == max(last.values()):
         entered = _entered(calls, behind)
         waits = any(not call.done for call, _ in entered)
-        return Finding("inside", group, behind, entered, []) if waits and tells_done else None
+        return Divergence("inside", group, behind, entered, []) if waits and tells_done else None
     number = behind + 1
     entered = _entered(calls, number)
     # A broadcast's source may be long gone: nobody waits in what is done.
     if not entered or (tells_done and all(call.done for call, _ in entered)):
         return None
-    return Finding("missing", group, number, entered, sorted(r for r in last if last[r] == behind))
+    return Divergence(
+        "missing", group, number, entered, sorted(r for r in last if last[r] == behind)
+    )
 
 
 def _entered(calls: Mapping[int, Calls], number: int) -> list[tuple[Call, list[int]]]:
@@ -156,7 +158,7 @@ def _entered(calls: Mapping[int, Calls], number: int) -> list[tuple[Call, list[i
 _SAME_SIZES: Final = re.compile(r"all_?reduce|_?reduce|broadcast|_?all_?gather")
 
 
-def _mismatch(group: Group, calls: Mapping[int, Calls]) -> Finding | None:
+def _mismatch(group: Group, calls: Mapping[int, Calls]) -> Divergence | None:
     """The first collective that is another one on some rank."""
     frontier = min(max(numbered) for numbered in calls.values())
     for number in sorted({number for numbered in calls.values() for number in numbered}):
@@ -174,11 +176,11 @@ def _mismatch(group: Group, calls: Mapping[int, Calls]) -> Finding | None:
                 for same in alike.values()
             ]
             merged.sort(key=lambda item: -len(item[1]))
-            return Finding("mismatch", group, number, merged, [])
+            return Divergence("mismatch", group, number, merged, [])
     return None
 
 
-def _culprits(findings: Sequence[Finding]) -> list[int]:
+def _culprits(findings: Sequence[Divergence]) -> list[int]:
     """Of a mismatch the ranks apart from most; else those that wait for nobody."""
     apart = {rank for finding in findings for rank in finding.apart}
     missing = {rank for finding in findings for rank in finding.missing}
@@ -189,8 +191,8 @@ def _culprits(findings: Sequence[Finding]) -> list[int]:
     return sorted(apart or missing - waiting)
 
 
-def _in_words(
-    findings: Sequence[Finding], culprits: Sequence[int], records: Mapping[int, Record]
+def _format_divergences(
+    findings: Sequence[Divergence], culprits: Sequence[int], records: Mapping[int, Record]
 ) -> list[str]:
     words = [f"{named(culprits)} the first to look at"] if culprits else []
     words += [str(finding) for finding in findings[:_MOST_NAMED]]

@@ -1,4 +1,4 @@
-"""Recorded situations, one file each in situations/, as the `System` that every rank would see."""
+"""Recorded situations, one file each in situations/, as the `Host` that every rank would see."""
 
 import tomllib
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 
 from largebatch.distributed.ranks import Ranks
 from largebatch.launch.doctor.checks_binding import cpu_list
-from largebatch.launch.doctor.system import Disk, Facts, System, look
+from largebatch.launch.doctor.host import Disk, Host, HostFacts, collect
 
 FOLDER = Path(__file__).with_name("situations")
 MERGED = ("environment", "versions", "disk_of")
@@ -30,8 +30,8 @@ def changed(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return {**base, **change, **merged}
 
 
-def facts_of(name: str, root: Path) -> list[Facts]:
-    """What each rank of the situation reads, through its own `System`."""
+def facts_of(name: str, root: Path) -> list[HostFacts]:
+    """What each rank of the situation reads, through its own `Host`."""
     situation = read(name)
     nodes, per_node = situation["nodes"], situation["per_node"]
     ranks = range(len(nodes) * per_node)
@@ -40,7 +40,7 @@ def facts_of(name: str, root: Path) -> list[Facts]:
     return [facts_of_rank(situation, rank, size, root / f"{name}-{rank}") for rank in present]
 
 
-def facts_of_rank(situation: dict[str, Any], rank: int, size: int, root: Path) -> Facts:
+def facts_of_rank(situation: dict[str, Any], rank: int, size: int, root: Path) -> HostFacts:
     per_node = situation["per_node"]
     node, local_rank = situation["nodes"][rank // per_node], rank % per_node
     for kind, whose in (("node", node), ("rank", str(rank))):
@@ -67,7 +67,7 @@ def facts_of_rank(situation: dict[str, Any], rank: int, size: int, root: Path) -
         found = situation["disk"] | special
         return Disk(found["exists"], found["writable"], int(found["free_gib"] * 2**30))
 
-    system = System(
+    host = Host(
         environment=environment,
         root=root,
         node=lambda: node,
@@ -88,7 +88,7 @@ def facts_of_rank(situation: dict[str, Any], rank: int, size: int, root: Path) -
         reverse_seconds=lambda address: situation["reverse_seconds"],
         port_is_free=lambda port: situation["port_free"],
     )
-    facts = look(system, Path(situation["run_folder"]))
+    facts = collect(host, Path(situation["run_folder"]))
     return replace(facts, clock_offset_seconds=situation["clock_offset"])
 
 

@@ -20,11 +20,11 @@ import torch.distributed as dist
 
 from largebatch.distributed.ranks import Ranks, meet, process_group
 from largebatch.launch.doctor.findings import exit_code
+from largebatch.launch.doctor.host import Disk, Host, collect
 from largebatch.launch.doctor.preflight import collectives as preflight_collectives
 from largebatch.launch.doctor.preflight import speed as preflight_speed
 from largebatch.launch.doctor.preflight.collectives import Collectives
 from largebatch.launch.doctor.preflight.command import Verdict, preflight
-from largebatch.launch.doctor.system import Disk, System, look
 
 NEVER = 600.0
 
@@ -241,7 +241,7 @@ def fly_rank(
     preflight_collectives.SIZES["fast"] = tuple(sizes)
     preflight_speed.NUM_BYTES["fast"] = 1 << 16
     ranks = Ranks("nproc", rank, size, rank % per_node, per_node, "127.0.0.1", port)
-    system = System(
+    host = Host(
         environment={},
         node=lambda: f"n{rank // per_node}",
         ranks=lambda: ranks,
@@ -263,11 +263,11 @@ def fly_rank(
         return exit_code(verdict.findings)
 
     verdict = preflight(
-        look(system, folder),
+        collect(host, folder),
         ranks,
         "fast",
         report=report,
-        system=system,
+        host=host,
         collectives=collectives(),
         device=torch.device("cpu"),
         timeout_seconds=timeout_seconds,

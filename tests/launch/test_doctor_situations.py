@@ -15,7 +15,7 @@ from largebatch.distributed.addresses import listen
 from largebatch.distributed.ranks import Ranks
 from largebatch.launch.doctor import checks
 from largebatch.launch.doctor.findings import Finding, as_json, as_text, exit_code, merged
-from largebatch.launch.doctor.system import System, expects_tiles, look, look_at_master
+from largebatch.launch.doctor.host import Host, collect, collect_master, expects_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,7 +94,7 @@ def test_a_launcher_that_contradicts_itself_is_a_finding_in_its_own_words(tmp_pa
     def refuse() -> Ranks:
         raise ConfigError("the launcher started 24 ranks, but mpi4py sees 1")
 
-    facts = look(System(environment={"PALS_RANKID": "3"}, ranks=refuse), tmp_path)
+    facts = collect(Host(environment={"PALS_RANKID": "3"}, ranks=refuse), tmp_path)
     found = checks.of_one(facts)
     assert [finding.code for finding in found] == ["ranks-refused"]
     assert "started 24 ranks" in found[0].found
@@ -151,5 +151,5 @@ def test_a_command_that_cannot_be_done_is_refused_in_a_sentence(
 def test_a_port_that_rank_0_has_taken_for_its_ranks_is_not_anothers() -> None:
     with listen("127.0.0.1", 0, one_node=True) as listener:
         ranks = Ranks("mpi", 0, 2, 0, 2, "127.0.0.1", listener.getsockname()[1], listener)
-        assert look_at_master(ranks, System())["master_port_free"]
-        assert not look_at_master(replace(ranks, listener=None), System())["master_port_free"]
+        assert collect_master(ranks, Host())["master_port_free"]
+        assert not collect_master(replace(ranks, listener=None), Host())["master_port_free"]

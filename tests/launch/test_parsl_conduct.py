@@ -12,46 +12,46 @@ from largebatch.common.errors import ConfigError
 from largebatch.conf.cluster_config import ClusterConfig, NodeConfig
 from largebatch.distributed.walltime import end_of_job
 from largebatch.launch.sweeps.checks import checked
-from largebatch.launch.sweeps.conduct import Conductor
-from largebatch.launch.sweeps.nodes import Blame
+from largebatch.launch.sweeps.node_health import NodeHealth
 from largebatch.launch.sweeps.progress import SweepProgress
 from largebatch.launch.sweeps.record import Record, Trial, is_busy
+from largebatch.launch.sweeps.scheduler import TrialScheduler
 from largebatch.launch.sweeps.slices import Slices, nodes_here
 
 HERE = Path(__file__).parent
 
 
 def test_a_node_is_at_fault_where_its_trials_end_elsewhere() -> None:
-    blame = Blame()
-    blame.failed("t1", ["n1"])
-    blame.failed("t2", ["n1"])
-    assert blame.doubtful == {"n1"}
-    assert blame.to_leave_out() == set()
-    blame.came_to_its_end("t1", ["n2"])
-    assert blame.doubtful == {"n1"}
-    blame.came_to_its_end("t2", ["n2"])
-    assert blame.to_leave_out() == {"n1"}
-    assert blame.to_leave_out() == set()  # is told once
+    health = NodeHealth()
+    health.record_failure("t1", ["n1"])
+    health.record_failure("t2", ["n1"])
+    assert health.doubtful == {"n1"}
+    assert health.newly_left_out() == set()
+    health.record_success("t1", ["n2"])
+    assert health.doubtful == {"n1"}
+    health.record_success("t2", ["n2"])
+    assert health.newly_left_out() == {"n1"}
+    assert health.newly_left_out() == set()  # is told once
 
 
 def test_nodes_are_forgiven_a_trial_that_fails_everywhere() -> None:
-    blame = Blame()
+    health = NodeHealth()
     for trial in ("t1", "t2", "t3"):
         for node in ("n1", "n2"):
-            blame.failed(trial, [node])
-    assert blame.doubtful == {"n1", "n2"}
+            health.record_failure(trial, [node])
+    assert health.doubtful == {"n1", "n2"}
     for trial in ("t1", "t2", "t3"):
-        blame.was_its_own(trial)
-    assert blame.doubtful == set()
-    assert blame.to_leave_out() == set()
+        health.forgive(trial)
+    assert health.doubtful == set()
+    assert health.newly_left_out() == set()
 
 
 def test_a_trial_that_ends_where_it_failed_blames_nobody() -> None:
-    blame = Blame()
+    health = NodeHealth()
     for trial in ("t1", "t2", "t3"):
-        blame.failed(trial, ["n1", "n2"])
-        blame.came_to_its_end(trial, ["n1", "n3"])
-    assert blame.faults == {"n2": 3}
+        health.record_failure(trial, ["n1", "n2"])
+        health.record_success(trial, ["n1", "n3"])
+    assert health.faults == {"n2": 3}
 
 
 class Bench:
@@ -82,7 +82,7 @@ class Bench:
         with Record(self.folder) as record:
             end = None if seconds is None else begin + seconds
             silence = SweepProgress(num_trials, silent=True)
-            conductor = Conductor(trials, slices, record, Blame(), settings, end, silence)
+            conductor = TrialScheduler(trials, slices, record, NodeHealth(), settings, end, silence)
             self.outcomes = {name: outcome.status for name, outcome in conductor.run().items()}
         return time.time() - begin
 

@@ -160,7 +160,7 @@ def test_without_its_extra_parsl_is_named_with_the_line_that_installs_it(
 ) -> None:
     from largebatch.common.errors import ConfigError
     from largebatch.launch.sweeps.checks import checked
-    from largebatch.launch.sweeps.launcher import ground
+    from largebatch.launch.sweeps.launcher import make_backend
     from largebatch.launch.sweeps.record import Record
 
     monkeypatch.setitem(sys.modules, "parsl", None)
@@ -168,4 +168,4 @@ def test_without_its_extra_parsl_is_named_with_the_line_that_installs_it(
         Record(tmp_path) as record,
         pytest.raises(ConfigError, match=r"parsl: pip install 'largebatch\[parsl\]'"),
     ):
-        ground(checked({}), None, record, tmp_path)
+        make_backend(checked({}), None, record, tmp_path)

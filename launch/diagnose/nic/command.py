@@ -20,7 +20,7 @@ FOLDER = "nic"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Record until told to stop, or report; returns the exit code, 2 where that cannot be."""
+    """Record until a signal, or report; return the exit code, 2 for options that are refused."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     try:
@@ -83,8 +83,8 @@ def record(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"nic-{options.node}.jsonl"
     recorder = Recorder(path, options.node, counters, options.every)
-    told = f"recording {len(counters):,} counters every {options.every:g} s into {path}"
-    print(f"largebatch nic: {told}", flush=True)
+    line = f"recording {len(counters):,} counters every {options.every:g} s into {path}"
+    print(f"largebatch nic: {line}", flush=True)
     begun = time.monotonic()
     took, failures = [], 0
     try:
@@ -103,23 +103,23 @@ def record(options: argparse.Namespace) -> int:
     finally:
         recorder.close()
     if took:
-        told = f"{len(took)} samples of {len(counters):,} counters in {path}: "
-        told += f"{recorder.bytes_written / len(took):,.0f} bytes and "
-        told += f"{1e3 * statistics.median(took):.1f} ms a sample"
-        print(f"largebatch nic: {told}")
+        line = f"{len(took)} samples of {len(counters):,} counters in {path}: "
+        line += f"{recorder.bytes_written / len(took):,.0f} bytes and "
+        line += f"{1e3 * statistics.median(took):.1f} ms a sample"
+        print(f"largebatch nic: {line}")
     return 0 if took else 1
 
 
 def say_unreadable(reasons: dict[str, int], total: int) -> None:
     for reason, count in reasons.items():
-        told = f"{count:,} of {total:,} counters cannot be read ({reason}); going on without them"
-        print(f"largebatch nic: {told}", file=sys.stderr)
+        line = f"{count:,} of {total:,} counters cannot be read ({reason}); going on without them"
+        print(f"largebatch nic: {line}", file=sys.stderr)
 
 
 def report(options: argparse.Namespace) -> int:
     """Words to standard output, the picture beside the records."""
     from largebatch.launch.diagnose.nic.picture import nic_figure
-    from largebatch.launch.diagnose.nic.report import told
+    from largebatch.launch.diagnose.nic.report import format_survey
     from largebatch.launch.diagnose.nic.survey import read_survey
     from largebatch.launch.diagnose.run_times import read_steps
 
@@ -135,7 +135,7 @@ def report(options: argparse.Namespace) -> int:
             f"{folder} holds no nic-NODE.jsonl, nor does {folder / FOLDER}: record them during the "
             f"run, with largebatch nic record --out {folder / FOLDER}"
         )
-    for line in told(survey, steps):
+    for line in format_survey(survey, steps):
         print(printable(line))
     out = options.out or folder / "nic.png"
     nic_figure(survey, steps).savefig(out, dpi=150)

@@ -171,7 +171,7 @@ def counting_noise(kind: Kind, rate: float, seconds: float) -> float:
 # ---- words
 
 
-def told(survey: Survey, steps: Steps | None) -> list[str]:
+def format_survey(survey: Survey, steps: Steps | None) -> list[str]:
     """The report, a line an entry."""
     minutes = (survey.borders[-1] - survey.borders[0]) / 60
     lines = [

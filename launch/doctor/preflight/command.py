@@ -1,6 +1,6 @@
 """The preflight: the first thing of a job, by all its ranks, before any compute is spent.
 
-    meet at rank 0  ->  each rank's facts  ->  the process group  ->  every collective by value
+    connect to rank 0  ->  each rank's facts  ->  the process group  ->  every collective by value
     ->  nodes timed in pairs  ->  one verdict, on rank 0, heard by all
 
 It ends within a few times `timeout_seconds` whatever hangs: then rank 0 has named who does not
@@ -15,21 +15,21 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from largebatch.distributed.mailbox import StoreMailbox, first_line
 from largebatch.launch.doctor import checks
 from largebatch.launch.doctor.findings import Finding, found_from, merged
-from largebatch.launch.doctor.preflight.meeting import Meeting, first_line
+from largebatch.launch.doctor.host import Host, HostFacts
 from largebatch.launch.doctor.preflight.speed import (
     FEWEST_NODES,
     NUM_BYTES,
     ROUNDS,
-    Seat,
+    Position,
     partners,
     rates,
     seconds_with,
     slow_nodes,
 )
-from largebatch.launch.doctor.preflight.watch import Stage, Watch, hang, lost, ranks_in_words
-from largebatch.launch.doctor.system import Facts, System
+from largebatch.launch.doctor.preflight.watch import Stage, Watch, format_ranks, hang, lost
 
 if TYPE_CHECKING:
     import torch
@@ -57,18 +57,18 @@ class Verdict:
     """On rank 0: seconds of each collective, GB/s of each node."""
     code: int = 0
     """What `report` returned: the exit code, where this is a command."""
-    meeting: Meeting | None = None
-    """Where ranks met: a run in the same processes keeps it until they have met again, since the
-    store is rank 0's."""
+    mailbox: StoreMailbox | None = None
+    """A run in the same processes keeps it until its ranks have connected anew, since the store is
+    rank 0's."""
 
 
 def preflight(
-    facts: Facts,
+    facts: HostFacts,
     ranks: "Ranks",
     mode: str,
     *,
     report: Callable[[Verdict], int],
-    system: System | None = None,
+    host: Host | None = None,
     collectives: "Collectives | None" = None,
     device: "torch.device | None" = None,
     timeout_seconds: float | None = None,
@@ -89,19 +89,19 @@ def preflight(
         Unreachable: this rank cannot reach rank 0, or no longer.
     """
     seconds = timeout_seconds or seconds_for(mode, ranks.size)
-    meeting = Meeting.of(ranks, seconds)
-    flight = _Flight(facts, ranks, mode, seconds, meeting, system or System(), report, all_to_all)
-    return flight.run(collectives, device)
+    mailbox = StoreMailbox.connect(ranks, seconds)
+    run = _PreflightRun(facts, ranks, mode, seconds, mailbox, host or Host(), report, all_to_all)
+    return run.run(collectives, device)
 
 
 @dataclass
-class _Flight:
-    facts: Facts
+class _PreflightRun:
+    facts: HostFacts
     ranks: "Ranks"
     mode: str
     seconds: float
-    meeting: Meeting
-    system: System
+    mailbox: StoreMailbox
+    host: Host
     report: Callable[[Verdict], int]
     all_to_all: bool
     arrived: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -111,36 +111,36 @@ class _Flight:
     nodes: list[str] = field(default_factory=list)
 
     def run(self, collectives: "Collectives | None", device: "torch.device | None") -> Verdict:
-        seats = self._arrive()
-        if seats is None:
+        positions = self._arrive()
+        if positions is None:
             return self._conclude(self._absent())
-        self.rows, self.nodes = seats["rows"], seats["nodes"]
+        self.rows, self.nodes = positions["rows"], positions["nodes"]
         with Watch(self.seconds, self._late) as watch:
-            told = self._fly(watch, collectives, device)
+            result = self._try_all(watch, collectives, device)
             watch.next("telling rank 0")
-            self.meeting.post("told", told)
+            self.mailbox.post("result", result)
         if not self.ranks.is_first:
             return self._conclude([])
-        answers = self.meeting.collect("told", self.seconds)
+        answers = self.mailbox.collect("result", self.seconds)
         return self._conclude(self._judge(answers), self._measured(answers))
 
     def _arrive(self) -> dict[str, Any] | None:
-        """All facts to rank 0, which then says who sits where; None where ranks are missing."""
+        """Send all facts to rank 0; return the ranks of each node, None where ranks are missing."""
         own = [asdict(finding) for finding in checks.of_one(self.facts)]
-        self.meeting.post("arrived", {"facts": checks.thin(self.facts), "found": own})
+        self.mailbox.post("arrived", {"facts": checks.thin(self.facts), "found": own})
         if self.ranks.is_first:
-            self.arrived = self.meeting.collect("arrived", self.seconds)
-            seats = None
+            self.arrived = self.mailbox.collect("arrived", self.seconds)
+            positions = None
             if len(self.arrived) == self.ranks.size:
                 held = checks.by_node(self._world())
                 rows = [[facts.rank for facts in row] for row in held.values()]
-                seats = {"rows": rows, "nodes": list(held)}
-            self.meeting.announce("seats", seats)
-            return seats
-        heard: dict[str, Any] | None = self.meeting.hear("seats", 2 * self.seconds)
+                positions = {"rows": rows, "nodes": list(held)}
+            self.mailbox.announce("positions", positions)
+            return positions
+        heard: dict[str, Any] | None = self.mailbox.hear("positions", 2 * self.seconds)
         return heard
 
-    def _fly(
+    def _try_all(
         self, watch: Watch, collectives: "Collectives | None", device: "torch.device | None"
     ) -> dict[str, Any]:
         """This rank's own result: what was wrong, what failed, how long things took."""
@@ -154,7 +154,7 @@ class _Flight:
             trials,
         )
 
-        told: dict[str, Any] = {"wrong": [], "seconds": {}, "pairs": []}
+        result: dict[str, Any] = {"wrong": [], "seconds": {}, "pairs": []}
         calls = collectives or Collectives()
         with ExitStack() as stack:
             try:
@@ -163,7 +163,7 @@ class _Flight:
                 calls.settle(device)
                 watch.next("making the process group")
                 watch.enter()
-                stack.enter_context(process_group(self.meeting.own_store(), self.ranks, device))
+                stack.enter_context(process_group(self.mailbox.group_store(), self.ranks, device))
                 for among in GROUPS:
                     ranks = members(among, self.ranks.rank, self.rows)
                     if among:
@@ -175,15 +175,15 @@ class _Flight:
                     for trial in trials(self.mode, among, to_all):
                         watch.next(str(trial))
                         if ranks:
-                            self._try(trial, ranks, watch, calls, device, told)
+                            self._try(trial, ranks, watch, calls, device, result)
                 calls.group = None
-                self._race(watch, calls, device, told)
+                self._race(watch, calls, device, result)
             except Exception as error:  # whatever a backend raises is a result
                 # Before the group ends, which makes the others fail too.
-                told["failed_as"] = self.meeting.count("failed")
+                result["failed_as"] = self.mailbox.count("failed")
                 message = f"{type(error).__name__}: {first_line(error)}"
-                told["failed"] = f"{watch.stage.name}: {message}"
-        return told
+                result["failed"] = f"{watch.stage.name}: {message}"
+        return result
 
     def _try(
         self,
@@ -192,20 +192,22 @@ class _Flight:
         watch: Watch,
         calls: "Collectives",
         device: "torch.device",
-        told: dict[str, Any],
+        result: dict[str, Any],
     ) -> None:
         from largebatch.launch.doctor.preflight.collectives import mistake, problem, run
 
         if trial.collective == "barrier":
             calls.settle(device)
-            self.meeting.count("barrier")
+            self.mailbox.count("barrier")
             watch.enter()
             calls.barrier()
             # All leave it at one moment, which is when clocks can be compared.
-            told["clock"] = self.system.clock()
-            before = self.meeting.count("barrier", 0)
+            result["clock"] = self.host.clock()
+            before = self.mailbox.count("barrier", 0)
             if before < self.ranks.size:
-                told["wrong"].append(f"barrier: open after {before:,} of {self.ranks.size:,} ranks")
+                result["wrong"].append(
+                    f"barrier: open after {before:,} of {self.ranks.size:,} ranks"
+                )
             return
         posed = problem(trial, ranks.index(self.ranks.rank), len(ranks), device)
         calls.settle(device)
@@ -214,38 +216,38 @@ class _Flight:
         found = run(trial, posed, calls)
         calls.settle(device)
         if self.ranks.is_first:
-            told["seconds"][str(trial)] = time.perf_counter() - started
+            result["seconds"][str(trial)] = time.perf_counter() - started
         if wrong := mistake(found, posed.right):
-            told["wrong"].append(f"{trial}: {wrong}")
+            result["wrong"].append(f"{trial}: {wrong}")
 
     def _race(
-        self, watch: Watch, calls: "Collectives", device: "torch.device", told: dict[str, Any]
+        self, watch: Watch, calls: "Collectives", device: "torch.device", result: dict[str, Any]
     ) -> None:
         """Exchanges between pairs of nodes, all pairs of a round at once."""
         if len(self.nodes) < FEWEST_NODES:
             return
         node = next(n for n, row in enumerate(self.rows) if self.ranks.rank in row)
-        seat = Seat(node, self.rows[node].index(self.ranks.rank), self.rows)
+        position = Position(node, self.rows[node].index(self.ranks.rank), self.rows)
         for number, pairs in enumerate(partners(len(self.nodes), ROUNDS[self.mode]), 1):
             watch.next(f"timing nodes in pairs, round {number}")
             calls.settle(device)
             watch.enter()
             calls.barrier()
-            peer = seat.peer(pairs)
+            peer = position.peer(pairs)
             taken = None if peer is None else seconds_with(
                 peer, NUM_BYTES[self.mode], device, calls
             )  # fmt: skip
-            told["pairs"].append(taken)
+            result["pairs"].append(taken)
 
     def _late(self, stage: Stage) -> None:
         """This rank hangs: tell where, let rank 0 say who is to blame, and end the process."""
         grace = max(2.0, self.seconds / 2)
         code = 1
         try:
-            other = self.meeting.again()
+            other = self.mailbox.reconnect()
             other.post("late", asdict(stage))
             if self.ranks.is_first:
-                code = self._blame(other, grace).code
+                code = self._find_fault(other, grace).code
             else:
                 code = self._heard(other, 2 * grace + self.seconds).code
         except Exception as error:
@@ -256,17 +258,17 @@ class _Flight:
             sys.stderr.flush()
             os._exit(code)
 
-    def _blame(self, other: Meeting, grace: float) -> Verdict:
+    def _find_fault(self, other: StoreMailbox, grace: float) -> Verdict:
         size = self.ranks.size
-        answers = other.collect("told", 0)
+        answers = other.collect("result", 0)
         late = other.collect(
             "late",
             grace,
-            lambda: other.count("late/count", 0) + other.count("told/count", 0) >= size,
+            lambda: other.count("late/count", 0) + other.count("result/count", 0) >= size,
         )
-        answers |= other.collect("told", 0)
+        answers |= other.collect("result", 0)
         stages = {rank: Stage(**row) for rank, row in late.items()}
-        # Who has told its result waits for the others, which is no fault.
+        # A rank that has sent its result waits for the others, which is no fault.
         stages |= {rank: Stage(1 << 30, "the verdict", True) for rank in answers}
         found = [
             *hang(stages, size, self._node_of, self.seconds),
@@ -280,21 +282,21 @@ class _Flight:
         found = self._failures(answers)
         if missing:
             found.append(lost(missing, self._node_of, f"has not answered for {self.seconds:g} s"))
-        for rank, told in answers.items():
-            if "clock" in told and "clock" in answers.get(0, {}):
-                offset = told["clock"] - answers[0]["clock"]
+        for rank, result in answers.items():
+            if "clock" in result and "clock" in answers.get(0, {}):
+                offset = result["clock"] - answers[0]["clock"]
                 self.arrived[rank]["facts"]["clock_offset_seconds"] = offset
         return [*found, *slow_nodes(self._rates(answers)), *self._of_arrived()]
 
     def _failures(self, answers: Mapping[int, dict[str, Any]]) -> list[Finding]:
         found = []
-        wrong = {rank: told["wrong"][0] for rank, told in answers.items() if told["wrong"]}
+        wrong = {rank: result["wrong"][0] for rank, result in answers.items() if result["wrong"]}
         if wrong:
             found.append(
                 Finding(
                     "collective-wrong",
                     "error",
-                    f"{wrong[min(wrong)]} ({ranks_in_words(sorted(wrong))} of {self.ranks.size:,} "
+                    f"{wrong[min(wrong)]} ({format_ranks(sorted(wrong))} of {self.ranks.size:,} "
                     "ranks)",
                     "training would go on with wrong gradients, and nothing would say so",
                     "try another algorithm (CCL_ALLREDUCE_SCALEOUT=direct, ring, rabenseifner); "
@@ -302,7 +304,7 @@ class _Flight:
                     self._some(wrong),
                 )
             )
-        failed = {rank: told for rank, told in answers.items() if "failed" in told}
+        failed = {rank: result for rank, result in answers.items() if "failed" in result}
         if failed:
             first = min(failed, key=lambda rank: failed[rank]["failed_as"])
             same = [rank for rank in failed if failed[rank]["failed"] == failed[first]["failed"]]
@@ -331,11 +333,11 @@ class _Flight:
         ] if self.ranks.is_first else []  # fmt: skip
 
     def _of_arrived(self) -> list[Finding]:
-        own = [found_from(row) for told in self.arrived.values() for row in told["found"]]
+        own = [found_from(row) for result in self.arrived.values() for row in result["found"]]
         return [*own, *checks.together(self._world())]
 
-    def _world(self) -> list[Facts]:
-        return [Facts(**told["facts"]) for told in self.arrived.values()]
+    def _world(self) -> list[HostFacts]:
+        return [HostFacts(**result["facts"]) for result in self.arrived.values()]
 
     def _node_of(self, rank: int) -> str:
         """A rank's node; for one that never came, by its place in the hostfile."""
@@ -346,8 +348,8 @@ class _Flight:
         return named[index] if index < len(named) else f"the node of rank {rank}"
 
     def _rates(self, answers: Mapping[int, dict[str, Any]]) -> dict[str, float]:
-        timed = {rank: told["pairs"] for rank, told in answers.items() if told["pairs"]}
-        if not timed or any("failed" in told for told in answers.values()):
+        timed = {rank: result["pairs"] for rank, result in answers.items() if result["pairs"]}
+        if not timed or any("failed" in result for result in answers.values()):
             return {}
         rounds = partners(len(self.nodes), ROUNDS[self.mode])
         return rates(rounds, self.nodes, timed, self.rows, NUM_BYTES[self.mode])
@@ -361,22 +363,22 @@ class _Flight:
     def _conclude(self, findings: list[Finding], measured: dict[str, Any] | None = None) -> Verdict:
         """Rank 0's verdict, on every rank."""
         if self.ranks.is_first:
-            return self._announce(self.meeting, Verdict(merged(findings), measured or {}))
-        return self._heard(self.meeting, 3 * self.seconds)
+            return self._announce(self.mailbox, Verdict(merged(findings), measured or {}))
+        return self._heard(self.mailbox, 3 * self.seconds)
 
-    def _heard(self, meeting: Meeting, seconds: float) -> Verdict:
-        word = meeting.hear("verdict", seconds)
-        meeting.count("heard")
+    def _heard(self, mailbox: StoreMailbox, seconds: float) -> Verdict:
+        word = mailbox.hear("verdict", seconds)
+        mailbox.count("heard")
         found = [found_from(row) for row in word["findings"]]
-        return Verdict(found, code=word["code"], meeting=meeting)
+        return Verdict(found, code=word["code"], mailbox=mailbox)
 
-    def _announce(self, meeting: Meeting, verdict: Verdict) -> Verdict:
-        verdict.code, verdict.meeting = self.report(verdict), meeting
+    def _announce(self, mailbox: StoreMailbox, verdict: Verdict) -> Verdict:
+        verdict.code, verdict.mailbox = self.report(verdict), mailbox
         rows = [asdict(finding) for finding in verdict.findings]
-        meeting.announce("verdict", {"findings": rows, "code": verdict.code})
+        mailbox.announce("verdict", {"findings": rows, "code": verdict.code})
         # The store ends with this process: first the others read it.
         deadline = time.monotonic() + 2 + self.ranks.size / 10_000
         present = len(self.arrived) - 1
-        while meeting.count("heard", 0) < present and time.monotonic() < deadline:
+        while mailbox.count("heard", 0) < present and time.monotonic() < deadline:
             time.sleep(0.01)
         return verdict

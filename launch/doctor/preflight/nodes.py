@@ -74,10 +74,10 @@ def remembered(path: Path | None) -> list[Finding]:
     if path is None or not path.exists():
         return []
     try:
-        told = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--bad {path} cannot be read: {error}") from error
-    why = {short(words[0]): words[-1].strip() for words in told if words}
+    why = {short(words[0]): words[-1].strip() for words in rows if words}
     return [
         Finding(
             "node-taken-out", "warning", f"in an earlier job: {reason}", "it may fail again",
@@ -87,7 +87,7 @@ def remembered(path: Path | None) -> list[Finding]:
     ]  # fmt: skip
 
 
-def told(choice: Choice, path: Path) -> str:
+def format_choice(choice: Choice, path: Path) -> str:
     """What was chosen, for people."""
     rows = [f"{path}: {len(choice.lines)} nodes ({places([short(x) for x in choice.lines])})"]
     rows += [f"  left out {node}: {why}" for node, why in choice.left_out.items()]

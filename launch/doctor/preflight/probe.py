@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+from largebatch.distributed.mailbox import first_line
 from largebatch.launch.doctor.findings import Finding, found_from, merged
-from largebatch.launch.doctor.preflight.meeting import first_line
 from largebatch.launch.hosts import short
 
 TEMPLATE: Final = "mpiexec --no-vni --envall -n {nodes} --ppn 1 --hostfile {hostfile}"

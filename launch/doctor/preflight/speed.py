@@ -42,7 +42,7 @@ def partners(num_nodes: int, rounds: int) -> list[list[tuple[int, int]]]:
 
 
 @dataclass(frozen=True)
-class Seat:
+class Position:
     """This rank among the ranks of each node: `rows[node][local rank]` is a rank."""
 
     node: int

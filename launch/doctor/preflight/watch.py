@@ -77,7 +77,7 @@ def hang(
     some = len(there) <= len(stages) // 2
     nodes = tuple(dict.fromkeys(node_of(rank) for rank in there)) if some else ()
     name = stages[there[0]].name
-    who = f"{len(there):,} of {size:,} ranks ({ranks_in_words(there)})"
+    who = f"{len(there):,} of {size:,} ranks ({format_ranks(there)})"
     if not place[1]:
         found.append(
             Finding(
@@ -111,13 +111,13 @@ def lost(ranks: list[int], node_of: Callable[[int], str], what: str) -> Finding:
     return Finding(
         "rank-silent",
         "error",
-        f"{verb} {ranks_in_words(ranks)} ({places(nodes)}) {what}",
+        f"{verb} {format_ranks(ranks)} ({places(nodes)}) {what}",
         "its node or process has died or cannot reach rank 0, and no collective will end",
         "leave the node out: --nodes N --hostfile-out FILE with a spare node in the allocation",
         nodes,
     )
 
 
-def ranks_in_words(ranks: list[int]) -> str:
+def format_ranks(ranks: list[int]) -> str:
     shown = ", ".join(map(str, ranks[:12]))
     return shown + (f" and {len(ranks) - 12:,} more" if len(ranks) > 12 else "")

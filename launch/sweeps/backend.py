@@ -34,7 +34,7 @@ class Ended(NamedTuple):
     """None: it is not known, as whoever ran it is gone."""
 
 
-class Ground(Protocol):
+class Backend(Protocol):
     """Where trials run.
 
     Attributes:

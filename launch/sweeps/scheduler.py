@@ -1,6 +1,6 @@
 """Conducts a sweep: begins trials where there is room, retries what failed, stops in time.
 
-Who runs a trial is a `Ground` (a device, a slice of nodes, a job of its own); everything that is
+Who runs a trial is a `Backend` (a device, a slice of nodes, a job of its own); everything that is
 decided is decided here, and is in the sweep's record before it happens.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from largebatch.launch.sweeps.ground import Attempt, Ended, Ground
-from largebatch.launch.sweeps.nodes import Blame
+from largebatch.launch.sweeps.backend import Attempt, Backend, Ended
+from largebatch.launch.sweeps.node_health import NodeHealth
 from largebatch.launch.sweeps.progress import SweepProgress
 from largebatch.launch.sweeps.record import (
     Record,
@@ -40,7 +40,7 @@ class Outcome:
 
 
 @dataclass
-class Conductor:
+class TrialScheduler:
     """One batch of trials.
 
     Attributes:
@@ -48,9 +48,9 @@ class Conductor:
     """
 
     trials: Sequence[Trial]
-    ground: Ground
+    backend: Backend
     record: Record
-    blame: Blame
+    health: NodeHealth
     settings: SweepSettings
     end: float | None
     progress: SweepProgress
@@ -73,12 +73,12 @@ class Conductor:
             self._pass_by_or_queue(trial)
         with self._listening(), self.progress:
             while self._waiting or self._running:
-                for ended in self.ground.ended():
+                for ended in self.backend.ended():
                     self._take(ended)
                 self._stop_if_it_is_time()
                 if self._stopping is None:
                     self._begin_what_can()
-                elif self.ground.outlives or not self._running:
+                elif self.backend.outlives or not self._running:
                     break
                 self._show()
                 if self._waiting or self._running:
@@ -98,7 +98,7 @@ class Conductor:
         job = self.record.jobs.get(trial.name)
         if job is not None:
             attempt = Attempt(trial, self.record.attempts[trial.name])
-            if self.ground.adopt(attempt, job):
+            if self.backend.adopt(attempt, job):
                 self._running[trial.name] = attempt
                 return
         self._waiting.append(trial)
@@ -111,7 +111,7 @@ class Conductor:
         return summary is not None
 
     def _begin_what_can(self) -> None:
-        if self.ground.is_spent():
+        if self.backend.is_spent():
             self._give_up()
             return
         busy: list[Trial] = []
@@ -131,15 +131,15 @@ class Conductor:
 
     def _begin_one(self, trial: Trial) -> bool:
         # Other nodes, and none that is in doubt, as far as there are others.
-        all_nodes = self.ground.nodes()
+        all_nodes = self.backend.nodes()
         avoid = self._avoid.get(trial.name, set()) & all_nodes
-        for unwanted in (avoid | (self.blame.doubtful & all_nodes), avoid):
+        for unwanted in (avoid | (self.health.doubtful & all_nodes), avoid):
             if unwanted < all_nodes or not unwanted:
                 avoid = unwanted
                 break
         else:
             avoid = set()
-        nodes = self.ground.room(frozenset(avoid))
+        nodes = self.backend.room(frozenset(avoid))
         if nodes is None:
             return False
         attempt = Attempt(trial, self.record.attempts.get(trial.name, 0) + 1, nodes)
@@ -147,7 +147,7 @@ class Conductor:
         self.record.write(
             "begun", trial=trial.name, attempt=attempt.number, nodes=nodes, words=list(trial.words)
         )
-        self.ground.begin(attempt)
+        self.backend.begin(attempt)
         self._running[trial.name] = attempt
         return True
 
@@ -165,7 +165,7 @@ class Conductor:
         if outcome.summary is not None or outcome.status == "refused":
             self.outcomes[trial.name] = outcome
             if outcome.summary is not None:
-                self.blame.came_to_its_end(trial.name, attempt.nodes)
+                self.health.record_success(trial.name, attempt.nodes)
         elif self._stopping is not None:
             self._waiting.append(trial)
         elif outcome.status == "interrupted" and self._got_further(trial):
@@ -195,20 +195,20 @@ class Conductor:
 
     def _look_for_the_dead(self, attempt: Attempt) -> set[str]:
         """Those of an attempt's nodes that start nothing any more."""
-        dead = {node for node in attempt.nodes if self.ground.is_dead(node)}
+        dead = {node for node in attempt.nodes if self.backend.is_dead(node)}
         for node in dead:
-            self.blame.is_dead(node)
+            self.health.record_dead(node)
         return dead
 
     def _failed(self, attempt: Attempt, outcome: Outcome) -> None:
         trial = attempt.trial
         dead = self._look_for_the_dead(attempt)
         if not dead:
-            self.blame.failed(trial.name, attempt.nodes)
+            self.health.record_failure(trial.name, attempt.nodes)
         self._failures[trial.name] = self._failures.get(trial.name, 0) + 1
         where = f" on {', '.join(attempt.nodes)}" if attempt.nodes else ""
         if self._failures[trial.name] > self.settings.retries:
-            self.blame.was_its_own(trial.name)
+            self.health.forgive(trial.name)
             self.outcomes[trial.name] = outcome
             self._tell(f"trial {trial.name} failed{where} ({outcome.why}): no retry is left")
             return
@@ -217,15 +217,17 @@ class Conductor:
         self._tell(f"trial {trial.name} failed{where} ({outcome.why}): it is begun again")
 
     def _leave_out(self) -> None:
-        new = self.blame.to_leave_out()
+        new = self.health.newly_left_out()
         for node in sorted(new):
             self.record.write("left_out", node=node)
             self._tell(f"node {node} is left out: it failed twice")
         if new:
-            self.ground.leave_out(new)
+            self.backend.leave_out(new)
 
     def _give_up(self) -> None:
-        why = f"too few nodes are left, after {', '.join(sorted(self.blame.left_out))} failed twice"
+        why = (
+            f"too few nodes are left, after {', '.join(sorted(self.health.left_out))} failed twice"
+        )
         for trial in self._waiting:
             self.outcomes[trial.name] = Outcome("failed", why=why)
         self._waiting.clear()
@@ -253,9 +255,9 @@ class Conductor:
                 return
             self._signal = None
             self._kill_at = now + _grace(self.settings.stop_before_walltime)
-            self.ground.stop()
+            self.backend.stop()
         elif self._running and (self._signal is not None or now >= self._kill_at):
-            self.ground.kill()
+            self.backend.kill()
             self._signal = None
 
     @contextmanager
@@ -278,7 +280,7 @@ class Conductor:
             done=len(self.outcomes),
             running=len(self._running),
             failed=sum(outcome.summary is None for outcome in self.outcomes.values()),
-            nodes_out=len(self.blame.left_out),
+            nodes_out=len(self.health.left_out),
         )
 
     def _tell_once(self, sentence: str) -> None:

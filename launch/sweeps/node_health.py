@@ -18,7 +18,7 @@ STRIKES: Final = 2
 
 
 @dataclass
-class Blame:
+class NodeHealth:
     """Failures by trial and by node.
 
     Attributes:
@@ -31,24 +31,24 @@ class Blame:
     left_out: set[str] = field(default_factory=set)
     doubts: dict[str, list[str]] = field(default_factory=dict)
 
-    def failed(self, trial: str, nodes: Iterable[str]) -> None:
+    def record_failure(self, trial: str, nodes: Iterable[str]) -> None:
         """The trial failed on the nodes."""
         self.doubts.setdefault(trial, []).extend(nodes)
 
-    def is_dead(self, node: str) -> None:
+    def record_dead(self, node: str) -> None:
         """A node that does not even start a trivial command: a fault beside that of its trial."""
         self.faults[node] += STRIKES
 
-    def came_to_its_end(self, trial: str, nodes: Iterable[str]) -> None:
+    def record_success(self, trial: str, nodes: Iterable[str]) -> None:
         """The trial has ended well on the nodes: where it failed before, others were at fault."""
         good = set(nodes)
         self.faults.update(set(self.doubts.pop(trial, ())) - good)
 
-    def was_its_own(self, trial: str) -> None:
+    def forgive(self, trial: str) -> None:
         """The trial has failed too often."""
         self.doubts.pop(trial, None)
 
-    def to_leave_out(self) -> set[str]:
+    def newly_left_out(self) -> set[str]:
         """Nodes to leave out that were not by now."""
         out = {node for node, faults in self.faults.items() if faults >= STRIKES}
         new = out - self.left_out

@@ -1,7 +1,7 @@
-"""How ranks tell rank 0 what they have found while the collectives themselves are in doubt.
+"""Messages from all ranks to rank 0, and from it to all, where collectives may not work.
 
 Everything goes through torch's TCP store, which needs no process group: a rank writes, rank 0
-reads, and whoever has not written by the deadline is missing by name.
+reads, and a rank that has not written by the deadline is known by its number.
 """
 
 import json
@@ -29,18 +29,18 @@ class Unreachable(Exception):
 
 
 @dataclass
-class Meeting:
-    """One rank's side. Topics are written once by each rank."""
+class StoreMailbox:
+    """One rank's side. Each rank writes once on a topic."""
 
     ranks: "Ranks"
     store: "TCPStore"
 
     @classmethod
-    def of(cls, ranks: "Ranks", timeout_seconds: float) -> "Meeting":
-        """Meet at rank 0's address. Rank 0 does not wait for the others.
+    def connect(cls, ranks: "Ranks", timeout_seconds: float) -> "StoreMailbox":
+        """Connect to the store at rank 0's address. Rank 0 does not wait for the others.
 
         Raises:
-            Unreachable: no store there before the time is over; on rank 0: its port is taken.
+            Unreachable: no store there in time; on rank 0: its port is taken.
         """
         from torch.distributed import DistError
 
@@ -60,8 +60,8 @@ class Meeting:
             ) from error
         return cls(ranks, store)
 
-    def again(self) -> "Meeting":
-        """A second connection: the first is taken while another thread waits on it."""
+    def reconnect(self) -> "StoreMailbox":
+        """Open a second connection: the first is in use while another thread waits on it."""
         from torch._C._distributed_c10d import TCPStore
 
         store = TCPStore(
@@ -71,27 +71,27 @@ class Meeting:
             timeout=timedelta(seconds=10),
             wait_for_workers=False,
         )
-        return Meeting(self.ranks, store)
+        return StoreMailbox(self.ranks, store)
 
-    def own_store(self) -> "Store":
-        """The store under a name of its own: the run's own group will write to the same one."""
+    def group_store(self) -> "Store":
+        """The store for a process group, with a prefix: the run's group will use the same store."""
         from torch._C._distributed_c10d import PrefixStore
 
         return PrefixStore(_key("group", ""), self.store)
 
     def post(self, topic: str, value: Any) -> None:
-        """Write `value` (anything that JSON holds) as this rank's word on `topic`."""
+        """Write this rank's message on `topic`, anything that JSON holds."""
         self.store.set(_key(topic, self.ranks.rank), json.dumps(value))
         self.count(f"{topic}/count")
 
     def count(self, name: str, more: int = 1) -> int:
-        """Add to a counter that all ranks share; returns its sum so far."""
+        """Add to a counter that all ranks share; return its value."""
         return int(self.store.add(_key(name, ""), more))
 
     def collect(
         self, topic: str, seconds: float, enough: Callable[[], bool] = lambda: False
     ) -> dict[int, Any]:
-        """What the ranks have written on `topic`, by rank: all of them, or those in time."""
+        """Messages on `topic` by rank: of all ranks, or of those that have written in time."""
         size = self.ranks.size
         deadline = time.monotonic() + seconds
         while (
@@ -111,14 +111,14 @@ class Meeting:
         return found
 
     def announce(self, topic: str, value: Any) -> None:
-        """Rank 0's word to all."""
+        """Write rank 0's message to all ranks."""
         self.store.set(_key(topic, "word"), json.dumps(value))
 
     def hear(self, topic: str, seconds: float) -> Any:
-        """Rank 0's word on `topic`.
+        """Wait for rank 0's message on `topic`.
 
         Raises:
-            Unreachable: it has not come in time, or rank 0 is gone.
+            Unreachable: none in time, or rank 0 is gone.
         """
         from torch.distributed import DistError
 
@@ -133,8 +133,9 @@ class Meeting:
 
 
 def allow_sockets(size: int) -> None:
-    """As many open files as `size` ranks need, or as many as this process may have; `nofile-low`
-    has said it where that is too few.
+    """Raise the limit of open files to what `size` ranks need, as far as this process may.
+
+    The check `nofile-low` reports where that is too little.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * size + 256  # a rank that hangs connects a second time

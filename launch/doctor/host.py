@@ -1,6 +1,6 @@
 """The outside world as the doctor sees it: one seam, and what one process reads through it.
 
-`System` is what a check could ask for. A test replays a recorded situation by giving other answers:
+`Host` is what a check could ask for. A test replays a recorded situation by giving other answers:
 another environment, another root for /proc and /sys, another affinity, another clock.
 """
 
@@ -165,7 +165,7 @@ def port_is_free(port: int) -> bool:
 
 
 @dataclass(frozen=True)
-class System:
+class Host:
     """Everything that the doctor asks of the world outside."""
 
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
@@ -203,7 +203,7 @@ class System:
         return [(parts[1], parts[2]) for parts in map(str.split, lines) if len(parts) > 2]
 
 
-def alone(system: System) -> System:
+def alone(host: Host) -> Host:
     """The same for a process that is one of its own, with whichever others it was started."""
 
     def one() -> "Ranks":
@@ -212,8 +212,8 @@ def alone(system: System) -> System:
         return Ranks()
 
     launchers = ("PALS_", "PMI_", "PMIX_", "SLURM_", "OMPI_")
-    kept = {k: v for k, v in system.environment.items() if not k.startswith(launchers)}
-    return replace(system, environment=kept, ranks=one)
+    kept = {k: v for k, v in host.environment.items() if not k.startswith(launchers)}
+    return replace(host, environment=kept, ranks=one)
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Facts:
+class HostFacts:
     """What one process has read: plain values, so that they travel and can be written down."""
 
     node: str
@@ -268,16 +268,16 @@ class Facts:
     """This node's clock minus rank 0's, where they have compared them."""
 
 
-def look(system: System, run_folder: Path = Path()) -> Facts:
+def collect(host: Host, run_folder: Path = Path()) -> HostFacts:
     """Read everything once. Imports torch only where tiles are expected, MPI only where started by
     an MPI launcher (then this is a collective call).
     """
-    environment = {k: v for k, v in system.environment.items() if _OF_INTEREST.match(k)}
-    node = system.node()
+    environment = {k: v for k, v in host.environment.items() if _OF_INTEREST.match(k)}
+    node = host.node()
     place: dict[str, Any] = {}
-    missing = [name for name in ("numpy", "torch", *MODULES) if not system.has_module(name)]
+    missing = [name for name in ("numpy", "torch", *MODULES) if not host.has_module(name)]
     try:
-        ranks = system.ranks()
+        ranks = host.ranks()
     except ModuleNotFoundError:
         pass  # it is among the missing ones
     except Exception as error:  # the sentence is for the user, whatever its type
@@ -292,47 +292,49 @@ def look(system: System, run_folder: Path = Path()) -> Facts:
             "master": ranks.master_addr,
             "master_port": ranks.master_port,
         }
-        if ranks.launcher in ("pals", "mpi") and not system.has_module("mpi4py"):
+        if ranks.launcher in ("pals", "mpi") and not host.has_module("mpi4py"):
             missing.append("mpi4py")
         if ranks.rank == 0 and ranks.size > 1:
-            place |= look_at_master(ranks, system)
+            place |= collect_master(ranks, host)
     tiles = expects_tiles(environment, node)
-    soft, hard = system.nofile()
-    mounts = system.mounts()
-    return Facts(
+    soft, hard = host.nofile()
+    mounts = host.mounts()
+    return HostFacts(
         node=node,
         environment=environment,
         expects_tiles=tiles,
-        torch=system.torch() if tiles else {},
-        versions=system.versions() | {"oneCCL (CCL_ROOT)": ccl_version(environment)},
+        torch=host.torch() if tiles else {},
+        versions=host.versions() | {"oneCCL (CCL_ROOT)": ccl_version(environment)},
         missing_modules=missing,
-        dead_modules=[name for name in DEAD_MODULES if system.has_module(name)],
-        cores=sorted(system.affinity()),
-        num_cpus=system.num_cpus(),
+        dead_modules=[name for name in DEAD_MODULES if host.has_module(name)],
+        cores=sorted(host.affinity()),
+        num_cpus=host.num_cpus(),
         nofile_soft=soft,
         nofile_hard=hard,
-        somaxconn=system.number("proc/sys/net/core/somaxconn"),
-        syn_backlog=system.number("proc/sys/net/ipv4/tcp_max_syn_backlog"),
-        tmpdir=look_at(Path(environment.get("TMPDIR") or tempfile.gettempdir()), system, mounts),
-        run_folder=look_at(run_folder.absolute(), system, mounts),
+        somaxconn=host.number("proc/sys/net/core/somaxconn"),
+        syn_backlog=host.number("proc/sys/net/ipv4/tcp_max_syn_backlog"),
+        tmpdir=collect_folder(
+            Path(environment.get("TMPDIR") or tempfile.gettempdir()), host, mounts
+        ),
+        run_folder=collect_folder(run_folder.absolute(), host, mounts),
         nodes_expected=nodes_of(environment),
         copper=any("/copper" in point and kind.startswith("fuse") for point, kind in mounts),
         **place,
     )
 
 
-def look_at_master(ranks: "Ranks", system: System) -> dict[str, Any]:
+def collect_master(ranks: "Ranks", host: Host) -> dict[str, Any]:
     """Rank 0's address and port, on rank 0."""
-    resolved = system.resolve(ranks.master_addr)
+    resolved = host.resolve(ranks.master_addr)
     return {
-        "addresses": system.addresses(),
+        "addresses": host.addresses(),
         "master_resolves": resolved,
-        "master_is_here": any(map(system.is_here, resolved)),
-        "reverse_seconds": system.reverse_seconds(resolved[0]) if resolved else 0.0,
+        "master_is_here": any(map(host.is_here, resolved)),
+        "reverse_seconds": host.reverse_seconds(resolved[0]) if resolved else 0.0,
         # torchrun's agent holds the port already.
         "master_port_free": ranks.launcher == "torchrun"
         or ranks.listener is not None  # taken by rank 0 itself
-        or system.port_is_free(ranks.master_port),
+        or host.port_is_free(ranks.master_port),
     }
 
 
@@ -371,12 +373,12 @@ def read_hostfile(path: Path) -> list[str]:
     return list(dict.fromkeys(row[0].split(".")[0] for row in words if row))
 
 
-def look_at(path: Path, system: System, mounts: list[tuple[str, str]]) -> Folder:
+def collect_folder(path: Path, host: Host, mounts: list[tuple[str, str]]) -> Folder:
     """A folder's state and the type of its file system."""
     held = [row for row in mounts if path.is_relative_to(row[0])]
     file_system = max(held, key=lambda row: len(row[0]))[1] if held else ""
     try:
-        exists, writable, free = system.disk(path)
+        exists, writable, free = host.disk(path)
     except OSError as error:
         return Folder(str(path), 0, file_system, False, False, error.strerror or str(error))
     return Folder(str(path), free, file_system, exists, writable)
