@@ -3,7 +3,6 @@
 import math
 
 import pytest
-from fits import steps_at
 
 from largebatch.study.fit import fit_curve
 
@@ -26,7 +25,7 @@ def test_exact_steps_give_their_constants_back(s_min: float, e_min: float) -> No
     assert fit.b_crit == pytest.approx(e_min / s_min, rel=1e-6)
     assert fit.rms < 1e-6
     assert fit.b_crit_range == pytest.approx((e_min / s_min, e_min / s_min), rel=1e-5)
-    assert steps_at(fit, fit.b_crit) == pytest.approx(2 * s_min, rel=1e-6)
+    assert steps_at(fit.b_crit, fit.s_min, fit.e_min) == pytest.approx(2 * s_min, rel=1e-6)
 
 
 def test_the_order_of_the_points_does_not_matter() -> None:
@@ -64,8 +63,8 @@ def test_a_miss_above_the_curve_lifts_it() -> None:
     censored = fit_curve(batches, steps, [4096], [50.0])
     assert free is not None
     assert censored is not None
-    assert steps_at(free, 4096) == pytest.approx(10, rel=0.05)
-    assert steps_at(censored, 4096) > 40
+    assert steps_at(4096, free.s_min, free.e_min) == pytest.approx(10, rel=0.05)
+    assert steps_at(4096, censored.s_min, censored.e_min) > 40
     assert censored.b_crit < free.b_crit / 10
 
 
