@@ -31,7 +31,7 @@ def lock(descriptor: int, wait: bool = False) -> bool | None:
 
 
 def lock_or_warn(descriptor: int, path: Path, wait: bool = False) -> bool:
-    """Take the lock as `lock` does; where there are none, say so once a file and go on."""
+    """Take the lock as `lock` does; where there are none, say so once a file and continue."""
     taken = lock(descriptor, wait)
     if taken is None and str(path) not in _reported:
         _reported.add(str(path))

@@ -53,7 +53,7 @@ def seconds(value: Any, name: str) -> int:
 
 @dataclass
 class QueueConfig:
-    """What a queue takes. `walltime` holds, for jobs of up to so many nodes, the longest time."""
+    """What a queue takes. `walltime` holds, for jobs of up to N nodes, the longest time."""
 
     walltime: dict[int, Any] = MISSING
     min_nodes: Any = 1
@@ -77,7 +77,7 @@ class QueueConfig:
         return max(self.walltime)
 
     def longest(self, nodes: int) -> int:
-        """Seconds that a job of so many nodes may take."""
+        """Seconds that a job of `nodes` nodes may take."""
         most = min(limit for limit in self.walltime if nodes <= limit)
         longest: int = self.walltime[most]
         return longest

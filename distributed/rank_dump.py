@@ -6,13 +6,13 @@ Python's handlers wait for the main thread. So a thread of its own looks, now an
 `leave NAME` ends the process. Nothing is written before, and what was asked before the process
 began is not for it.
 
-The collectives are those of torch's Flight Recorders, each of which keeps the last
+The collectives are those of torch's Flight Recorders; each keeps the last
 `TORCH_FR_BUFFER_SIZE`: XCCL and NCCL have one of their own beside the general one, which is gloo's
 (private names of torch's: where they are missing, the answer says so). With gloo each of them is
 "scheduled" for ever, and `retired` once it is done; `launch/watch/flight_recorder.py` compares
 ranks.
 
-SIGUSR1 prints the stacks to standard error, also those of a process whose Python stands still: that
+SIGUSR1 prints the stacks to standard error, also those of a process whose Python hangs: that
 is C code in a signal handler, the thread here needs Python's lock.
 """
 
@@ -71,7 +71,7 @@ def answering(folder: Path, rank: int, size: int) -> Iterator[None]:
                 answer = folder / WATCH / Path(name).name / f"rank-{rank}.json"
                 write_whole(answer, json.dumps(where_it_stands(rank, size)) + "\n", False)
                 heeded = request
-            except OSError:  # a full disk, say: the run goes on
+            except OSError:  # a full disk, say: the run continues
                 continue
 
     threading.Thread(target=look, name="watch", daemon=True).start()

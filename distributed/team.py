@@ -2,7 +2,7 @@
 
 Whatever ends one rank, at any stage, ends every rank within seconds, with one exit code and one
 message, that of the rank where it happened. No stage has a part of its own in this: each rank has a
-thread that waits in the store, and a rank that cannot go on writes its fault there. The others
+thread that waits in the store, and a rank that cannot continue writes its fault there. The others
 leave by themselves where they can. Where they cannot, because they wait in a collective for the
 rank that is gone, their thread closes the record and ends the process.
 
@@ -130,7 +130,7 @@ class Team:
         """Rank 0's `value`, which JSON holds, on every rank, once all have it.
 
         Raises:
-            RanksEnded: another rank cannot go on, or there is nothing to do (exit code 0).
+            RanksEnded: another rank cannot continue, or there is nothing to do (exit code 0).
             ConfigError: a rank has not come.
         """
         if self.ranks.size == 1:
@@ -255,7 +255,7 @@ class Team:
             fault = json.loads(store.get("fault"))
         except RuntimeError:  # rank 0 is gone, and the store with it
             return
-        if fault is None:  # the run has come to its end
+        if fault is None:  # the run has ended
             if not self.ranks.is_first:
                 store.add("left", 1)
             return
@@ -301,7 +301,7 @@ class Team:
         elif isinstance(error, KeyboardInterrupt):
             code, shown = 130, ""
         fault = {"message": message, "code": code}
-        if self._store is None:  # the others may never come to hear it
+        if self._store is None:  # the others may never hear it
             print(shown, file=sys.stderr, flush=True)
             shown = ""
         if not self.ranks.is_first:

@@ -29,7 +29,7 @@ class Stop:
 def find_stop(
     stop_at: float | None, before_end: float, environment: Mapping[str, str] = os.environ
 ) -> Stop | None:
-    """When a run that begins now is to stop; None: when it has come to its end.
+    """When a run that begins now is to stop; None: when it has ended.
 
     Args:
         stop_at: seconds since the epoch, where the user has said it.

@@ -1,4 +1,4 @@
-"""Whose a run's folder is: one process's at a time, and nobody's once that process is gone.
+"""Exclusive lock on a run folder, released when the owning process exits.
 
 The lock is the kernel's, on the run's `metrics.jsonl`: it dies with its process, whatever kills it.
 Some mounts have no such locks (Lustre without `flock`, DAOS through dfuse). There the owner writes

@@ -105,7 +105,7 @@ def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Fields]]:
     """Yield (number, object) of the lines of a .jsonl, one after the other.
 
     Lines that hold no object are passed by, and noted together in one sentence, with what `find`
-    has not taken of the others. Half a line at the end is passed by without a word: a run that
+    has not taken of the others. Half a line at the end is passed by silently: a run that
     was killed may leave one.
     """
     name, bad, first = printable(path), 0, ""

@@ -2,7 +2,7 @@
 last).
 
 A folder belongs to the run that created its metrics.jsonl, and to one process at a time; only
-`resume=auto` goes on in it, from a checkpoint.
+`resume=auto` resumes it, from a checkpoint.
 """
 
 import json
@@ -46,7 +46,7 @@ def finite(value: Any) -> Any:
 
 
 class RunEnded(ConfigError):
-    """There is nothing to resume: the run has come to its end, as `summary` says."""
+    """There is nothing to resume: the run has ended, as `summary` says."""
 
     def __init__(self, folder: Path, summary: dict[str, Any]) -> None:
         longer = ", or a larger budget.samples" if summary["status"] == "exhausted" else ""
@@ -58,8 +58,8 @@ class RunEnded(ConfigError):
 
 
 def check_unfinished(folder: Path, budget_samples: int = 0) -> None:
-    """Refuse to go on with a run that has come to its end. One that has spent its budget may go on
-    with a larger one.
+    """Refuse to resume a run that has ended. One that has spent its budget may be resumed with a
+    larger one.
 
     Raises:
         RunEnded: naming the folder and the way out.
@@ -81,7 +81,7 @@ def check_unfinished(folder: Path, budget_samples: int = 0) -> None:
 
 
 class Kept(NamedTuple):
-    """What stays of `metrics.jsonl` where a run goes on."""
+    """What stays of `metrics.jsonl` where a run is resumed."""
 
     size: int = 0
     """Bytes."""
@@ -174,7 +174,7 @@ class RunFolder:
     then (`records/lock.py`).
 
     Args:
-        resumed_samples: go on with the run that the folder holds, from the checkpoint after so many
+        resumed_samples: resume the run that the folder holds, from the checkpoint after that many
             samples. Lines of later steps are dropped: those steps are made again.
         lock: held by whoever resumes the run and has checked that it may; the folder
             releases it.

@@ -146,7 +146,7 @@ def read_status(run: Path) -> str | None:
 
 
 def has_ended(run: Path) -> bool:
-    """Say whether the run has come to an end that nothing is to be added to.
+    """Say whether the run has ended for good.
 
     Raises:
         RecordError: the summary does not say it.

@@ -40,7 +40,7 @@ class AdaptiveRamp(StagesRamp):
 
     @abstractmethod
     def sizes(self) -> Iterator[int]:
-        """Every batch size that the ramp may come to, in order."""
+        """Every batch size that the ramp may reach, in order."""
 
     @abstractmethod
     def decide(self, samples: int, readings: Mapping[str, float]) -> int:
@@ -65,7 +65,7 @@ class AdaptiveRamp(StagesRamp):
         return {"stages": [list(stage) for stage in self.stages]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Resume from a `state_dict`."""
         self.stages = [(int(samples), int(size)) for samples, size in state["stages"]]
 
 

@@ -19,7 +19,7 @@ from largebatch.schedules.ramps import Ramp, Stage, StagesRamp, check_rises
 
 
 class ResolvedRamp(NamedTuple):
-    """What a trade comes to in one run."""
+    """A coupled ramp's batch sizes and learning rates in one run."""
 
     ramp: Ramp
     curve: Curve

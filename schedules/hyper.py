@@ -10,7 +10,7 @@ from largebatch.common.numbers import real_number, whole_number
 @dataclass(frozen=True, kw_only=True)
 class Hyper:
     """Hyperparameters tuned at one global batch size. None: the optimizer has no such
-    thing.
+    hyperparameter.
 
     Attributes:
         lr: peak learning rate.

@@ -48,7 +48,7 @@ class NoiseScale:
     """Running averages of ‖G‖² and tr Σ.
 
     Args:
-        half_life_samples: after so many samples an estimate counts half. A length in samples stays
+        half_life_samples: samples after which an estimate counts half. A length in samples stays
             the same length of training when the batch grows.
 
     Raises:
@@ -142,7 +142,7 @@ class NoiseScale:
         return dict(self._sums)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Resume from a `state_dict`."""
         self._sums = {name: float(state[name]) for name in _SUMS}
 
 

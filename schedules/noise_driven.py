@@ -11,7 +11,7 @@ at: by its word where it stands, it would stop far below its own fixed point, or
 A batch that has grown stays, so a vote has to be sure, not likely: a policy that needs B_noise
 takes the lower end of its 95% interval, tr Σ / (‖G‖² + 1.96 SE of ‖G‖²). That holds also where
 ‖G‖² is lost in the noise ("unresolved"), which far below B_noise may last for the whole run: a ramp
-that waited for a resolved ‖G‖² would stand still where growth pays most. Where the mean of ‖G‖² is
+that waited for a resolved ‖G‖² would stall where growth pays most. Where the mean of ‖G‖² is
 not positive, a run's record has no error for it, hence no bound, and there is no vote but from the
 norm test and CABS, which can do without.
 """
@@ -104,7 +104,7 @@ class NoiseRamp(AdaptiveRamp):
         return super().state_dict() | counts
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`.
+        """Resume from a `state_dict`.
 
         Raises:
             ValueError: of a ramp with other rungs, whose batch sizes nobody has planned for.

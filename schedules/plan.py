@@ -47,7 +47,7 @@ class PlannedStage(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """What a run comes to if it spends its budget."""
+    """Totals of a run that spends its budget."""
 
     steps: int
     samples: int
@@ -125,7 +125,7 @@ class Plan:
             self._hyper(size)  # what the rule does not reach is refused now
 
     def _resolve(self) -> None:
-        """Warm up as the rule says, and make a trade a ramp and a curve."""
+        """Warm up as the rule says, and resolve a coupled ramp into a ramp and a curve."""
         start = self.ramp.start if isinstance(self.ramp, CoupledRamp) else self.ramp.at(0)
         warmup = scale(self._base, self.base_batch, start, self.rule).warmup_samples
         self._set(_curve=replace(self.curve, warmup_samples=warmup))
@@ -214,7 +214,7 @@ class Plan:
         return stages
 
     def totals(self) -> Totals:
-        """What the run comes to if it spends its budget."""
+        """Totals of the run if it spends its budget."""
         stages = self.stages()
         *_, last = stages
         steps = last.step + last.num_steps
@@ -241,7 +241,7 @@ class Plan:
         return self._ramp.state_dict() if isinstance(self._ramp, AdaptiveRamp) else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Resume from a `state_dict`."""
         if isinstance(self._ramp, AdaptiveRamp):
             self._ramp.load_state_dict(state)
 

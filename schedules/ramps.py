@@ -303,7 +303,7 @@ def pairs(spec: str, name: str, example: str) -> list[tuple[str, int]]:
     """The entries "LEFT:SIZE" of `spec`, sizes as whole numbers.
 
     Raises:
-        ValueError: an entry that is none; the sentence carries `name` and the entry.
+        ValueError: an entry that is no pair; the sentence carries `name` and the entry.
     """
     entries = []
     for entry in re.split(r"[\s,]+", str(spec).strip()):

@@ -53,7 +53,7 @@ class StepTimes:
         return [[size, list(seconds)] for size, seconds in self._seconds.items()]
 
     def load_state_dict(self, state: list[Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Resume from a `state_dict`."""
         self._seconds = {
             int(size): deque(map(float, seconds), maxlen=NUM_KEPT) for size, seconds in state
         }

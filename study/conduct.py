@@ -1,6 +1,6 @@
 """Conducts a study in a folder: run what the protocol asks and the folder lacks, then report.
 
-The records are the only memory: a study that was interrupted, or killed, goes on from them.
+The records are the only memory: a study that was interrupted, or killed, resumes from them.
 """
 
 import json
@@ -112,7 +112,7 @@ def conduct(
 
 
 def finished(folder: Path, job: Job) -> Result | None:
-    """The result of `job`'s run, come to its end; None where there is none, or that of another.
+    """The result of `job`'s run once it has ended; None where there is none, or that of another.
 
     Seeds that join a study move its best scores: a run that is there may have given up too early
     for the new one, and a rule may have scaled from another learning rate.
@@ -142,7 +142,7 @@ def _or_infinite(loss: float | None) -> float:
 
 
 def make_room(folder: Path, words: Sequence[str]) -> None:
-    """Discard a run that is there, but for one that was cut off with checkpoints and goes on.
+    """Discard a run that is there, but for one that was cut off with checkpoints, which is resumed.
 
     A worker of a killed study ends within a moment of it, but may still be writing: its lock tells.
     """

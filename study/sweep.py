@@ -89,7 +89,7 @@ def _refuse_sweeps(arguments: list[str]) -> None:
 
 
 def _identity(composed: DictConfig, optimizers: dict[str, Any]) -> dict[str, Any]:
-    """What all runs of the study share, and must go on sharing for its folder to be one study."""
+    """What all runs of the study share, and must keep sharing for its folder to be one study."""
     node = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(node, dict)
     # A study sets these for each run; more of them may be asked for later.

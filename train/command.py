@@ -166,9 +166,7 @@ def job(composed: DictConfig, display: bool = False) -> SummaryRecord:
     except RunEnded as ended:
         if display or team.ranks.size > 1:
             raise
-        return cast(
-            SummaryRecord, ended.summary
-        )  # a sweep that goes on with resume=auto passes it by
+        return cast(SummaryRecord, ended.summary)  # a sweep that is resumed passes it by
     except OSError as error:  # a folder where a file belongs, a disk that does not answer
         raise ConfigError(
             f"{error.filename} cannot be used: {error.strerror}: mend it, or choose another "

@@ -217,7 +217,7 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Resume from a `state_dict`."""
         self.rewind(state)
         self._lines, self._events = state["lines"], list(state["events"])
 

@@ -126,7 +126,7 @@ def _numbered_group(arguments: Sequence[str]) -> str:
 
 
 again: list[str] = []
-"""Of the sweep under way, if any: what to add to its command, so that it goes on in its folder."""
+"""Of the sweep under way, if any: what to add to its command, so that it resumes in its folder."""
 
 
 class Folders(Callback):

@@ -119,7 +119,7 @@ def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
     if config.checkpoint.folder is not None:
         check_elsewhere(folder, config.checkpoint.folder)
     resumption = None
-    if config.resume == "auto" or not single:  # a sweep goes on in its folder
+    if config.resume == "auto" or not single:  # a sweep resumes in its folder
         world = max(ranks.size, config.engine.nproc)
         resumption = find_resumption(folder, hydra_files["config.yaml"], world, plan)
     if resumption is None:
@@ -157,7 +157,7 @@ def checked_plan(config: TrainConfig, data_parallel_size: int) -> tuple[Plan, st
     """The run's plan, and which small gradients its noise scale is measured with.
 
     Raises:
-        ConfigError: they do not fit each other, or so many ranks.
+        ConfigError: they do not fit each other, or the number of ranks.
     """
     plan = make_plan(config)
     try:
@@ -182,7 +182,7 @@ def noise_source(
     micro_batch_size: int | None,
 ) -> str | None:
     """Which small gradients `noise.small` means in this run; `auto` the same in a world of any
-    size, so that a run which goes on in another one measures the same.
+    size, so that a run resumed in another one measures the same.
 
     Raises:
         ConfigError: ones that are the whole batch somewhere in it, from which nothing follows.

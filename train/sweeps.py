@@ -1,6 +1,6 @@
 """Sweeps of runs: what one of them returns to Hydra, and that all of them are made.
 
-A sweep goes on in its folder: runs that have ended are passed by, others are resumed or begun. So
+A sweep resumes in its folder: runs that have ended are passed by, others are resumed or begun. So
 the same command makes what is missing, whatever ended the last one.
 """
 

@@ -1,8 +1,8 @@
 """What a run is continued from: model, optimizer and the loop's own state after some step.
 
 A checkpoint is complete or it is not there (`checkpoint_files.py`), holds what an engine puts into
-it (`checkpoint_tensors.py`), and is made by all ranks, of which none is left waiting
-(`checkpoint_saving.py`). Here is when: after so many samples or minutes, how many stay, and what
+it (`checkpoint_tensors.py`), and is made by all ranks; none is left waiting
+(`checkpoint_saving.py`). Here is when: after how many samples or minutes, how many stay, and what
 happens where one cannot be written.
 """
 
@@ -45,10 +45,10 @@ class Checkpoints:
     """The checkpoints of one run, `checkpoints/samples-N/` in its folder.
 
     With `mode=async` a save returns when what this rank writes has been copied to host memory, and
-    the files are written while training goes on. One is under way at a time: the next waits for it.
+    the files are written while training continues. One is written at a time: the next waits for it.
 
     One that cannot be written, on a full disk say, is removed, on all ranks alike; the last one
-    stays, and the run goes on with a line on stderr and one in `failures`. With
+    stays, and the run continues with a line on stderr and one in `failures`. With
     `checkpoint.required` it ends.
 
     Args:

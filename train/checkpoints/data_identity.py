@@ -1,4 +1,4 @@
-"""Whether a run goes on with the data that it began with."""
+"""Whether a resumed run has the data that it began with."""
 
 from pathlib import Path
 from typing import Any

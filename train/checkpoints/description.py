@@ -1,5 +1,5 @@
 """Whether `.metadata`, which describes a checkpoint of `torch.distributed.checkpoint`, is such data
-as is read when a run goes on. Imports no torch: in place of torch's own classes stand empty ones.
+as is read when a run is resumed. Imports no torch: empty classes stand in for torch's own.
 """
 
 import io

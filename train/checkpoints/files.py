@@ -41,7 +41,7 @@ _DATA: Final = (DESCRIPTION, ".distcp", ".pt")
 """Endings of the files that engines read."""
 
 AUTO_FULL_BYTES: Final = 8 << 30
-"""Up to so many bytes, a few seconds of reading, `auto` is `full`."""
+"""Up to this many bytes, a few seconds of reading, `auto` is `full`."""
 
 _BLOCK: Final = 16 << 20
 _SMALL: Final = 1 << 20

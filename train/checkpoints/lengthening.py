@@ -1,4 +1,4 @@
-"""Whether a run may go on with a larger budget: if the steps that it has made are still its own."""
+"""Whether a run may be resumed with a larger budget: if its steps so far are still its own."""
 
 from collections.abc import Mapping
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""Where a run may go on: in its own folder, from its last good checkpoint, with the same words.
+"""Where a run resumes: in its own folder, from its last good checkpoint, with the same overrides.
 
 Imports no torch: a refusal takes no longer than any other.
 """
@@ -36,7 +36,7 @@ _FREE: Final = (
 
 @dataclass(frozen=True)
 class Resumption:
-    """A run that is there, and where it goes on."""
+    """A run that is there, and where it is resumed."""
 
     checkpoint: Path | None
     """None: it has left none, and begins again."""
@@ -56,7 +56,7 @@ class Resumption:
 def find_resumption(
     folder: Path, config: str, world: int | None = None, plan: Plan | None = None
 ) -> Resumption | None:
-    """Where the run in `folder` goes on; None where there is none. From now on, or until the
+    """Where the run in `folder` is resumed; None where there is none. From now on, or until the
     resumption is released, the folder is this process's.
 
     Args:

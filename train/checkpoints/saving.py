@@ -1,7 +1,7 @@
 """A save under way: every rank writes its files, rank 0 hears of all, one outcome holds for all.
 
 Ranks tell each other through the store in which they met, a message each: no collective, so that a
-rank whose disk is full leaves nobody waiting, and so that it may happen while training goes on.
+rank whose disk is full leaves nobody waiting, and so that it may happen while training continues.
 """
 
 import json
@@ -33,7 +33,7 @@ class Saving:
         writing: what this rank has to write.
         publish: on rank 0, takes all parts and makes of them a checkpoint under its name.
         discard: on rank 0, removes what there is of one that failed.
-        background: in a thread, while the caller goes on.
+        background: in a thread, while the caller continues.
     """
 
     def __init__(

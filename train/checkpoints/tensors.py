@@ -1,7 +1,7 @@
 """What a checkpoint holds of model and optimizer, and who writes it.
 
 Saving has two parts. `begin_save` is called on every rank and may talk to the others; when it
-returns, training may go on, where it was asked to stage. `Writing.write` then puts the files of
+returns, training may continue, where it was asked to stage. `Writing.write` then puts the files of
 this rank on disk. It makes no collective, so it may run in any thread: MPI over device memory
 allows collectives in one thread only (pmodels/mpich issue 7880), and a second group for the
 background, of gloo, would connect every rank with every other.

@@ -116,7 +116,9 @@ def _piece(file: IO[bytes], before: bytes) -> bytes:
 def _at_character(text: bytes) -> tuple[bytes, bytes]:
     """`text` up to the last character that is whole in UTF-8, and the rest."""
     start = len(text) - 1
-    while start > max(len(text) - 4, 0) and text[start] & 0xC0 == 0x80:  # 10xxxxxx goes on
+    while (
+        start > max(len(text) - 4, 0) and text[start] & 0xC0 == 0x80
+    ):  # 10xxxxxx continues a letter
         start -= 1
     lead = text[start]
     size = 4 if lead >= 0xF0 else 3 if lead >= 0xE0 else 2 if lead >= 0xC0 else 1

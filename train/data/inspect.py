@@ -1,4 +1,4 @@
-"""What a file of tokens holds, in words."""
+"""Description of a file of tokens."""
 
 import hashlib
 from pathlib import Path

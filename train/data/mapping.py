@@ -1,4 +1,4 @@
-"""Memory maps of which no more is read than is asked for, and which keep no file open.
+"""Memory maps that read no more than is asked for and keep no file open.
 
 By itself Linux reads around every first touch of a page as far as the device's read-ahead goes, up
 to megabytes for a sequence of kilobytes, on every rank. And Python's own maps keep a descriptor

@@ -1,7 +1,7 @@
 """The order of samples from several sources: whose turn it is at a position, and which sample.
 
 Both are computed from the position alone: no list of samples and no counter is kept, and a run that
-goes on at sample 1e12 begins there at once.
+is resumed at sample 1e12 begins there at once.
 
 Turns are dealt out by a tree: at each fork the two branches take turns as evenly as whole numbers
 allow. At any position the draws of a source so far are within two samples of its share: a fork adds

@@ -58,7 +58,7 @@ class JsonTokenizer:
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         # A file may carry the cut of the model it was made for: 512 tokens a document, the rest
-        # dropped without a word.
+        # dropped silently.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.name = name

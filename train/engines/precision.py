@@ -1,4 +1,4 @@
-"""In what precision a step computes. Weights, gradients, and their sums over micro-batches and over
+"""Compute precision. Weights, gradients, and their sums over micro-batches and over
 ranks are FP32 in all of them: what is added up rounds once, whatever the accumulation.
 """
 

@@ -20,7 +20,7 @@ from largebatch.train.noise.small_gradients import squares_of
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Of one step, on the device: parts that ranks add up, and what is the same on each."""
+    """Device-side metrics of a step: values to all-reduce, and values already equal on all ranks."""
 
     reduced: dict[str, Tensor]
     replicated: dict[str, Tensor]
@@ -31,7 +31,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class GradientLimits:
-    """What a step's gradient is held against, before it is one.
+    """Limits on the gradient of a step.
 
     Attributes:
         clip_norm: gradients of a larger L2 norm are scaled down to it; None: they are not.

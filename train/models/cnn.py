@@ -19,7 +19,7 @@ class CNN(nn.Module):
     """Images of shape (samples, channels, height, width) → logits, (samples, classes).
 
     Args:
-        widths: channels of each stage: two 3x3 convolutions, the second of which halves the image.
+        widths: channels of each stage: two 3x3 convolutions; the second halves the image.
     """
 
     def __init__(self, channels: int, classes: int, widths: Sequence[int] = (32, 64, 128)) -> None:

@@ -35,7 +35,7 @@ class GradientNoise:
 
     Attributes:
         half_life_samples: of the averages.
-        every: measure each so many steps, the first among them.
+        every: steps between measurements; the first step is measured.
         by_layer: also each layer's, as `noise_scale/NAME`. Their ratios are not to be averaged:
             tr Σ and ‖G‖² add up, the noise scale does not.
         optimizer: where given, also the noise scale in the metric P = 1 / (√v̂ + ε) of its second
@@ -166,7 +166,7 @@ class GradientNoise:
         return {"scales": scales, "samples": self._samples}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Resume from a `state_dict`."""
         self._scales, self._samples = {}, int(state["samples"])
         for name, averages in state["scales"].items():
             self._scales[name] = NoiseScale(self.half_life_samples)
@@ -205,7 +205,7 @@ def metric_of(
 
 
 def _correction(beta: float, step: float | Tensor) -> float | Tensor:
-    """√(v̂ / v) after so many steps; on the device where they are counted there."""
+    """√(v̂ / v) after `step` steps; on the device where they are counted there."""
     correction: float | Tensor = (1 - beta**step) ** -0.5
     return correction
 

@@ -38,7 +38,7 @@ class AsyncMetrics:
         arrived = None
         if packed.device.type != "cpu":
             if work is not None:
-                work.wait()  # orders the device's stream after the collective; the host goes on
+                work.wait()  # orders the device's stream after the collective; the host continues
                 work = None
             on_device = packed
             packed = torch.empty_like(on_device, device="cpu", pin_memory=True)

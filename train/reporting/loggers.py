@@ -81,7 +81,7 @@ class SafeLogger:
 
 class Wandb:
     """Weights & Biases, in the run's folder. WANDB_MODE decides whether it is online; without it a
-    WANDB_API_KEY does. A run that is resumed goes on in the first one's place, by its id.
+    WANDB_API_KEY does. A resumed run continues the first one's W&B run, by its id.
 
     Args:
         folder: the run's folder; its name is the run's.

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 class StepClock:
     """The host's clock around steps. It never waits for a device: there a step's time is that
-    between two moments at which the host could go on, and right on average.
+    between two moments at which the host could continue, and right on average.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class StepClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done within it is no part of a step."""
+        """Exclude the enclosed time from step timing."""
         before = time.perf_counter()
         yield
         self._begun += time.perf_counter() - before
