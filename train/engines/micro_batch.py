@@ -39,7 +39,8 @@ def largest_that_fits(
     """The largest of `sizes`, smallest first, that takes at most `limit` bytes; None: not one.
 
     Args:
-        peak_bytes: bytes that a pass with that many samples takes at most; asked of sizes that should fit.
+        peak_bytes: the most that a pass with that many samples takes; asked of sizes that should
+            fit.
     """
     first = peak_bytes(sizes[0])
     if first > limit:

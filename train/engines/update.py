@@ -20,7 +20,7 @@ from largebatch.train.noise.small_gradients import squares_of
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Device-side metrics of a step: values to all-reduce, and values already equal on all ranks."""
+    """Device-side metrics of a step: values to all-reduce, and values equal on all ranks."""
 
     reduced: dict[str, Tensor]
     replicated: dict[str, Tensor]
