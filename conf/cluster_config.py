@@ -8,11 +8,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig
 
-from largebatch.common.errors import ConfigError, format_config_error
-from largebatch.common.numbers import whole_number
+from largebatch.common.errors import ConfigError
+from largebatch.conf.specs import count, typed_as
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "scheduler": ("pbs", "slurm", "none"),
@@ -56,21 +55,18 @@ class QueueConfig:
     """What a queue takes. `walltime` holds, for jobs of up to N nodes, the longest time."""
 
     walltime: dict[int, Any] = MISSING
-    min_nodes: Any = 1
+    min_nodes: int = count(1, least=1)
     min_walltime: Any = "00:00:01"
-    jobs_per_user: Any = None
+    jobs_per_user: int | None = count(None, least=1)
     """Queued and running; None: not limited, or not known."""
     note: str = ""
 
     def __post_init__(self) -> None:
-        self.min_nodes = whole_number(self.min_nodes, "min_nodes", 1)
         self.min_walltime = seconds(self.min_walltime, "min_walltime")
         self.walltime = {
             int(nodes): seconds(longest, "walltime")
             for nodes, longest in sorted(self.walltime.items())
         }
-        if self.jobs_per_user is not None:
-            self.jobs_per_user = whole_number(self.jobs_per_user, "jobs_per_user", 1)
 
     @property
     def max_nodes(self) -> int:
@@ -98,11 +94,11 @@ class NodeConfig:
     Cores are written as people write them: `0,52` or `42-47,94-99`.
     """
 
-    ranks: Any = 1
+    ranks: int = count(1, least=1)
     """Ranks a node: one a device."""
     domains: list[DomainConfig] = field(default_factory=list)
     """None: ranks are not bound."""
-    cores_per_rank: Any = None
+    cores_per_rank: int | None = count(None, least=1)
     """None: as many as there are for all."""
     rank_cores: str = ""
     """Cores that ranks may have, taken in order. Empty: every core of the domains."""
@@ -115,13 +111,6 @@ class NodeConfig:
     daos: str = ""
     bind: str | None = None
     """Cores of each rank, as 4-7:8-11:…, in place of those that are computed."""
-
-    def __post_init__(self) -> None:
-        self.ranks = whole_number(self.ranks, "cluster.node.ranks", 1)
-        if self.cores_per_rank is not None:
-            self.cores_per_rank = whole_number(
-                self.cores_per_rank, "cluster.node.cores_per_rank", 1
-            )
 
     @property
     def num_devices(self) -> int:
@@ -137,13 +126,12 @@ class SettingsConfig:
     """
 
     source: str = ""
-    from_nodes: Any = 1
+    from_nodes: int = count(1, least=1)
     export: dict[str, Any] = field(default_factory=dict)
     because: dict[str, str] = field(default_factory=dict)
     unset: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.from_nodes = whole_number(self.from_nodes, "cluster.settings.….from_nodes", 1)
         strange = [
             name
             for name in [*self.export, *self.unset]
@@ -167,12 +155,12 @@ class ClusterConfig:
     directives: list[str] = field(default_factory=list)
     """Further directives of the scheduler, as they are."""
 
-    nodes: Any = 1
-    spares: Any = 0
+    nodes: int = count(1, least=1)
+    spares: int = count(0)
     queue: str | None = None
     account: str | None = None
     walltime: Any = None
-    chain: Any = 1
+    chain: int = count(1, least=1)
     queues: dict[str, QueueConfig] | None = None
     """None: none is checked."""
     filesystems: list[str] = field(default_factory=list)
@@ -194,24 +182,17 @@ class ClusterConfig:
 
     node: NodeConfig = field(default_factory=NodeConfig)
     hsn_suffix: str | None = None
-    master_port: Any = None
-    open_files: Any = 65536
+    master_port: int | None = count(None, least=1)
+    open_files: int = count(65536, least=1)
     collectives: str = "none"
     allreduce: str = "default"
     settings: dict[str, SettingsConfig] = field(default_factory=dict)
-    rank_logs_from_nodes: Any = 2
+    rank_logs_from_nodes: int = count(2, least=1)
     preflight: str | None = None
-    watch_timeout: Any = None
-    restarts: Any = 0
+    watch_timeout: int | None = count(None, least=1)
+    restarts: int = count(0)
 
     def __post_init__(self) -> None:
-        for name in ("spares", "restarts"):
-            setattr(self, name, whole_number(getattr(self, name), f"cluster.{name}"))
-        for name in ("nodes", "chain", "open_files", "rank_logs_from_nodes"):
-            setattr(self, name, whole_number(getattr(self, name), f"cluster.{name}", 1))
-        for name in ("master_port", "watch_timeout"):
-            if getattr(self, name) is not None:
-                setattr(self, name, whole_number(getattr(self, name), f"cluster.{name}", 1))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 known = ", ".join(choice or "null" for choice in choices)
@@ -294,8 +275,7 @@ class ClusterConfig:
 
     @property
     def num_ranks(self) -> int:
-        ranks: int = self.nodes * self.node.ranks
-        return ranks
+        return self.nodes * self.node.ranks
 
     @property
     def active_settings(self) -> dict[str, SettingsConfig]:
@@ -343,10 +323,4 @@ def typed_submit(config: DictConfig) -> SubmitConfig:
     Raises:
         ConfigError: a missing or unknown key, a wrong type or an impossible value.
     """
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(SubmitConfig), config)
-        result = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(format_config_error(error)) from error
-    assert isinstance(result, SubmitConfig)
-    return result
+    return typed_as(SubmitConfig, config)

@@ -5,18 +5,15 @@ Groups whose choices differ in their keys (task, model, optim, lr, batch, logger
 a `_target_`; what they build checks its own arguments. Imports no torch.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass, field, is_dataclass
-from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.common.errors import ConfigError, format_config_error
+from largebatch.common.errors import ConfigError
 from largebatch.common.numbers import real_number, whole_number
 from largebatch.conf.engine_config import EngineConfig
-from largebatch.conf.specs import choice, convert, count, real, time_of_day
+from largebatch.conf.specs import choice, count, real, time_of_day, typed_as
 from largebatch.conf.sweep_config import LRFindConfig, StudyConfig
 from largebatch.schedules.scaling import RULES, check_hold, check_options
 
@@ -260,20 +257,10 @@ def typed(config: DictConfig) -> TrainConfig:
     Raises:
         ConfigError: a missing or unknown key, a wrong type or an impossible value.
     """
-    try:
-        missing = [
-            f"{group!s}._target_" for group in config if _has_no_target(config._get_node(group))
-        ]
-        if missing:
-            raise ConfigError(f"{' and '.join(missing)} must be given, as KEY=VALUE")
-        config = deepcopy(config)
-        OmegaConf.set_struct(config, False)
-        convert(config, TrainConfig)
-        merged = OmegaConf.merge(_schema(), config)
-        result = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(format_config_error(error)) from error
-    assert isinstance(result, TrainConfig)
+    missing = [f"{group!s}._target_" for group in config if _has_no_target(config._get_node(group))]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} must be given, as KEY=VALUE")
+    result = typed_as(TrainConfig, config)
     _refuse_empty(result, "")
     return result
 
@@ -285,12 +272,6 @@ def _refuse_empty(config: Any, above: str) -> None:
             raise ConfigError(f"{above}{name} must not be empty: null stands for none, got ''")
         if is_dataclass(value):
             _refuse_empty(value, f"{above}{name}.")
-
-
-@cache
-def _schema() -> DictConfig:
-    schema: DictConfig = OmegaConf.structured(TrainConfig)
-    return schema
 
 
 def _has_no_target(node: Any) -> bool:

@@ -6,16 +6,20 @@ Users write counts as "4e6" and "250B". Before the merge that checks types, `con
 into the numbers that the annotations promise, and refuses the rest by the key's full name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import field, fields, is_dataclass
 from functools import partial
-from typing import Any, get_args, get_type_hints
+from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.common.errors import ConfigError
+from largebatch.common.errors import ConfigError, format_config_error
 from largebatch.common.numbers import moment, real_number, whole_number
 
+T = TypeVar("T")
+_SCHEMAS: Final[dict[type, DictConfig]] = {}
 Check = Callable[[Any, str], Any]
 """Takes a value and the key's name; raises ValueError."""
 
@@ -86,11 +90,41 @@ def convert(config: "DictConfig | dict[str, Any]", schema: type, above: str = ""
         name = declared.name
         if name not in config:  # or `???`: the merge has a default or refuses it
             continue
-        within = [kind for kind in (hints[name], *get_args(hints[name])) if is_dataclass(kind)]
-        value = config[name]
-        if within and isinstance(value, DictConfig):
-            assert isinstance(within[0], type)
-            convert(value, within[0], f"{above}{name}.")
+        for inner, nested, path in _nested(config[name], hints[name], f"{above}{name}"):
+            convert(inner, nested, f"{path}.")
         check = declared.metadata.get("check")
-        if check is not None and not (value is None and declared.metadata["optional"]):
-            config[name] = check(value, f"{above}{name}")
+        if check is not None and not (config[name] is None and declared.metadata["optional"]):
+            config[name] = check(config[name], f"{above}{name}")
+
+
+def _nested(value: Any, hint: Any, path: str) -> Iterator[tuple[DictConfig, type, str]]:
+    """The configurations within a value, by the dataclasses that its annotation names."""
+    if not isinstance(value, DictConfig):
+        return
+    for kind in (hint, *get_args(hint)):
+        if is_dataclass(kind) and isinstance(kind, type):
+            yield value, kind, path
+        elif get_origin(kind) is dict:
+            for key in value:
+                for each in get_args(kind)[1:]:
+                    yield from _nested(value[key], each, f"{path}.{key!s}")
+            return
+
+
+def typed_as(schema: type[T], config: DictConfig) -> T:
+    """The composed configuration as an object of `schema`.
+
+    Raises:
+        ConfigError: a missing or unknown key, a wrong type or an impossible value.
+    """
+    try:
+        config = deepcopy(config)
+        OmegaConf.set_struct(config, False)
+        convert(config, schema)
+        if schema not in _SCHEMAS:
+            _SCHEMAS[schema] = OmegaConf.structured(schema)
+        result = OmegaConf.to_object(OmegaConf.merge(_SCHEMAS[schema], config))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(format_config_error(error)) from error
+    assert isinstance(result, schema)
+    return result

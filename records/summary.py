@@ -45,6 +45,8 @@ class SummaryRecord(TypedDict, total=False):
     gradient_accumulation_steps: int
     precision: str
     num_parameters: int
+    groups: list[dict[str, Any]]
+    """What tells the optimizer's groups from one another."""
     throughput: dict[str, Any]
     provenance: dict[str, Any]
     error: str
