@@ -272,3 +272,9 @@ def test_a_plan_of_a_trillion_samples_walks_through_no_steps_and_loads_no_torch(
         capture_output=True, text=True, timeout=100, check=True,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_micro_batch_that_is_found_on_the_device_is_planned_whole(plan: PlanCommand) -> None:
+    auto = described(plan, "batch.size=64", "engine.micro_batch_size=auto", "--ranks", "2")
+    whole = described(plan, "batch.size=64", "--ranks", "2")
+    assert auto["stages"] == whole["stages"]
