@@ -1,11 +1,14 @@
-"""A progress bar on a terminal; elsewhere nothing."""
+"""How far something is, on stderr: a bar on a terminal, elsewhere lines or nothing."""
+
+from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 def progress_bar() -> Progress:
-    """Make a bar on stderr with a task's description and time remaining, erased at its end."""
+    """Make a bar with a task's description and time remaining, erased at its end."""
     console = Console(stderr=True)
     return Progress(
         BarColumn(),
@@ -15,3 +18,51 @@ def progress_bar() -> Progress:
         disable=not console.is_terminal,
         transient=True,
     )
+
+
+class BarOrLines:
+    """A bar on a terminal, else a line every tenth of the way.
+
+    Args:
+        next_line: the fraction of the way at which the first line is printed; inf: neither lines
+            nor a bar.
+    """
+
+    def __init__(self, console: Console, next_line: float) -> None:
+        self.console, self._next_line = console, next_line
+        shown = console.is_terminal and next_line <= 1.0
+        columns = (BarColumn(), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, console=console) if shown else None
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=1.0)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, fraction: float, text: str) -> None:
+        """Show `text` at a fraction of the way."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=fraction, description=text)
+        elif fraction >= self._next_line:
+            self.console.print(text, highlight=False, markup=False)
+            self._next_line = int(fraction * 10 + 1) / 10
+
+
+def minutes(seconds: float) -> str:
+    """Minutes and seconds, as 3:07."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def time_left(seconds: float, made: float, left: float) -> str:
+    """The time that what is `left` will take at the pace of what was `made` in `seconds`."""
+    return f", about {minutes(seconds * left / made)} left"

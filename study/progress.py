@@ -5,12 +5,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from largebatch.common.progress import BarOrLines, minutes, time_left
 from largebatch.records.names import SUMMARY
 from largebatch.study.protocol import Job, Place, Protocol
 
@@ -19,40 +18,19 @@ _STARTUP_SAMPLES: Final = 4_000
 """A point's cost grows with its batch size from about this many samples' worth of overhead."""
 
 
-class StudyProgress:
+class StudyProgress(BarOrLines):
     """A bar on a terminal, else a line every tenth of the way.
 
     The time left is an estimate: the number of trials of a search is known only when it is done.
     """
 
     def __init__(self, protocol: Protocol, folder: Path, console: Console | None = None) -> None:
+        super().__init__(console or Console(stderr=True), 0.1)
         self._protocol, self._folder = protocol, folder
-        self._console = console or Console(stderr=True)
         self._begin = time.monotonic()
         self._fraction_found: float | None = None
         self._num_runs = 0
         self._under_way: Sequence[Job] = ()
-        self._next_line = 0.1
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._bar = Progress(
-                BarColumn(), TextColumn("{task.description}"), console=self._console
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("", total=1.0)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     @contextmanager
     def watching(self, jobs: Sequence[Job]) -> Iterator[None]:
@@ -103,20 +81,8 @@ class StudyProgress:
         fraction = self.fraction()
         gone = time.monotonic() - self._begin
         runs = self._num_runs + len(self._arrived())
-        text = f"{fraction:4.0%}  {runs} runs  {clock(gone)} gone{self._left(fraction, gone)}"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=fraction, description=text)
-        elif fraction >= self._next_line:
-            self._console.print(text, highlight=False)
-            self._next_line = int(fraction * 10 + 1) / 10
-
-    def _left(self, fraction: float, gone: float) -> str:
+        text = f"{fraction:4.0%}  {runs} runs  {minutes(gone)} gone"
         made = fraction - (self._fraction_found or 0.0)
-        if made < 0.02 or fraction >= 1.0:
-            return ""
-        return f", about {clock(gone * (1.0 - fraction) / made)} left"
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds, as 3:07."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        if made >= 0.02 and fraction < 1.0:
+            text += time_left(gone, made, 1.0 - fraction)
+        self.update(fraction, text)

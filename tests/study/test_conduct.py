@@ -20,10 +20,11 @@ import pytest
 from rich.console import Console
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.progress import minutes
 from largebatch.conf.sweep_config import StudyConfig
 from largebatch.records.record import RunFolder
 from largebatch.study.conduct import check_identity, conduct, make_room, owned, result_of
-from largebatch.study.progress import StudyProgress, clock
+from largebatch.study.progress import StudyProgress
 from largebatch.study.protocol import Protocol
 from largebatch.study.search import Result
 
@@ -439,4 +440,4 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path: Path, simulate: Simulate) -> 
     ("seconds", "text"), [(0, "0:00"), (59.9, "0:59"), (187, "3:07"), (6000, "100:00")]
 )
 def test_times_are_minutes_and_seconds(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
+    assert minutes(seconds) == text
