@@ -44,7 +44,7 @@ _FLOOR: Final = "plain file, fsync"
 _PEER: Final = "torch.save, fsync"
 _SYNC: Final = "save, mode=sync"
 _ASYNC: Final = "save, mode=async, until on disk"
-_STALL: Final = "save, mode=async, training stands still"
+_STALL: Final = "save, mode=async, training waits"
 _READ: Final = "plain read"
 _LOAD: Final = "load"
 
@@ -65,8 +65,8 @@ def main(arguments: list[str]) -> int:
         check(options.folder.is_dir(), "--folder", "a folder that exists", options.folder)
         need = 5e9 * options.gigabytes
         free = shutil.disk_usage(options.folder).free
-        told = f"{options.gigabytes} with {free / 1e9:.1f} GB free there"
-        check(free > need, "--gigabytes", "at most a fifth of what is free in --folder", told)
+        size = f"{options.gigabytes} with {free / 1e9:.1f} GB free there"
+        check(free > need, "--gigabytes", "at most a fifth of what is free in --folder", size)
         ranks = find_ranks()
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
@@ -84,9 +84,9 @@ def main(arguments: list[str]) -> int:
 def measure(
     ranks: Ranks, device: torch.device, seconds: float, gigabytes: float, folder: Path
 ) -> Record:
-    """Medians over rounds for so many seconds, two rounds at least."""
-    told = tempfile.mkdtemp(prefix="checkpoint-", dir=folder) if ranks.is_first else ""
-    here = Path(broadcast_json(told) if ranks.size > 1 else told)
+    """Medians over rounds for `seconds`, two rounds at least."""
+    made = tempfile.mkdtemp(prefix="checkpoint-", dir=folder) if ranks.is_first else ""
+    here = Path(broadcast_json(made) if ranks.size > 1 else made)
     samples: dict[str, list[float]] = {}
     try:
         contest = Contest(ranks, device, int(gigabytes * 1e9), here)
@@ -190,9 +190,9 @@ class Contest:
     def _largest(self, value: float) -> float:
         if self._ranks.size == 1:
             return value
-        told = torch.tensor([value], device=self._device)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        return float(told)
+        largest = torch.tensor([value], device=self._device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
 
     def agrees(self, goes_on: bool) -> bool:
         """Whether any rank has time for another round."""
@@ -252,7 +252,7 @@ def projection(total: int, size: int, seconds: dict[str, float]) -> list[dict[st
     rows.append({"of": "saving", "at": at, "seconds": share / rate})
     rate = total / size / seconds[_STALL]
     at = f"{rate / 1e9:.2f} GB/s of staging on each of {PROJECTED_RANKS} ranks"
-    rows.append({"of": "standing still, mode=async", "at": at, "seconds": share / rate})
+    rows.append({"of": "training waits, mode=async", "at": at, "seconds": share / rate})
     return rows
 
 

@@ -1,7 +1,7 @@
 """`largebatch bench optim`: the time of an optimizer's step, ours beside torch's and other peers'.
 
 Two lists of tensors, one whose step is bound by memory and one whose step is bound by the number of
-calls. Times are told as ratios to torch's fused AdamW in the same run, and as the share of the
+calls. Times are given as ratios to torch's fused AdamW in the same run, and as the share of the
 memory's speed that the step's unavoidable traffic makes.
 """
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from largebatch.common.text import and_more
+
 _NAMED_PLACES: Final = 4
 
 
@@ -16,10 +18,7 @@ def node_name(environment: Mapping[str, str] = os.environ) -> str:
 
 def places(nodes: Sequence[str]) -> str:
     """The first few names and how many more there are."""
-    if not nodes:
-        return "nowhere"
-    more = len(nodes) - _NAMED_PLACES
-    return ", ".join(nodes[:_NAMED_PLACES]) + (f" and {more} more" if more > 0 else "")
+    return and_more(nodes, _NAMED_PLACES) or "nowhere"
 
 
 def short(line: str) -> str:

@@ -82,7 +82,7 @@ def lost(line: str) -> str | None:
     line = _IDS.sub("", line)
     if (subject := _SUBJECT.search(line)) is not None:
         return short(subject[1])
-    named = nodes_in(line)  # who tells it stands first, who is told of last
+    named = nodes_in(line)  # the reporting node stands first, the faulty one last
     return named[-1] if named else None
 
 
@@ -93,7 +93,7 @@ def hardware(line: str) -> str | None:
 
 
 def peer(line: str) -> str | None:
-    """The other end of a connection of which a network interface tells an error."""
+    """The other end of a connection on which a network interface reports an error."""
     if not _FABRIC.search(line):
         return None
     ends = _OTHER_END.findall(_IDS.sub("", line))
@@ -108,7 +108,7 @@ def shepherd(line: str) -> str | None:
 
 
 def died(line: str) -> str | None:
-    """The node of a rank that died, and that nobody has told to."""
+    """The node of a rank that died without having been ended by a signal from outside."""
     found = DIED.search(line)
     node = found and (found["node"] or found["node2"])
     return short(node) if found and node and found["signal"] not in ECHOES else None

@@ -3,7 +3,7 @@
 The times t of collectives over p ranks and n bytes are taken as alpha M(p) + beta B(p, n), where a
 cost model counts the messages M and the bytes B. An error of a time is taken to be a share of it.
 Outliers count less: Huber's M-estimator of the relative errors, by iteratively reweighted least
-squares (Huber: Robust Statistics, 1981, chapter 7). Gamma cannot be told from beta where an
+squares (Huber: Robust Statistics, 1981, chapter 7). Gamma cannot be separated from beta where an
 algorithm adds up a fixed share of what it sends; it is left inside beta.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from largebatch.benchmarks.collectives.models import ALL_REDUCE, Cost, Link
+from largebatch.common.robust import MAD_TO_SIGMA
 
 HUBER: Final = 1.345  # spreads beyond which an error counts less; 95% efficient for normal errors
 FEWEST: Final = 5  # times for two unknowns and a spread
@@ -42,7 +43,7 @@ class Fit:
     beta: float
     beta_error: float
     spread: float
-    """Of the relative errors: 1.4826 times their median absolute value."""
+    """Of the relative errors: their median absolute value, scaled to a normal sigma."""
     doubts: tuple[str, ...]
     """Why the fit is poor; none where it is not."""
 
@@ -108,7 +109,7 @@ def _huber(counts: Array, seconds: Array) -> tuple[Array, Array, float]:
         before = values
         values = np.linalg.lstsq(rows / scale * root[:, None], wanted * root)[0] / scale
         errors = wanted - rows @ values
-        spread = max(float(1.4826 * np.median(np.abs(errors))), 1e-12)
+        spread = max(float(MAD_TO_SIGMA * np.median(np.abs(errors))), 1e-12)
         weights = np.minimum(1.0, HUBER * spread / np.maximum(np.abs(errors), 1e-300))
         fitted = counts @ values
         if (fitted > 0).all():
@@ -135,7 +136,7 @@ def _doubts(
 ) -> tuple[str, ...]:
     found = []
     if spread > MOST_SPREAD:
-        found.append(f"half of the times are {spread / 1.4826:.0%} or more off the model")
+        found.append(f"half of the times are {spread / MAD_TO_SIGMA:.0%} or more off the model")
     for name, value, error in (("alpha", alpha, alpha_error), ("beta", beta, beta_error)):
         if error > MOST_ERROR * value:
             found.append(f"{name} is not resolved from 0")

@@ -140,7 +140,7 @@ def double_tree(ranks: int, nbytes: float, chunks: int) -> Cost:
 
     Each half of the vector climbs one tree to the root and comes down again, a chunk an edge in
     every second round. Sanders, Speck and Träff overlap the two colours of edges between levels and
-    so come to nearly half the height's part; the usual short form, 2 lg p alpha + 2 n beta, is the
+    so reach nearly half the height's part; the usual short form, 2 lg p alpha + 2 n beta, is the
     limit of k chunks that cost nothing.
     """
     if ranks == 1:

@@ -1,7 +1,7 @@
 """`largebatch bench noise`: what measuring the gradient noise scale adds to a training step.
 
 Steps of the training loop with and without it, in interleaved rounds: in one process at the
-bundled byte model and at a decoder, and on two gloo ranks at the decoder. Times are told as ratios
+bundled byte model and at a decoder, and on two gloo ranks at the decoder. Times are given as ratios
 to the same step without it in the same round. A second row without it says how far a ratio can be
 trusted here. Beside the time that is added stands the least that could be: that of reading from
 memory, once, what the norms are taken of.

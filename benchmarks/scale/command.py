@@ -57,8 +57,8 @@ PLAN_HEADS: Final = {
     "idle": "measured: seconds of a rank that writes nothing, then",
     "again": "measured: seconds of every rank at each later save",
     "sent": "counted: bytes that a rank sends, for ranks to agree that their plans are one",
-    "by torch": "modelled, at every save: GB of pickles that rank 0 would gather, of which one is "
-    "counted here, and the seconds of unpickling and joining them, of which 8 are measured",
+    "by torch": "modelled, at every save: GB of pickles that rank 0 would gather (one is "
+    "counted here), and the seconds of unpickling and joining them (8 are measured)",
 }
 
 

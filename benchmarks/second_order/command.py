@@ -90,7 +90,7 @@ class Line:
 
 @dataclass(frozen=True)
 class RankLine:
-    """One optimizer on so many ranks; a list has an entry for each rank."""
+    """One optimizer on `num_ranks` ranks; a list has an entry for each rank."""
 
     name: str
     num_ranks: int

@@ -60,7 +60,7 @@ ROWS: Final[dict[str, Make]] = {
 
 
 class Stepper:
-    """A model that one optimizer steps. On ranks of DDP, of which each has its share of the batch.
+    """A model that one optimizer steps; under DDP, on this rank's share of the batch.
 
     A training step is `take`, `backward` and `step`, in this order.
     """

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from largebatch.common.text import and_more
 from largebatch.launch import node_faults
 from largebatch.launch.diagnose.causes import Cause
 
@@ -21,7 +22,7 @@ class Pattern:
 
     Attributes:
         tells: what makes a line such a sentence: an expression, whose groups `rank` and `signal`
-            say more, or that a node can be told of it.
+            say more, or that a node can be read from it.
         node: which node a line speaks against.
     """
 
@@ -39,7 +40,7 @@ LEAVE_OUT: Final = (
 
 PATTERNS: Final = (
     Pattern(
-        None, 96, "Nodes told of broken hardware", LEAVE_OUT + "; tell the site's support",
+        None, 96, "Nodes reported broken hardware", LEAVE_OUT + "; tell the site's support",
         node_faults.hardware,
     ),
     Pattern(
@@ -56,11 +57,11 @@ PATTERNS: Final = (
     Pattern(
         node_faults.DIED, 92,
         "Ranks died from a signal", "9: killed, mostly for memory; 6: aborted, see the lines "
-        "above; 11: a crash in native code; 15: told to end by the launcher after another's death",
+        "above; 11: a crash in native code; 15: ended by the launcher after another's death",
         node_faults.died,
     ),
     Pattern(
-        None, 85, "Network interfaces told of errors with other nodes",
+        None, 85, "Network interfaces reported errors with other nodes",
         LEAVE_OUT + ", if one is named by many", node_faults.peer,
     ),
     Pattern(
@@ -167,9 +168,7 @@ def _cause(pattern: Pattern, match: Match) -> Cause:
     words = [pattern.what]
     for name, held in (("nodes", match.nodes), ("ranks", match.ranks), ("signals", match.signals)):
         if held:
-            shown = ", ".join([*held][:8])
-            more = f" and {len(held) - 8} more" if len(held) > 8 else ""
-            words.append(f"{name} {shown}{more}")
+            words.append(f"{name} {and_more([*held], 8)}")
     times = f" ({match.count} times)" if match.count > 1 else ""
     what = f"{words[0]}{': ' + '; '.join(words[1:]) if words[1:] else ''}{times}."
     return Cause(pattern.weight, what, pattern.do, tuple(match.evidence), tuple(match.nodes))

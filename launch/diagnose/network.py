@@ -1,10 +1,10 @@
 """Steps that slowed, and network counters that stood out: together where they were at one time."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from largebatch.common.text import and_more
 from largebatch.launch.diagnose.causes import Cause
 from largebatch.launch.diagnose.nic.report import Episode, clock, overlap, unusual
 from largebatch.launch.diagnose.nic.survey import Survey
@@ -27,20 +27,20 @@ def read_network(run: Path, survey: Survey | None, steps: Steps | None) -> list[
     """Slow steps with what the counters showed meanwhile, then what they showed besides."""
     episodes = unusual(survey)
     slow = [] if steps is None else slow_spells(steps)
-    causes, told = [], []
+    causes, named = [], []
     for spell in slow:
         together = [episode for episode in episodes if overlap(episode, spell)]
         causes.append(_slow(spell, together, survey is not None))
-        told += together
+        named += together
     stopped = _stopped_at(run)
     for episode in episodes:
-        if episode not in told:
+        if episode not in named:
             causes.append(_besides(episode, stopped))
     return causes + ([] if survey is None else _gone(survey))
 
 
 def _stopped_at(run: Path) -> float | None:
-    """When a run that has not come to its end was last heard of; None where it has."""
+    """Time of the last sign of a run that has not ended; None where it has ended."""
     summary, beat = find_fields(run / SUMMARY, []), find_beat(run, [])
     if summary is not None and summary.find("status", status) != "failed":
         return None
@@ -62,11 +62,11 @@ def _slow(spell: SlowSpell, together: list[Episode], recorded: bool) -> Cause:
             "checkpoints written meanwhile"
         )
         if not recorded:
-            do += "; with largebatch nic record beside the run its network can be told apart"
+            do += "; with largebatch nic record beside the run its network can be distinguished"
         return Cause(40, f"{what}, {why}.", do, tuple(evidence))
     first = together[0]
     nodes = tuple(dict.fromkeys(n for e in together if not e.everywhere for n in e.nodes))
-    where = "all nodes" if first.everywhere else _named(first.nodes)
+    where = "all nodes" if first.everywhere else and_more(first.nodes, MOST_NAMED)
     return Cause(
         55,
         f"{what}, while the network showed {first.kind.name} on {where}: {first.kind.means}.",
@@ -77,7 +77,7 @@ def _slow(spell: SlowSpell, together: list[Episode], recorded: bool) -> Cause:
 
 
 def _besides(episode: Episode, stopped: float | None) -> Cause:
-    where = "all nodes" if episode.everywhere else _named(episode.nodes)
+    where = "all nodes" if episode.everywhere else and_more(episode.nodes, MOST_NAMED)
     nodes = () if episode.everywhere else episode.nodes
     at_the_end = (
         stopped is not None
@@ -111,7 +111,8 @@ def _gone(survey: Survey) -> list[Cause]:
     return [
         Cause(
             72,
-            f"{_named(names)} stopped recording long before the other nodes: gone, or hung.",
+            f"{and_more(names, MOST_NAMED)} stopped recording long before the other nodes: gone, "
+            "or hung.",
             "leave these nodes out of the next job, and report them",
             tuple(
                 f"nic-{node}.jsonl: last sample {clock(last)}, the others until {clock(usual)}"
@@ -120,8 +121,3 @@ def _gone(survey: Survey) -> list[Cause]:
             names,
         )
     ]
-
-
-def _named(names: Sequence[str]) -> str:
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from largebatch.common.text import and_more
 from largebatch.launch.diagnose.causes import Cause
 from largebatch.records import Fields, RecordError, find_fields, last_fields, printable
 from largebatch.records.fields import RANKS, list_of, listing, must_be, text, whole
@@ -16,7 +17,7 @@ MOST_NAMED: Final = 8
 
 @dataclass(frozen=True)
 class ReportedDivergence:
-    """A collective in which ranks did not come together, as a report has it.
+    """A collective that ranks did not complete together, as a report has it.
 
     Attributes:
         call: of most ranks, in words.
@@ -63,7 +64,7 @@ def read_reports(run: Path, problems: list[str]) -> list[Cause]:
             f"{_who(findings, culprits, silent, hosts)}{after}",
             "look at the place in the code that these ranks stand at: if only they go that way, a "
             "collective is missing there; if their node stands out below, leave it out of the next "
-            "job; resume=auto goes on from the last checkpoint",
+            "job; resume=auto starts from the last checkpoint",
             tuple(evidence),
             tuple(dict.fromkeys(hosts.values())),
         )
@@ -145,6 +146,4 @@ def _hosts(folder: Path, ranks: list[int], problems: list[str]) -> dict[int, str
 
 
 def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:MOST_NAMED]))
-    more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
-    return f"rank{'s' * (len(ranks) != 1)} {shown}{more}"
+    return f"rank{'s' * (len(ranks) != 1)} {and_more(ranks, MOST_NAMED)}"

@@ -32,10 +32,10 @@ def ending(run: Path, now: float) -> str:
     """One sentence on where the run stands."""
     summary, beat = find_fields(run / SUMMARY, []), find_beat(run, [])
     if summary is not None:
-        told = [_or_unknown(summary.find(name, whole())) for name in ("steps", "samples")]
+        progress = [_or_unknown(summary.find(name, whole())) for name in ("steps", "samples")]
         seconds = _or_unknown(summary.find("seconds", number_or_none))
         state = summary.find("status", status) or "ended in a way that it does not say"
-        return f"{run}: {state} after {told[0]} steps, {told[1]} samples, {seconds} s"
+        return f"{run}: {state} after {progress[0]} steps, {progress[1]} samples, {seconds} s"
     if beat is None:
         return f"{run}: neither a summary nor a heartbeat"
     state = "running" if is_alive(run, beat, now) else "no summary, and no sign of life"
@@ -84,7 +84,7 @@ def read_run(run: Path, now: float, problems: list[str]) -> list[Cause]:
 
 
 def _of_summary(run: Path, summary: Fields) -> list[Cause]:
-    for name in ("samples", "seconds"):  # are told by `ending`; what is wrong with them is noted
+    for name in ("samples", "seconds"):  # are shown by `ending`; what is wrong with them is noted
         summary.find(name, number_or_none)
     ended, step = summary.find("status", status), _or_unknown(summary.find("steps", whole()))
     if ended == "failed":
@@ -104,14 +104,14 @@ def _of_summary(run: Path, summary: Fields) -> list[Cause]:
         number = summary.find("signal", whole(1))
         why = summary.find("reason", optional(text))
         name = "a signal" if number is None else _signal_name(number)
-        told = f" by {name} after step {step}: by somebody, or by the end of the job's time."
+        cause = f" by {name} after step {step}: by somebody, or by the end of the job's time."
         if number is None and why is not None:
-            told = f" after step {step}: {why}."
+            cause = f" after step {step}: {why}."
         return [
             Cause(
                 30,
-                f"The run was interrupted{told}",
-                "the same command with resume=auto goes on, where checkpoint.every_samples was set",
+                f"The run was interrupted{cause}",
+                "the same command with resume=auto resumes it, if checkpoint.every_samples was set",
                 (f"{SUMMARY}: status interrupted",),
             )
         ]
@@ -201,7 +201,7 @@ def _of_silence(beat: Beat, now: float) -> list[Cause]:
         phase = f", in {beat.phase}" if beat.phase else ""
         what = (
             f"The run stopped without a word at step {step}{phase}, {heard}: it "
-            "was killed, its node died, or it stands still in a collective."
+            "was killed, its node died, or it hangs in a collective."
         )
         do = (
             "if its processes are there: largebatch watch RUN --now asks every rank where it is; "

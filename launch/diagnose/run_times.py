@@ -20,7 +20,7 @@ LEAST_LOST_SECONDS: Final = 1.0
 """By a spell of slow steps in all: below it, it is the noise of a short run."""
 STALL_TIMES: Final = 20.0
 STALL_SECONDS: Final = 10.0
-"""A single step that took so many times the usual, and so much longer, is a stall."""
+"""A single step above both, the multiple of the usual time and the extra seconds, is a stall."""
 
 
 @dataclass(frozen=True)

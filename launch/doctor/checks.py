@@ -69,7 +69,7 @@ def by_node(world: Iterable[HostFacts]) -> dict[str, list[HostFacts]]:
 def thin(facts: HostFacts) -> dict[str, Any]:
     """What `together` needs of a rank, as small as it goes: rank 0 reads 98,304 of these.
 
-    A node's environment is told by its local rank 0; the others tell their own part of it.
+    Local rank 0 reports its node's environment; the others only what is their own.
     """
     row = {name: getattr(facts, name) for name in TOGETHER}
     row["versions"] = {name: version for name, version in facts.versions.items() if version}

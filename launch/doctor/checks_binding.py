@@ -1,7 +1,7 @@
 """Which cores the ranks of a node run on, beside one another and beside oneCCL's workers.
 
 An Aurora node has cores 0-51 and 52-103, and their hyperthreads 104 higher. The system keeps 0 and
-52; Copper, where it is started, 48-51; oneCCL's workers, unless told, the last 12 of each socket.
+52; Copper, where it is started, 48-51; oneCCL's workers by default the last 12 of each socket.
 """
 
 from collections.abc import Iterator, Sequence
@@ -94,12 +94,12 @@ def _aurora(ranks: Sequence[HostFacts], cores: dict[int, frozenset[int]]) -> Ite
             break
     workers = worker_cores(ranks[0])
     if taken & workers:
-        told = ranks[0].environment.get("CCL_WORKER_AFFINITY", "unset: the last 12 of each socket")
+        given = ranks[0].environment.get("CCL_WORKER_AFFINITY", "unset: the last 12 of each socket")
         yield Finding(
             "cores-ccl",
             "warning",
             f"ranks and oneCCL's workers share the cores {written(taken & workers)} "
-            f"(CCL_WORKER_AFFINITY is {told})",
+            f"(CCL_WORKER_AFFINITY is {given})",
             "a rank that computes holds up the worker that would move its gradients",
             f"mpiexec {SAFE_LIST}, with {SAFE_WORKERS}",
         )
@@ -118,10 +118,10 @@ def worker_cores(facts: HostFacts) -> frozenset[int]:
     """Where oneCCL's workers of this node run; none where nothing asks for tiles."""
     if not facts.expects_tiles:
         return frozenset()
-    told = facts.environment.get("CCL_WORKER_AFFINITY", "auto")
-    if told == "auto":
+    workers = facts.environment.get("CCL_WORKER_AFFINITY", "auto")
+    if workers == "auto":
         return _DEFAULT_WORKERS
-    return frozenset(cpu % _CORES for cpu in cpu_list(told))
+    return frozenset(cpu % _CORES for cpu in cpu_list(workers))
 
 
 def cpu_list(text: str) -> list[int]:

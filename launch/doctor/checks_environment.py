@@ -50,7 +50,7 @@ def check(facts: HostFacts) -> Iterator[Finding]:
 
 
 def hierarchy(environment: Mapping[str, str]) -> str:
-    """How Level Zero counts devices: FLAT (tiles) unless told."""
+    """How Level Zero counts devices: FLAT (tiles) by default."""
     return environment.get("ZE_FLAT_DEVICE_HIERARCHY", "FLAT").upper()
 
 

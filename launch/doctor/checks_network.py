@@ -52,14 +52,14 @@ def check(facts: HostFacts) -> Iterator[Finding]:
 def _interface(facts: HostFacts) -> Iterator[Finding]:
     holds = [name for name, held in facts.addresses.items() if held in facts.master_resolves]
     fast = sorted(name for name in facts.addresses if name.startswith("hsn"))
-    told = f"MASTER_ADDR={facts.master} ({', '.join(facts.master_resolves)})"
+    address = f"MASTER_ADDR={facts.master} ({', '.join(facts.master_resolves)})"
     one_node = facts.size == facts.local_size
     if all(address.startswith("127.") for address in facts.master_resolves):
         if not one_node:
             yield Finding(
                 "master-loopback",
                 "error",
-                f"{told} is each node's own loopback",
+                f"{address} is each node's own loopback",
                 "ranks of other nodes call themselves, and wait until they time out",
                 "set MASTER_ADDR to rank 0's name on the high-speed network",
             )
@@ -67,7 +67,7 @@ def _interface(facts: HostFacts) -> Iterator[Finding]:
         yield Finding(
             "master-elsewhere",
             "error",
-            f"{told} is no address of rank 0's node {facts.node}",
+            f"{address} is no address of rank 0's node {facts.node}",
             "rank 0 listens where nobody calls",
             "set MASTER_ADDR to the node of rank 0, which is the hostfile's first",
         )
@@ -75,7 +75,7 @@ def _interface(facts: HostFacts) -> Iterator[Finding]:
         yield Finding(
             "master-slow-network",
             "warning",
-            f"{told} is on {', '.join(holds)}, and there is {', '.join(fast)}",
+            f"{address} is on {', '.join(holds)}, and there is {', '.join(fast)}",
             "all ranks meet over the management network: slow at many nodes, and it may be closed",
             "set MASTER_ADDR to <node>.hsn.cm.aurora.alcf.anl.gov (the suffix differs by machine)",
         )

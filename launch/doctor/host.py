@@ -146,7 +146,7 @@ def is_here(address: str) -> bool:
 
 
 def reverse_seconds(address: str) -> float:
-    """How long it takes to be told the name of an address, or that it has none."""
+    """Seconds of a reverse lookup of an address, whether it has a name or not."""
     started = time.perf_counter()
     with suppress(OSError):
         socket.getnameinfo((address, 1), 0)

@@ -84,7 +84,7 @@ def _check_types(manifest: Manifest) -> None:
     """Refuse what is no manifest, or would lead out of the environment's folder.
 
     Raises:
-        EnvError: a name that is none.
+        EnvError: not a valid name.
         TypeError: a value of another type.
     """
     texts = [manifest.name, manifest.python, manifest.home]

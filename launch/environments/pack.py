@@ -47,7 +47,7 @@ def pack(prefix: Path, output: Path, *, with_site: bool = False) -> str:
     """
     zstd = is_zstd(output)
     prefix = prefix.absolute()
-    told = settings(prefix)
+    venv = settings(prefix)
     site = site_packages(prefix)
     refuse_editable(site)
     if output.absolute().is_relative_to(prefix):
@@ -64,8 +64,8 @@ def pack(prefix: Path, output: Path, *, with_site: bool = False) -> str:
         sources += [source for source in base if source.entry.path not in taken]
     manifest = Manifest(
         prefix.name,
-        told.get("version", told.get("version_info", "unknown")),
-        told.get("home", ""),
+        venv.get("version", venv.get("version_info", "unknown")),
+        venv.get("home", ""),
         _versions(site),
         [source.entry for source in sources],
     )
@@ -76,7 +76,7 @@ def pack(prefix: Path, output: Path, *, with_site: bool = False) -> str:
         own.replace(output)
     finally:
         own.unlink(missing_ok=True)
-    return _summary(manifest, output, time.perf_counter() - started, told, with_site)
+    return _summary(manifest, output, time.perf_counter() - started, venv, with_site)
 
 
 def site_packages(prefix: Path) -> Path:
@@ -200,7 +200,7 @@ def _opened(source: Source) -> IO[bytes]:
 
 
 def _summary(
-    manifest: Manifest, output: Path, seconds: float, told: dict[str, str], with_site: bool
+    manifest: Manifest, output: Path, seconds: float, venv: dict[str, str], with_site: bool
 ) -> str:
     packed, whole = output.stat().st_size, manifest.num_bytes
     files = sum(entry.kind == "file" for entry in manifest.entries)
@@ -213,7 +213,7 @@ def _summary(
         f"{len(versions)} distributions in all",
         f"hash {manifest.total}",
     ]
-    if told.get("include-system-site-packages") == "true" and not with_site:
+    if venv.get("include-system-site-packages") == "true" and not with_site:
         lines.append(
             "packages of the base Python or module are not inside: the nodes read them from where "
             "they are (--with-site packs them too)"

@@ -57,10 +57,10 @@ def _script(path: Path, prefix: Path) -> bytes | None:
     if path.name == "activate":
         text = path.read_text(encoding="utf-8")
         # The first sets it; what follows, in deactivate's part, only unsets.
-        told, times = re.subn(r"(?m)^(\s*)VIRTUAL_ENV=.*$", rf"\1{_ACTIVATE}", text, count=1)
+        changed, times = re.subn(r"(?m)^(\s*)VIRTUAL_ENV=.*$", rf"\1{_ACTIVATE}", text, count=1)
         if not times:
             raise EnvError(f"{path} sets no VIRTUAL_ENV: it is not a script of python3 -m venv")
-        return told.encode()
+        return changed.encode()
     with path.open("rb") as file:
         if file.read(2) != b"#!":
             return None  # a program
@@ -84,28 +84,31 @@ def _path_file(path: Path, prefix: Path) -> bytes | None:
         EnvError: a path outside of the environment.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
-    told = []
+    changed = []
     for line in lines:
         named = Path(line.strip())
         if line.startswith(("#", "import ", "import\t")) or not named.is_absolute():
-            told.append(line)
+            changed.append(line)
         elif is_inside(named, prefix):
-            told.append(os.path.relpath(named.resolve(), path.parent.resolve()))
+            changed.append(os.path.relpath(named.resolve(), path.parent.resolve()))
         else:
             raise EnvError(
                 f"{path.name} points to {named}, outside of the environment: an archive without it "
                 "would not import, and one with it would read from there on every node; install "
                 f"that project into the environment (pip install {named}, without -e)"
             )
-    return None if told == lines else ("\n".join(told) + "\n").encode()
+    return None if changed == lines else ("\n".join(changed) + "\n").encode()
 
 
 def editable(site: Path) -> Iterator[tuple[str, str]]:
     """(distribution, its project's address) of each editable install in a site-packages."""
     for record in sorted(site.glob("*.dist-info/direct_url.json")):
-        told = json.loads(record.read_text(encoding="utf-8"))
-        if told.get("dir_info", {}).get("editable"):
-            yield record.parent.name.split("-")[0], str(told.get("url", "")).removeprefix("file://")
+        origin = json.loads(record.read_text(encoding="utf-8"))
+        if origin.get("dir_info", {}).get("editable"):
+            yield (
+                record.parent.name.split("-")[0],
+                str(origin.get("url", "")).removeprefix("file://"),
+            )
 
 
 def refuse_editable(site: Path) -> None:

@@ -26,14 +26,14 @@ class Job:
     Attributes:
         words: those of `largebatch COMMAND …`, the first of them `train` or `sweep`.
         record: the folder in which the run keeps its record.
-        told: how the user asked for it.
+        request: the words by which the user asked for it.
         program: the command that runs in place of `largebatch WORDS`; its "python" is the job's.
     """
 
     config: SubmitConfig
     words: Sequence[str]
     record: str
-    told: Sequence[str]
+    request: Sequence[str]
     program: Sequence[str] | None = None
 
     @property

@@ -41,7 +41,7 @@ def _head(job: Job) -> Lines:
     cluster = job.cluster
     yield f"#!/bin/bash {cluster.shell_options}".rstrip()
     yield comment(f"{job.config.name} on {cluster.name}: {_size(job)}. Written by")
-    yield comment(shlex.join(["largebatch", "submit", *job.told]))
+    yield comment(shlex.join(["largebatch", "submit", *job.request]))
 
 
 def _size(job: Job) -> str:

@@ -38,7 +38,7 @@ def nodes_lines(job: Job) -> Lines:
 
 
 def everywhere(job: Job) -> tuple[str, str]:
-    """How many nodes there are on which the ranks may come to lie, and the hostfile of these."""
+    """Number of nodes on which ranks may run, spares included, and their hostfile."""
     if not (job.cluster.restarts and job.cluster.spares):
         return str(job.cluster.nodes), "$hostfile"
     return '"$(wc -l < "$hostfile.all")"', "$hostfile.all"
@@ -58,7 +58,7 @@ def rank_logs_lines() -> Lines:
 
 
 def watch_lines(job: Job) -> Lines:
-    """What ends a run that stands still, and starts it again where that is asked for."""
+    """Lines of `largebatch watch`, which ends a run that hangs and starts it again on request."""
     cluster = job.cluster
     yield "# Ends the job after so many seconds without a step: a hang ends nothing by itself."
     if cluster.restarts:

@@ -82,7 +82,7 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def prepared(options: Namespace, words: Sequence[str], told: Sequence[str]) -> Job:
+def prepared(options: Namespace, words: Sequence[str], request: Sequence[str]) -> Job:
     """The job as asked for, checked.
 
     Raises:
@@ -102,11 +102,11 @@ def prepared(options: Namespace, words: Sequence[str], told: Sequence[str]) -> J
         else:
             check_free(Path(record))
         check_plan(words[1:], config.cluster.num_ranks)
-    return Job(config, words, record, [word for word in told if word != "--dry-run"])
+    return Job(config, words, record, [word for word in request if word != "--dry-run"])
 
 
 def composed(overrides: Sequence[str], config_dir: str | None = None) -> SubmitConfig:
-    """What `submit.yaml` and the overrides come to.
+    """Compose `submit.yaml` with the overrides.
 
     Raises:
         ConfigError: an unknown cluster or key, a missing or impossible value.
@@ -153,7 +153,7 @@ def completed(
     """The command with what a job of its kind needs, and the folder of its record.
 
     Args:
-        overrides: of which a sweep hands those of the cluster on to its trials.
+        overrides: a sweep hands those of the cluster on to its trials.
         config_dir: where the cluster is.
 
     Raises:
@@ -200,7 +200,7 @@ def completed(
         more += handed
         if config_dir is not None and not any(word.startswith("--config-dir") for word in words):
             more.append(f"--config-dir={os.path.abspath(config_dir)}")
-    resumes = words[0] == "train" or "study" not in keys  # a study goes on by itself
+    resumes = words[0] == "train" or "study" not in keys  # a study resumes by itself
     again = [
         f"cluster.{name}={asked}"
         for name, asked, least in (
@@ -217,7 +217,7 @@ def completed(
         saves = ("checkpoint.every_samples", "checkpoint.every_minutes")
         if all(keys.get(key, "null") == "null" for key in saves):
             raise ConfigError(
-                f"{' and '.join(again)} goes on from checkpoints, and there are none: give "
+                f"{' and '.join(again)} resumes from checkpoints, and there are none: give "
                 "checkpoint.every_samples=…"
             )
         more += [] if keys.get("resume") == "auto" else ["resume=auto"]
@@ -255,8 +255,8 @@ def _handed_on(overrides: Sequence[str], words: Sequence[str]) -> tuple[list[str
 
 
 def check_plan(words: Sequence[str], ranks: int) -> None:
-    """Have `largebatch plan` look at the run on so many ranks; in a process of its own, as the
-    loop's configuration is none of this folder's business.
+    """Plan the run on that number of ranks, by `largebatch plan` in a process of its own: launch/
+    knows nothing of the loop's configuration.
 
     Raises:
         ConfigError: what it says.

@@ -38,7 +38,7 @@ class Backend(Protocol):
     """Where trials run.
 
     Attributes:
-        outlives: whether what runs goes on when the sweep stops.
+        outlives: whether trials continue when the sweep stops.
     """
 
     outlives: bool

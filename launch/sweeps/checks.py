@@ -82,7 +82,7 @@ def cluster_of(settings: SweepSettings, config_dir: str | None = None) -> Cluste
     from largebatch.launch.jobs.submit import composed
 
     words = [f"cluster={settings.cluster}"]
-    if settings.shape != "jobs":  # what only a scheduler is told
+    if settings.shape != "jobs":  # for a scheduler only
         words += ["cluster.queue=null", "cluster.account=null", "cluster.walltime=null"]
     else:
         for name in ("queue", "account"):

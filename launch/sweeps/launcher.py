@@ -29,7 +29,7 @@ from largebatch.records.summary import objective
 
 Compose = Callable[[list[str]], DictConfig]
 
-# What a trial is told anew, or what is the sweep's business alone.
+# What each trial gets anew, or what concerns the sweep alone.
 _NOT_PASSED_ON = (
     "hydra.launcher",
     "hydra/launcher",
@@ -64,7 +64,7 @@ class TrialLauncher:
 
         Raises:
             ConfigError: another sweep in the folder, nodes or a cluster that do not fit.
-            KeyboardInterrupt: it was stopped; the same command goes on.
+            KeyboardInterrupt: it was stopped; the same command resumes it.
         """
         setup_globals()
         trials = [self.trial(number, words) for number, words in enumerate(jobs, first)]

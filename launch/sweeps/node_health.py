@@ -1,7 +1,7 @@
-"""Whose fault it was: which nodes a sweep leaves out.
+"""Health of nodes: which nodes a sweep leaves out.
 
 A trial fails because of itself or because of its node, and at first nobody can tell. It is begun
-again on other nodes: if it comes to its end there, its first nodes were at fault; if it fails there
+again on other nodes: if it succeeds there, its first nodes were at fault; if it fails there
 too, it is the trial's own, and the nodes are forgiven. Until then a node with two such questions
 open gets no new trial, so that a broken node does not eat the whole queue, nor a broken trial the
 whole allocation. A node that is at fault twice is left out, for as long as the sweep's process
@@ -23,8 +23,8 @@ class NodeHealth:
 
     Attributes:
         faults: times that a node was at fault.
-        left_out: those that have been told of.
-        doubts: of each trial that has failed and may yet come to its end, the nodes it failed on.
+        left_out: nodes that `newly_left_out` has returned.
+        doubts: by trial that has failed and may still succeed, the nodes it failed on.
     """
 
     faults: Counter[str] = field(default_factory=Counter)

@@ -1,7 +1,7 @@
 """A sweep's memory, `trials.jsonl` in its folder: a line when a trial is begun, when it has ended,
-when a node is left out. It survives whatever ends the sweep; the next one reads it and goes on.
+when a node is left out. It survives whatever ends the sweep; the next one reads it and continues.
 
-Whether a trial has come to its end is said by its own summary.json alone.
+Only its own summary.json says whether a trial has ended.
 """
 
 import json
@@ -44,7 +44,7 @@ class Trial:
 
 
 def summary_of(folder: Path) -> dict[str, Any] | None:
-    """The summary of a run that has come to its end; None where it has not."""
+    """The summary of a run that has ended; None where it has not."""
     summary = _read_summary(folder)
     if summary is None or summary.find("status", status) in (None, *UNFINISHED):
         return None
@@ -154,7 +154,7 @@ class Record:
         if before != now:
             raise ConfigError(
                 f"{trial.folder} holds a run of {' '.join(sorted(before - now)) or 'fewer words'} "
-                f"(now {' '.join(sorted(now - before)) or 'without'}): the same sweep goes on in "
+                f"(now {' '.join(sorted(now - before)) or 'without'}): the same sweep resumes in "
                 "its folder, another needs its own: hydra.sweep.dir=…"
             )
 

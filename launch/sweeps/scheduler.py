@@ -87,7 +87,7 @@ class TrialScheduler:
         if self._stopping is not None and len(self.outcomes) < len(self.trials):
             self._tell(
                 f"stopped, {self._stopping}: {len(self.outcomes)} of {len(self.trials)} trials "
-                "have come to their end; the same command goes on"
+                "have ended; the same command resumes the sweep"
             )
         return self.outcomes
 

@@ -1,4 +1,4 @@
-"""What `hydra/launcher=parsl` is told: `hydra.launcher.KEY=VALUE`.
+"""Settings of `hydra/launcher=parsl`: `hydra.launcher.KEY=VALUE`.
 
 Hydra reads it at every start, so it imports nothing.
 """
@@ -27,12 +27,12 @@ class SweepSettings:
         ranks_per_node: None: the cluster's (12 on Aurora), or 1.
         workers_per_node: with devices, trials at a time on a node. None: the cluster's ranks, or
             all cores of this machine.
-        max_jobs: with jobs, so many queued or running at a time. None: as many as the queue holds
+        max_jobs: with jobs, the most queued or running at a time. None: as many as the queue holds
             of a user.
         retries: times that a failed trial is begun again, on other nodes where there are any.
         walltime: of this job, HH:MM:SS or seconds from now; None: what PBS or Slurm says. With
             jobs, of each of them.
-        stop_before_walltime: seconds before it at which running trials are told to stop.
+        stop_before_walltime: seconds before it at which running trials get SIGTERM.
         trial_seconds: none is begun that would not end by then. None: as the longest so far.
         dry_run: with jobs, print what would be submitted, and submit nothing.
         command: what a trial's overrides are given to. It must leave a summary.json.

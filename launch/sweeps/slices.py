@@ -1,6 +1,6 @@
 """Trials on slices of an allocation: each on its own few nodes, by its own mpiexec or srun.
 
-Not by Parsl's MPIExecutor: that hands out nodes itself, two at least, and cannot be told to leave
+Not by Parsl's MPIExecutor: that hands out nodes itself, two at least, and has no way to leave
 one out. A slice is a host file, and the trial's folder keeps the script that started it.
 """
 
@@ -65,7 +65,7 @@ class Slices:
     def room(self, avoid: frozenset[str]) -> tuple[str, ...] | None:
         fit = [node for node in self._free if node not in avoid]
         wanted_elsewhere = self._usable - avoid
-        if len(wanted_elsewhere) < self._size:  # so many others there are not
+        if len(wanted_elsewhere) < self._size:  # there are too few others
             fit = sorted(self._free, key=lambda node: node in avoid)
         return tuple(fit[: self._size]) if len(fit) >= self._size else None
 
@@ -166,7 +166,7 @@ def start_script(cluster: ClusterConfig, hostfile: Path, command: str) -> str:
         "",
         "launch=(",
         *(f"  {line}" for line in launcher_lines(job)),
-        # Of a single node MPICH's has not been told.
+        # MPICH's has no host file for a single node.
         *['  -f "$hostfile"'] * (cluster.launcher == "mpich" and cluster.nodes == 1 and elsewhere),
         ")",
         f"export LARGEBATCH_RANKS={cluster.num_ranks}",

@@ -22,7 +22,7 @@ def tied(command: list[str], number: int = signal.SIGTERM) -> list[str]:
 if __name__ == "__main__":
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(sys.argv[2]))
     if os.getppid() != int(sys.argv[1]):
-        sys.exit(1)  # it was gone before the kernel was told
+        sys.exit(1)  # it ended before the call above
     if os.getpgrp() != os.getpid():
         os.setsid()  # Ctrl-C is the sweep's, which passes it on
     os.execvp(sys.argv[3], sys.argv[3:])

@@ -101,7 +101,7 @@ class Worker:
             self.connection.send_bytes(message)
 
     def ended(self) -> JobReturn | KeyboardInterrupt | int | None:
-        """What its job has come to, the exit code of a worker that died, or None as yet."""
+        """The result of its job, the exit code of a worker that died, or None as yet."""
         try:
             if self.connection.poll():
                 found: JobReturn | KeyboardInterrupt = pickle.loads(self.connection.recv_bytes())
@@ -133,7 +133,7 @@ class Workers:
         atexit.register(self.close)
 
     def launch(self, sweep: Sweep, jobs: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
-        """Run the jobs; returns what each has come to, in their order.
+        """Run the jobs; return their results, in their order.
 
         Raises:
             KeyboardInterrupt: a signal ended the sweep, after its running jobs.

@@ -1,6 +1,6 @@
-"""`largebatch watch`: end a run that stands still, and say which rank is missing from what.
+"""`largebatch watch`: end a run that hangs, and say which rank is missing from what.
 
-A run stands still when its step counter does, whatever its processes do: a collective that one rank
+A run hangs when its step counter stays, whatever its processes do: a collective that one rank
 has not entered keeps all others busy for ever, and time-outs of collectives cannot be relied on
 (XCCL has no abort). So the judge is a process outside, with the heartbeat in the run's folder.
 """
@@ -30,7 +30,7 @@ LEAST_SECONDS: Final = 120.0
 EPILOG: Final = f"""\
 With a COMMAND the exit code is the command's own (128 + N where signal N has killed it), or
 {ExitCode.HUNG} where it was ended because it stood still. Without one it is 0 where the run ends,
-1 where its process is gone without having ended it, {ExitCode.HUNG} where it stands still,
+1 where its process is gone without having ended it, {ExitCode.HUNG} where it hangs,
 and 130 on Ctrl-C. 2 is a refusal.
 SIGINT, SIGTERM, SIGUSR2 and SIGXCPU are passed on to COMMAND, and end the restarts.
 
@@ -113,9 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--now", action="store_true", help="ask at once where the ranks stand, and leave the run be"
     )
-    parser.add_argument(
-        "--end", action="store_true", help="without COMMAND: end a run that stands still"
-    )
+    parser.add_argument("--end", action="store_true", help="without COMMAND: end a run that hangs")
     return parser
 
 
@@ -171,8 +169,8 @@ def supervise(run: Path, command: list[str], options: argparse.Namespace) -> int
             return code
         if nodes is not None:  # also for the jobs that follow
             ranks, size = held_up(run) if code == ExitCode.HUNG else ([], 0)
-            for told in nodes.take_out(faults, ranks, size):
-                _say(told)
+            for change in nodes.take_out(faults, ranks, size):
+                _say(change)
         if not left:
             return code
         if end is not None and end - time.time() < LEAST_SECONDS:
@@ -187,8 +185,8 @@ def _interruption(run: Path) -> tuple[int, int] | None:
     summary = find_fields(run / SUMMARY, [])
     if summary is None or summary.values.get("status") != "interrupted":
         return None
-    told = (run / SUMMARY).stat()
-    return None if "signal" in summary.values else (told.st_mtime_ns, told.st_ino)
+    file = (run / SUMMARY).stat()
+    return None if "signal" in summary.values else (file.st_mtime_ns, file.st_ino)
 
 
 def _has_ended(run: Path) -> bool:
@@ -200,7 +198,7 @@ def _has_ended(run: Path) -> bool:
 
 
 def _attempt(run: Path, job: Job, options: argparse.Namespace) -> int:
-    """Wait for the command, or end it where it stands still."""
+    """Wait for the command, or end it where it hangs."""
     progress = Progress(run, stale=find_beat(run, []))
     while (code := job.exit_code(_pause(options))) is None:
         progress.look()
@@ -231,7 +229,7 @@ def _pause(options: argparse.Namespace) -> float:
 
 
 def _is_reported(run: Path, progress: Progress, options: argparse.Namespace) -> bool:
-    """Say where the ranks stand, as far as that can be; False where the run goes on meanwhile."""
+    """Say where the ranks stand, as far as that can be; False where the run continues meanwhile."""
     beat, reason = progress.beat, f"{run} stands still: {progress}"
     _say(f"{reason}; asking its ranks")
     try:

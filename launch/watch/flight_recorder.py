@@ -1,7 +1,7 @@
 """Which rank is missing from which collective: what ranks have recorded, compared.
 
 Every rank counts the collectives that it enters, for each process group. So ranks that hang can be
-told apart by their numbers alone: the rank that is behind is the one that the others wait for.
+distinguished by their numbers alone: the rank that is behind is the one that the others wait for.
 States are used where they say something; with gloo every entry is "scheduled" for ever, and with
 some versions of XCCL nothing ever says that one is done. (torch's own analyser, `torchfrtrace`,
 reads NCCL's records; gloo's stop it with a KeyError, in torch 2.13.)
@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
+from largebatch.common.text import int_ranges
 from largebatch.launch.watch.flight_records import Call, Calls, Group, Record, read
 
 _MOST_NAMED: Final = 16
@@ -24,7 +25,7 @@ _MOST_NAMED: Final = 16
 
 @dataclass(frozen=True)
 class Divergence:
-    """One collective in which ranks do not come together.
+    """One collective that ranks do not complete together.
 
     Attributes:
         kind: "missing": ranks that others wait for have not entered it; "mismatch": ranks have
@@ -76,7 +77,7 @@ class Comparison:
 
 
 def compare(records: Mapping[int, Record]) -> Comparison:
-    """Find the collectives in which the ranks of `records` do not come together.
+    """Find the collectives that the ranks of `records` do not complete together.
 
     A group's member that is not in `records` counts as one that others wait for, where they wait.
     """
@@ -219,19 +220,10 @@ def named(ranks: Sequence[int]) -> str:
     """`rank 1 is`, `ranks 0, 2-5 are`."""
     if len(ranks) == 1:
         return f"rank {ranks[0]} is"
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    shown = ", ".join(_span(*span) for span in spans[:_MOST_NAMED])
+    spans = int_ranges(ranks)
+    shown = ", ".join(spans[:_MOST_NAMED])
     rest = f", … ({len(ranks)} in all)" if len(spans) > _MOST_NAMED else ""
     return f"ranks {shown}{rest} are"
-
-
-def _span(first: int, last: int) -> str:
-    return f"{first}" if first == last else f"{first}{', ' if last == first + 1 else '-'}{last}"
 
 
 def main(arguments: list[str]) -> int:

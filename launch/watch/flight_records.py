@@ -124,9 +124,9 @@ def _members(dump: Fields) -> Iterable[tuple[str, Sequence[int]]]:
             raise RecordError(f"{said.where}: range must be a start, a stop and a step")
         yield printable(name), range(*ranks) if key == "range" else ranks
     for name in dump.find_inside("pg_config"):  # torch's; "[]" with gloo
-        told = dump.find_inside("pg_config").inside(name)
-        listed = told.find("ranks", text) or "[]"
-        held = Fields({"ranks": parsed(listed, told.where)}, told.where)
+        group = dump.find_inside("pg_config").inside(name)
+        listed = group.find("ranks", text) or "[]"
+        held = Fields({"ranks": parsed(listed, group.where)}, group.where)
         yield printable(name), held.take("ranks", list_of(whole(0, MOST_RANKS)))
 
 

@@ -55,17 +55,17 @@ class Nodes:
         if not blamed:
             first = [(node, why) for node, why in faults.died.items() if node in names]
             blamed = dict(first[:1])  # the others may have died of it
-        told = []
+        changes = []
         for node, why in blamed.items():
             self._remember(node, why)
             if not self._spares:
-                told.append(f"no spare is left for {node} ({why}): it is tried again")
+                changes.append(f"no spare is left for {node} ({why}): it is tried again")
                 continue
             spare = self._spares.pop(0)
             self.lines[names.index(node)] = spare
-            told.append(f"{short(spare)} takes the place of {node} ({why})")
+            changes.append(f"{short(spare)} takes the place of {node} ({why})")
         write_hosts(self.lines, self._hostfile)
-        return told
+        return changes
 
     def _remember(self, node: str, why: str) -> None:
         if self._bad is not None:
@@ -110,7 +110,7 @@ class Faults:
     def _pass_on(self, stream: IO[bytes], to: int) -> None:
         rest = b""
         while text := os.read(stream.fileno(), 1 << 16):
-            with suppress(OSError):  # a full disk, say: the command goes on
+            with suppress(OSError):  # a full disk, say: the command continues
                 left = text
                 while left:
                     left = left[os.write(to, left) :]
@@ -123,12 +123,12 @@ class Faults:
 
     def look(self, line: str) -> None:
         """Note what a line says of a node."""
-        for told, held in (
+        for node_of, held in (
             (node_faults.hardware, self.lost), (node_faults.lost, self.lost),
             (node_faults.shepherd, self.lost), (node_faults.died, self.died),
             (node_faults.peer, self.died),
         ):  # fmt: skip
-            if (node := told(line)) is not None:
+            if (node := node_of(line)) is not None:
                 held.setdefault(node, line.strip()[:160])
 
 

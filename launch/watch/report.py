@@ -80,7 +80,7 @@ def _place(call: Any) -> Place:
 
 
 def report(folder: Path, reason: str, beat: Beat | None) -> str:
-    """What the answers in a folder come to, in words; writes `report.txt` and `report.json` there.
+    """Summarize the answers in a folder as text; write `report.txt` and `report.json` there.
 
     Args:
         reason: why they were asked for, the first line.
@@ -95,8 +95,8 @@ def report(folder: Path, reason: str, beat: Beat | None) -> str:
     words = [reason, *problems, *_words(answers, silent, comparison)]
     for ranks, lines in places[:_MOST_PLACES]:
         words += [f"{named(ranks)} at"] + [f"    {line}" for line in lines]
-    told = "\n".join(map(printable, words))
-    write_whole(folder / "report.txt", told + "\n")
+    report_text = "\n".join(map(printable, words))
+    write_whole(folder / "report.txt", report_text + "\n")
     found = {
         "reason": reason,
         "heartbeat": beat and asdict(beat),
@@ -106,7 +106,7 @@ def report(folder: Path, reason: str, beat: Beat | None) -> str:
         "places": [{"ranks": ranks, "lines": lines} for ranks, lines in places],
     }
     write_whole(folder / "report.json", json.dumps(found, indent=1) + "\n")
-    return told
+    return report_text
 
 
 def _words(answers: Answers, silent: list[int], comparison: Comparison) -> list[str]:

@@ -371,7 +371,7 @@ COMMANDS = [
     (DEBUG, ["train", "hydra.run.dir=runs/${now:%Y}"], "hydra.run.dir must be a plain path"),
     (CHAIN, ["train", "batch.size=1200"], "there are none: give checkpoint.every_samples"),
     (CHAIN, ["sweep", "batch.size=12,24"], "there are none: give checkpoint.every_samples"),
-    ([*DEBUG, "cluster.restarts=1"], ["train"], "cluster.restarts=1 goes on from checkpoints"),
+    ([*DEBUG, "cluster.restarts=1"], ["train"], "cluster.restarts=1 resumes from checkpoints"),
     ([*DEBUG, "cluster.restarts=1"], ["sweep"], "is for a run; a sweep starts its trials again"),
     (["cluster=slurm", "cluster.walltime=60", "cluster.nodes=2"], ["sweep"], "launcher=parsl"),
     (["cluster=local", "cluster.chain=2"], ["train"], "need a scheduler, which local has not"),

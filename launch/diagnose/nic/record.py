@@ -142,7 +142,7 @@ class NodeRecord:
         names: of the counters that moved.
         moved: by how much, 0 where it was gone. (intervals, counters that moved)
         resets: times that a counter went back to begin anew.
-        lost_lines: lines of which only a part is there.
+        lost_lines: incomplete lines.
     """
 
     node: str
@@ -155,7 +155,7 @@ class NodeRecord:
 
 
 def read_record(path: Path) -> NodeRecord:
-    """Read the record of a node; a line that is none of one counts as lost.
+    """Read the record of a node; a line of another format counts as lost.
 
     Raises:
         RecordError: the file holds no record.

@@ -24,7 +24,8 @@ from largebatch.common.robust import (
     spells,
     spread,
 )
-from largebatch.launch.diagnose.nic.kinds import Kind, quantity
+from largebatch.common.text import and_more
+from largebatch.launch.diagnose.nic.counters import Kind, quantity
 from largebatch.launch.diagnose.nic.survey import Reading, Survey
 from largebatch.launch.diagnose.run_times import SlowSpell, Steps, slow_spells
 from largebatch.records.fields import LAST_MOMENT
@@ -47,11 +48,7 @@ class Episode:
     counter: str
 
     def __str__(self) -> str:
-        if self.everywhere:
-            where = "all nodes together"
-        else:
-            more = len(self.nodes) - MOST_NAMED
-            where = ", ".join(self.nodes[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+        where = "all nodes together" if self.everywhere else and_more(self.nodes, MOST_NAMED)
         usual = "their usual" if self.everywhere else "the others'"
         return (
             f"{self.kind.name} on {where}, {clock(self.begin)} to {clock(self.end)}: "
@@ -162,8 +159,8 @@ def _over_time(
 
 
 def counting_noise(kind: Kind, rate: float, seconds: float) -> float:
-    """Of a rate over so many seconds, whose events come one by one: √(rate / seconds), one event
-    at the least. Most stretches of a rare event hold none, which looks like no noise at all.
+    """Noise of a rate over a number of seconds, for independent events: √(rate / seconds), one
+    event at the least. Most stretches of a rare event hold none, which looks like no noise at all.
     """
     return math.sqrt(max(rate, 1 / seconds) / seconds) if kind.unit == "a second" else 0.0
 

@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 
 from largebatch.common.robust import Series
-from largebatch.launch.diagnose.nic.kinds import KINDS, Kind
+from largebatch.launch.diagnose.nic.counters import KINDS, Kind
 from largebatch.launch.diagnose.nic.record import NodeRecord, read_record
 from largebatch.records import RecordError
 from largebatch.records.fields import moment

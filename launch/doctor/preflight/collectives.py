@@ -23,7 +23,7 @@ SIZES: Final[dict[str, tuple[int, ...]]] = {
 TINY: Final = (1, 8, 64)
 """Elements: messages that libraries send by a protocol of their own."""
 GROUPS: Final = ("", "the ranks of a node", "one rank of each node")
-"""Of all ranks, and those of which sharded training makes its own."""
+"""Groups: all ranks, and those that sharded training makes."""
 MOST_TO_ALL: Final = 1024
 """Ranks below which all_to_all is tried: on xccl it is a message from each to each."""
 _SUMMED: Final = 128

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from largebatch.common.text import and_more
 from largebatch.launch.doctor.findings import Finding
 from largebatch.launch.hosts import places
 
@@ -19,7 +20,7 @@ _LOOK_SECONDS: Final = 0.1
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a rank is: the how-manieth part, its name, and whether the call has been made."""
+    """Where a rank is: the number and name of the part, and whether its call has been made."""
 
     number: int = 0
     name: str = "the start"
@@ -119,5 +120,4 @@ def lost(ranks: list[int], node_of: Callable[[int], str], what: str) -> Finding:
 
 
 def format_ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:12]))
-    return shown + (f" and {len(ranks) - 12:,} more" if len(ranks) > 12 else "")
+    return and_more(ranks, 12)
