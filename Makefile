@@ -5,6 +5,8 @@
 # make matrix  every layout x optimizer x precision, every engine x world x accumulation, and every way to
 #              resume, against one process, with the figures
 #
+# make compat TORCH=2.10.0   an environment with another torch, and all tests in it
+#
 # PYTHON=…       the Python that a new environment is made from (3.11 or later)
 # VENV=…         where the environment is, or is made
 # TORCH_INDEX=…  package index that torch comes from, where none is installed yet
@@ -21,7 +23,7 @@ comma := ,
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: study test rehearse test-gpu matrix lint types clean
+.PHONY: study test compat rehearse test-gpu matrix lint types clean
 
 study: $(VENV)/.train
 	$(BIN)/largebatch sweep study=$(STUDY) $(ARGS)
@@ -29,6 +31,9 @@ study: $(VENV)/.train
 # Files side by side, one more than two cores hold as many tests wait; a thread a process.
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+
+compat:
+	$(MAKE) test VENV=.venv-torch-$(TORCH) TORCH=torch==$(TORCH)
 
 rehearse: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/rehearsal

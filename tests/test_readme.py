@@ -46,6 +46,8 @@ def test_its_commands_run(line: str, tmp_path: Path) -> None:
     begins = subprocess.run
     if words[0] == "largebatch":  # the script of this name is `python -m largebatch`
         words, begins = [sys.executable, "-m", *words], forked.run
+    elif words[0] in ("torchrun", "mpiexec"):
+        words = forked.launched(words)
     done = begins(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode in (0, 3), done.stderr  # reached, or the shortened budget spent
     if "sweep" in words:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 from slurm_node import free_port, lacking, slurm_node
 
@@ -36,10 +37,10 @@ def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of the same training on two ranks that torchrun starts."""
     folder = tmp_path_factory.mktemp("torchrun")
     subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        forked.launched([
+            "torchrun", "--standalone", "--nproc-per-node=2",
             "-m", "largebatch", "train", *TRAINING, f"hydra.run.dir={folder / 'run'}",
-        ],
+        ]),
         env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False, timeout=100, capture_output=True,
     )  # fmt: skip
     return losses(folder / "run")

@@ -44,6 +44,15 @@ def stand_in() -> str:
     return str(Path(os.environ[FOLDER]) / "python")
 
 
+def launched(command: Sequence[str]) -> list[str]:
+    """The same launcher's command, of torchrun or mpiexec, with forks for the Pythons in it."""
+    launcher, *words = command
+    if Path(launcher).name == "torchrun":  # which starts its ranks as it was started itself
+        return [stand_in(), "-m", "torch.distributed.run", *words]
+    return [launcher, *(stand_in() if word in ("python", sys.executable) else word
+                        for word in words)]  # fmt: skip
+
+
 def _address() -> str:
     """Where the server listens; it is started where there is none."""
     path = Path(os.environ[FOLDER]) / "server"

@@ -22,7 +22,9 @@ def main() -> None:
     watched = environment.get("LARGEBATCH_PARENT") == str(parent)
     message = pickle.dumps(
         {
-            "words": sys.argv[1:],
+            "words": sys.argv[2:]
+            if sys.argv[1:2] == ["-u"]
+            else sys.argv[1:],  # as torchrun has it
             "call": None,
             "path": [],
             "cwd": os.getcwd(),

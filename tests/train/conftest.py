@@ -29,9 +29,10 @@ def command(tmp_path: Path) -> Command:
         *words: str, launcher: Sequence[str] = (), **environment: str
     ) -> "subprocess.CompletedProcess[str]":
         python = [] if launcher and launcher[0].endswith("torchrun") else [sys.executable]
+        line = [*launcher, *python, "-m", "largebatch", *words]
         true = launcher or any(name.startswith("PYTHON") for name in environment)
         return (subprocess if true else forked).run(
-            [*launcher, *python, "-m", "largebatch", *words],
+            forked.launched(line) if launcher else line,
             cwd=tmp_path,
             env=os.environ | environment,
             capture_output=True,

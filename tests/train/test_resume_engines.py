@@ -174,8 +174,8 @@ def test_a_rank_that_is_killed_under_torchrun_is_started_again_and_goes_on(
     agent = subprocess.Popen(
         [str(torchrun), "--nproc-per-node", "2", "--max-restarts", "2", "-m", "largebatch",
          "train", *RUN, f"hydra.run.dir={folder}"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": forked.stand_in()},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         while num_lines(folder) < 25:
