@@ -6,10 +6,10 @@ its inputs and G of its outputs' gradients (`largebatch.optim.kronecker.statisti
 why their scale depends neither on the batch size nor on how a batch is split):
 
     A ← running average of A        G ← running average of G         bias-corrected
-    U = (G + s_G)⁻¹ D (A + s_A)⁻¹   every so many steps new inverses  (`kfac_damping`)
+    U = (G + s_G)⁻¹ D (A + s_A)⁻¹   new inverses once an interval  (`kronecker.damping`)
     U ← r U                         grafting: r gives U the norm of another rule's step, or is 1
     U ← k U                         KL clip: k = min(1, √(κ / lr² Σ ⟨U, D⟩)), over all layers
-    w ← w - lr · rule(U) - lr λ w   a first-order rule on U as if it were a gradient (`kfac_rules`)
+    w ← w - lr · rule(U) - lr λ w   a first-order rule on U as on a gradient  (`kronecker.rules`)
 
 Parameters without such curvature (norms, biases on their own, tied ones, other modules) are moved
 by another first-order rule on their gradient: AdamW, unless said otherwise.
@@ -78,14 +78,14 @@ class KFAC(KroneckerOptimizer):
     - `form`: "factored_eigen", by eigenvectors; "factored_cholesky", the same by Cholesky factors;
       "exact", damping the product of the factors (see `kronecker.damping`).
     - `factor_decay`: what remains of the running averages at an update of them.
-    - `graft`: whose step gives the preconditioned gradient of a layer its norm (`grafting`), with
-      moments of its own; or "none".
+    - `graft`: whose step gives the preconditioned gradient of a layer its norm (`math.grafting`),
+      with moments of its own; or "none".
     - `kl_clip`: κ, or None. Over the layers of all groups, and the same in all.
 
     Of the whole optimizer:
 
     - `rule`: what moves the weights along preconditioned gradients, and `fallback` along those of
-      other parameters: a name in `kfac_rules.RULES` or a `Rule` of your own.
+      other parameters: a name in `kronecker.rules.RULES` or a `Rule` of your own.
     - `fallback_lr_ratio`: the learning rate of `fallback` relative to `lr`.
     - `fisher`: "empirical", from the gradients of training, or "true", from labels sampled from the
       model, for which `fisher_backward` is to be called in every step.

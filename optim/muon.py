@@ -84,7 +84,7 @@ class Muon(GroupedOptimizer):
 
     Raises:
         ValueError: parameters without names, no matrix for Muon, a value out of range, a tensor of
-            three or more dimensions of which only the name is known.
+            three or more dimensions without its module, only with a name.
     """
 
     takes_model = True
@@ -137,7 +137,7 @@ class Muon(GroupedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch, or two where it has parameters for both algorithms.
 
-        What the constructor did not see is told by its shape: matrices and kernels go to Muon.
+        Parameters that the constructor did not see go by shape: matrices and kernels to Muon.
 
         Raises:
             ValueError: an option out of range, a parameter that its algorithm cannot step.

@@ -80,7 +80,7 @@ class Shampoo(SecondOrderOptimizer):
     stepped by AdamW with `betas` and `eps`.
 
     Raises ValueError for an option out of range or a parameter it cannot treat, and RuntimeError at
-    `step` for a sparse gradient; `roots.RootError` at `step` after too many failures.
+    `step` for a sparse gradient; `RootError` at `step` after too many failures.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ with an orthonormal basis Q_i of every dimension:
     d' = m̂' / (√v̂ + ε),  d = d' back in the coordinates of the weights: multiplied by Q_i
     w ← w - lr · (d + λ w)
     L_i ← β L_i + (1 - β) G_(i) G_(i)ᵀ          G_(i) is G unfolded along dimension i
-    Q_i ← the Q of L_i Q_i                      every so many steps, Algorithm 4
+    Q_i ← the Q of L_i Q_i                      once an interval, Algorithm 4
 
 The basis that a step is taken in has not seen its gradient, as in the paper: in a basis of its own
 a gradient is diagonal up to rounding, and Adam would scale the rounding up to steps of full length.
@@ -86,7 +86,7 @@ class SOAP(SecondOrderOptimizer):
     stepped by AdamW with `betas` and `eps`.
 
     Raises ValueError for an option out of range or a parameter it cannot treat, and RuntimeError at
-    `step` for a sparse gradient; `roots.RootError` at `step` after too many failures.
+    `step` for a sparse gradient; `RootError` at `step` after too many failures.
     """
 
     def __init__(

@@ -185,7 +185,7 @@ def _received_norm(zero: Any) -> Tensor:
     norm = zero._global_grad_norm
     if norm is None:
         raise RuntimeError(
-            "max_grad_norm needs the gradient norm, which DeepSpeed was told not to take: set "
+            "max_grad_norm needs the gradient norm, which DeepSpeed was set not to take: set "
             "zero_optimization.compute_grad_norm to true, or max_grad_norm to inf"
         )
     norm = torch.as_tensor(norm, dtype=torch.float32)

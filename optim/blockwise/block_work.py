@@ -1,4 +1,4 @@
-"""What a rank has in hand in a step of Shampoo or SOAP: gradients, blocks, directions."""
+"""The data of a step of Shampoo or SOAP on one rank: gradients, blocks, directions."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from largebatch.optim.sharding.refresh_schedule import is_due
 Result = TypeVar("Result")
 
 BlockTask = Generator[list[Decomposition[Any]], list[Outcome[Any]], BlockDirection]
-"""What is done to a block in a step: once at most it hands out what it wants decomposed, with that
-of all other blocks, and goes on with the outcomes."""
+"""The work on a block in a step. It yields its decompositions at most once, to be computed with
+those of all other blocks, and receives the outcomes."""
 
 
 @dataclass(frozen=True)
@@ -67,38 +67,38 @@ class BlockAtWork:
 
 
 def run_tasks(works: Sequence[BlockTask]) -> list[BlockDirection]:
-    """Have all blocks worked on, and decompose at once what they ask for."""
+    """Run the tasks of all blocks, with all their decompositions at once."""
     done: dict[int, BlockDirection] = {}
 
-    def go_on(number: int, outcomes: list[Outcome[Any]] | None) -> list[Decomposition[Any]]:
+    def resume(number: int, outcomes: list[Outcome[Any]] | None) -> list[Decomposition[Any]]:
         try:
             return works[number].send(outcomes)  # type: ignore[arg-type]  # None: begin
         except StopIteration as end:
             done[number] = end.value
             return []
 
-    asked = {number: go_on(number, None) for number in range(len(works))}
+    asked = {number: resume(number, None) for number in range(len(works))}
     outcomes = iter(decompose([each for some in asked.values() for each in some]))
     for number, some in asked.items():
         if some:
-            go_on(number, [*islice(outcomes, len(some))])
+            resume(number, [*islice(outcomes, len(some))])
     return [done[number] for number in range(len(works))]
 
 
 @dataclass(frozen=True)
 class GatheredStep:
-    """What a step starts from: the same on all ranks before any state is touched."""
+    """Inputs of a step that are the same on all ranks, gathered before any state is touched."""
 
     gradients: "list[GroupGradients]"
     active: set[Tensor]
-    """The parameters that some rank has a gradient for."""
+    """Parameters with a gradient on any rank."""
     skip: Tensor | None
     """0-d bool: where true, nothing may change."""
 
 
 @dataclass(frozen=True)
 class GroupGradients:
-    """A work group's gradients as they have arrived."""
+    """A work group's gradients on this rank, after the exchange."""
 
     work_group: BlockWorkGroup
     parts: list[Tensor | None]
@@ -111,7 +111,7 @@ class GroupGradients:
 
 @dataclass(frozen=True)
 class Directions:
-    """What a rank has made of a work group's gradients."""
+    """The directions that a rank computed from a work group's gradients."""
 
     work_group: BlockWorkGroup
     blocks: list[dict[int, Tensor]]

@@ -1,6 +1,6 @@
 """Kronecker factors: G_(i) G_(i)ᵀ of every dimension i, with G_(i) a gradient unfolded along it.
 
-Products are as precise as what is set globally: callers set `roots.full_precision`, once for many.
+Products are as precise as what is set globally: callers set `matrix_roots.full_precision`.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
-"""How all ranks come to raise the error of the one that owns the layer.
+"""All ranks raise the error of the rank that owns the failed layer.
 
 A rank that stopped alone would leave the others waiting in a collective for their group's timeout.
-So the owner goes on with its last good roots, its failure travels with the numbers that ranks add
-up at that step anyway, and at the beginning of the next step, when the sums have long arrived on
+So the owner continues with its last good roots and adds its failure to the sums that the ranks
+reduce at that step anyway. At the beginning of the next step, when the sums have long arrived on
 the host, every rank raises the same sentence.
 """
 
@@ -20,14 +20,14 @@ from largebatch.optim.sharding.work_group import WorkGroup
 
 
 def counts_of(failures: Failures, layers: Sequence[Name]) -> list[float]:
-    """How often a layer's matrices have failed for good on this rank, layer by layer and in each by
-    reason: numbers to be added up over the ranks."""
+    """Count the matrices that have failed for good on this rank, by layer and then by reason, to be
+    summed over the ranks."""
     counts = Counter((layer, reason) for (layer, _), reason in failures.exhausted.items())
     return [float(counts[str(name), reason]) for name in layers for reason in range(len(REASONS))]
 
 
 class FailureNotice:
-    """What the ranks of one process group have told each other at a step.
+    """The failures of all ranks of one process group at a step.
 
     Args:
         counts: the sum of `counts_of` over the ranks, the same bits on each.
@@ -50,7 +50,7 @@ class FailureNotice:
 
 
 def first_failure(counts: Tensor) -> Tensor:
-    """The place of the first count above 0, and whether there is one; shape (2,)."""
+    """Return the index of the first count above 0, and whether there is one; shape (2,)."""
     failed = (counts > 0).to(torch.int64)
     return torch.stack([failed.argmax(), failed.amax()])
 

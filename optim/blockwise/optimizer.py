@@ -1,4 +1,4 @@
-"""What Shampoo and SOAP share around their formulas: the way of a gradient through the ranks.
+"""The base of Shampoo and SOAP apart from their formulas: a gradient's way through the ranks.
 
 A step, in this order:
 

@@ -119,7 +119,7 @@ class OwnedState(ShardedOptimizer):
                     )
 
     def _work_groups(self) -> list[BlockWorkGroup]:
-        """All parameters that may have a gradient. Made anew where they have changed."""
+        """Return all parameters that may have a gradient; rebuilt where they have changed."""
         key: list[Any] = []
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         for group, name, param in self._named_params():
@@ -138,7 +138,7 @@ class OwnedState(ShardedOptimizer):
         return work_groups
 
     def _layer_of(self, param: Tensor, name: Name) -> BlockedLayer:
-        """The layer that a parameter is known as, or, where it is cut otherwise now, a new one."""
+        """Return a parameter's layer, a new one where the parameter is cut otherwise now."""
         group, known = self._group_of[param], self._layers.get(param)
         if known is not None and known.seen == look_of(param, group):
             known.name = name
@@ -250,7 +250,7 @@ class OwnedState(ShardedOptimizer):
         self.state.update(self._ready(found))
 
     def _ready(self, by_param: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
-        """The loaded state of each parameter as `step` expects it, from options loaded before.
+        """Return the loaded state of each parameter as `step` expects it, by the loaded options.
 
         Raises:
             ValueError: a tensor that is missing or of another shape.

@@ -1,4 +1,4 @@
-"""State that only a block's owner has, in a form that every rank can save and any world can load.
+"""State of a block's owner in a form that every rank can save and any world size can load.
 
 At work a factor lies whole on one rank, the others hold an empty tensor in its place. In a state
 dict it is a DTensor, cut by rows over the same ranks as its parameter, and so every rank has a
@@ -52,7 +52,7 @@ class Portable:
         self._mine = [tensor.owners[0] == self._redistribution.me for tensor in tensors]
 
     def shard(self, states: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-        """From what this rank has at work to its parts of all states."""
+        """Return this rank's shards of all states, from the whole ones that it owns."""
         from torch.distributed.tensor import DTensor
 
         blocks = [
@@ -76,9 +76,9 @@ class Portable:
         return found
 
     def gather(self, states: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-        """The opposite of `shard`; takes whole tensors too, where every rank has them.
+        """Return the whole states that this rank owns, and empty tensors for those of others.
 
-        What others own is an empty tensor.
+        Takes shards, or whole tensors where every rank has them.
         """
         parts: list[Tensor | None] = []
         for key in self._keys:

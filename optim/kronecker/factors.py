@@ -1,4 +1,4 @@
-"""A layer's running averages and what is made of them, as they lie in the state of its weight.
+"""A layer's running averages and their damped inverses, in the state of its weight.
 
 Only the rank that works on a layer has them; the others hold empty tensors in their place. Those
 of a layer's groups lie one below the other: a factor is (groups · n, n), a diagonal (groups · n,).
@@ -27,7 +27,7 @@ FACTOR_STATE = frozenset((*FACTORS, *ROOTS, *SCALARS))
 
 
 def state_shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:
-    """All that is kept for a layer, none of it 0-d."""
+    """Return the shapes of a layer's state, none of it 0-d."""
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(SCALARS, (1,))
     for side, (groups, *sizes) in (("in", layer.shape_in), ("out", layer.shape_out)):
         factor = (groups * sizes[0], *sizes[1:])
@@ -42,7 +42,7 @@ def state_shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:
 
 
 def make_factor_state(layer: Layer, form: str, device: torch.device) -> dict[str, Tensor]:
-    """Averages of nothing, and the identity for a preconditioner."""
+    """Make the state of a layer without samples: zeros, and the identity as preconditioner."""
     made: dict[str, Tensor] = {}
     for name, shape in state_shapes(layer, form).items():
         made[name] = torch.zeros(shape, dtype=layer.dtype, device=device)
@@ -102,7 +102,7 @@ def averages(layer: Layer, state: State) -> tuple[Tensor, Tensor]:
 def new_roots(
     layer: Layer, form: str, damping: Damping, state: State
 ) -> Decomposition[dict[str, Tensor]]:
-    """What the averages come to, as it is kept; it raises what `decomposed` does."""
+    """Return the decomposition of the averages, shaped as in the state; see `decomposed`."""
     diagonal, value = (layer.diagonal_in, layer.diagonal_out), damping.value
 
     def compute(factor_in: Tensor, factor_out: Tensor, *values: Tensor) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def new_roots(
 
 
 def roots_of(layer: Layer, state: State) -> Roots:
-    """What `precondition` needs."""
+    """Return the entries of the state that `precondition` needs."""
     return {
         key: state[key] if key == "shift" else in_groups(layer, state[key])
         for key in ROOTS

@@ -2,7 +2,7 @@
 
 A call of a layer leaves a mark on the node that returned its output. From what the model returned,
 `used_elsewhere` goes down the graph, from the output of such a call to its input at once: a weight
-that it comes to nevertheless has been used without its module, as by `F.linear(x, module.weight)`.
+that it reaches nevertheless has been used without its module, as by `F.linear(x, module.weight)`.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping

@@ -151,7 +151,7 @@ def _has_curvature(module: nn.Module) -> bool:
 
 
 def is_conv1d_of_transformers(module: nn.Module) -> bool:
-    """A linear layer whose weight is (in, out), of which GPT-2 is made; known by name."""
+    """Whether it is the linear layer of GPT-2, whose weight is (in, out); known by name."""
     kind = type(module)
     return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
@@ -323,7 +323,7 @@ class ModelCall:
     items: int = 0
     """Samples that it returned something for."""
     reached: int = -1
-    """The backward pass that has come to what it returned last."""
+    """The last backward pass that reached its output."""
     interval: int = -1
     """Between which steps its items were counted."""
 

@@ -1,4 +1,4 @@
-"""What K-FAC needs around its formula: a model's layers, their ranks, groups, and state.
+"""The base of K-FAC apart from its formula: a model's layers, their ranks, groups, and state.
 
 Promises as in `largebatch.optim.layerwise.optimizer`: `p.grad` is left as it was, state is FP32 at
 least, also after `load_state_dict`, a step with `found_inf` on any rank changes nothing by one bit.
@@ -115,9 +115,9 @@ class KroneckerOptimizer(KroneckerState):
         return names.get(id(param)) or super()._name_of_new(param, index)
 
     def _find(self) -> None:
-        """Find the layers, and hook into them, where groups or parameters are not as they were.
+        """Find the layers and hook into them, if groups or parameters have changed.
 
-        Before a forward pass and a step; communicates with nobody.
+        Called before a forward pass and a step; no communication.
         """
         seen = [
             (id(group), id(p), name, p.device, p.dtype, p.requires_grad)
@@ -159,9 +159,9 @@ class KroneckerOptimizer(KroneckerState):
         return known and len({id(self._placements[param].group) for param in layer.params}) == 1
 
     def _share(self) -> None:
-        """Share the work on the layers out among their ranks, anew where they are not as they were.
+        """Assign the layers to their ranks, again where anything has changed.
 
-        What a layer's owner has moves with the work. A collective, if anything has changed.
+        An owner's state moves with the work. A collective, if anything has changed.
         """
         shared = [
             (layer, local(layer.weight).device, layer.dtype, self._placements[layer.weight].group)
@@ -187,7 +187,7 @@ class KroneckerOptimizer(KroneckerState):
         self._restore_schedule()
 
     def _agree_on_uses(self) -> None:
-        """Leave weights that passes on any rank have used without their modules to the fallback.
+        """Leave weights to the fallback that passes on any rank have used without their modules.
 
         A collective of each work group, at the first step after passes through layers that are new.
         """
@@ -198,9 +198,9 @@ class KroneckerOptimizer(KroneckerState):
         for work_group in self._work_groups:
             flags = [looked, *(layer in found for layer in work_group.layers)]
             if work_group.group is not None:
-                told = torch.tensor(flags, dtype=torch.float32, device=work_group.device)
-                dist.all_reduce(told, dist.ReduceOp.MAX, group=work_group.group)
-                flags = [flag > 0 for flag in told.tolist()]
+                found_anywhere = torch.tensor(flags, dtype=torch.float32, device=work_group.device)
+                dist.all_reduce(found_anywhere, dist.ReduceOp.MAX, group=work_group.group)
+                flags = [flag > 0 for flag in found_anywhere.tolist()]
             looked = looked or flags[0]
             used += [
                 layer
@@ -218,7 +218,7 @@ class KroneckerOptimizer(KroneckerState):
             warn_of_uses_elsewhere(used)
 
     def _refuse_alone(self, layers: Iterable[Layer]) -> None:
-        """Refuse plain layers of which nobody has said whether other ranks have them too."""
+        """Refuse plain layers on several ranks where no process group was given."""
         if self._process_group is not None or not dist.is_initialized():
             return
         plain = [layer.name for layer in layers if not is_dtensor(layer.weight)]
@@ -231,7 +231,7 @@ class KroneckerOptimizer(KroneckerState):
             )
 
     def _restore_schedule(self) -> None:
-        """Take up the state's count of steps, which waits for the device."""
+        """Restore the schedule from the state's count of steps, which waits for the device."""
         steps = [state["step"] for state in self.state.values() if "step" in state]
         decomposed = [layer for layer in self._layers if self._has_factors(layer)]
         self._schedule.restore(max(steps, default=None, key=float), decomposed)
@@ -243,7 +243,7 @@ class KroneckerOptimizer(KroneckerState):
     # What users call ----------------------------------------------------------------------------
 
     def items(self, number: int) -> None:
-        """Say of how many items the loss of a pass is the mean, on this rank; once for each pass.
+        """Set the number of items that the loss of a pass is the mean over, on this rank.
 
         Needed where they are not the samples: tokens, or what a mask leaves of them. With losses
         scaled such that the gradient is of the mean over all items, `number` is this pass's own.
@@ -279,7 +279,7 @@ class KroneckerOptimizer(KroneckerState):
     # The phases of a step that do not depend on the formula -------------------------------------
 
     def _agreed_skip(self) -> Tensor | None:
-        """Whether any rank has found a gradient that is not finite, 0-d bool; None: not asked."""
+        """Return whether `found_inf` is set on any rank, 0-d bool; None: not set."""
         flag = self._own_found_inf(local(next(iter(self._names))).device)
         if flag is None:
             return None
@@ -288,7 +288,7 @@ class KroneckerOptimizer(KroneckerState):
         return flag != 0
 
     def _take_loss_scale(self) -> float | Tensor:
-        """What the losses of this step were multiplied by, unscaled since or not."""
+        """Return the factor of this step's losses, whether or not gradients are unscaled by now."""
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         scale = self._take_scale_of_scaler()
         scale = scale if grad_scale is None else grad_scale

@@ -1,7 +1,6 @@
-"""How what only the owner of a layer has is saved, and loaded in another world.
+"""Save the factors and inverses that only a layer's owner has, and load them at any world size.
 
-As in `largebatch.optim.blockwise.portable`: in a state dict it is a DTensor, of which every rank
-has a part.
+As in `largebatch.optim.blockwise.portable`, they are sharded DTensors in a state dict.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,7 @@ Forms = Mapping[Layer, str]
 def shard(
     work_groups: list[KroneckerWorkGroup], forms: Forms, states: States
 ) -> dict[Tensor, dict[str, Any]]:
-    """The state of every parameter as it is saved. A collective of each work group."""
+    """Return every parameter's state with owned entries sharded. A collective."""
     saved = {param: dict(state) for param, state in states.items()}
     for portable, keys in portables(work_groups, forms, states):
         for (param, key), value in portable.shard(entries(states, keys)).items():
@@ -39,7 +38,7 @@ def shard(
 def gather(
     work_groups: list[KroneckerWorkGroup], forms: Forms, states: States
 ) -> dict[Tensor, dict[str, Any]]:
-    """The opposite of `shard`."""
+    """Return every parameter's state with owned entries whole on their owners. A collective."""
     ready = {param: dict(state) for param, state in states.items()}
     for portable, keys in portables(work_groups, forms, states):
         for (param, key), value in portable.gather(entries(states, keys)).items():
@@ -82,7 +81,7 @@ def checked(
     layer: Layer | None,
     form: str,
 ) -> dict[str, Any]:
-    """A parameter's loaded state in the dtype and on the device that `step` expects.
+    """Return a parameter's loaded state in the dtype and on the device that `step` expects.
 
     Args:
         keys: what there has to be, apart from the layer's own.

@@ -36,19 +36,19 @@ class KroneckerState(ShardedOptimizer):
     _schedule: RefreshSchedule[Layer]
 
     def _begin(self) -> None:
-        """Watch the model; what has been here before is in groups and state."""
+        """Watch the model, with the groups and state that there are."""
         raise NotImplementedError
 
     def _find(self) -> None:
-        """Find the layers of the parameters as they are now."""
+        """Find the layers of the present parameters."""
         raise NotImplementedError
 
     def _share(self) -> None:
-        """Share them out among their ranks."""
+        """Assign the layers to their ranks."""
         raise NotImplementedError
 
     def _restore_schedule(self) -> None:
-        """Take up the state's count of steps."""
+        """Restore the schedule from the state's count of steps."""
         raise NotImplementedError
 
     def _keys(self, param: Tensor, group: Group) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ class KroneckerState(ShardedOptimizer):
         if DROPPED not in state:
             state[DROPPED] = torch.zeros_like(state["step"])
         if param in self._elsewhere and ELSEWHERE not in state:
-            state[ELSEWHERE] = torch.ones_like(state["step"])  # for a run that goes on from here
+            state[ELSEWHERE] = torch.ones_like(state["step"])  # for a run resumed from here
         return state
 
     def _new_factor_state(self, work_group: KroneckerWorkGroup, layer: Layer) -> dict[str, Tensor]:

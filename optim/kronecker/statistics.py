@@ -1,4 +1,4 @@
-"""What the backward passes of a step say of a model's curvature, gathered by hooks on its layers.
+"""The statistics of Kronecker factors, gathered in a step's passes by hooks on a model's layers.
 
 For a layer with input rows a and gradients δ = ∂L/∂s of an item's loss L by the layer's output rows
 s (`largebatch.optim.kronecker.layers` says what the rows are), the Kronecker factors are
@@ -74,7 +74,7 @@ from largebatch.optim.sharding.layout import is_dtensor
 
 
 class FactorStatistics:
-    """Watches a model's layers.
+    """Sums over the passes of a model's layers from which Kronecker factors are made.
 
     Args:
         before: to be done before the model is called; held weakly.
@@ -108,7 +108,7 @@ class FactorStatistics:
         weakref.finalize(self, remove, self._handles)
 
     def watch(self, layers: Iterable[Layer]) -> None:
-        """Watch these layers from now on; of those watched before, what they have seen remains."""
+        """Watch these layers from now on; sums of layers watched before remain."""
         layers = dict.fromkeys(layers)
         for layer in [layer for layer in self._handles if layer and layer not in layers]:
             remove({layer: self._handles.pop(layer)})
@@ -143,7 +143,7 @@ class FactorStatistics:
         self._call, self._last = ModelCall(), None
 
     def end_call(self, output: Any) -> None:
-        """Take note of how many samples the model was given, by what comes out of it."""
+        """Count the samples of a call, by the leading dimension of its output."""
         (call, last), self._call, self._last = (self._call, self._last), None, None
         if call is None or not self._takes_note():
             return
@@ -161,7 +161,7 @@ class FactorStatistics:
                 self._await(tensor, call)
 
     def see_forward(self, layer: Layer, x: Tensor, output: Tensor) -> None:
-        """Sum up the input now, not when the gradient comes: so no activation is kept for it."""
+        """Sum up the input now, not when the gradient arrives, so that no activation is kept."""
         if not self._takes_note() or not output.requires_grad:
             return
         weight = layer.module.weight
@@ -233,7 +233,7 @@ class FactorStatistics:
             record.grad = grad.detach() if kept is None else kept + grad.detach()
 
     def _enter(self) -> int:
-        """The number of the backward pass at work, of whose end `_finish` is told."""
+        """Return the number of the running backward pass; `_finish` is called at its end."""
         task: int = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
@@ -296,7 +296,7 @@ class FactorStatistics:
     # What the step asks -------------------------------------------------------------------------
 
     def looked(self) -> bool:
-        """Whether passes since the last step have been looked at for uses of weights elsewhere."""
+        """Return whether passes since the last step were searched for weights used elsewhere."""
         return self.looks and (self.elsewhere is not None or bool(self._sums))
 
     def tell(self, items: int) -> None:
@@ -330,7 +330,7 @@ class FactorStatistics:
             self._task, self._arrived = task, arrived
 
     def take(self) -> tuple[dict[Layer, FactorSums], int]:
-        """The sums and the number of items since the last time, on this rank."""
+        """Return the sums and the number of items since the last call, on this rank."""
         self._drop_if_thrown_away(look=False)
         if self._open and not self._sums:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""What every layer-wise optimizer needs around its formula.
+"""The base of LARS and LAMB apart from their formulas.
 
 A step is a list of phases that each optimizer writes out for itself: see what there is to do, agree
 on what all ranks must decide alike, take the norms of every layer, and the trust ratios from them,

@@ -130,7 +130,7 @@ class StepPlan:
     stats_dtype: torch.dtype = torch.float32
     """Of norms and ratios as they are shown."""
     flats: list[Tensor] = field(default_factory=list)
-    """Parameters that seem to hold several layers, of which nobody has said where they lie."""
+    """Parameters that seem to hold several layers, without a layout bound to them."""
 
     def squares(self, norms: list[Tensor]) -> Tensor:
         """Local sum of squares of each layer, from the norms of all chunks, in order.
@@ -173,7 +173,7 @@ class StepPlan:
 
 
 def build_step_plan(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -> StepPlan:
-    """Cut what there is to do for the parameters that have a gradient now."""
+    """Plan a step for the parameters that have a gradient now."""
     names: list[Name] = []
     spans: list[tuple[Group, slice]] = []
     moved: list[int] = []
@@ -234,7 +234,7 @@ def group_reduction(
 
 
 def chunks_of(param: Tensor, layout: Layout, first: int) -> Iterable[Chunk]:
-    """What this rank holds of a parameter's layers, the first of which has index `first`."""
+    """Yield this rank's chunks of a parameter's layers, whose first has index `first`."""
     tensor = local(param)
     limit = CPU_CHUNK_ELEMENTS if tensor.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
     for piece in (None,) if layout.pieces is None else layout.pieces:

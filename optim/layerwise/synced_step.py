@@ -1,4 +1,4 @@
-"""What a layer-wise step starts from, and what it was like."""
+"""Inputs of a layer-wise step that all ranks share, and its statistics."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from largebatch.optim.sharding.layout import Name
 
 @dataclass(frozen=True)
 class SyncedStep:
-    """What a step starts from: decided alike by all ranks before any moment is touched."""
+    """Inputs of a step that all ranks decide alike, before any moment is touched."""
 
     gradients: Mapping[Tensor, Tensor]
     """The local part of each parameter's gradient, as it is, placed like the parameter."""

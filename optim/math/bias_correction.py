@@ -28,7 +28,7 @@ def log_beta(beta: float) -> float:
 
 
 def rebased(steps: Steps, old: float, new: float) -> Steps:
-    """As many steps of β `new` as give an average the weight that `steps` of β `old` have.
+    """Return the number of steps of β `new` that give an average the weight of `steps` of β `old`.
 
     Args:
         old, new: in [0, 1).
@@ -42,7 +42,7 @@ def ages_of(
     betas: Mapping[str, float],
     step: int,
 ) -> dict[str, float]:
-    """t' at a parameter's step `step` of its running averages, those with an entry of `SUFFIX`.
+    """Return t' of a parameter's running averages, those with an entry of `SUFFIX`, at its step.
 
     Where a β has changed, brings state and history up to date; both say the same weights after it.
 
@@ -67,5 +67,5 @@ def ages_of(
 
 
 def as_fp32(value: float) -> float:
-    """As it is saved, so that a run goes on alike whether it is resumed or not."""
+    """Round as saving does, so that a resumed run equals one that was never stopped."""
     return ctypes.c_float(value).value

@@ -1,13 +1,13 @@
 """Many decompositions at once, where they are best made.
 
 CPUs and CUDA have eigendecompositions, QR and Cholesky factors of their own. XPU has not (eigh, qr
-and cholesky in torch-xpu-ops' XPUFallback.template): torch takes each matrix to the host, and what
-it comes to back, and the host waits for the device each time; asking whether it has succeeded waits
+and cholesky in torch-xpu-ops' XPUFallback.template): torch takes each matrix to the host, and the
+result back, and the host waits for the device each time; asking whether it has succeeded waits
 once more. So where the device has none, all that a step has to decompose goes to the host in one
 piece, is decomposed there by the same functions, and comes back in one piece: the host waits once
 in a step that takes roots or bases, in place of several times a matrix.
 
-The step waits for it. To go on meanwhile, with the roots of before, would be another algorithm.
+The step waits for it. To continue meanwhile with the roots of before would be another algorithm.
 """
 
 import math
@@ -24,7 +24,7 @@ from largebatch.optim.sharding.step_counts import Arriving
 
 Result = TypeVar("Result")
 Outcome = Callable[[], Result]
-"""Returns what a decomposition has come to, or raises its `RootError`."""
+"""Returns the result of a decomposition, or raises its `RootError`."""
 
 DECOMPOSE = frozenset({"cpu", "cuda"})
 """Types of devices with decompositions of their own."""

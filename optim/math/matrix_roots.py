@@ -19,8 +19,8 @@ hold. So:
   TF32 or bf16 passes would cost the small eigenvalues all their digits.
 
 Asking whether a decomposition has succeeded waits for the device, if the matrix lies there: see
-`largebatch.optim.math.decompositions`. Roots and bases are taken every so many steps, and nothing
-else here waits.
+`largebatch.optim.math.decompositions`. Roots and bases are taken once in an interval of steps, and
+nothing else here waits.
 """
 
 from collections import Counter

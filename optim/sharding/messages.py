@@ -1,4 +1,4 @@
-"""What ranks tell one another in words, over a process group: JSON.
+"""JSON messages between the ranks of a process group.
 
 Torch's own collectives of objects unpickle what comes in, so that whoever can write to a rank's
 socket runs code in it.
@@ -26,7 +26,7 @@ def broadcast_json(value: Any = None, source: int = 0) -> Any:
 
 
 def first_words(words: str) -> str:
-    """On every rank of the default group, what the first one says that says anything."""
+    """Return on every rank the first rank's words that are not empty; over the default group."""
     silent = dist.get_world_size()
     first = torch.tensor([dist.get_rank() if words else silent], device=_device(None))
     dist.all_reduce(first, dist.ReduceOp.MIN)
@@ -51,9 +51,9 @@ def all_have(words: str) -> bool:
     """Whether all ranks of the default group say the same words; an all-reduce of two numbers."""
     number = int.from_bytes(blake2b(words.encode(), digest_size=7).digest())
     # The greatest, and the least with its sign turned.
-    told = torch.tensor([number, -number], device=_device(None))
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    most, least = told.tolist()
+    extremes = torch.tensor([number, -number], device=_device(None))
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    most, least = extremes.tolist()
     return bool(most == -least)
 
 

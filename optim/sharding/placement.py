@@ -1,4 +1,4 @@
-"""Where the elements of a tensor lie: which box of it each member of a process group holds."""
+"""Placements of tensors: the box of elements that each member of a process group holds."""
 
 import functools
 import itertools
@@ -49,16 +49,16 @@ class Box:
 
 @dataclass(frozen=True)
 class Line:
-    """A process group within that of a spread."""
+    """A process group within that of a placement."""
 
     group: "ProcessGroup"
     members: Sequence[int]
-    """By rank in this group, the rank in the spread's."""
+    """By rank in this group, the rank in the placement's."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a tensor lies over the members of a process group, by their rank in the group."""
+    """The placement of a tensor over the members of a process group, by their rank in the group."""
 
     shape: tuple[int, ...]
     group: "ProcessGroup | None"
@@ -83,7 +83,7 @@ class Placement:
 
     @cached_property
     def num_copies(self) -> int:
-        every = isinstance(self.copies, range)  # of which each is another
+        every = isinstance(self.copies, range)  # each is another copy
         return len(self.copies) if every else len(set(self.copies))
 
     @cached_property
@@ -99,7 +99,7 @@ def whole_box(shape: Sequence[int]) -> Box:
 def placement_of(
     tensor: Tensor, name: Name, process_group: "ProcessGroup | None" = None
 ) -> Placement:
-    """How a parameter is spread.
+    """Return the placement of a parameter.
 
     Args:
         process_group: whose ranks hold a copy each of a plain tensor; None: this process is alone.
@@ -133,7 +133,7 @@ def replicated(shape: tuple[int, ...], group: "ProcessGroup | None") -> Placemen
 def mesh_placement(
     shape: tuple[int, ...], mesh: Any, placements: Sequence[Any], name: Name
 ) -> Placement:
-    """How a DTensor of these placements is spread over its mesh.
+    """Return the placement of a DTensor over its mesh.
 
     Raises:
         ValueError: a placement that is neither a shard nor a replica.

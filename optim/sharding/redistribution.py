@@ -3,7 +3,7 @@
 Second-order optimizers work on whole blocks of a gradient, while a rank may hold a few rows of it.
 A block has one owner: the gradient's parts travel to it, and what the owner makes of the block
 travels back to all that hold a part of the parameter. Both in rounds of bounded size
-(`exchange_rounds`): what a rank has in hand does not grow with the number of ranks.
+(`sharding.rounds`): what a rank has in hand does not grow with the number of ranks.
 
 A round has at most two hops. Within one copy of the tensor, the owner's, parts travel by
 `all_to_all_single`. From there to the other copies likewise, as long as owners do not repeat
@@ -13,7 +13,7 @@ whole numbers it keeps each bit, those of -0.0 and NaN too.
 
 What travels, and how much, depends on the parameters alone, not on which of them have a gradient in
 a step or on a rank: ranks that disagree about that still issue the same collectives. A vector to be
-added up over all ranks goes ahead in an all-reduce, and by it they come to agree.
+summed over all ranks goes ahead in an all-reduce, by which the ranks agree.
 """
 
 from collections import Counter
@@ -35,7 +35,7 @@ FEW: Final = 64
 
 
 class Redistribution:
-    """The way of some tensors, all spread over one process group, to their owners and back.
+    """Moves tensors that lie over one process group to the owners of their blocks and back.
 
     Args:
         dtype: what travels, and what comes out, FP32 or FP64; wide enough for all of the tensors.
@@ -64,7 +64,7 @@ class Redistribution:
     def to_owners(
         self, parts: Sequence[Tensor | None], sums: Tensor | None = None
     ) -> tuple[list[dict[int, Tensor]], Tensor | None]:
-        """Every block that this rank owns, whole, from the parts that all ranks hold.
+        """Return every block that this rank owns, whole, from the parts that all ranks hold.
 
         Where the tensors are copies on every rank nothing has to travel but the sums.
 
@@ -73,8 +73,8 @@ class Redistribution:
             sums: a vector, as long on every rank, to be added up over all of them.
 
         Returns:
-            For each tensor its blocks by their index, not to be written to; and the sums, of which
-            every rank has the same bits.
+            For each tensor its blocks by their index, not to be written to; and the sums, with the
+            same bits on every rank.
         """
         totals = self._add_up(sums)
 
@@ -97,7 +97,7 @@ class Redistribution:
     def to_holders(
         self, blocks: Sequence[Mapping[int, Tensor]], sums: Tensor | None = None
     ) -> tuple[Iterator[Arrived], Tensor | None]:
-        """The pieces of this rank's local part of every tensor, from the blocks of all owners.
+        """Return the pieces of this rank's part of every tensor, from the blocks of all owners.
 
         They arrive one after another, those of a tensor together, and only while they are taken:
         every rank has to take all of them, before it begins another collective of the group.
@@ -113,7 +113,7 @@ class Redistribution:
         return self._pieces(blocks), self._add_up(sums)
 
     def joined(self, pieces: Iterable[Arrived]) -> Iterator[tuple[int, Tensor]]:
-        """This rank's part of each tensor, by its index, from the pieces of `to_holders`."""
+        """Yield this rank's part of each tensor with its index, from the pieces of `to_holders`."""
         boxes = [tensor.placement.boxes[self.me] for tensor in self.tensors]
         part, missing = torch.empty(0), 0
         for piece, tensor in pieces:

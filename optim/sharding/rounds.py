@@ -1,4 +1,4 @@
-"""What travels in an exchange, cut into rounds: a plan that every rank makes for itself.
+"""The rounds of a redistribution, which every rank plans for itself.
 
 Blocks follow one another through the rounds in the order of the tensors. How much of them a round
 takes depends on what all ranks know alike, so that all of them cut alike, and is such that no rank
@@ -21,7 +21,7 @@ MOST: Final = 1 << 24
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """A tensor, how it is spread, and who works on which block of it."""
+    """A tensor, its placement, and the owners of its blocks."""
 
     placement: Placement
     blocks: tuple[Box, ...]
@@ -31,13 +31,13 @@ class ShardedTensor:
 
 
 def whole(placement: Placement, owner: int) -> ShardedTensor:
-    """A tensor that is worked on in one."""
+    """Return a tensor with one block, which is all of it."""
     return ShardedTensor(placement, (whole_box(placement.shape),), (owner,))
 
 
 @dataclass(frozen=True)
 class Slice:
-    """What of one block one member holds."""
+    """The part of one block that one member holds."""
 
     tensor: int
     block: int
@@ -58,7 +58,7 @@ class Round:
     within: Line | None
     """Whom parts are exchanged with; None: with nobody."""
     across: Line | None
-    """To whom what has come by `within` goes on; None: to nobody."""
+    """To whom the tensors that arrived by `within` are passed on; None: to nobody."""
     to_owner: list[To] = field(default_factory=list)
     from_holder: list[To] = field(default_factory=list)
     to_holder: list[To] = field(default_factory=list)
@@ -77,7 +77,7 @@ def limit_of(tensors: Sequence[ShardedTensor]) -> int:
 
 
 def rounds_of(tensors: Sequence[ShardedTensor], me: int, limit: int) -> list[Round]:
-    """All rounds of some tensors that are spread over one group, for its rank `me`."""
+    """Return all rounds of some tensors that lie over one group, for its rank `me`."""
     routes: dict[tuple[int, ...], list[int]] = {}
     for index, tensor in enumerate(tensors):
         placement = tensor.placement
@@ -93,7 +93,7 @@ def rounds_of(tensors: Sequence[ShardedTensor], me: int, limit: int) -> list[Rou
 def cut(
     tensors: Sequence[ShardedTensor], indices: Sequence[int], limit: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """The blocks of some tensors, by tensor and number, in rounds."""
+    """Yield the blocks of some tensors, by tensor and number, in rounds."""
     blocks: list[tuple[int, int]] = []
     owned: Counter[int] = Counter()  # by owner: what it gives in the round, to all copies
     held = within = 0  # the most that a member holds, of the tensors before and of this one

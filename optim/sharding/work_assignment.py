@@ -1,4 +1,4 @@
-"""Who does which part of the work: blocks to ranks, or to the steps of an interval, by their cost.
+"""Assignment of work by cost: blocks to ranks, or to the steps of an interval.
 
 A pure function of the costs: every rank computes the same answer without asking the others.
 """
@@ -20,7 +20,7 @@ def assign(
     given: Sequence[int] = (),
     rounds: Sequence[int] | None = None,
 ) -> list[int]:
-    """The bin of every item, such that the heaviest bin is light.
+    """Return the bin of every item, such that the heaviest bin is light.
 
     Longest processing time first: by falling cost, and by index among equals, each item goes to
     the bin that has least so far. What is guaranteed:
@@ -69,7 +69,7 @@ def assign(
 
 
 def lightest_of(heap: list[tuple[float, int]], at_most: int) -> list[int]:
-    """Takes the bins that have equally little off the heap, but not more than so many."""
+    """Pop the bins with the equally smallest load off the heap, `at_most` of them."""
     load, number = heapq.heappop(heap)
     lightest = [number]
     while heap and heap[0][0] == load and len(lightest) < at_most:

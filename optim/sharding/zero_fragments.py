@@ -1,7 +1,7 @@
-"""Which part of which tensor lies where in the flat FP32 tensors of a DeepSpeed optimizer.
+"""The layout of tensors in the flat FP32 tensors of a DeepSpeed optimizer.
 
-In ZeRO stages 1 and 2 all tensors of a parameter group lie end to end in one buffer, of which each
-rank has an equal part in FP32. In stage 3 every tensor is cut into equal slices, one a rank, and a
+In ZeRO stages 1 and 2 all tensors of a parameter group lie end to end in one buffer; each rank has
+an equal part of it in FP32. In stage 3 every tensor is cut into equal slices, one a rank, and a
 rank's flat tensor holds its slices of the tensors of a sub-group. Here this is read from the
 attributes that DeepSpeed keeps as of its version 0.19.8, checked over all ranks together, and
 refused where it is not understood.
@@ -101,7 +101,7 @@ def _read_partitions(
 ) -> Iterator[Flat]:
     """Stages 1 and 2; the attributes are the groups' tensors, their buffers and FP32 partitions.
 
-    Where a tensor lies in the buffer is read off its memory, of which it is a view. DeepSpeed's own
+    A tensor is a view of the buffer, so its place in it is read off its memory. DeepSpeed's own
     table of fragments (`_hp_mapping`) is not used: it has the tensors in the order of the group,
     which `round_robin_gradients` changes.
     """
@@ -213,7 +213,7 @@ def _misfit(flat: Flat) -> str | None:
 
 
 def _require_complete(flat: Flat, fragments_of_ranks: list[tuple[Fragment, ...]]) -> None:
-    """Refuse a tensor of which some element is in no rank's fragment, or in more than one."""
+    """Refuse a tensor with an element in no rank's fragment, or in more than one."""
     starts, ends = defaultdict(list), defaultdict(list)
     for fragment in chain.from_iterable(fragments_of_ranks):
         starts[fragment.tensor].append(fragment.tensor_start)

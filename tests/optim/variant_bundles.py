@@ -1,4 +1,4 @@
-"""What each variant stands for, told a second time, and the values that its keywords take."""
+"""What each variant stands for, stated a second time, and the values that its keywords take."""
 
 import math
 from typing import Any
