@@ -28,7 +28,8 @@ from largebatch.train.tasks.digits import Digits
 
 
 def fault(stage):
-    if os.environ["FAULT"] == f"{stage} {os.environ['RANK']}":
+    rank = os.environ.get("RANK") or os.environ["PMI_RANK"]  # mpiexec's own name for it
+    if os.environ["FAULT"] == f"{stage} {rank}":
         if os.environ["KIND"] == "refusal":
             raise ValueError(f"no such {stage} here")
         Path(f"missing-{stage}").read_text()
@@ -167,6 +168,32 @@ def test_a_fault_at_any_stage_ends_all_ranks_with_one_message(
     assert told[0].startswith("largebatch: rank 1 on ") == (failing == 1)
     assert told[0] in said[failing]
     assert "Error" not in said[1 - failing]
+
+
+@pytest.mark.parametrize("launcher", ["nproc", "torchrun", "mpiexec"])
+def test_a_fault_of_one_rank_ends_all_under_every_launcher(launcher: str, tmp_path: Path) -> None:
+    (tmp_path / "parts.py").write_text(PARTS)
+    own = [*OWN, "engine.nproc=2"] if launcher == "nproc" else [*OWN]
+    words = [sys.executable, "-m", "largebatch", *own]
+    if launcher == "torchrun":
+        words = [str(BIN / "torchrun"), "--nproc-per-node", "2", *words[1:]]
+    if launcher == "mpiexec":
+        words = [str(BIN / "mpiexec"), "-n", "2", *words]
+    run = forked.run if launcher == "nproc" else subprocess.run
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    begun = time.monotonic()
+    done = run(
+        words if launcher == "nproc" else forked.launched(words), cwd=tmp_path, timeout=200,
+        env=os.environ | place | {"FAULT": "model 1", "KIND": "refusal"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert time.monotonic() - begun < 100
+    # torchrun makes 1 of every code; MPI's launcher may have killed the second rank to leave.
+    assert done.returncode == {"nproc": 2, "torchrun": 1}.get(launcher, done.returncode) != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("largebatch: ")]
+    assert len(told) == 1, done.stderr
+    assert told[0].startswith("largebatch: rank 1 on ")
+    assert "no such model here" in told[0]
 
 
 LEAVING = """
