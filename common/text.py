@@ -70,3 +70,13 @@ def byte_size(num_bytes: float) -> str:
     while value >= 1000 and unit < len(_UNITS) - 1:
         value, unit = value / 1000, unit + 1
     return f"{value:.3g} {_UNITS[unit]}"
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message in one line; its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message without the stack that torch adds; its class where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

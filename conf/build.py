@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 
 from largebatch.common.errors import ConfigError, format_config_error
 from largebatch.common.memory import ran_out
+from largebatch.common.text import one_line
 from largebatch.conf.annotations import Unfit, annotations_of, fitted, in_yaml
 
 _KNOWN: Final = ("largebatch", "torch")
@@ -140,7 +141,7 @@ def is_known(make: Callable[..., Any]) -> bool:
 
 def _about_a_key(error: Exception, keys: Mapping[str, Any], name: str) -> str:
     """What a constructor has raised, with the keys it speaks of and their values."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     if ran_out(error):
         text = f"there is no memory for it ({text}): lower its sizes"
     if f"{name}." in text or not keys:

@@ -9,6 +9,7 @@ from pathlib import Path
 from yaml import YAMLError
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.text import one_line
 
 _folders: list[Path] = []
 """Read by the plugin that makes Hydra's search path, for as long as `first` lasts."""
@@ -63,5 +64,5 @@ def unreadable_file(error: YAMLError | UnicodeDecodeError, folder: str | None) -
         return f"a file of the configuration is not UTF-8 text: {error}"
     mark = getattr(error, "problem_mark", None)
     if mark is None:
-        return f"a file of the configuration is no YAML: {' '.join(str(error).split())}"
+        return f"a file of the configuration is no YAML: {one_line(error)}"
     return f"{mark.name}:{mark.line + 1} is no YAML: {getattr(error, 'problem', None) or error}"

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from largebatch.common.errors import ConfigError, RanksRefused
+from largebatch.common.text import first_line
 from largebatch.distributed.addresses import check_is_here, listen
 
 _MPI_MARKERS: Final = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
@@ -173,7 +174,7 @@ def _from_mpi(launcher: str, environment: Mapping[str, str]) -> Ranks:
             ranks = _from_slurm(environment)
         else:
             raise ConfigError(
-                f"started by an MPI launcher, but mpi4py does not load ({_first_line(error)}): "
+                f"started by an MPI launcher, but mpi4py does not load ({first_line(error)}): "
                 "pip install 'largebatch[mpi]', or start with torchrun or engine.nproc"
             ) from None
         _check_promise(ranks.size, launcher, environment)
@@ -233,10 +234,6 @@ def _from_rank(world: Any, mpi: Any, text: str, root: int) -> str:
     data = data if world.rank == root else bytearray(length[0])
     world.Bcast([data, mpi.BYTE], root=root)
     return data.decode()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _from_pals_alone(environment: Mapping[str, str]) -> Ranks:

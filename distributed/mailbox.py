@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.text import first_line
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store, TCPStore
@@ -143,11 +144,6 @@ def allow_sockets(size: int) -> None:
         return
     allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's message, without the stack that torch adds."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _key(topic: str, whose: int | str) -> str:

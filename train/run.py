@@ -10,6 +10,7 @@ import torch
 
 from largebatch.common.errors import ConfigError, RanksEnded
 from largebatch.common.memory import ran_out
+from largebatch.common.text import one_line
 from largebatch.conf.build import build
 from largebatch.distributed.ranks import Ranks
 from largebatch.distributed.team import Team
@@ -261,7 +262,7 @@ class Run:
 
 
 def _too_much(device: torch.device, micro_batch_size: int, error: BaseException) -> str:
-    why = (" ".join(str(error).split()) or type(error).__name__)[:200]
+    why = one_line(error)[:200]
     return (
         f"a step takes more memory than {device} has ({why}): lower engine.micro_batch_size, now "
         f"{micro_batch_size}, set engine.activation_checkpointing=true, or shard the model "

@@ -8,6 +8,7 @@ from torch import nn
 
 from largebatch.common.errors import ConfigError
 from largebatch.common.memory import check_memory, ran_out
+from largebatch.common.text import one_line
 from largebatch.conf.build import is_known
 from largebatch.distributed.ranks import Ranks
 from largebatch.schedules import Plan
@@ -48,7 +49,7 @@ def try_one_pass(task: Task, model: nn.Module) -> None:
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if ran_out(error) or not (is_known(type(task)) and is_known(type(model))):
             raise
-        why = " ".join(str(error).split())
+        why = one_line(error)
         raise ConfigError(
             f"model and task do not fit each other ({why}): what task.* says of its data and "
             "what model.* takes must be the same"

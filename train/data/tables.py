@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
+from largebatch.common.text import one_line
+
 SEPARATED: Final = {".csv": ",", ".tsv": "\t"}
 PARQUET: Final = b"PAR1"
 ARROW: Final = b"ARROW1"
@@ -58,9 +60,7 @@ def texts_of_columns(path: Path, kind: str, key: str) -> Iterator[str | None]:
                 )
             yield from column.to_pylist()
     except arrow.ArrowException as error:
-        raise ValueError(
-            f"{path} is no whole {kind} file: {' '.join(str(error).split())}"
-        ) from error
+        raise ValueError(f"{path} is no whole {kind} file: {one_line(error)}") from error
 
 
 def _arrow_batches(arrow: Any, path: Path, key: str) -> Iterator[Any]:

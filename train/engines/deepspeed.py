@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from largebatch.common.text import one_line
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer
 from largebatch.optim.zero import bind
@@ -100,7 +101,7 @@ class DeepSpeed(OfRanks):
                 model=self.model, optimizer=optimizer, config=config
             )
         except ValueError as error:  # of pydantic's, over many lines
-            why = " ".join(str(error).split())
+            why = one_line(error)
             raise ValueError(f"DeepSpeed refuses engine.zero={dict(self._zero)}: {why}") from error
         self._replica = self._wrapped
         if isinstance(optimizer, LayerwiseOptimizer):

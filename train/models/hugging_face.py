@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from largebatch.common.errors import ConfigError
 from largebatch.common.numbers import real_number
+from largebatch.common.text import one_line
 
 
 class HuggingFace(nn.Module):
@@ -54,7 +55,7 @@ class HuggingFace(nn.Module):
                 found, dtype=torch.float32
             )
         except ValueError as error:
-            raise ValueError(f"model.config={config}: {' '.join(str(error).split())}") from error
+            raise ValueError(f"model.config={config}: {one_line(error)}") from error
         if _is_plainly_causal(self.model):
             AttentionInterface.register(_CAUSAL, _attend)
             self.model.set_attn_implementation(_CAUSAL)
@@ -111,7 +112,7 @@ def _configuration(config: str, overrides: dict[str, Any]) -> Any:
         where = "has none that can be read" if Path(config).exists() else "is no path"
         raise ValueError(
             f"model.config must be a model type (gpt2, llama, …), a config.json or its folder, or "
-            f"a hub model in the local cache; {config!r} {where}: {' '.join(str(error).split())}"
+            f"a hub model in the local cache; {config!r} {where}: {one_line(error)}"
         ) from error
     for key in overrides:
         if not hasattr(known, key):
@@ -122,4 +123,4 @@ def _configuration(config: str, overrides: dict[str, Any]) -> Any:
     try:
         return make(**overrides)  # made anew: some values follow from others
     except Exception as error:  # a wrong type has an error class of its own in each version
-        raise ValueError(f"model.overrides: {' '.join(str(error).split())}") from error
+        raise ValueError(f"model.overrides: {one_line(error)}") from error

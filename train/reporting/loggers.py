@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.text import one_line
 
 
 class Logger(Protocol):
@@ -66,7 +67,7 @@ class SafeLogger:
         except ConfigError:
             raise
         except Exception as error:  # a guest's may be of any class
-            why = " ".join(str(error).split())
+            why = one_line(error)
             reason = (
                 f"the logger has failed ({type(error).__name__}: {why}): the run goes on, and "
                 "metrics.jsonl has every line"

@@ -15,7 +15,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from largebatch.distributed.mailbox import StoreMailbox, first_line
+from largebatch.common.text import first_line
+from largebatch.distributed.mailbox import StoreMailbox
 from largebatch.launch.doctor import checks
 from largebatch.launch.doctor.findings import Finding, found_from, merged
 from largebatch.launch.doctor.host import Host, HostFacts

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from largebatch.distributed.mailbox import first_line
+from largebatch.common.text import first_line
 from largebatch.launch.doctor.findings import Finding, found_from, merged
 from largebatch.launch.hosts import short
 
