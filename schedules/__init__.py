@@ -24,7 +24,7 @@ from largebatch.schedules.noise_driven import (
     NormTest,
     SqrtNoise,
 )
-from largebatch.schedules.plan import BatchSplit, Plan, PlannedStage, Point, Totals
+from largebatch.schedules.plan import BatchSplit, Plan, PlannedStage, PlanTotals, Point
 from largebatch.schedules.ramps import (
     ConstantBatch,
     GeometricBatch,
@@ -60,6 +60,7 @@ __all__ = [
     "NoiseScale",
     "NormTest",
     "Plan",
+    "PlanTotals",
     "PlannedStage",
     "Point",
     "Polynomial",
@@ -71,7 +72,6 @@ __all__ = [
     "SqrtNoise",
     "StagedBatch",
     "StepDecay",
-    "Totals",
     "scale",
     "scale_lr",
     "whole_number",

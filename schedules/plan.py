@@ -46,7 +46,7 @@ class PlannedStage(NamedTuple):
     hyper: Hyper
 
 
-class Totals(NamedTuple):
+class PlanTotals(NamedTuple):
     """Totals of a run that spends its budget."""
 
     steps: int
@@ -213,14 +213,14 @@ class Plan:
             samples, step = last + point.batch_size, step + num_steps
         return stages
 
-    def totals(self) -> Totals:
+    def totals(self) -> PlanTotals:
         """Totals of the run if it spends its budget."""
         stages = self.stages()
         *_, last = stages
         steps = last.step + last.num_steps
         samples = last.samples + last.num_steps * last.batch_size
         alone = -(self.budget_samples // -stages[0].batch_size)
-        return Totals(steps, samples, samples * self.tokens_per_sample, alone - steps)
+        return PlanTotals(steps, samples, samples * self.tokens_per_sample, alone - steps)
 
     @property
     def is_open(self) -> bool:

@@ -23,7 +23,7 @@ from largebatch.records.outcomes import UNFINISHED
 from largebatch.records.record import telling, words_of
 from largebatch.records.summary import status
 from largebatch.study.progress import StudyProgress
-from largebatch.study.protocol import Job, Protocol
+from largebatch.study.protocol import Protocol, StudyJob
 from largebatch.study.search import Result
 
 IDENTITY: Final = "study.json"
@@ -111,7 +111,7 @@ def conduct(
     return count
 
 
-def finished(folder: Path, job: Job) -> Result | None:
+def finished(folder: Path, job: StudyJob) -> Result | None:
     """The result of `job`'s run once it has ended; None where there is none, or that of another.
 
     Seeds that join a study move its best scores: a run that is there may have given up too early
@@ -160,7 +160,7 @@ def make_room(folder: Path, words: Sequence[str]) -> None:
         shutil.rmtree(folder)
 
 
-def result_of(folder: Path, job: Job) -> Result:
+def result_of(folder: Path, job: StudyJob) -> Result:
     """What a job's record says.
 
     Raises:

@@ -17,9 +17,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from largebatch.common.figures import COLOURS, GREY, GRID, INK, TITLE_SIZE, paper_style
-from largebatch.study.fit import Fit
+from largebatch.study.fit import CurveFit
 from largebatch.study.labels import label
-from largebatch.study.points import Point
+from largebatch.study.points import StudyPoint
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MISSED_ROW = 0.06  # of the panel's height, a row an optimizer that missed somewhere
@@ -35,7 +35,7 @@ class Style:
     marker: str
 
 
-def optimizer_styles(points: Sequence[Point]) -> dict[str, Style]:
+def optimizer_styles(points: Sequence[StudyPoint]) -> dict[str, Style]:
     """A colour and a marker an optimizer, by alphabetical order."""
     return {
         name: Style(COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
@@ -43,7 +43,9 @@ def optimizer_styles(points: Sequence[Point]) -> dict[str, Style]:
     }
 
 
-def curve_figure(points: Sequence[Point], fits: Mapping[str, Fit | None], title: str) -> Figure:
+def curve_figure(
+    points: Sequence[StudyPoint], fits: Mapping[str, CurveFit | None], title: str
+) -> Figure:
     """Steps to target against batch size; a panel below names every critical batch size."""
     styles = optimizer_styles(points)
     fitted = {name: fit for name in styles if (fit := fits.get(name)) is not None}
@@ -66,7 +68,7 @@ def curve_figure(points: Sequence[Point], fits: Mapping[str, Fit | None], title:
     return figure
 
 
-def learning_rate_figure(points: Sequence[Point], title: str) -> Figure:
+def learning_rate_figure(points: Sequence[StudyPoint], title: str) -> Figure:
     """Best peak learning rate against batch size, one panel an optimizer.
 
     Learning rates of two optimizers are not comparable, their growth is: all panels span the same
@@ -104,7 +106,7 @@ def _panels(figure: Figure, num_fits: int) -> tuple[Axes, Axes | None]:
     return curve, rows
 
 
-def _set_limits(axes: Axes, points: Sequence[Point]) -> None:
+def _set_limits(axes: Axes, points: Sequence[StudyPoint]) -> None:
     steps = [s for p in points for s in (p.steps, p.steps_low, p.steps_high) if s and s < math.inf]
     bottom, top = min(steps, default=10.0) / 1.9, max(steps, default=100.0) * 1.5
     rows = len({p.optimizer for p in points if p.missed})
@@ -118,7 +120,7 @@ def _set_limits(axes: Axes, points: Sequence[Point]) -> None:
     axes.grid(True, which="major", color=GRID, linewidth=0.6)
 
 
-def _draw_guide(axes: Axes, points: Sequence[Point]) -> None:
+def _draw_guide(axes: Axes, points: Sequence[StudyPoint]) -> None:
     """Perfect scaling, twice the batch and half the steps, from the first curve's first point."""
     first = next((p for p in points if p.steps is not None), None)
     if first is None or first.steps is None:
@@ -128,7 +130,7 @@ def _draw_guide(axes: Axes, points: Sequence[Point]) -> None:
     axes.plot(batches, samples / batches, color=GREY, linestyle="--", linewidth=1.0, zorder=1)
 
 
-def _draw_curve(axes: Axes, points: Sequence[Point], style: Style) -> None:
+def _draw_curve(axes: Axes, points: Sequence[StudyPoint], style: Style) -> None:
     reached = [p for p in points if p.steps is not None]
     steps = np.array([p.steps for p in reached], dtype=np.float64)
     x = [p.batch_size for p in reached]
@@ -143,7 +145,7 @@ def _draw_curve(axes: Axes, points: Sequence[Point], style: Style) -> None:
         )
 
 
-def _draw_fit(axes: Axes, points: Sequence[Point], fit: Fit, style: Style) -> None:
+def _draw_fit(axes: Axes, points: Sequence[StudyPoint], fit: CurveFit, style: Style) -> None:
     batches = np.geomspace(*axes.get_xlim(), 200)
     steps = fit.s_min + fit.e_min / batches
     axes.plot(batches, steps, color=style.colour, linewidth=0.8, alpha=0.65, zorder=2)
@@ -159,7 +161,7 @@ def _draw_fit(axes: Axes, points: Sequence[Point], fit: Fit, style: Style) -> No
         )
 
 
-def _draw_missed(axes: Axes, points: Sequence[Point], styles: Mapping[str, Style]) -> None:
+def _draw_missed(axes: Axes, points: Sequence[StudyPoint], styles: Mapping[str, Style]) -> None:
     """Open markers with an arrow along the top, a row an optimizer: none can cover another."""
     names = sorted({p.optimizer for p in points if p.missed})
     transform = axes.get_xaxis_transform()  # x in samples, y as a share of the panel's height
@@ -182,7 +184,7 @@ def _draw_missed(axes: Axes, points: Sequence[Point], styles: Mapping[str, Style
 
 
 def _legend_of_curve(
-    axes: Axes, points: Sequence[Point], styles: Mapping[str, Style], fitted: bool
+    axes: Axes, points: Sequence[StudyPoint], styles: Mapping[str, Style], fitted: bool
 ) -> None:
     handles = [
         Line2D([], [], color=style.colour, marker=style.marker, markersize=5.5, label=label(name))
@@ -202,7 +204,7 @@ def _legend_of_curve(
         axes.legend(handles=handles, loc="lower left", framealpha=0.9, edgecolor="none")
 
 
-def _draw_critical(axes: Axes, fits: Mapping[str, Fit], styles: Mapping[str, Style]) -> None:
+def _draw_critical(axes: Axes, fits: Mapping[str, CurveFit], styles: Mapping[str, Style]) -> None:
     """A row an optimizer: B_crit, its leave-one-out range, and its value; arrows leave the axis."""
     left, right = axes.get_xlim()
 
@@ -249,7 +251,7 @@ def _draw_critical(axes: Axes, fits: Mapping[str, Fit], styles: Mapping[str, Sty
 
 
 def _draw_learning_rates(
-    axes: Axes, name: str, points: Sequence[Point], style: Style, half_span: float
+    axes: Axes, name: str, points: Sequence[StudyPoint], style: Style, half_span: float
 ) -> None:
     found = [(p.batch_size, p.lr, p.at_edge) for p in points if p.lr is not None]
     axes.set(xscale="log", yscale="log", title=label(name))
@@ -275,7 +277,7 @@ def _draw_learning_rates(
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _half_span(points: Sequence[Point], name: str) -> float:
+def _half_span(points: Sequence[StudyPoint], name: str) -> float:
     """The factor from the middle of an optimizer's learning rates to the edge of its panel."""
     rates = [p.lr for p in points if p.optimizer == name and p.lr is not None]
     growth = max(rates, default=1.0) / min(rates, default=1.0)
@@ -296,7 +298,7 @@ def _handle(marker: str, label: str, **look: Any) -> Line2D:
 
 
 def _set_batch_axis(
-    axes: Axes, points: Sequence[Point], most_labels: int = MOST_LABELLED_TICKS
+    axes: Axes, points: Sequence[StudyPoint], most_labels: int = MOST_LABELLED_TICKS
 ) -> None:
     """Powers of two as plain numbers: every one where they fit, else every second, third, …"""
     batches = [p.batch_size for p in points]

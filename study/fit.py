@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from largebatch.study.points import Point
+from largebatch.study.points import StudyPoint
 
 FEWEST_POINTS = 3  # two unknowns, and one point left to contradict them
 SOFT_L1_SCALE = 0.05  # in log steps: residuals beyond 5 % lose their square
@@ -28,7 +28,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Fit:
+class CurveFit:
     """S_min in steps, E_min in samples, B_crit in samples a step, and how far to trust them.
 
     `b_crit_range` holds the lowest and the highest B_crit over fits that leave one point out. It
@@ -48,7 +48,7 @@ class Fit:
     num_censored: int
 
 
-def fit_points(points: Sequence[Point]) -> Fit | None:
+def fit_points(points: Sequence[StudyPoint]) -> CurveFit | None:
     """`fit_curve` of one optimizer's points; a miss with no known bound is left out."""
     reached = [(point.batch_size, point.steps) for point in points if point.steps is not None]
     missed = [
@@ -67,7 +67,7 @@ def fit_curve(
     steps: Sequence[float],
     missed_batch_sizes: Sequence[float] = (),
     missed_steps: Sequence[float] = (),
-) -> Fit | None:
+) -> CurveFit | None:
     """Fit S = S_min + E_min / B, or return None with fewer than three distinct batch sizes.
 
     `missed_steps` are the steps that were not enough at `missed_batch_sizes`. Raises `ValueError`
@@ -83,7 +83,7 @@ def fit_curve(
     log_e_min, log_b_crit = _solve(batch, log_steps, missed, bounds)
     e_min, b_crit = math.exp(log_e_min), math.exp(log_b_crit)
     residual = _log_model(log_e_min, log_b_crit, batch) - log_steps
-    return Fit(
+    return CurveFit(
         s_min=e_min / b_crit,
         e_min=e_min,
         b_crit=b_crit,

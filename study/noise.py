@@ -36,7 +36,7 @@ Series = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Curve:
+class NoiseCurve:
     """A noise scale over a run, in samples; NaN where a line has none."""
 
     scale: Series
@@ -57,8 +57,8 @@ class NoiseHistory:
 
     samples: Series
     batch_size: Series
-    whole: Curve
-    preconditioned: Curve | None
+    whole: NoiseCurve
+    preconditioned: NoiseCurve | None
     layers: dict[str, Series]
     """Each layer's, where it is resolved."""
 
@@ -85,9 +85,11 @@ def read_noise(folder: Path, problems: list[str]) -> NoiseHistory:
     def series(key: str) -> Series:
         return np.array(columns.get(key, np.full(rows, np.nan)))[shown]
 
-    def curve(kind: str) -> Curve:
+    def curve(kind: str) -> NoiseCurve:
         name = f"{FIELD}{kind}"
-        return Curve(series(name), series(f"{name}_error"), series(f"noise{kind}_resolved") == 1)
+        return NoiseCurve(
+            series(name), series(f"{name}_error"), series(f"noise{kind}_resolved") == 1
+        )
 
     return NoiseHistory(
         samples=samples[shown],
@@ -141,7 +143,7 @@ def _handle(label: str, colour: Any, width: float) -> Line2D:
     return Line2D([], [], color=colour, linewidth=width, label=label)
 
 
-def _draw(axes: Axes, samples: Series, curve: Curve, colour: str, width: float) -> None:
+def _draw(axes: Axes, samples: Series, curve: NoiseCurve, colour: str, width: float) -> None:
     """The curve faint throughout, and solid with its band where it is resolved."""
     low, high = curve.ends
     known = curve.resolved & np.isfinite(curve.error)

@@ -15,7 +15,7 @@ from largebatch.study.runs import RunSummary
 
 
 @dataclass(frozen=True)
-class Point:
+class StudyPoint:
     """Steps and samples to target of one optimizer at one global batch size.
 
     `steps`, `samples`, `seconds` and `lr` (at the best learning rate; None where every one missed)
@@ -62,7 +62,7 @@ class RulePoint:
         return self.steps / self.tuned_steps
 
 
-def curve_points(runs: Sequence[RunSummary]) -> list[Point]:
+def curve_points(runs: Sequence[RunSummary]) -> list[StudyPoint]:
     """The points of every optimizer's curve, in order of optimizer and batch size.
 
     An optimizer's tuned runs (scaling rule `none`) make its curve, or, where it has none of
@@ -76,7 +76,7 @@ def curve_points(runs: Sequence[RunSummary]) -> list[Point]:
     return [_point(groups[key]) for key in sorted(groups)]
 
 
-def rule_points(runs: Sequence[RunSummary], points: Sequence[Point]) -> list[RulePoint]:
+def rule_points(runs: Sequence[RunSummary], points: Sequence[StudyPoint]) -> list[RulePoint]:
     """The rule runs of every optimizer that has tuned runs too, beside their `points`."""
     tuned = tuned_optimizers(runs)
     tuned_steps = {(point.optimizer, point.batch_size): point.steps for point in points}
@@ -109,7 +109,7 @@ def median_run(runs: Sequence[RunSummary]) -> RunSummary:
     return sorted(runs, key=_steps)[len(runs) // 2]
 
 
-def _point(runs: Sequence[RunSummary]) -> Point:
+def _point(runs: Sequence[RunSummary]) -> StudyPoint:
     trials: dict[float, list[RunSummary]] = defaultdict(list)
     for run in runs:
         trials[_rounded(run.lr)].append(run)
@@ -117,7 +117,7 @@ def _point(runs: Sequence[RunSummary]) -> Point:
     median = median_run(trials[best])
     missed = median.steps_to_target is None
     steps = [_steps(run) for run in trials[best]]
-    return Point(
+    return StudyPoint(
         optimizer=median.optimizer,
         batch_size=median.batch_size,
         steps=median.steps_to_target,

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from largebatch.common.progress import BarOrLines, minutes, time_left
 from largebatch.records.names import SUMMARY
-from largebatch.study.protocol import Job, Place, Protocol
+from largebatch.study.protocol import Place, Protocol, StudyJob
 
 _TYPICAL_TRIALS: Final = 5
 _STARTUP_SAMPLES: Final = 4_000
@@ -30,10 +30,10 @@ class StudyProgress(BarOrLines):
         self._begin = time.monotonic()
         self._fraction_found: float | None = None
         self._num_runs = 0
-        self._under_way: Sequence[Job] = ()
+        self._under_way: Sequence[StudyJob] = ()
 
     @contextmanager
-    def watching(self, jobs: Sequence[Job]) -> Iterator[None]:
+    def watching(self, jobs: Sequence[StudyJob]) -> Iterator[None]:
         """Count the records of `jobs` as they come in, whoever runs them."""
         if self._fraction_found is None:
             # What was there before says nothing of the pace.
@@ -55,7 +55,7 @@ class StudyProgress(BarOrLines):
             self._num_runs += len(jobs)
             self._under_way = ()
 
-    def _arrived(self) -> list[Job]:
+    def _arrived(self) -> list[StudyJob]:
         return [job for job in self._under_way if (self._folder / job.folder / SUMMARY).exists()]
 
     def fraction(self) -> float:

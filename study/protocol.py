@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from largebatch.conf.sweep_config import StudyConfig
-from largebatch.study.search import GRID_FACTOR, Result, Search, Trial
+from largebatch.study.search import GRID_FACTOR, LearningRateTrial, Result, Search
 
 
-class Job(NamedTuple):
+class StudyJob(NamedTuple):
     """One run of a study."""
 
     optimizer: str
     batch_size: int
-    trial: Trial
+    trial: LearningRateTrial
     lr: float
     """Learning rate at `base_batch`."""
     rule: str = "none"
@@ -70,18 +70,18 @@ class Protocol:
     searches: dict[Place, Search] = field(default_factory=dict)
     _rules_asked: dict[Place, bool] = field(default_factory=dict)
 
-    def ask(self) -> list[Job]:
+    def ask(self) -> list[StudyJob]:
         """Every job that can run now, the costliest first (the last to end is a short one)."""
         self._open_searches()
         jobs = [
-            Job(optimizer, batch_size, trial, self._lr(optimizer, trial.grid_point))
+            StudyJob(optimizer, batch_size, trial, self._lr(optimizer, trial.grid_point))
             for (optimizer, batch_size), search in self.searches.items()
             for trial in search.ask()
         ]
         jobs += [job for optimizer in self.study.optimizers for job in self._rule_jobs(optimizer)]
         return sorted(jobs, key=lambda job: job.most_samples, reverse=True)
 
-    def tell(self, job: Job, result: Result) -> None:
+    def tell(self, job: StudyJob, result: Result) -> None:
         """The result of a job; those of rules decide nothing, the report reads their records."""
         if job.base_batch is None:
             self.searches[job.optimizer, job.batch_size].tell(job.trial, result)
@@ -127,7 +127,7 @@ class Protocol:
         yield from ((sizes[i], sizes[i - 1]) for i in range(middle + 1, len(sizes)))
         yield from ((sizes[i], sizes[i + 1]) for i in range(middle - 1, -1, -1))
 
-    def _rule_jobs(self, optimizer: str) -> Iterator[Job]:
+    def _rule_jobs(self, optimizer: str) -> Iterator[StudyJob]:
         """The rules from the smallest batch's best learning rate, where both ends are known."""
         base = self.study.batch_sizes[0]
         for batch_size in self.study.rule_batches:
@@ -140,6 +140,6 @@ class Protocol:
             give_up = int(2 * known[1].best_score.steps)
             for rule in self.study.rules:
                 for seed in self.study.seeds:
-                    trial = Trial(known[0].best, seed, give_up)
+                    trial = LearningRateTrial(known[0].best, seed, give_up)
                     lr = self._lr(optimizer, trial.grid_point)
-                    yield Job(optimizer, batch_size, trial, lr, rule, base)
+                    yield StudyJob(optimizer, batch_size, trial, lr, rule, base)

@@ -21,9 +21,15 @@ from typing import TYPE_CHECKING
 
 from largebatch.common.text import duration
 from largebatch.records import printable
-from largebatch.study.fit import Fit, fit_points
+from largebatch.study.fit import CurveFit, fit_points
 from largebatch.study.labels import cell
-from largebatch.study.points import Point, RulePoint, curve_points, rule_points, tuned_optimizers
+from largebatch.study.points import (
+    RulePoint,
+    StudyPoint,
+    curve_points,
+    rule_points,
+    tuned_optimizers,
+)
 from largebatch.study.runs import RunSummary, check_one_study, read_runs, recorded
 from largebatch.study.tables import (
     FIT_HEADS,
@@ -50,8 +56,8 @@ class Study:
     """What the runs below one folder say together: one task, one target, one data set."""
 
     runs: list[RunSummary]
-    points: list[Point]
-    fits: dict[str, Fit | None]
+    points: list[StudyPoint]
+    fits: dict[str, CurveFit | None]
     rules: list[RulePoint]
     problems: list[str]
 
@@ -71,7 +77,7 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Report:
+class StudyReport:
     """A study and the files that tell it; `rules_csv` is None without rule runs to compare."""
 
     study: Study
@@ -100,7 +106,7 @@ def read_study(folder: Path | str) -> Study:
     return Study(runs, points, fits, rule_points(runs, points), problems)
 
 
-def write_report(folder: Path | str, out: Path | str | None = None) -> Report:
+def write_report(folder: Path | str, out: Path | str | None = None) -> StudyReport:
     """Write the report of the runs below `folder` into `out` (default: the folder itself).
 
     Raises as `read_study` does, before anything is written.
@@ -111,7 +117,7 @@ def write_report(folder: Path | str, out: Path | str | None = None) -> Report:
     study = read_study(folder)
     target = Path(folder if out is None else out)
     target.mkdir(parents=True, exist_ok=True)
-    report = Report(
+    report = StudyReport(
         study=study,
         html=target / "report.html",
         curve_png=target / "curve.png",
@@ -174,7 +180,7 @@ def headlines(study: Study) -> list[str]:
     return lines
 
 
-def print_report(report: Report, console: "Console | None" = None) -> None:
+def print_report(report: StudyReport, console: "Console | None" = None) -> None:
     """The points, the headlines and where the files lie, on the terminal."""
     from rich.console import Console
 
@@ -230,11 +236,11 @@ def _write_csv(path: Path, columns: str, rows: Iterable[Sequence[object]]) -> No
         writer.writerows([cell(value) for value in row] for row in rows)
 
 
-def _row(record: Point | RulePoint, columns: str) -> list[object]:
+def _row(record: StudyPoint | RulePoint, columns: str) -> list[object]:
     return [getattr(record, column) for column in columns.split(",")]
 
 
-def _html(report: Report) -> str:
+def _html(report: StudyReport) -> str:
     study = report.study
     template = Path(__file__).with_name("templates") / "report.html"
     return Template(template.read_text(encoding="utf-8")).substitute(
@@ -294,7 +300,7 @@ def _curve_caption(study: Study) -> str:
     return ". ".join([*sentences, _seeds_note(study.points)])
 
 
-def _seeds_note(points: Sequence[Point]) -> str:
+def _seeds_note(points: Sequence[StudyPoint]) -> str:
     if all(point.seeds == 1 for point in points):
         return "Each point is one seed, so it has no error bar."
     return "Error bars span the seeds at the best rate (least to most steps)."

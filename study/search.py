@@ -17,7 +17,7 @@ FARTHEST: Final = 12
 """Grid points that a search may leave its start by: a factor of 64 in the learning rate."""
 
 
-class Trial(NamedTuple):
+class LearningRateTrial(NamedTuple):
     """One run to make."""
 
     grid_point: int
@@ -60,18 +60,22 @@ class Search:
     most_steps: int
     seeds: tuple[int, ...] = (0,)
     _results: dict[tuple[int, int], Result] = field(default_factory=dict)
-    _asked: dict[tuple[int, int], Trial] = field(default_factory=dict)
+    _asked: dict[tuple[int, int], LearningRateTrial] = field(default_factory=dict)
 
-    def ask(self) -> list[Trial]:
+    def ask(self) -> list[LearningRateTrial]:
         """The trials to run next; none while some are out, or when the search is done."""
         if self._asked:
             return []
         give_up = self.most_steps if self.missed else int(self.best_score.steps)
-        trials = [Trial(point, seed, give_up) for point in self._wanted() for seed in self.seeds]
+        trials = [
+            LearningRateTrial(point, seed, give_up)
+            for point in self._wanted()
+            for seed in self.seeds
+        ]
         self._asked = {(trial.grid_point, trial.seed): trial for trial in trials}
         return trials
 
-    def tell(self, trial: Trial, result: Result) -> None:
+    def tell(self, trial: LearningRateTrial, result: Result) -> None:
         """The result of a trial that was asked."""
         del self._asked[trial.grid_point, trial.seed]
         self._results[trial.grid_point, trial.seed] = result

@@ -22,14 +22,14 @@ from largebatch.study.conduct import (
     tie_workers_to_this_process,
 )
 from largebatch.study.protocol import Protocol
-from largebatch.study.report import Report, print_report, write_report
+from largebatch.study.report import StudyReport, print_report, write_report
 
 Compose = Callable[[list[str]], DictConfig]
 
 
 def sweep(
     arguments: list[str], *, config: DictConfig, compose: Compose, launcher: Launcher
-) -> Report:
+) -> StudyReport:
     """Conduct the study of `config` and write its report.
 
     Raises:

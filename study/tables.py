@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from largebatch.study.fit import FEWEST_POINTS, Fit
-from largebatch.study.points import Point, RulePoint
+from largebatch.study.fit import FEWEST_POINTS, CurveFit
+from largebatch.study.points import RulePoint, StudyPoint
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,7 +17,7 @@ FIT_HEADS = ("optimizer", "S_min", "E_min", "B_crit", "leave-one-out range", "rm
 RULE_HEADS = ("optimizer", "rule", "base", "batch", "rate", "steps", "tuned", "ratio", "")
 
 
-def critical_batch(fit: Fit | None) -> str:
+def critical_batch(fit: CurveFit | None) -> str:
     """B_crit in words, or why there is none."""
     if fit is None:
         return f"no fit, it needs {FEWEST_POINTS} batch sizes that reach the target"
@@ -31,7 +31,7 @@ def critical_batch(fit: Fit | None) -> str:
     return f"B_crit {three_digits(fit.b_crit)} (leaving one point out: {_range(fit)})"
 
 
-def point_cells(point: Point) -> list[str]:
+def point_cells(point: StudyPoint) -> list[str]:
     spread = ""
     if point.steps is not None and point.seeds > 1:
         most = f"{point.steps_high:,.0f}" if point.steps_high < math.inf else "missed"
@@ -43,7 +43,7 @@ def point_cells(point: Point) -> list[str]:
     return [point.optimizer, *numbers, seconds, rate, str(point.trials), flag]
 
 
-def fit_cells(name: str, fit: Fit | None) -> list[str]:
+def fit_cells(name: str, fit: CurveFit | None) -> list[str]:
     if fit is None:
         return [name, "-", "-", "-", "-", "-", critical_batch(fit)]
     used = f"{fit.num_points} points" + (f", {fit.num_censored} missed" * bool(fit.num_censored))
@@ -98,5 +98,5 @@ def three_digits(value: float) -> str:
     return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"
 
 
-def _range(fit: Fit) -> str:
+def _range(fit: CurveFit) -> str:
     return "-" if fit.b_crit_range is None else " to ".join(map(three_digits, fit.b_crit_range))

@@ -22,7 +22,7 @@ from largebatch.train.evaluation import Evaluation
 from largebatch.train.guard import Guard, GuardAction
 from largebatch.train.hyperparameter_scaler import HyperparameterScaler
 from largebatch.train.noise.gradient_noise import GradientNoise
-from largebatch.train.progress import RAMP_SIGNALS, Progress
+from largebatch.train.progress import RAMP_SIGNALS, RunProgress
 from largebatch.train.reporting.async_metrics import AsyncMetrics
 from largebatch.train.reporting.reporter import NullReporter
 from largebatch.train.reporting.step_clock import StepClock
@@ -72,7 +72,7 @@ class Loop:
     checkpoints: "Checkpoints | None" = None
     clip_norm: float | None = None
     record_layers: bool = False
-    progress: Progress = field(default_factory=Progress)
+    progress: RunProgress = field(default_factory=RunProgress)
     _metrics: AsyncMetrics = field(default_factory=AsyncMetrics)
     _rollback: dict[str, Any] | None = None
     """The event for which the run has to roll back."""
@@ -83,7 +83,7 @@ class Loop:
     def __post_init__(self) -> None:
         self._scaler = HyperparameterScaler(self.plan, self.parts.optimizer)
 
-    def run(self) -> Progress:
+    def run(self) -> RunProgress:
         """Step until the target, the budget, an interruption, or numbers the guard stops at."""
         if self.progress.status == "reached" or self.is_spent:  # before it was resumed
             return self.progress

@@ -5,7 +5,7 @@ from typing import Any
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """Where a run stands, and how it ended."""
 
     status: str = "exhausted"

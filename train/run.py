@@ -24,7 +24,7 @@ from largebatch.train.guard import Guard
 from largebatch.train.loop import Loop
 from largebatch.train.lr_find.results import publish
 from largebatch.train.lr_find.search import LRFinder
-from largebatch.train.progress import Progress
+from largebatch.train.progress import RunProgress
 from largebatch.train.reporting.loggers import NoLogger, SafeLogger
 from largebatch.train.reporting.provenance import provenance
 from largebatch.train.reporting.reporter import NullReporter, Reporter
@@ -123,7 +123,7 @@ class Run:
     ranks: Ranks
     device: torch.device
     reporter: NullReporter
-    progress: Progress = field(default_factory=Progress)
+    progress: RunProgress = field(default_factory=RunProgress)
 
     def train(self) -> SummaryRecord:
         """Make the steps; returns the summary."""

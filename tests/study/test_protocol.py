@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_module
 
 from largebatch.conf.config import typed
 from largebatch.conf.sweep_config import StudyConfig
-from largebatch.study.protocol import Job, Protocol
-from largebatch.study.search import Result, Trial
+from largebatch.study.protocol import Protocol, StudyJob
+from largebatch.study.search import LearningRateTrial, Result
 
 Simulate = Callable[[str, int, float, int, int], Result]
 
@@ -31,14 +31,14 @@ def make_protocol(**study: Any) -> Protocol:
     return Protocol(StudyConfig(**config | study), START_LRS, BUDGET)
 
 
-def run(job: Job, simulate: Simulate) -> Result:
+def run(job: StudyJob, simulate: Simulate) -> Result:
     kappa = 1.0 if job.base_batch is None else job.batch_size / job.base_batch
     lr = job.lr * {"none": 1.0, "sqrt": math.sqrt(kappa), "linear": kappa}[job.rule]
     seed, give_up = job.trial.seed, job.trial.give_up_steps
     return simulate(job.optimizer, job.batch_size, lr, seed, give_up)
 
 
-def finish(protocol: Protocol, simulate: Simulate) -> list[Job]:
+def finish(protocol: Protocol, simulate: Simulate) -> list[StudyJob]:
     """Run the protocol to its end; returns all its jobs."""
     asked = []
     while jobs := protocol.ask():
@@ -69,7 +69,7 @@ def test_a_study_begins_at_the_start_batch_with_each_optimizers_own_learning_rat
         ("adamw", 64, 0.016),
         ("sgd", 64, 0.45),
     ]
-    assert {job.trial for job in jobs} == {Trial(0, 0, BUDGET // 64)}
+    assert {job.trial for job in jobs} == {LearningRateTrial(0, 0, BUDGET // 64)}
 
 
 def test_each_search_starts_from_the_best_of_its_neighbour_nearer_to_the_start(
@@ -201,7 +201,7 @@ def test_every_job_has_a_folder_of_its_own(simulate: Simulate) -> None:
 
 
 def test_a_tuned_job_is_a_configuration_without_scaling() -> None:
-    job = Job("lamb", 128, Trial(-3, 7, 90), 0.00707107)
+    job = StudyJob("lamb", 128, LearningRateTrial(-3, 7, 90), 0.00707107)
     assert job.folder == "lamb/batch-128/lr-0.007071/seed-7"
     assert job.overrides == [
         "optim=lamb",
@@ -218,7 +218,7 @@ def test_a_tuned_job_is_a_configuration_without_scaling() -> None:
 @pytest.mark.parametrize("base_batch", [None, 16])
 def test_a_jobs_overrides_compose_to_just_that_run(lr: float, base_batch: int | None) -> None:
     rule = "none" if base_batch is None else "sqrt"
-    job = Job("sgd", 512, Trial(1, 3, 40), lr, rule, base_batch)
+    job = StudyJob("sgd", 512, LearningRateTrial(1, 3, 40), lr, rule, base_batch)
     with initialize_config_module("largebatch.conf", version_base="1.3"):
         config = typed(compose("train", ["study=digits", *job.overrides]))
     assert config.optim["_target_"] == "torch.optim.SGD"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from largebatch.study.search import FARTHEST, MISS, Result, Search, Trial
+from largebatch.study.search import FARTHEST, MISS, LearningRateTrial, Result, Search
 
 Truth = Callable[[int, int], Result]
 """What a run at (grid point, seed) would come to if nothing cut it short."""
@@ -21,7 +21,7 @@ def bowl(best: int, steps: int = 100) -> Truth:
     return lambda point, seed: Result(steps + 7 * (point - best) ** 2, 2.19)
 
 
-def cut(result: Result, trial: Trial) -> Result:
+def cut(result: Result, trial: LearningRateTrial) -> Result:
     """The result as the loop would record it: given up where the trial says so."""
     if result.steps is None or result.steps <= trial.give_up_steps:
         return result
@@ -30,7 +30,7 @@ def cut(result: Result, trial: Trial) -> Result:
 
 def finish(
     search: Search, truth: Truth, *, chance: int | None = None, cutting: bool = True
-) -> list[set[Trial]]:
+) -> list[set[LearningRateTrial]]:
     """Run the search to its end; returns what it asked each time."""
     rounds = []
     while trials := search.ask():

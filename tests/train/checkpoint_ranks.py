@@ -24,7 +24,7 @@ from largebatch.distributed.ranks import Ranks
 from largebatch.optim import LAMB, LARS
 from largebatch.records.checkpoints import listed
 from largebatch.train.checkpoints.checkpoint import CheckpointFailed, Checkpoints
-from largebatch.train.checkpoints.files import File, Part, crc32_of, problem
+from largebatch.train.checkpoints.files import File, RankFiles, crc32_of, problem
 from largebatch.train.checkpoints.tensors import DistributedTensors, Writing
 
 OPTIMIZERS: dict[str, Any] = {
@@ -152,7 +152,7 @@ class Held:
         self._writing, self._go = writing, go
         self.finish = writing.finish
 
-    def write(self) -> Part:
+    def write(self) -> RankFiles:
         assert self._go.wait(30)
         return self._writing.write()
 
@@ -248,7 +248,7 @@ class Limited:
         self._writing = writing
         self.finish = writing.finish
 
-    def write(self) -> Part:
+    def write(self) -> RankFiles:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         try:

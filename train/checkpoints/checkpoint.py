@@ -20,7 +20,7 @@ from largebatch.records.checkpoints import listed, samples_of
 from largebatch.records.names import CHECKPOINTS
 from largebatch.train.checkpoints.files import (
     FORMAT,
-    Part,
+    RankFiles,
     add_up,
     clear_drafts,
     draft_of,
@@ -33,7 +33,7 @@ from largebatch.train.checkpoints.files import (
     set_aside,
 )
 from largebatch.train.checkpoints.saving import Saving
-from largebatch.train.checkpoints.tensors import Tensors
+from largebatch.train.checkpoints.tensors import CheckpointTensors
 from largebatch.train.checkpoints.torch_format import of_first
 
 
@@ -67,7 +67,7 @@ class Checkpoints:
         self,
         folder: Path,
         ranks: Ranks,
-        tensors: Tensors,
+        tensors: CheckpointTensors,
         config: CheckpointConfig,
         failed: Callable[[int, str], None] = lambda samples, what: None,
         about: Callable[[], Mapping[str, Any]] = dict,
@@ -124,7 +124,7 @@ class Checkpoints:
         whole = json.loads(json.dumps(known))
         writing = self._tensors.begin_save(draft, staged=background)
 
-        def publish_all(parts: list[Part]) -> None:
+        def publish_all(parts: list[RankFiles]) -> None:
             files = add_up(part.files for part in parts)
             files |= writing.finish([part.results for part in parts])
             publish(draft, final, files, whole)

@@ -58,7 +58,7 @@ Files = dict[str, File]
 """By path within the checkpoint."""
 
 
-class Part(NamedTuple):
+class RankFiles(NamedTuple):
     """What one rank has written."""
 
     files: Files

@@ -131,11 +131,11 @@ def is_known(value: Any, ranks: Ranks) -> bool:
     return not isinstance(value, Tensor) or type(value) in (Tensor, Parameter)
 
 
-Part = tuple[Box, Sequence[int]]
+TensorPart = tuple[Box, Sequence[int]]
 """Part of a tensor, and the ranks that may write it."""
 
 
-def parts_of(value: Any, size: int) -> Sequence[Part]:
+def parts_of(value: Any, size: int) -> Sequence[TensorPart]:
     """The parts in which a value is written by `size` ranks."""
     if isinstance(value, DTensor):
         return shards_of(tuple(value.shape), value.device_mesh, value.placements)
@@ -146,7 +146,7 @@ def parts_of(value: Any, size: int) -> Sequence[Part]:
 @lru_cache(maxsize=256)  # many tensors are alike, and there may be thousands of ranks
 def shards_of(
     shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]
-) -> Sequence[Part]:
+) -> Sequence[TensorPart]:
     """Of as many copies as have `NUM_WRITERS` ranks together; empty shards of others are none."""
     boxes, copies = boxes_over(shape, mesh, placements)
     every = sorted(set(copies))

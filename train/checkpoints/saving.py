@@ -16,7 +16,7 @@ from typing import Any, Final
 from torch.distributed.distributed_c10d import _get_default_store
 
 from largebatch.distributed.ranks import Ranks
-from largebatch.train.checkpoints.files import File, Part
+from largebatch.train.checkpoints.files import File, RankFiles
 from largebatch.train.checkpoints.tensors import Writing
 
 _numbers = count()
@@ -40,7 +40,7 @@ class Saving:
         self,
         ranks: Ranks,
         writing: Writing,
-        publish: Callable[[list[Part]], None],
+        publish: Callable[[list[RankFiles]], None],
         discard: Callable[[], None],
         background: bool,
     ) -> None:
@@ -73,14 +73,14 @@ class Saving:
             self._post.announce(self._published(self._post.collect()))
         self.seconds = time.perf_counter() - begun
 
-    def _written(self) -> Part | str:
+    def _written(self) -> RankFiles | str:
         try:
             return self._writing.write()
         except Exception as error:
             return f"{_reason(error)} (rank {self._post.ranks.rank} on {socket.gethostname()})"
 
-    def _published(self, parts: list[Part | str]) -> str:
-        whole = [part for part in parts if isinstance(part, Part)]
+    def _published(self, parts: list[RankFiles | str]) -> str:
+        whole = [part for part in parts if isinstance(part, RankFiles)]
         failed = [part for part in parts if isinstance(part, str)]
         try:
             if not failed:
@@ -104,12 +104,12 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _part(answer: Any) -> Part | str:
+def _part(answer: Any) -> RankFiles | str:
     """From JSON, which knows lists alone."""
     if isinstance(answer, str):
         return answer
     files, results = answer
-    return Part({name: File(*file) for name, file in files.items()}, results)
+    return RankFiles({name: File(*file) for name, file in files.items()}, results)
 
 
 class Post:
@@ -130,7 +130,7 @@ class Post:
         """The same in each save: a rank begins one when rank 0 has read its part in the last."""
         return f"largebatch/checkpoint/part/{rank}"
 
-    def send(self, part: Part | str) -> None:
+    def send(self, part: RankFiles | str) -> None:
         """This rank's part, or why there is none."""
         if self.ranks.is_first:
             self._own.append(part)
@@ -139,7 +139,7 @@ class Post:
             self._store.set(self._part_of(self.ranks.rank), json.dumps(part))
             self._store.add(self._key("count"), 1)
 
-    def collect(self) -> list[Part | str]:
+    def collect(self) -> list[RankFiles | str]:
         """On rank 0: every rank's, in their order, once all are there."""
         parts = list(self._own)
         if self._store is None:

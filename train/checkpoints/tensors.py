@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim.sharding.messages import first_words
-from largebatch.train.checkpoints.files import File, Files, Part, write_file
+from largebatch.train.checkpoints.files import File, Files, RankFiles, write_file
 from largebatch.train.checkpoints.plan import SharedPlan, agreed_plan
 from largebatch.train.checkpoints.reading import refusal, weights_only
 from largebatch.train.checkpoints.torch_format import (
@@ -39,7 +39,7 @@ from largebatch.train.checkpoints.torch_format import (
 class Writing(Protocol):
     """A save that has begun."""
 
-    def write(self) -> Part:
+    def write(self) -> RankFiles:
         """Put this rank's files on disk.
 
         Raises:
@@ -54,7 +54,7 @@ class Writing(Protocol):
         """
 
 
-class Tensors(Protocol):
+class CheckpointTensors(Protocol):
     """Model and optimizer, as checkpoints hold them."""
 
     def describe(self) -> dict[str, Any]:
@@ -205,12 +205,12 @@ class BytesWriting:
     def __init__(self, draft: Path, files: dict[str, memoryview]) -> None:
         self._draft, self._files = draft, files
 
-    def write(self) -> Part:
+    def write(self) -> RankFiles:
         written: dict[str, File] = {}
         while self._files:
             name, data = self._files.popitem()
             written[name] = write_file(self._draft / name, data)
-        return Part(written)
+        return RankFiles(written)
 
     def finish(self, results: Sequence[Any]) -> Files:
         del results

@@ -31,7 +31,7 @@ from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.kronecker.state import ELSEWHERE, KroneckerState
 from largebatch.optim.math.bias_correction import SUFFIX
 from largebatch.optim.sharding.messages import broadcast_json
-from largebatch.train.checkpoints.files import CheckedFile, Files, Part
+from largebatch.train.checkpoints.files import CheckedFile, Files, RankFiles
 from largebatch.train.checkpoints.plan import NUM_WRITERS, SharedPlan, some_of
 from largebatch.train.checkpoints.reading import PlainReader
 
@@ -108,13 +108,13 @@ class DeferredWriter(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         self._metadata = metadata
 
-    def write_planned(self) -> Part:
+    def write_planned(self) -> RankFiles:
         """The work deferred by `write_data`."""
         if not self._plan.items:
-            return Part({}, [])
+            return RankFiles({}, [])
         results = super().write_data(self._plan, self._planner).value()
         self._planner.forget()
-        return Part(dict(self.fs.written), [_row(result) for result in results])
+        return RankFiles(dict(self.fs.written), [_row(result) for result in results])
 
     def describe_whole(self, results: Sequence[list[list[Any]]]) -> Files:
         """The work deferred by `finish`."""
@@ -145,7 +145,7 @@ class PlannedWriting:
     def __init__(self, writer: DeferredWriter) -> None:
         self._writer = writer
 
-    def write(self) -> Part:
+    def write(self) -> RankFiles:
         return self._writer.write_planned()
 
     def finish(self, results: Sequence[Any]) -> Files:

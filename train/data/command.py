@@ -10,7 +10,7 @@ import numpy as np
 
 from largebatch.common.progress import progress_bar
 from largebatch.records.outcomes import ExitCode
-from largebatch.train.data.documents import Piece, check_file, pieces
+from largebatch.train.data.documents import TextPiece, check_file, pieces
 from largebatch.train.data.inspect import describe
 from largebatch.train.data.tokenizer import Tokenizer, find_tokenizer
 from largebatch.train.data.writer import FORMATS, TokenWriter, dtype_for
@@ -123,9 +123,9 @@ def tokenize(options: argparse.Namespace) -> str:
     )
 
 
-def grouped(found: Iterator[Piece]) -> Iterator[list[Piece]]:
+def grouped(found: Iterator[TextPiece]) -> Iterator[list[TextPiece]]:
     """As many at a time as keep the cores of a tokenizer busy."""
-    group: list[Piece] = []
+    group: list[TextPiece] = []
     size = 0
     for piece in found:
         group.append(piece)
@@ -137,7 +137,7 @@ def grouped(found: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield group
 
 
-def where(error: UnicodeDecodeError, group: Sequence[Piece]) -> str:
+def where(error: UnicodeDecodeError, group: Sequence[TextPiece]) -> str:
     """In which line of its file a piece is no UTF-8."""
     for piece in group:
         if piece.text == error.object and piece.line is not None:
@@ -148,7 +148,7 @@ def where(error: UnicodeDecodeError, group: Sequence[Piece]) -> str:
 def write(
     writer: TokenWriter,
     tokenizer: Tokenizer,
-    group: Sequence[Piece],
+    group: Sequence[TextPiece],
     separator: int | None,
     path: Path,
 ) -> None:

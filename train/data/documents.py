@@ -22,7 +22,7 @@ _LINES: Final = (".jsonl", ".ndjson", ".json")
 _COLUMNS: Final = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     text: bytes
     ends_document: bool
     bytes_read: int
@@ -62,7 +62,7 @@ def check_file(path: Path) -> None:
     raise ValueError(f"{path} is a folder: give the files in it, such as {path}/*.jsonl")
 
 
-def pieces(path: Path, key: str) -> Iterator[Piece]:
+def pieces(path: Path, key: str) -> Iterator[TextPiece]:
     """The documents of `path`, whole or in pieces; empty ones left out.
 
     Args:
@@ -82,7 +82,7 @@ def pieces(path: Path, key: str) -> Iterator[Piece]:
         else:
             found = _of_file(opened(raw, path), path, key)
         for part in found:
-            yield Piece(*part[:2], raw.tell(), part.line)
+            yield TextPiece(*part[:2], raw.tell(), part.line)
 
 
 def _of_file(file: IO[bytes], path: Path, key: str) -> Iterator[_Part]:

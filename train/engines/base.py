@@ -23,7 +23,7 @@ from largebatch.train.noise.small_gradients import (
 from largebatch.train.tasks import Batch, Task, loss_of, to_device
 
 if TYPE_CHECKING:
-    from largebatch.train.checkpoints.tensors import Tensors
+    from largebatch.train.checkpoints.tensors import CheckpointTensors
 
 
 class Engine(Protocol):
@@ -89,7 +89,7 @@ class Engine(Protocol):
             ValueError: there is none here.
         """
 
-    def tensors(self, optimizer: Optimizer) -> "Tensors":
+    def tensors(self, optimizer: Optimizer) -> "CheckpointTensors":
         """Model and optimizer, as checkpoints hold them."""
 
 
@@ -203,7 +203,7 @@ class OfGradients(OfRanks):
         return [names[param] for param, is_finite in zip(params, finite, strict=True)
                 if not is_finite]  # fmt: skip
 
-    def tensors(self, optimizer: Optimizer) -> "Tensors":
+    def tensors(self, optimizer: Optimizer) -> "CheckpointTensors":
         from largebatch.train.checkpoints.tensors import DistributedTensors
 
         return DistributedTensors(self.model, optimizer, self._ranks)

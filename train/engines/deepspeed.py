@@ -27,7 +27,7 @@ from largebatch.train.engines.update import GradientLimits, StepMetrics
 from largebatch.train.noise.small_gradients import SmallGradients, squares_of
 
 if TYPE_CHECKING:
-    from largebatch.train.checkpoints.tensors import Tensors
+    from largebatch.train.checkpoints.tensors import CheckpointTensors
 
 
 class DeepSpeed(OfRanks):
@@ -164,7 +164,7 @@ class DeepSpeed(OfRanks):
             "engine=ddp or fsdp"
         )
 
-    def tensors(self, optimizer: Optimizer) -> "Tensors":
+    def tensors(self, optimizer: Optimizer) -> "CheckpointTensors":
         del optimizer
         from largebatch.train.checkpoints.tensors import DeepSpeedTensors
 

@@ -19,7 +19,7 @@ _SUFFIXES: Final = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 _MODES: Final = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Labelled images that can be read by number."""
 
     labels: Indices
@@ -35,7 +35,7 @@ class Source(Protocol):
         """What tells each image from others, wherever it stands."""
 
 
-def open_source(path: Path, name: str, classes: int, channels: int, size: int) -> Source:
+def open_source(path: Path, name: str, classes: int, channels: int, size: int) -> ImageSource:
     """The images at `path`, checked against what the configuration says they are.
 
     Args:
@@ -45,7 +45,7 @@ def open_source(path: Path, name: str, classes: int, channels: int, size: int) -
         ValueError: naming the file or array, what it is and what it has to be.
     """
     if path.is_dir():
-        return Folder(path, name, classes, channels, size)
+        return ImageFolder(path, name, classes, channels, size)
     if path.suffix == ".npz" and path.is_file():
         return Arrays(path, classes, channels, size)
     what = "a file" if path.is_file() else "not there"
@@ -110,7 +110,7 @@ def _checked_labels(labels: npt.NDArray[Any], path: Path, num_images: int, class
     return labels.astype(np.int64)
 
 
-class Folder:
+class ImageFolder:
     """A folder for each class, named as the class, with its images; read when they are needed.
 
     The classes are numbered in the order of their names. Needs Pillow.

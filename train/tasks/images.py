@@ -13,7 +13,7 @@ from largebatch.common.numbers import real_number
 from largebatch.schedules import whole_number
 from largebatch.train.data.sampler import Indices
 from largebatch.train.tasks import Batch
-from largebatch.train.tasks.image_sources import Folder, Source, open_source
+from largebatch.train.tasks.image_sources import ImageFolder, ImageSource, open_source
 
 _FOR_STATISTICS = 2048
 """Training images that mean and standard deviation are taken from where none are given."""
@@ -66,7 +66,7 @@ class Images:
         self._train = open_source(Path(path), "task.path", *shape)
         self._rows = np.arange(len(self._train.labels), dtype=np.int64)
         if eval_path is None:
-            self._eval: Source = self._train
+            self._eval: ImageSource = self._train
             self._rows, self._eval_rows = _split(self._train, held_out)
         else:
             self._eval = open_source(Path(eval_path), "task.eval_path", *shape)
@@ -107,7 +107,7 @@ class Images:
     def eval_batch(self, indices: Indices) -> Batch:
         return self._batch(self._eval, self._eval_rows[indices])
 
-    def _batch(self, source: Source, rows: Indices) -> tuple[Tensor, Tensor]:
+    def _batch(self, source: ImageSource, rows: Indices) -> tuple[Tensor, Tensor]:
         pixels = torch.from_numpy(source.read(rows)).permute(0, 3, 1, 2)
         images = ((pixels.float() / 255.0 - self._mean) / self._std).contiguous()
         return images, torch.from_numpy(source.labels[rows])
@@ -132,7 +132,7 @@ class Images:
         return {"data": words, "data_hash": both.hexdigest()}
 
 
-def _split(source: Source, held_out: float) -> tuple[Indices, Indices]:
+def _split(source: ImageSource, held_out: float) -> tuple[Indices, Indices]:
     """Rows for training and for evaluation."""
     share = real_number(held_out, "task.held_out", above=0.0, most=1.0)
     digests = [hashlib.blake2b(key, digest_size=8).digest() for key in source.identities()]
@@ -147,8 +147,12 @@ def _split(source: Source, held_out: float) -> tuple[Indices, Indices]:
     return train.astype(np.int64), held.astype(np.int64)
 
 
-def _check_same_classes(train: Source, held: Source) -> None:
-    if isinstance(train, Folder) and isinstance(held, Folder) and train.classes != held.classes:
+def _check_same_classes(train: ImageSource, held: ImageSource) -> None:
+    if (
+        isinstance(train, ImageFolder)
+        and isinstance(held, ImageFolder)
+        and train.classes != held.classes
+    ):
         strange = sorted(set(train.classes) ^ set(held.classes))
         raise ValueError(
             "task.path and task.eval_path must have the same class folders, and these are in one "
