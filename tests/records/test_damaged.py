@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from largebatch.distributed.rank_dump import where_it_stands
 from largebatch.launch.diagnose import command as explain
 from largebatch.launch.diagnose.nic.record import Recorder
-from largebatch.launch.diagnose.nic.report import told
+from largebatch.launch.diagnose.nic.report import format_survey
 from largebatch.launch.diagnose.nic.survey import read_survey
 from largebatch.launch.diagnose.run_times import read_steps
 from largebatch.launch.sweeps.record import Record, samples_of, summary_of
@@ -135,7 +135,7 @@ def trials(run: Path) -> None:
 def networks(run: Path) -> None:
     survey, steps = read_survey(run, []), read_steps(run, [])
     if survey is not None:
-        print("\n".join(told(survey, steps)))
+        print("\n".join(format_survey(survey, steps)))
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
