@@ -204,7 +204,7 @@ class TrainConfig:
         if self.resume not in (None, "auto"):
             raise ConfigError(f"resume must be null or auto, got {self.resume!r}")
         if self.resume is not None and self.study is not None:
-            raise ConfigError("a study goes on by itself in its folder: leave resume at null")
+            raise ConfigError("a study resumes by itself in its folder: leave resume at null")
         if self.mode is not None:
             self._check_sweep()
         self.optim["lr"] = real_number(self.optim.get("lr"), "optim.lr", above=0.0)
