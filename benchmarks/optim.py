@@ -6,6 +6,7 @@ memory's speed that the step's unavoidable traffic makes.
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,6 @@ from largebatch.benchmarks import harness
 from largebatch.benchmarks.arguments import add_options, run
 from largebatch.benchmarks.contenders import PEERS, REFERENCE, Contender, contenders
 from largebatch.benchmarks.harness import MEMORY_BYTES, Note, timed
-from largebatch.benchmarks.inventories import Inventory, small_tensors, transformer
 
 FORMULAS: Final = {
     "ms": "median over the rounds of one optimizer.step(), device idle before and after",
@@ -30,6 +30,44 @@ FORMULAS: Final = {
     "GB/s": "4 B x (weight, gradient, state read once; weight, state written once) / median t",
     "of memory": "GB/s / that of scaling 128 MiB in place, median of the same rounds",
 }
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The tensors of one model."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(map(math.prod, self.shapes))
+
+
+def transformer(width: int = 512, num_blocks: int = 8, vocabulary: int = 8192) -> Inventory:
+    """A decoder with tied embeddings and rotary positions: few tensors, and memory is the limit."""
+    norm = [(width,), (width,)]
+    block = [
+        *norm,
+        *linear(width, 3 * width),  # queries, keys and values
+        *linear(width, width),
+        *norm,
+        *linear(width, 4 * width),
+        *linear(4 * width, width),
+    ]
+    return Inventory("transformer", ((vocabulary, width), *(block * num_blocks), *norm))
+
+
+def linear(num_in: int, num_out: int) -> list[Shape]:
+    return [(num_out, num_in), (num_out,)]
+
+
+def small_tensors(num_each: int = 200) -> Inventory:
+    """Gains, small matrices and convolution kernels: they fit a cache, and calls are the limit."""
+    return Inventory("small tensors", ((64,), (32, 32), (16, 16, 3, 3)) * num_each)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,14 @@ from torch.nn import Parameter
 from largebatch.benchmarks import contenders as contenders_module
 from largebatch.benchmarks import harness, optim
 from largebatch.benchmarks.contenders import REFERENCE, Contender, contenders
-from largebatch.benchmarks.inventories import Inventory, small_tensors, transformer
-from largebatch.benchmarks.optim import Rounds, Tensors, run_rounds
+from largebatch.benchmarks.optim import (
+    Inventory,
+    Rounds,
+    Tensors,
+    run_rounds,
+    small_tensors,
+    transformer,
+)
 
 CPU = torch.device("cpu")
 TINY = Inventory("tiny", ((5, 3), (3,)))
