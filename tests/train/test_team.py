@@ -16,7 +16,8 @@ from largebatch.distributed.ranks import free_port
 BIN = Path(sys.executable).parent
 
 # Parts of a user's own, each of which fails on the rank and at the stage that the environment says.
-PARTS = """import os
+PARTS = """import inspect
+import os
 
 from pathlib import Path
 
@@ -49,6 +50,8 @@ class Task(Digits):
 class Model(torch.nn.Linear):
     def __init__(self):
         fault("model")
+        if any(frame.function == "build_throughput" for frame in inspect.stack()):
+            fault("throughput")  # where a second one is made, to count its operations
         super().__init__(64, 10)
 
 
@@ -107,6 +110,8 @@ STAGES = {
         f"{stage} 1 refusal": (2, f"no such {stage} here", [])
         for stage in ("task", "engine", "optimizer", "noise")
     },
+    "throughput 0": (1, "missing-throughput", ["throughput.formula=counted"]),
+    "throughput 0 refusal": (2, "no such throughput here", ["throughput.formula=counted"]),
     "task 0": (1, "missing-task", []),
     "batch 1": (1, "missing-batch", []),
     "batch 0": (1, "missing-batch", []),
