@@ -199,7 +199,7 @@ class ShardedOptimizer(GroupedOptimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         return gradient if grad_scale is None else gradient / scalar(grad_scale, gradient)
 
-    # Loading ------------------------------------------------------------------------------------
+    # Saving and loading -------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load as torch does, hooks included, but keep the state in FP32.
@@ -238,6 +238,14 @@ class ShardedOptimizer(GroupedOptimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _packed(self, packed: StateDict, saved: Mapping[Tensor, dict[str, Any]]) -> StateDict:
+        """Return torch's state dict with these states of parameters in the place of its own."""
+        params = (param for group in self.param_groups for param in group["params"])
+        ids = (index for group in packed["param_groups"] for index in group["params"])
+        numbered = zip(params, ids, strict=True)
+        states = {index: saved[param] for param, index in numbered if param in saved}
+        return {**packed, "state": {**packed["state"], **states}}
 
     def _translated(self, state_dict: StateDict) -> StateDict:
         """Return the state dict as this optimizer would have written it."""

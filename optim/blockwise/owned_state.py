@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.blockwise.blocks import Block
 from largebatch.optim.blockwise.failure_notice import FailureReports
-from largebatch.optim.blockwise.portable import Key, Portable
+from largebatch.optim.blockwise.portable import Key, Portable, gathered, sharded
 from largebatch.optim.blockwise.state_memory import (
     AVERAGES,
     DROPPED,
@@ -223,19 +223,11 @@ class OwnedState(ShardedOptimizer):
         """
         self._count_in_new_betas()
 
-        def shard_owned(
-            _: Optimizer, packed: StateDict
-        ) -> StateDict:  # before the user's post-hooks
-            ids = [index for group in packed["param_groups"] for index in group["params"]]
-            index_of = dict(zip(self._params(), ids, strict=True))
-            state = dict(packed["state"])
-            for portable, keys in self._portables(self.state):
-                whole = {(param, key): self.state[param][key] for param, key in keys}
-                for (param, key), value in portable.shard(whole).items():
-                    state[index_of[param]] = {**state[index_of[param]], key: value}
-            return {**packed, "state": state}
+        def save(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
+            states = dict(self._states())
+            return self._packed(packed, sharded(self._portables(self.state), states))
 
-        hook = self.register_state_dict_post_hook(shard_owned, prepend=True)
+        hook = self.register_state_dict_post_hook(save, prepend=True)
         state, known = self.state, self._group_of
         # Torch has no number for a parameter that has left the groups.
         here = {k: v for k, v in state.items() if k in known or not isinstance(k, Tensor)}
@@ -293,13 +285,9 @@ class OwnedState(ShardedOptimizer):
                 if key not in ready[param] and not key.startswith("block_"):
                     kept = isinstance(value, Tensor) and not is_dtensor(value)
                     ready[param][key] = value.to(layer.device) if kept else value
-        for portable, held in self._portables(ready):
-            joined = portable.gather({(param, key): ready[param][key] for param, key in held})
-            for (param, key), value in joined.items():
-                ready[param][key] = value
-        return ready
+        return gathered(self._portables(ready), ready)
 
-    def _portables(self, state: Mapping[Tensor, Any]) -> Iterator[tuple[Portable, list[Key]]]:
+    def _portables(self, state: Mapping[Tensor, Any]) -> Iterator[Portable]:
         """For each process group the block states of the layers that have any."""
         by_group: dict[Any, list[BlockedLayer]] = {}
         for param in self._params():
@@ -313,7 +301,7 @@ class OwnedState(ShardedOptimizer):
                 for key, shape in self._shapes_of(layer).items():
                     shapes[layer.param, key] = shape
                     owners[layer.param, key] = layer.owners[int(key[6 : key.index("/")])]
-            yield Portable(layers, shapes, owners), [*shapes]
+            yield Portable(layers, shapes, owners)
 
     def _shapes_of(self, layer: BlockedLayer) -> dict[str, tuple[int, ...]]:
         """The shapes of a layer's block states, by their keys in its state."""

@@ -6,7 +6,7 @@ part of every factor: `torch.distributed.checkpoint` saves and reshards it like 
 way there and back is one collective for each process group.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from largebatch.optim.sharding.redistribution import Redistribution
 from largebatch.optim.sharding.rounds import whole
 
 Key = tuple[Tensor, str]
+States = Mapping[Tensor, Mapping[str, Any]]
+Saved = dict[Tensor, dict[str, Any]]
 
 
 class Portable:
@@ -36,10 +38,10 @@ class Portable:
         owners: Mapping[Key, int],
     ) -> None:
         by_param = {layer.param: layer for layer in layers}
-        self._keys, self._shapes = [*shapes], shapes
+        self.keys, self._shapes = [*shapes], shapes
         self._meshes = {param: mesh_of(layer) for param, layer in by_param.items()}
         tensors = []
-        for param, key in self._keys:
+        for param, key in self.keys:
             placement = mesh_placement(
                 shapes[param, key], *self._meshes[param], by_param[param].name
             )
@@ -57,12 +59,12 @@ class Portable:
 
         blocks = [
             {0: states[key]} if mine else {}
-            for key, mine in zip(self._keys, self._mine, strict=True)
+            for key, mine in zip(self.keys, self._mine, strict=True)
         ]
         pieces, _ = self._redistribution.to_holders(blocks)
         found: dict[Key, Tensor] = {}
         for index, part in self._redistribution.joined(pieces):
-            key = self._keys[index]
+            key = self.keys[index]
             mesh, placements = self._meshes[key[0]]
             shape = torch.Size(self._shapes[key])
             found[key] = DTensor.from_local(
@@ -81,7 +83,7 @@ class Portable:
         Takes shards, or whole tensors where every rank has them.
         """
         parts: list[Tensor | None] = []
-        for key in self._keys:
+        for key in self.keys:
             value = states[key]
             if is_dtensor(value):
                 mesh, placements = self._meshes[key[0]]
@@ -92,13 +94,37 @@ class Portable:
                 parts.append(None)
         blocks, _ = self._redistribution.to_owners(parts)
         found: dict[Key, Tensor] = {}
-        for key, mine, block in zip(self._keys, self._mine, blocks, strict=True):
+        for key, mine, block in zip(self.keys, self._mine, blocks, strict=True):
             value = states[key]
             if not mine:
                 found[key] = torch.empty(0, dtype=value.dtype, device=self._redistribution.device)
             else:
                 found[key] = (block[0] if is_dtensor(value) else value).to(value.dtype).clone()
         return found
+
+
+def sharded(portables: Iterable[Portable], states: States) -> Saved:
+    """Return the states with owned entries sharded over the ranks. A collective of each group."""
+    return _exchanged(portables, states, Portable.shard)
+
+
+def gathered(portables: Iterable[Portable], states: States) -> Saved:
+    """Return the states with owned entries whole on their owners. A collective of each group."""
+    return _exchanged(portables, states, Portable.gather)
+
+
+def _exchanged(
+    portables: Iterable[Portable],
+    states: States,
+    exchange: Callable[[Portable, Mapping[Key, Tensor]], Mapping[Key, Tensor]],
+) -> Saved:
+    found: dict[Tensor, Any] = {**states}
+    for portable in portables:
+        found |= {param: {**states[param]} for param, _ in portable.keys}
+        before = {(param, key): states[param][key] for param, key in portable.keys}
+        for (param, key), value in exchange(portable, before).items():
+            found[param][key] = value
+    return found
 
 
 def mesh_of(layer: BlockedLayer) -> tuple[Any, tuple[Any, ...]]:

@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import Group
 from largebatch.optim.blockwise.failure_notice import FailureReports
+from largebatch.optim.blockwise.portable import gathered, sharded
 from largebatch.optim.kronecker import saving
 from largebatch.optim.kronecker.coverage import (
     coverage,
@@ -173,12 +174,12 @@ class KroneckerOptimizer(KroneckerState):
         interval = self._options["inverse_interval"]
         known = {layer.weight for layer in self._layers if copied or layer in forms}
         found = {param: state for param, state in self.state.items() if param in known}
-        found = saving.shard(self._work_groups, forms, found)
+        found = sharded(saving.portables(self._work_groups, forms, found), found)
         self._work_groups, self._shared = (
             make_work_groups(self._layers, self._placements, interval),
             shared,
         )
-        self.state.update(saving.gather(self._work_groups, self._forms(), found))
+        self.state.update(gathered(self._portables(found), found))
         for param in self._names.keys() - known:  # what has no curvature, or another kind of it
             for key in self.state.get(param, {}).keys() & FACTOR_STATE:
                 del self.state[param][key]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from largebatch.optim.blockwise.portable import Key, Portable
+from largebatch.optim.blockwise.portable import Key, Portable, States
 from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.blockwise.work_group import BlockedLayer
 from largebatch.optim.kronecker.factors import state_shapes
@@ -19,40 +19,13 @@ from largebatch.optim.loading import as_kept, as_state
 from largebatch.optim.sharding.layout import Name, local
 from largebatch.optim.sharding.placement import Placement
 
-States = Mapping[Tensor, Mapping[str, Any]]
-Saved = dict[Tensor, dict[str, Any]]
 Forms = Mapping[Layer, str]
-
-
-def shard(
-    work_groups: list[KroneckerWorkGroup], forms: Forms, states: States
-) -> dict[Tensor, dict[str, Any]]:
-    """Return every parameter's state with owned entries sharded. A collective."""
-    saved = {param: dict(state) for param, state in states.items()}
-    for portable, keys in portables(work_groups, forms, states):
-        for (param, key), value in portable.shard(entries(states, keys)).items():
-            saved[param][key] = value
-    return saved
-
-
-def gather(
-    work_groups: list[KroneckerWorkGroup], forms: Forms, states: States
-) -> dict[Tensor, dict[str, Any]]:
-    """Return every parameter's state with owned entries whole on their owners. A collective."""
-    ready = {param: dict(state) for param, state in states.items()}
-    for portable, keys in portables(work_groups, forms, states):
-        for (param, key), value in portable.gather(entries(states, keys)).items():
-            ready[param][key] = value
-    return ready
-
-
-def entries(states: States, keys: list[Key]) -> dict[Key, Tensor]:
-    return {(param, key): states[param][key] for param, key in keys}
 
 
 def portables(
     work_groups: list[KroneckerWorkGroup], forms: Forms, states: States
-) -> Iterator[tuple[Portable, list[Key]]]:
+) -> Iterator[Portable]:
+    """Yield what is saved and loaded of the layers of each work group."""
     for work_group in work_groups:
         held = [layer for layer in work_group.layers if "factor_in" in states.get(layer.weight, {})]
         if work_group.group is None or not held:
@@ -66,7 +39,7 @@ def portables(
         placements = [
             as_blocked_layer(layer, work_group.placements[layer.weight]) for layer in held
         ]
-        yield Portable(placements, shapes, owners), [*shapes]
+        yield Portable(placements, shapes, owners)
 
 
 def as_blocked_layer(layer: Layer, placement: Placement) -> BlockedLayer:

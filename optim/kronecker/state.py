@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from largebatch.optim.base import Group, ShardedOptimizer
+from largebatch.optim.blockwise.portable import Portable, States, gathered, sharded
 from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.kronecker import saving
 from largebatch.optim.kronecker.damping import FORMER_FORMS
@@ -119,18 +120,11 @@ class KroneckerState(ShardedOptimizer):
         self._find()
         self._share()
 
-        def shard_owned(
-            _: Optimizer, packed: StateDict
-        ) -> StateDict:  # before the user's post-hooks
-            found = {param: self.state[param] for param in self._names if param in self.state}
-            saved = saving.shard(self._work_groups, self._forms(), found)
-            state = dict(packed["state"])
-            for param, index in self._numbered(packed):
-                if param in saved:
-                    state[index] = saved[param]
-            return {**packed, "state": state}
+        def save(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
+            found = {p: dict(self.state[p]) for p in self._names if p in self.state}
+            return self._packed(packed, sharded(self._portables(found), found))
 
-        hook = self.register_state_dict_post_hook(shard_owned, prepend=True)
+        hook = self.register_state_dict_post_hook(save, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -163,10 +157,8 @@ class KroneckerState(ShardedOptimizer):
         """
         self._elsewhere, self._seen = self._elsewhere.union(params), []
 
-    def _numbered(self, packed: StateDict) -> Iterator[tuple[Tensor, Any]]:
-        """Every parameter with its number in a state dict."""
-        for ours, theirs in zip(self.param_groups, packed["param_groups"], strict=True):
-            yield from zip(ours["params"], theirs["params"], strict=True)
+    def _portables(self, states: States) -> Iterator[Portable]:
+        return saving.portables(self._work_groups, self._forms(), states)
 
     def _ready(self, found: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
         """Loaded state as `step` expects it.
@@ -181,7 +173,7 @@ class KroneckerState(ShardedOptimizer):
             layer = layers.get(param)  # type: ignore[call-overload] # by identity
             form = "" if layer is None else forms[layer]
             ready[param] = saving.checked(param, self._names[param], state, keys, layer, form)
-        return saving.gather(self._work_groups, forms, ready)
+        return gathered(self._portables(ready), ready)
 
     def __getstate__(self) -> dict[str, Any]:
         if any(work_group.group is not None for work_group in self._work_groups):
