@@ -4,6 +4,7 @@
 # make test-gpu  the same matters on a real accelerator, with a table; by hand, where there is one
 # make matrix  every layout x optimizer x precision, every engine x world x accumulation, and every way to
 #              resume, against one process, with the figures
+# make docs    the reference of the public names, as pages in build/docs
 #
 # make compat TORCH=2.10.0   an environment with another torch, and all tests in it
 #
@@ -23,7 +24,7 @@ comma := ,
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: study test compat rehearse test-gpu matrix lint types clean
+.PHONY: study test compat rehearse test-gpu matrix docs lint types clean
 
 study: $(VENV)/.train
 	$(BIN)/largebatch sweep study=$(STUDY) $(ARGS)
@@ -47,6 +48,12 @@ WHOLE := tests/optim/test_parity.py tests/optim/test_reshard.py tests/train/test
 matrix: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m '' --timeout 1800 $(WHOLE)
 	$(BIN)/python -m pytest -q -m matrix --timeout 1800 $(addprefix --ignore=,$(WHOLE))
+
+PUBLIC := optim optim.zero schedules records train.loop train.tasks train.engines.base study \
+	study.search
+
+docs: $(VENV)/.dev
+	PYTHONPATH=src $(BIN)/pdoc --output-directory build/docs $(addprefix largebatch.,$(PUBLIC))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

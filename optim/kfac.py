@@ -106,6 +106,15 @@ class KFAC(KroneckerOptimizer):
 
     Raises ValueError for an option out of range or a parameter it cannot treat, RuntimeError at
     `step` for a sparse gradient, and RootError for a layer that keeps failing.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> before = torch.nn.init.zeros_(model.weight).detach().clone()
+    >>> optimizer = KFAC(model, lr=0.1, damping=1e-6, graft="none")
+    >>> (model(torch.tensor([[1.0, 0.0], [0.0, 10.0]])) - 1).square().mean().backward()
+    >>> optimizer.step()
+    >>> moved = (model.weight - before) * torch.tensor([1.0, 10.0])
+    >>> bool(torch.isclose(*moved[0], rtol=0.1))  # as far for either feature, whatever its unit
+    True
     """
 
     _OWN = (*KroneckerOptimizer._OWN, "_rule", "_fallback", "_fallback_lr_ratio")

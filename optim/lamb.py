@@ -94,6 +94,13 @@ class LAMB(LayerwiseOptimizer):
 
     Raises ValueError for an option out of range or a parameter it cannot treat, and RuntimeError at
     `step` for a sparse gradient.
+
+    >>> layer = torch.nn.Parameter(torch.tensor([3.0, 4.0, 0.0, 0.0]))
+    >>> optimizer = LAMB([("layer", layer)], lr=0.1, weight_decay=0.0)
+    >>> layer.grad = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    >>> optimizer.step()
+    >>> layer.data, optimizer.layer_stats()["layer"]["trust_ratio"]
+    (tensor([ 2.7500,  3.7500, -0.2500, -0.2500]), tensor(2.5000))
     """
 
     _known_state = ("exp_avg", "exp_avg_sq")

@@ -77,6 +77,13 @@ class LARS(LayerwiseOptimizer):
 
     Raises ValueError for an option out of range or a parameter it cannot treat, and RuntimeError at
     `step` for a sparse gradient.
+
+    >>> layer = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    >>> optimizer = LARS([layer], lr=1.0, momentum=0.0, trust_coefficient=0.1)
+    >>> layer.grad = torch.tensor([0.06, 0.08])
+    >>> optimizer.step()
+    >>> layer.data  # moved by a tenth of its norm, whatever the gradient's norm
+    tensor([2.7000, 3.6000])
     """
 
     _known_state = ("momentum_buffer",)

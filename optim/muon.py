@@ -85,6 +85,12 @@ class Muon(GroupedOptimizer):
     Raises:
         ValueError: parameters without names, no matrix for Muon, a value out of range, a tensor of
             three or more dimensions without its module, only with a name.
+
+    >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10))
+    >>> for group in Muon(model, lr=0.01).param_groups:
+    ...     print(group["algorithm"], group["param_names"])
+    muon ['1.weight']
+    adamw ['0.weight', '1.bias', '2.weight', '2.bias']
     """
 
     takes_model = True

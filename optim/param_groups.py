@@ -79,6 +79,12 @@ def param_groups(
     Raises ValueError for a selector that matches nothing (frozen parameters count), for a row or
     an entry of `norm_groups` that earlier ones leave nothing to, and, with `rows`, for a trainable
     parameter that no row matches.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    >>> for group in param_groups(model, weight_decay=0.01):
+    ...     print([name for name, _ in group.pop("params")], group)
+    ['0.weight'] {'weight_decay': 0.01}
+    ['0.bias', '1.weight', '1.bias'] {'weight_decay': 0.0, 'adapt': False}
     """
     entries = find_parameters(model)
     if rows is None:

@@ -81,6 +81,14 @@ class Shampoo(SecondOrderOptimizer):
 
     Raises ValueError for an option out of range or a parameter it cannot treat, and RuntimeError at
     `step` for a sparse gradient; `RootError` at `step` after too many failures.
+
+    >>> matrix = torch.nn.Parameter(torch.ones(2, 2))
+    >>> optimizer = Shampoo([matrix], lr=0.1, grafting="none")
+    >>> matrix.grad = torch.tensor([[2.0, 0.0], [0.0, 0.5]])
+    >>> optimizer.step()
+    >>> (1 - matrix.data).round(decimals=4)  # equal singular values, unlike the gradient's
+    tensor([[0.1000, 0.0000],
+            [0.0000, 0.1000]])
     """
 
     def __init__(

@@ -87,6 +87,15 @@ class SOAP(SecondOrderOptimizer):
 
     Raises ValueError for an option out of range or a parameter it cannot treat, and RuntimeError at
     `step` for a sparse gradient; `RootError` at `step` after too many failures.
+
+    >>> matrix = torch.nn.Parameter(torch.ones(2, 2))
+    >>> optimizer = SOAP([matrix], lr=0.1)
+    >>> for _ in range(2):  # as Adam; then in the eigenbasis
+    ...     matrix.grad = torch.full((2, 2), 0.3)
+    ...     optimizer.step()
+    ...     print(optimizer.layer_stats()[0]["update_norm"].round(decimals=3))
+    tensor(2.)
+    tensor(1.)
     """
 
     def __init__(

@@ -90,7 +90,12 @@ class Linear(_Decaying):
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(_Decaying):
-    """Half a cosine from the peak to `final_fraction` of it (Loshchilov & Hutter, 1608.03983)."""
+    """Half a cosine from the peak to `final_fraction` of it (Loshchilov & Hutter, 1608.03983).
+
+    >>> curve = Cosine(warmup_samples=100)
+    >>> [curve.factor(samples, 50, budget_samples=1100) for samples in (0, 50, 100, 600)]
+    [0.5, 1.0, 1.0, 0.5]
+    """
 
     def decay(self, done: int, total: int) -> float:
         return self._above_final(_half_wave(done / total))

@@ -94,6 +94,13 @@ class Plan:
     Raises:
         ValueError: a warm-up or a ramp that the budget would cut off, an unknown rule, a batch size
             that the rule does not reach, a value out of range.
+
+    >>> from largebatch.schedules import Constant, RampupBatch
+    >>> ramp = RampupBatch(start=100, increment=100, ramp_samples=300, size=200)
+    >>> plan = Plan(ramp=ramp, curve=Constant(), budget_samples=600, base_lr=0.1, base_batch=100,
+    ...             rule="linear")
+    >>> [(point.samples, point.batch_size, point.lr) for point in plan]
+    [(0, 100, 0.1), (100, 100, 0.1), (200, 100, 0.1), (300, 200, 0.2), (500, 200, 0.2)]
     """
 
     ramp: Ramp | CoupledRamp

@@ -141,6 +141,10 @@ class RampupBatch(_EvenRamp):
 
     Raises:
         ValueError: a value out of range, or increments that do not add up to size.
+
+    >>> ramp = RampupBatch(start=64, increment=64, ramp_samples=1000, size=256)
+    >>> [ramp.at(samples) for samples in (0, 333, 334, 667, 1000)]
+    [64, 64, 128, 192, 256]
     """
 
     start: int

@@ -227,6 +227,9 @@ def scale_lr(
 
     Raises:
         ValueError: an unknown rule, or a value out of range.
+
+    >>> scale_lr(0.1, 256, 1024, rule="sqrt"), scale_lr(0.1, 256, 1024, rule="linear")
+    (0.2, 0.4)
     """
     base_lr = real_number(base_lr, "base_lr", above=0.0)
     base_batch = whole_number(base_batch, "base_batch", 1)

@@ -1,0 +1,30 @@
+"""What docstrings show of an optimizer or a schedule is what comes out."""
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+WITH_EXAMPLES = [
+    ".".join(("largebatch", *path.relative_to(ROOT).with_suffix("").parts))
+    for folder in ("optim", "schedules")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if ">>> " in path.read_text(encoding="utf-8")
+]
+
+
+def test_the_main_public_names_have_examples() -> None:
+    names = ("kfac", "lamb", "lars", "muon", "param_groups", "shampoo", "soap")
+    expected = {f"largebatch.optim.{name}" for name in names}
+    expected |= {f"largebatch.schedules.{name}" for name in ("curves", "plan", "ramps", "scaling")}
+    assert expected <= set(WITH_EXAMPLES)
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_examples_print_what_they_say(name: str) -> None:
+    found = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch})
+    assert found.attempted > 0
+    assert found.failed == 0
