@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 from weakref import WeakValueDictionary
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.text import first_line
 from largebatch.distributed.addresses import answered, free_port, listen
 from largebatch.distributed.launchers import (
     Ranks,
@@ -254,7 +255,7 @@ def meet(ranks: Ranks, timeout: timedelta = MEETING) -> "Store | None":
     except DistError as error:
         raise ConfigError(
             f"rank {ranks.rank} finds no rank 0 at {ranks.master_addr}:{ranks.master_port} "
-            f"({str(error).partition(chr(10))[0]})"
+            f"({first_line(error)})"
         ) from error
     # torchrun's agent keeps one store through all restarts, with the words of those that failed.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

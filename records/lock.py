@@ -73,7 +73,7 @@ class RunLock:
         return type(None), ()
 
     def check(self) -> None:
-        """Without a lock: see that nobody has taken the folder over while this process stood still.
+        """Without a lock: check that nobody took the folder over while this process was paused.
 
         Raises:
             RunLocked: somebody has.

@@ -60,7 +60,7 @@ class Checkpoints:
     Attributes:
         last: the one that was last saved or loaded, once it is known to be complete.
         failures: what went wrong, the same on all ranks.
-        seconds_waited: that training has stood still for them, on this rank.
+        seconds_waited: of training, for them, on this rank.
     """
 
     def __init__(

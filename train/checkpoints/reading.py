@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import metadata as describing
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+from largebatch.common.text import first_line
 from largebatch.common.unpickling import AllowListUnpickler
 from largebatch.train.checkpoints.description import (
     DESCRIBING,
@@ -120,7 +121,7 @@ def refusal(error: BaseException) -> str:
     named = re.search(r"GLOBAL (\S+)|add_safe_globals\(\[(?:`|')?([\w.]+)", str(error))
     name = (named[1] or named[2]) if named else None
     if name is None:
-        return str(error).partition("\n")[0]
+        return first_line(error)
     return (
         f"it names {name}, which may be code to run; if it is a value class of your own, call "
         f"torch.serialization.add_safe_globals([{name.rpartition('.')[2]}]) where you define it"
