@@ -40,13 +40,7 @@ from largebatch.optim.math.adam import corrected
 from largebatch.optim.math.decompositions import Decomposition, decompose
 from largebatch.optim.math.grafting import WITH_SQUARES, grafted_step, next_squares
 from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES
-from largebatch.optim.math.tensors import (
-    compute_dtype,
-    root,
-    scalar,
-    without_too_large,
-    write,
-)
+from largebatch.optim.math.tensors import compute_dtype, root, scalar, without_too_large, write
 from largebatch.optim.options import require
 from largebatch.optim.sharding.layout import Name, local
 

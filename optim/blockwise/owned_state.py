@@ -22,7 +22,7 @@ from largebatch.optim.blockwise.portable import Key, Portable, gathered, sharded
 from largebatch.optim.blockwise.state_memory import (
     AVERAGES,
     DROPPED,
-    Part,
+    ParamState,
     memory_in_words,
     new_entry,
 )
@@ -316,10 +316,10 @@ class OwnedState(ShardedOptimizer):
         """As torch's, and how much memory the state takes, over all ranks that share it."""
         return f"{super().__repr__()}\n{memory_in_words(self._parts())}"
 
-    def _parts(self) -> Iterator[Part]:
+    def _parts(self) -> Iterator[ParamState]:
         """What the state of each parameter takes, known from its shape."""
         for group, name, param in self._named_params():
             blocks = blocks_in(group, param.shape)
             shapes = [self._block_shapes(group, block) for block in blocks]
             beside = param.numel() * len(self._elementwise_keys(bool(blocks), group))
-            yield Part(name, param, blocks, shapes, beside)
+            yield ParamState(name, param, blocks, shapes, beside)

@@ -25,7 +25,7 @@ MATRICES = ("factor_", "root_", "basis_")
 
 
 @dataclass(frozen=True)
-class Part:
+class ParamState:
     """One parameter and what is kept for it."""
 
     name: Name
@@ -42,7 +42,7 @@ class Part:
         return sum(math.prod(shape) for name, shape in entries if name.startswith(prefixes))
 
 
-def memory_in_words(parts: Iterable[Part]) -> str:
+def memory_in_words(parts: Iterable[ParamState]) -> str:
     """What the state of all parameters takes once each has had a gradient."""
     weights = state = matrices = 0
     partly: list[str] = []

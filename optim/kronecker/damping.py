@@ -85,11 +85,7 @@ Roots = dict[str, Tensor]
 
 
 def decomposed(
-    form: str,
-    damping: Damping,
-    factor_in: Tensor,
-    factor_out: Tensor,
-    diagonal: tuple[bool, bool],
+    form: str, damping: Damping, factor_in: Tensor, factor_out: Tensor, diagonal: tuple[bool, bool]
 ) -> Roots:
     """The damped inverses of a layer's factors, or what stands for them.
 

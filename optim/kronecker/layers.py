@@ -168,10 +168,7 @@ def signature(layer: Layer) -> tuple[Any, ...]:
 
 
 def _layer(
-    name: str,
-    module: nn.Module,
-    max_factor_size: int,
-    is_trained: Callable[[nn.Parameter], bool],
+    name: str, module: nn.Module, max_factor_size: int, is_trained: Callable[[nn.Parameter], bool]
 ) -> Layer | None:
     # Not the attribute: a parametrised weight is computed, and no parameter.
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")

@@ -125,9 +125,7 @@ class LayerwiseOptimizer(ShardedOptimizer):
         return values.pop()
 
     def bind_layouts(
-        self,
-        layouts: Mapping[Tensor, Layout],
-        clip_norm: Callable[[], Tensor] | None = None,
+        self, layouts: Mapping[Tensor, Layout], clip_norm: Callable[[], Tensor] | None = None
     ) -> None:
         """Say where the layers lie in parameters that do not show it, such as flat buffers.
 

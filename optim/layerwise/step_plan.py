@@ -218,10 +218,7 @@ def build_step_plan(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -
 
 
 def group_reduction(
-    entries: list[tuple[Reduction, int]],
-    num_layers: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    entries: list[tuple[Reduction, int]], num_layers: int, device: torch.device, dtype: torch.dtype
 ) -> GroupReduction:
     """One collective for the layers that are reduced over one process group."""
     group = entries[0][0].group

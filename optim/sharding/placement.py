@@ -48,7 +48,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Line:
+class SubGroup:
     """A process group within that of a placement."""
 
     group: "ProcessGroup"
@@ -67,9 +67,9 @@ class Placement:
     """What each member holds; may be empty."""
     copies: Sequence[int]
     """Which copy of the tensor each member's box is a part of: 0, 1, … where it is replicated."""
-    across: Line | None = None
+    across: SubGroup | None = None
     """Who has this member's box in each copy, where a group of them is known."""
-    within: Line | None = None
+    within: SubGroup | None = None
     """Beside `across`: who has the parts of this member's copy; None: it has all of them."""
 
     @property
@@ -127,7 +127,7 @@ def replicated(shape: tuple[int, ...], group: "ProcessGroup | None") -> Placemen
         return Placement(shape, None, (whole_box(shape),), (0,))
     every = range(group.size())
     boxes = (whole_box(shape),) * len(every)
-    return Placement(shape, group, boxes, every, Line(group, every))
+    return Placement(shape, group, boxes, every, SubGroup(group, every))
 
 
 def mesh_placement(
@@ -170,10 +170,10 @@ def boxes_over(
     return tuple(boxes), tuple(copies)
 
 
-def lines_of(mesh: Any, placements: Sequence[Any]) -> tuple[Line | None, Line | None]:
+def lines_of(mesh: Any, placements: Sequence[Any]) -> tuple[SubGroup | None, SubGroup | None]:
     """`Placement.across` and `Placement.within` of a DTensor, of groups that its mesh has."""
     group = group_of(mesh)
-    every = Line(group, range(group.size()))
+    every = SubGroup(group, range(group.size()))
     sizes = tuple(mesh.mesh.shape)
     axes = [axis for axis, size in enumerate(sizes) if size > 1]
     replicating = [axis for axis in axes if placements[axis].is_replicate()]
@@ -186,11 +186,11 @@ def lines_of(mesh: Any, placements: Sequence[Any]) -> tuple[Line | None, Line | 
     return line_along(mesh, replicating[0], group), within
 
 
-def line_along(mesh: Any, axis: int, group: "ProcessGroup") -> Line:
+def line_along(mesh: Any, axis: int, group: "ProcessGroup") -> SubGroup:
     """This process's line of the mesh along one of its dimensions."""
     line = mesh.get_group(axis)
     ranks = (tuple(dist.get_process_group_ranks(each)) for each in (line, group))
-    return Line(line, places(*ranks))
+    return SubGroup(line, places(*ranks))
 
 
 @functools.lru_cache(maxsize=16)

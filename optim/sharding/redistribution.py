@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from largebatch.optim.sharding.placement import Box, Line
+from largebatch.optim.sharding.placement import Box, SubGroup
 from largebatch.optim.sharding.rounds import Round, ShardedTensor, Slice, To, limit_of, rounds_of
 
 Arrived = tuple[Slice, Tensor]
@@ -153,7 +153,7 @@ class Redistribution:
 
     def _swap(
         self,
-        line: Line | None,
+        line: SubGroup | None,
         sends: Sequence[To],
         receives: Sequence[To],
         part_of: Callable[[Slice], Tensor | None],
@@ -182,7 +182,7 @@ class Redistribution:
             )
 
     def _share(
-        self, one: Round, across: Line, near: Iterable[Arrived], room: Tensor
+        self, one: Round, across: SubGroup, near: Iterable[Arrived], room: Tensor
     ) -> Iterator[Arrived]:
         """All pieces of this rank's boxes, from those that each copy has: at most one collective,
         but for a block larger than a round.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from largebatch.optim.sharding.placement import Box, Line, Placement, whole_box
+from largebatch.optim.sharding.placement import Box, Placement, SubGroup, whole_box
 
 FEWEST: Final = 1 << 21
 """Elements of a round that are worth no cutting: 8 MiB of FP32."""
@@ -55,9 +55,9 @@ class Round:
     Ranks are those in `within`, or in `across` for `shared`.
     """
 
-    within: Line | None
+    within: SubGroup | None
     """Whom parts are exchanged with; None: with nobody."""
-    across: Line | None
+    across: SubGroup | None
     """To whom the tensors that arrived by `within` are passed on; None: to nobody."""
     to_owner: list[To] = field(default_factory=list)
     from_holder: list[To] = field(default_factory=list)
@@ -128,7 +128,7 @@ class Route:
         if (
             placement.across is None and placement.group is not None
         ):  # those of all copies, directly
-            self._within = Line(placement.group, range(placement.group.size()))
+            self._within = SubGroup(placement.group, range(placement.group.size()))
         members = [me] if self._within is None else self._within.members
         self._rank_in = {member: rank for rank, member in enumerate(members)}
         own, across = placement.copies[me], [] if self._across is None else self._across.members
