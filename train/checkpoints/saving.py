@@ -4,17 +4,16 @@ Ranks tell each other through the store in which they met, a message each: no co
 rank whose disk is full leaves nobody waiting, and so that it may happen while training continues.
 """
 
-import json
 import socket
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from itertools import count
 from typing import Any, Final
 
 from torch.distributed.distributed_c10d import _get_default_store
 
+from largebatch.distributed.mailbox import StoreMailbox
 from largebatch.distributed.ranks import Ranks
 from largebatch.train.checkpoints.files import File, RankFiles
 from largebatch.train.checkpoints.tensors import Writing
@@ -22,8 +21,7 @@ from largebatch.train.checkpoints.tensors import Writing
 _numbers = count()
 """Of the saves of this process; ranks save together, so it is the same on all."""
 
-_POLL_SECONDS: Final = 0.02
-_KEYS_AT_ONCE: Final = 1024
+_DAY_SECONDS: Final = 86_400.0
 
 
 class Saving:
@@ -113,62 +111,40 @@ def _part(answer: Any) -> RankFiles | str:
 
 
 class Post:
-    """What ranks tell each other in one save: a part to rank 0 from each, an outcome from it."""
+    """Messages of one save: a part from each rank to rank 0, an outcome from it to all."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self._number = next(_numbers)
-        self._store = _get_default_store() if ranks.size > 1 else None
-        self._own: list[Any] = []
+        self._turn = next(_numbers)
+        self._mailbox: StoreMailbox | None = None
+        if ranks.size > 1:
+            self._mailbox = StoreMailbox(ranks, _get_default_store(), "largebatch/checkpoint")
+        self._own: list[RankFiles | str] = []
         self._outcome = ""
 
-    def _key(self, name: str) -> str:
-        return f"largebatch/checkpoint/{name}/{self._number}"
-
-    @staticmethod
-    def _part_of(rank: int) -> str:
-        """The same in each save: a rank begins one when rank 0 has read its part in the last."""
-        return f"largebatch/checkpoint/part/{rank}"
-
     def send(self, part: RankFiles | str) -> None:
-        """This rank's part, or why there is none."""
-        if self.ranks.is_first:
+        """Send this rank's part, or why it has none."""
+        if self._mailbox is None:
             self._own.append(part)
         else:
-            assert self._store is not None
-            self._store.set(self._part_of(self.ranks.rank), json.dumps(part))
-            self._store.add(self._key("count"), 1)
+            self._mailbox.post("part", part, self._turn)
 
     def collect(self) -> list[RankFiles | str]:
-        """On rank 0: every rank's, in their order, once all are there."""
-        parts = list(self._own)
-        if self._store is None:
-            return parts
-        # Asked for again and again: to wait within the store would keep this process's other
-        # thread out of it.
-        while self._store.add(self._key("count"), 0) < self.ranks.size - 1:
-            time.sleep(_POLL_SECONDS)
-        keys = [self._part_of(rank) for rank in range(1, self.ranks.size)]
-        if self._store.has_extended_api():  # type: ignore[attr-defined] # many in one message
-            for start in range(0, len(keys), _KEYS_AT_ONCE):
-                found = self._store.multi_get(keys[start : start + _KEYS_AT_ONCE])
-                parts += [_part(json.loads(data)) for data in found]
-        else:
-            parts += [_part(json.loads(self._store.get(key))) for key in keys]
-        return parts
+        """Return every rank's part, in their order, once all are there; on rank 0."""
+        if self._mailbox is None:
+            return self._own
+        return [_part(part) for part in self._mailbox.collect("part", turn=self._turn).values()]
 
     def announce(self, outcome: str) -> None:
-        """On rank 0: how it went."""
+        """Send the outcome to all ranks; on rank 0."""
         self._outcome = outcome
-        if self._store is not None:
-            self._store.set(self._key("outcome"), f"-{outcome}")
+        if self._mailbox is not None:
+            self._mailbox.announce("outcome", outcome, self._turn)
 
     def outcome(self) -> str:
-        """How it went, once rank 0 has said so."""
-        if self.ranks.is_first:
+        """Wait for the outcome."""
+        if self._mailbox is None or self.ranks.is_first:
             return self._outcome
-        assert self._store is not None
-        # No rank asks again and again: the store tells them. Nothing else of this process needs it
-        # now, and rank 0 answers, or is gone, and the store with it.
-        self._store.wait([self._key("outcome")], timedelta(days=1))
-        return self._store.get(self._key("outcome")).decode()[1:]
+        # A wait, not a poll: nothing else of this process needs the store now, and rank 0 answers,
+        # or is gone, and the store with it.
+        return str(self._mailbox.hear("outcome", _DAY_SECONDS, self._turn))

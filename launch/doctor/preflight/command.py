@@ -265,7 +265,7 @@ class _PreflightRun:
         late = other.collect(
             "late",
             grace,
-            lambda: other.count("late/count", 0) + other.count("result/count", 0) >= size,
+            lambda: other.num_posted("late") + other.num_posted("result") >= size,
         )
         answers |= other.collect("result", 0)
         stages = {rank: Stage(**row) for rank, row in late.items()}
