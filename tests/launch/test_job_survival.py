@@ -101,13 +101,51 @@ def test_three_nodes_that_die_in_one_job_cost_no_sample(cluster: Cluster, tmp_pa
     assert len(list((record / ".hydra").glob("resumed-*-config.yaml"))) >= 1
 
 
-def test_a_job_that_is_told_to_end_saves_tidies_up_and_keeps_the_runs_exit_code(
-    cluster: Cluster,
+SIZES = (1, 2, 8, 256, 2048, 10624)
+ANY_SIZE = pytest.mark.parametrize(
+    "nodes", [2, *(pytest.param(n, marks=pytest.mark.matrix) for n in SIZES if n != 2)]
+)
+
+
+def queue_of(nodes: int) -> str:
+    return "prod" if nodes > 256 else "debug-scaling" if nodes > 1 else "debug"
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("nodes", [1, 8, 255])  # with a spare, 256 at most in that queue
+def test_a_node_that_dies_in_a_job_of_any_size_costs_no_sample(
+    cluster: Cluster, tmp_path: Path, nodes: int
 ) -> None:
+    batch, steps = 12 * nodes, 30
+    kills = tmp_path / "kills"
+    kills.write_text("17 0\n")
+    kills.with_suffix(".dead").touch()
+    cluster.environment["FAKE_PALS_KILLS"] = str(kills)
+    cluster.environment["FAKE_PALS_RANKS"] = "2"
     sent = cluster.submit(
-        *AURORA, "cluster.queue=debug-scaling", "cluster.nodes=2", "cluster.daos=pool:box",
-        "folder=jobs/a", "--", "train", *TRAIN, "budget.samples=24e6",
-        "checkpoint.every_samples=24e6",
+        *AURORA, f"cluster.queue={queue_of(nodes)}", f"cluster.nodes={nodes}", "cluster.spares=1",
+        "cluster.restarts=1", "folder=jobs/a", "--", "train", *SMALL, f"batch.size={batch}",
+        f"budget.samples={steps * batch}", f"checkpoint.every_samples={4 * batch}",
+    )  # fmt: skip
+    assert sent.returncode == 0, sent.stderr
+    done = cluster.run(0)
+    dead = kills.with_suffix(".dead").read_text().split()
+    assert (done.returncode, len(dead)) == (0, 1), done.stdout + done.stderr
+    record = cluster.work / "jobs" / "a" / "run"
+    assert [line["step"] for line in steps_of(record)] == [*range(1, steps + 1)]
+    assert (cluster.work / "jobs" / "a" / "bad_nodes").read_text().split()[0] == dead[0]
+
+
+@ANY_SIZE
+def test_a_job_that_is_told_to_end_saves_tidies_up_and_keeps_the_runs_exit_code(
+    cluster: Cluster, nodes: int
+) -> None:
+    cluster.environment["FAKE_PALS_RANKS"] = "2"
+    many = 12 * nodes * 10**6
+    sent = cluster.submit(
+        *AURORA, f"cluster.queue={queue_of(nodes)}", f"cluster.nodes={nodes}",
+        "cluster.daos=pool:box", "folder=jobs/a", "--", "train", *TRAIN,
+        f"batch.size={12 * nodes}", f"budget.samples={many}", f"checkpoint.every_samples={many}",
     )  # fmt: skip
     assert sent.returncode == 0, sent.stderr
     record = cluster.work / "jobs" / "a" / "run"
