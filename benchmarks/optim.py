@@ -71,7 +71,7 @@ def small_tensors(num_each: int = 200) -> Inventory:
 
 
 @dataclass(frozen=True)
-class Line:
+class StepLine:
     """One optimizer on one inventory. A ratio is to the reference of the same round."""
 
     name: str
@@ -193,13 +193,13 @@ def summarize(inventory: Inventory, rows: Sequence[Contender], rounds: Rounds) -
     }
 
 
-def line(row: Contender, inventory: Inventory, rounds: Rounds, memory_speed: float) -> Line:
+def line(row: Contender, inventory: Inventory, rounds: Rounds, memory_speed: float) -> StepLine:
     times = rounds.steps[row.name]
     seconds = statistics.median(times)
     ratios = [a / b for a, b in zip(times, rounds.steps[REFERENCE], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     least_bytes = 4 * row.words * inventory.num_parameters
-    return Line(
+    return StepLine(
         name=row.name,
         seconds=seconds,
         ratio=middle,

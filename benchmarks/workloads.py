@@ -107,7 +107,7 @@ class Decoder(nn.Module):
     def __init__(self, width: int, num_blocks: int, vocabulary: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(WorkloadBlock(width) for _ in range(num_blocks))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary))
 
     def forward(self, symbols: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
         return logits
 
 
-class Block(nn.Module):
+class WorkloadBlock(nn.Module):
     """Causal attention, then a hidden layer four times as wide."""
 
     def __init__(self, width: int) -> None:

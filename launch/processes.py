@@ -25,7 +25,7 @@ _PR_SET_CHILD_SUBREAPER: Final = 36
 _ENDED: Final = ("zombie", "dead")
 
 
-class Job:
+class ProcessGroupJob:
     """A command and its descendants, also those whose parents are gone; a context around it.
 
     Signals to this process go to the command alone: mpiexec and torchrun pass them on to their

@@ -23,7 +23,7 @@ from torch.optim.optimizer import StateDict
 from largebatch.optim.base import GroupedOptimizer, uncompiled
 from largebatch.optim.loading import in_own_order
 from largebatch.optim.options import require, require_one_of
-from largebatch.optim.param_groups import EMBEDDING, Entry, find_parameters, is_called
+from largebatch.optim.param_groups import EMBEDDING, ParamEntry, find_parameters, is_called
 
 NAMES: Final = (
     "*embed*", "*wte*", "*wpe*", "*lm_head*", "head.*", "*.head.*", "*unembed*", "*output_layer*",
@@ -252,12 +252,12 @@ class Muon(GroupedOptimizer):
 
 
 def _by_module(
-    model: nn.Module, entries: list[Entry], patterns: Sequence[str]
+    model: nn.Module, entries: list[ParamEntry], patterns: Sequence[str]
 ) -> dict[Tensor, bool]:
     """Whether AdamW takes a parameter: vectors, embeddings, the head, what else is no matrix."""
     head = _head(model)
 
-    def by_adamw(entry: Entry) -> bool:
+    def by_adamw(entry: ParamEntry) -> bool:
         kernel = any(isinstance(module, _KERNELS) for module in entry.modules)
         return (
             entry.param.dim() < 2

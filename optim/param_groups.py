@@ -40,7 +40,7 @@ EMBEDDING = re.compile(r"Embedding(Bag)?$")
 
 
 @dataclass(frozen=True)
-class Entry:
+class ParamEntry:
     """A parameter with all its names and, where a model was given, the modules it belongs to."""
 
     param: Tensor
@@ -111,9 +111,9 @@ def param_groups(
     return list(groups.values())
 
 
-def find_parameters(model: nn.Module | Iterable[tuple[str, Tensor]]) -> list[Entry]:
+def find_parameters(model: nn.Module | Iterable[tuple[str, Tensor]]) -> list[ParamEntry]:
     """Every parameter once, in the model's order."""
-    entries: dict[Tensor, Entry] = {}
+    entries: dict[Tensor, ParamEntry] = {}
     if not isinstance(model, nn.Module):
         for pair in model:
             if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
@@ -121,20 +121,20 @@ def find_parameters(model: nn.Module | Iterable[tuple[str, Tensor]]) -> list[Ent
                     "param_groups takes a model or (name, parameter) pairs such as "
                     f"model.named_parameters(), got a {type(pair).__name__} among them."
                 )
-            entries.setdefault(pair[1], Entry(pair[1])).names.append(pair[0])
+            entries.setdefault(pair[1], ParamEntry(pair[1])).names.append(pair[0])
         return list(entries.values())
 
     # Duplicates are asked for: they are the further names and owners of tied parameters.
     for path, module in model.named_modules(remove_duplicate=False):
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            entry = entries.setdefault(param, Entry(param))
+            entry = entries.setdefault(param, ParamEntry(param))
             entry.names.append(f"{path}.{name}" if path else name)
             entry.modules.append(module)
     return list(entries.values())
 
 
 def usual_options(
-    entries: list[Entry],
+    entries: list[ParamEntry],
     no_decay: str | Iterable[str] | None,
     no_adapt: str | Iterable[str] | None,
     norm_groups: Mapping[str, Sizes | Mapping[str, Any]],
@@ -165,7 +165,7 @@ def usual_options(
 
 
 def row_options(
-    entries: list[Entry], rows: list[tuple[str, Options]]
+    entries: list[ParamEntry], rows: list[tuple[str, Options]]
 ) -> list[tuple[Hashable, Options]]:
     """For each entry the number and the options of the first row that matches it."""
     choices: list[tuple[Hashable, Options]] = []
@@ -193,7 +193,9 @@ def split_options(selector: str, value: Sizes | Mapping[str, Any]) -> Options:
     return {"norm_groups": sizes if isinstance(sizes, int) else tuple(sizes), **dim}
 
 
-def picked(selectors: str | Iterable[str] | None, entries: list[Entry], keyword: str) -> list[bool]:
+def picked(
+    selectors: str | Iterable[str] | None, entries: list[ParamEntry], keyword: str
+) -> list[bool]:
     """For each entry, whether one of the selectors picks it; None is the usual ones, if any."""
     if selectors is None:
         return [any(selects(word, entry, keyword) for word in USUAL) for entry in entries]
@@ -202,7 +204,9 @@ def picked(selectors: str | Iterable[str] | None, entries: list[Entry], keyword:
     return [any(row) for row in zip(*columns, strict=True)] if columns else [False] * len(entries)
 
 
-def first_matches(selectors: list[str], entries: list[Entry], keyword: str) -> list[int | None]:
+def first_matches(
+    selectors: list[str], entries: list[ParamEntry], keyword: str
+) -> list[int | None]:
     """For each entry the number of the first selector that picks it."""
     columns = [matches(selector, entries, keyword) for selector in selectors]
     numbers = [
@@ -218,7 +222,7 @@ def first_matches(selectors: list[str], entries: list[Entry], keyword: str) -> l
     return numbers
 
 
-def matches(selector: str, entries: list[Entry], keyword: str) -> list[bool]:
+def matches(selector: str, entries: list[ParamEntry], keyword: str) -> list[bool]:
     """For each entry, whether the selector picks it; refused where it picks none."""
     column = [selects(selector, entry, keyword) for entry in entries]
     if not any(column):
@@ -230,7 +234,7 @@ def matches(selector: str, entries: list[Entry], keyword: str) -> list[bool]:
     return column
 
 
-def selects(selector: str, entry: Entry, keyword: str) -> bool:
+def selects(selector: str, entry: ParamEntry, keyword: str) -> bool:
     """Whether a word or a regular expression picks a parameter."""
     shape = getattr(entry.param, "ds_shape", entry.param.shape)  # ZeRO-3 leaves an empty tensor
     if selector == "vector":

@@ -237,6 +237,15 @@ def test_no_files_import_one_another_in_a_circle(needs: dict[str, set[str]]) -> 
     assert circles([("a", "b"), ("b", "c"), ("c", "b"), ("c", "d")]) == ["b", "c"]
 
 
+def test_no_class_name_stands_for_two_things(needs: dict[str, set[str]]) -> None:
+    where: dict[str, list[str]] = {}
+    for path in sorted(needs):
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                where.setdefault(node.name, []).append(path)
+    assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}
+
+
 def test_folders_and_files_are_of_a_size_to_walk(needs: dict[str, set[str]]) -> None:
     beside = Counter(str(Path(path).parent) for path in needs)
     assert {folder for folder, count in beside.items() if count > LARGEST_FOLDER} == set()

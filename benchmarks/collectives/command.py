@@ -33,7 +33,7 @@ from largebatch.benchmarks.collectives.tables import (
 from largebatch.distributed.ranks import Ranks, find_ranks, free_port
 
 if TYPE_CHECKING:
-    from largebatch.benchmarks.collectives.steps import Job, Measurement
+    from largebatch.benchmarks.collectives.steps import CollectiveJob, Measurement
 
 NODES: Final = (2, 8, 32, 128, 512, 1000, 1024, 2048, 4096, 8192, AURORA_NODES)
 PROJECTED_BYTES: Final = (2**10, 2**20, 2**26, 2**30)
@@ -189,7 +189,9 @@ def measure_all(options: argparse.Namespace, ranks: Ranks) -> "list[Measurement]
     device = device_named(options.device)
     if device.type == "cpu":
         check_memory(options, ranks)
-    job: Job = steps.Job(options.collectives, options.sizes, options.seconds, device.type)
+    job: CollectiveJob = steps.CollectiveJob(
+        options.collectives, options.sizes, options.seconds, device.type
+    )
     if ranks.size > 1:
         return steps.measure(ranks, job)
     if device.type != "cpu":

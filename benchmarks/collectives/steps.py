@@ -36,7 +36,7 @@ NOTE_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True)
-class Job:
+class CollectiveJob:
     collectives: Sequence[str]
     sizes: Sequence[int]
     """In bytes, as nccl-tests counts them: the greater of what goes in and what comes out."""
@@ -75,7 +75,7 @@ def sums(first: int, count: int, ranks: int, device: torch.device) -> Tensor:
     return of_residue[torch.arange(first, first + count, device=device) % PERIOD]
 
 
-class Call:
+class TimedCall:
     """One collective at one size: its buffers, what it does, what must come out."""
 
     def __init__(self, name: str, nbytes: int, ranks: Ranks, device: torch.device) -> None:
@@ -139,15 +139,15 @@ def _of_torch(name: str) -> Callable[[Tensor, Tensor], Any]:
     return function
 
 
-def measure(ranks: Ranks, job: Job) -> list[Measurement]:
+def measure(ranks: Ranks, job: CollectiveJob) -> list[Measurement]:
     """Together with all other ranks; the same list on each of them."""
     device = pick_device(job.device, ranks)
     store = meet(ranks) or HashStore()
     with process_group(store, ranks, device):
-        found: list[tuple[Measurement, Call | None]] = []
+        found: list[tuple[Measurement, TimedCall | None]] = []
         for collective in job.collectives:
             for nbytes in job.sizes:
-                call = Call(collective, nbytes, ranks, device)
+                call = TimedCall(collective, nbytes, ranks, device)
                 measurement = Measurement(
                     collective, ranks.size, ranks.local_size, call.nbytes,
                     dist.get_backend(), str(device.type),
@@ -180,7 +180,7 @@ def time_calls(
     ranks: Ranks,
     device: torch.device,
     seconds: float,
-    right: Sequence[tuple[Measurement, Call]],
+    right: Sequence[tuple[Measurement, TimedCall]],
 ) -> None:
     """Rounds over all collectives and sizes for `seconds`, FEWEST_ROUNDS at the least."""
     own: list[list[float]] = []
@@ -210,7 +210,7 @@ def time_calls(
         measurement.seconds = samples
 
 
-def repeat(call: Call) -> None:
+def repeat(call: TimedCall) -> None:
     for _ in range(call.calls):
         call()
 
@@ -220,7 +220,7 @@ def note(ranks: Ranks, text: str) -> None:
         print(f"{ranks.size} ranks: {text}", file=sys.stderr, flush=True)
 
 
-def work_as_rank(rank: int, size: int, port: int, job: Job, path: str) -> None:
+def work_as_rank(rank: int, size: int, port: int, job: CollectiveJob, path: str) -> None:
     """What a process that was started for it does; the first rank leaves the list in `path`."""
     torch.set_num_threads(1)
     found = measure(Ranks("nproc", rank, size, rank, size, "127.0.0.1", port), job)
@@ -229,7 +229,9 @@ def work_as_rank(rank: int, size: int, port: int, job: Job, path: str) -> None:
         Path(path).write_text(text, encoding="utf-8")
 
 
-def measure_in_processes(size: int, port: int, job: Job, folder: Path) -> list[Measurement]:
+def measure_in_processes(
+    size: int, port: int, job: CollectiveJob, folder: Path
+) -> list[Measurement]:
     """`measure` by `size` processes of this node, which are started for it and end with it."""
     path = folder / f"ranks-{size}.json"
     # A forked rank need not import torch again; torch ends the others where one of them fails.

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from largebatch.benchmarks import harness
 from largebatch.benchmarks.arguments import add_options, run
 from largebatch.benchmarks.harness import FEWEST_ROUNDS, MEMORY_BYTES, Note, plural, timed_on_ranks
-from largebatch.benchmarks.noise.steps import ALONE, NUM_MICRO_BATCHES, ON_RANKS, Row, Stepper
+from largebatch.benchmarks.noise.steps import ALONE, NUM_MICRO_BATCHES, ON_RANKS, NoiseStepper, Row
 from largebatch.benchmarks.workloads import Bytewise, Decoding, Workload, describe
 from largebatch.distributed.ranks import Ranks
 
@@ -51,7 +51,7 @@ FORMULAS: Final = {
 
 
 @dataclass(frozen=True)
-class Samples:
+class NoiseSamples:
     """Seconds of every sample: a list for each row, one entry a round."""
 
     steps: dict[str, list[float]]
@@ -65,7 +65,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Line:
+class NoiseLine:
     """One row at one workload; ratio, extra seconds and collectives are to its reference."""
 
     name: str
@@ -122,7 +122,7 @@ def compare(
     note: Note = lambda elapsed, what: None,
 ) -> dict[str, Any]:
     """What the rows cost at one workload, on every rank of `ranks`."""
-    steppers = {row.name: Stepper(row, workload, ranks, device) for row in rows}
+    steppers = {row.name: NoiseStepper(row, workload, ranks, device) for row in rows}
     samples = run_rounds(steppers, device, seconds, note)
     collectives = {name: collectives_of(stepper.step) for name, stepper in steppers.items()}
     own = {name: stepper.own_work(FEWEST_ROUNDS) for name, stepper in steppers.items()}
@@ -152,11 +152,11 @@ def compare_on_ranks(workload: Workload, seconds: float) -> dict[str, Any]:
 
 
 def run_rounds(
-    steppers: dict[str, Stepper], device: torch.device, seconds: float, note: Note
-) -> Samples:
+    steppers: dict[str, NoiseStepper], device: torch.device, seconds: float, note: Note
+) -> NoiseSamples:
     """Sample one step of every row a round, and the memory's speed."""
     memory = torch.ones(MEMORY_BYTES // 4, device=device)
-    samples = Samples({name: [] for name in steppers}, {name: [] for name in steppers}, [])
+    samples = NoiseSamples({name: [] for name in steppers}, {name: [] for name in steppers}, [])
 
     def step(name: str, number: int) -> None:
         times = timed_on_ranks(steppers[name].step, device)
@@ -187,18 +187,18 @@ def collectives_of(step: Callable[[], None]) -> int:
 
 def line(
     row: Row,
-    samples: Samples,
-    steppers: dict[str, Stepper],
+    samples: NoiseSamples,
+    steppers: dict[str, NoiseStepper],
     collectives: dict[str, int],
     own_seconds: float,
     read_speed: float,
-) -> Line:
+) -> NoiseLine:
     own, without = samples.steps[row.name], samples.steps[row.reference]
     pairs = list(zip(own, without, strict=True))
     low, middle, high = statistics.quantiles([a / b for a, b in pairs], n=4, method="inclusive")
     work = zip(samples.work[row.name], samples.work[row.reference], strict=True)
     stepper, reference = steppers[row.name], steppers[row.reference]
-    return Line(
+    return NoiseLine(
         name=row.name,
         seconds=statistics.median(own),
         ratio=middle,

@@ -61,7 +61,7 @@ ON_RANKS = (
 )
 
 
-class Stepper:
+class NoiseStepper:
     """A model that one row steps."""
 
     def __init__(self, row: Row, workload: Workload, ranks: Ranks, device: torch.device) -> None:

@@ -62,7 +62,7 @@ def as_rank(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own is not annotated
+class MessageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own is not annotated
     """Counts the collectives that begin, and the bytes of tensors made meanwhile that are alive."""
 
     def __init__(self, *given: Tensor) -> None:
@@ -197,7 +197,7 @@ def exchanged(optimizer: str, shapes: Shapes, layout: str, size: int, rank: int 
         sums = torch.zeros(6 * len(parts), device="meta")
         started = time.process_time()
         given = [*parts, sums, *(block for own in results for block in own.values())]
-        with Watch(*given) as watch:
+        with MessageWatch(*given) as watch:
             exchange.to_owners(parts, sums if layout == "hsdp" else None)
             pieces, _ = exchange.to_holders(results, sums)
             for _ in pieces:
@@ -216,7 +216,7 @@ def owned(exchange: Redistribution) -> list[dict[int, Tensor]]:
     return found
 
 
-def summary(exchange: Redistribution, watch: Watch, plan: float, host: float) -> Exchanged:
+def summary(exchange: Redistribution, watch: MessageWatch, plan: float, host: float) -> Exchanged:
     shares: Counter[int] = Counter()
     for tensor in exchange.tensors:
         for block, owner in zip(tensor.blocks, tensor.owners, strict=True):
@@ -250,7 +250,7 @@ def norms_reduced(shapes: Shapes, layout: str, size: int) -> Exchanged:
         planned = time.process_time()
         optimizer.step()
         ended = time.process_time()
-        with Watch() as watch:
+        with MessageWatch() as watch:
             optimizer.step()
         reduced = [sent for name, sent, _ in watch.collectives if name == "allreduce"]
         return Exchanged(

@@ -20,7 +20,12 @@ from largebatch.benchmarks import harness
 from largebatch.benchmarks.arguments import add_options, run
 from largebatch.benchmarks.contenders import REFERENCE
 from largebatch.benchmarks.harness import Note, make_table, plural, say
-from largebatch.benchmarks.second_order.steps import ROWS, Samples, Stepper, run_rounds
+from largebatch.benchmarks.second_order.steps import (
+    ROWS,
+    SecondOrderStepper,
+    StepSamples,
+    run_rounds,
+)
 from largebatch.benchmarks.workloads import Bytewise, Decoding, Workload, describe
 from largebatch.distributed.ranks import Ranks
 
@@ -70,7 +75,7 @@ RANK_FORMULAS: Final = {
 
 
 @dataclass(frozen=True)
-class Line:
+class SecondOrderLine:
     """One optimizer at one interval. Ratios are to the reference of the same rounds."""
 
     name: str
@@ -135,7 +140,7 @@ def measure(parts: Sequence[Part], device: torch.device, seconds: float) -> dict
 
 def by_interval(part: Part, device: torch.device, seconds: float, begin: Begin) -> dict[str, Any]:
     """All rows at every interval, in this process."""
-    lines: list[Line] = []
+    lines: list[SecondOrderLine] = []
     spend = seconds / len(INTERVALS)
     for interval in INTERVALS:
         note = begin(f"{part.workload.name}, interval {interval}", spend)
@@ -177,7 +182,7 @@ def compare_parts(
 class Seen:
     """Of all rows in one process."""
 
-    samples: dict[str, Samples]
+    samples: dict[str, StepSamples]
     state_bytes: dict[str, dict[str, int]]
 
 
@@ -191,17 +196,18 @@ def compare(
 ) -> Seen:
     """All rows, in this process."""
     steppers = {
-        name: Stepper(make, interval, workload, ranks, device) for name, make in ROWS.items()
+        name: SecondOrderStepper(make, interval, workload, ranks, device)
+        for name, make in ROWS.items()
     }
     samples = run_rounds(steppers, interval, device, seconds, note)
     return Seen(samples, {name: stepper.state_bytes() for name, stepper in steppers.items()})
 
 
-def line(name: str, interval: int, samples: Mapping[str, Samples]) -> Line:
+def line(name: str, interval: int, samples: Mapping[str, StepSamples]) -> SecondOrderLine:
     own, reference = samples[name], samples[REFERENCE]
     seconds = statistics.median(own.steps)
     ratios = [a / b for a, b in zip(own.steps, reference.steps, strict=True)]
-    return Line(
+    return SecondOrderLine(
         name=name,
         interval=interval,
         num_rounds=len(own),

@@ -59,7 +59,7 @@ ROWS: Final[dict[str, Make]] = {
 }
 
 
-class Stepper:
+class SecondOrderStepper:
     """A model that one optimizer steps; under DDP, on this rank's share of the batch.
 
     A training step is `take`, `backward` and `step`, in this order.
@@ -139,7 +139,7 @@ def bytes_in(value: Any) -> int:
 
 
 @dataclass
-class Samples:
+class StepSamples:
     """What was seen of one row, seconds where nothing else is said, one entry a round."""
 
     steps: list[float] = field(default_factory=list)
@@ -158,10 +158,14 @@ class Samples:
 
 
 def run_rounds(
-    steppers: dict[str, Stepper], interval: int, device: torch.device, seconds: float, note: Note
-) -> dict[str, Samples]:
+    steppers: dict[str, SecondOrderStepper],
+    interval: int,
+    device: torch.device,
+    seconds: float,
+    note: Note,
+) -> dict[str, StepSamples]:
     """Rounds over whole intervals, after one interval that is only part of `early`, by row."""
-    samples = {name: Samples() for name in steppers}
+    samples = {name: StepSamples() for name in steppers}
     num_warm_up = max(NUM_WARM_UP, interval)
 
     def sample(name: str, number: int) -> None:
@@ -175,7 +179,9 @@ def run_rounds(
     return samples
 
 
-def warm_up(stepper: Stepper, samples: Samples, device: torch.device, is_first: bool) -> None:
+def warm_up(
+    stepper: SecondOrderStepper, samples: StepSamples, device: torch.device, is_first: bool
+) -> None:
     stepper.take()
     stepper.backward()
     wait_for_ranks()
@@ -186,7 +192,7 @@ def warm_up(stepper: Stepper, samples: Samples, device: torch.device, is_first: 
         samples.traffic.append((seen.num_collectives, seen.num_bytes))
 
 
-def one_round(stepper: Stepper, samples: Samples, device: torch.device) -> None:
+def one_round(stepper: SecondOrderStepper, samples: StepSamples, device: torch.device) -> None:
     stepper.take()
     backward, _ = timed_on_ranks(stepper.backward, device)
     step, work = timed_on_ranks(stepper.step, device)

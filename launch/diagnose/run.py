@@ -211,7 +211,7 @@ def _of_silence(beat: Beat, now: float) -> list[Cause]:
 
 
 @dataclass
-class Kind:
+class EventKind:
     """The events of one kind: how many, the steps of the first and the last, the last reason."""
 
     count: int = 0
@@ -222,9 +222,9 @@ class Kind:
 
 
 def _of_events(run: Path, problems: list[str]) -> list[Cause]:
-    by_kind: dict[str, Kind] = {}
+    by_kind: dict[str, EventKind] = {}
     for number, event in read_lines(run / EVENTS, problems):
-        kind = by_kind.setdefault(event.find("kind", text) or "unknown", Kind())
+        kind = by_kind.setdefault(event.find("kind", text) or "unknown", EventKind())
         step, kind.reason = event.find("step", whole()), event.find("reason", text)
         kind.first, kind.last = kind.first if kind.count else step, step
         kind.count += 1
@@ -262,7 +262,7 @@ MEANINGS: Final = {
 }  # fmt: skip
 
 
-def _of_kind(name: str, kind: Kind) -> Cause:
+def _of_kind(name: str, kind: EventKind) -> Cause:
     weight, what, do = MEANINGS.get(name, (20, f"An event of kind {name}", "see its reason"))
     times = f"{kind.count} times, " if kind.count > 1 else ""
     steps = f"at step {_or_unknown(kind.first)}"

@@ -16,7 +16,7 @@ _FORMAT: Final = 1
 
 
 @dataclass(frozen=True)
-class Entry:
+class ManifestEntry:
     """One file, link or folder; `path` is below the environment's top, with forward slashes."""
 
     path: str
@@ -37,7 +37,7 @@ class Manifest:
     """Where the base Python's executable is: it has to be there on every node."""
     versions: dict[str, str]
     """Of the distributions inside the archive, by name."""
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[ManifestEntry] = field(default_factory=list)
 
     @property
     def total(self) -> str:
@@ -68,7 +68,7 @@ class Manifest:
             if row.pop("format") != _FORMAT:
                 raise EnvError(f"{where} was packed by another version of largebatch: pack it anew")
             total = row.pop("total")
-            entries = [Entry(**entry) for entry in row.pop("entries")]
+            entries = [ManifestEntry(**entry) for entry in row.pop("entries")]
             manifest = cls(**row, entries=entries)
             _check_types(manifest)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -102,7 +102,7 @@ def _check_types(manifest: Manifest) -> None:
         raise EnvError(f"{shown(manifest.name)} is no name of an environment")
 
 
-def same_sizes(folder: Path, entries: Iterable[Entry]) -> bool:
+def same_sizes(folder: Path, entries: Iterable[ManifestEntry]) -> bool:
     """Whether every file is there with its size; reads no contents."""
     for entry in entries:
         path = folder / entry.path

@@ -15,7 +15,7 @@ from typing import IO
 
 from largebatch.launch.environments.archive import compressing, is_zstd
 from largebatch.launch.environments.errors import EnvError
-from largebatch.launch.environments.manifest import NAME, Entry, Manifest
+from largebatch.launch.environments.manifest import NAME, Manifest, ManifestEntry
 from largebatch.launch.environments.relocate import (
     LEFT_OUT,
     link_target,
@@ -31,7 +31,7 @@ _SKIPPED = ("pip-selfcheck.json", NAME)
 class Source:
     """Where an entry's contents come from: rewritten bytes, or a file as it is."""
 
-    entry: Entry
+    entry: ManifestEntry
     path: Path
     contents: bytes | None = None
 
@@ -97,7 +97,7 @@ def _of_prefix(prefix: Path, with_site: bool) -> Iterator[Source]:
         for name in sorted(folders):
             path = top / name
             if not path.is_symlink():
-                yield Source(Entry(path.relative_to(prefix).as_posix(), "folder"), path)
+                yield Source(ManifestEntry(path.relative_to(prefix).as_posix(), "folder"), path)
             elif (target := link_target(path, prefix)) is not None:
                 yield Source(_link(path, prefix, target), path)
             else:
@@ -157,8 +157,8 @@ def _versions(site: Path) -> dict[str, str]:
     return {_name(found): found.version for found in distributions(path=[str(site)])}
 
 
-def _link(path: Path, prefix: Path, target: str) -> Entry:
-    return Entry(path.relative_to(prefix).as_posix(), "link", target=target)
+def _link(path: Path, prefix: Path, target: str) -> ManifestEntry:
+    return ManifestEntry(path.relative_to(prefix).as_posix(), "link", target=target)
 
 
 def _file(path: Path, place: str, contents: bytes | None) -> Source:
@@ -168,7 +168,7 @@ def _file(path: Path, place: str, contents: bytes | None) -> Source:
     else:
         with path.open("rb") as file:
             digest, size = hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
-    return Source(Entry(place, "file", mode, size, digest), path, contents)
+    return Source(ManifestEntry(place, "file", mode, size, digest), path, contents)
 
 
 def _write(file: IO[bytes], manifest: Manifest, sources: list[Source]) -> None:

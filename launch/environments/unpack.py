@@ -12,7 +12,7 @@ from typing import IO, Any, Final
 
 from largebatch.launch.environments.archive import expanding
 from largebatch.launch.environments.errors import EnvError
-from largebatch.launch.environments.manifest import NAME, Entry, Manifest, same_sizes
+from largebatch.launch.environments.manifest import NAME, Manifest, ManifestEntry, same_sizes
 
 _AT_ONCE: Final = 1 << 20
 _MOST_MANIFEST: Final = 1 << 30  # bytes: of ten million files
@@ -185,7 +185,7 @@ def _make_folder(path: Path, top: Path) -> None:
     path.mkdir(mode=0o755)
 
 
-def _one(tar: tarfile.TarFile, member: tarfile.TarInfo, entry: Entry, folder: Path) -> None:
+def _one(tar: tarfile.TarFile, member: tarfile.TarInfo, entry: ManifestEntry, folder: Path) -> None:
     path = folder / entry.path  # the manifest holds no name that leads out of it
     for above in Path(entry.path).parents:
         if (folder / above).is_symlink():

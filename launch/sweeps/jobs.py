@@ -20,7 +20,7 @@ from largebatch.launch.jobs.cluster import Scheduler, check_queue, queue_of
 from largebatch.launch.jobs.job import Job
 from largebatch.launch.jobs.script import directives_lines, script
 from largebatch.launch.sweeps.backend import Attempt, Ended
-from largebatch.launch.sweeps.record import Record, Trial
+from largebatch.launch.sweeps.record import SweepRecord, Trial
 from largebatch.launch.sweeps.settings import KEY, SweepSettings
 from largebatch.records.heartbeat import process_start
 
@@ -69,7 +69,7 @@ class Jobs:
     outlives = True
 
     def __init__(
-        self, cluster: ClusterConfig, settings: SweepSettings, record: Record, folder: Path
+        self, cluster: ClusterConfig, settings: SweepSettings, record: SweepRecord, folder: Path
     ) -> None:
         check_queue(cluster)
         if re.search(r"[\s'\"\\$]", str(folder)):

@@ -21,7 +21,7 @@ from largebatch.launch.sweeps.backend import Backend
 from largebatch.launch.sweeps.checks import checked, cluster_of
 from largebatch.launch.sweeps.node_health import NodeHealth
 from largebatch.launch.sweeps.progress import SweepProgress
-from largebatch.launch.sweeps.record import Record, Trial
+from largebatch.launch.sweeps.record import SweepRecord, Trial
 from largebatch.launch.sweeps.scheduler import Outcome, TrialScheduler
 from largebatch.launch.sweeps.settings import KEY, SweepSettings
 from largebatch.launch.sweeps.slices import Slices, nodes_here
@@ -68,7 +68,7 @@ class TrialLauncher:
         """
         setup_globals()
         trials = [self.trial(number, words) for number, words in enumerate(jobs, first)]
-        with Record(self._folder) as record:
+        with SweepRecord(self._folder) as record:
             if self._backend is None:
                 cluster = cluster_of(self.settings, next(iter(self._config_dirs()), None))
                 self._backend = make_backend(self.settings, cluster, record, self._folder)
@@ -134,7 +134,7 @@ def _as_given(words: Any) -> list[str]:
 
 
 def make_backend(
-    settings: SweepSettings, cluster: ClusterConfig | None, record: Record, folder: Path
+    settings: SweepSettings, cluster: ClusterConfig | None, record: SweepRecord, folder: Path
 ) -> Backend:
     """Where trials run, by the settings' shape.
 

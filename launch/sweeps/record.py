@@ -74,7 +74,7 @@ def is_busy(folder: Path) -> bool:
 
 
 @dataclass
-class Record:
+class SweepRecord:
     """`trials.jsonl`, this process's until it is closed.
 
     Attributes:

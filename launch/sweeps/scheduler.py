@@ -18,7 +18,7 @@ from largebatch.launch.sweeps.backend import Attempt, Backend, Ended
 from largebatch.launch.sweeps.node_health import NodeHealth
 from largebatch.launch.sweeps.progress import SweepProgress
 from largebatch.launch.sweeps.record import (
-    Record,
+    SweepRecord,
     Trial,
     is_busy,
     samples_of,
@@ -49,7 +49,7 @@ class TrialScheduler:
 
     trials: Sequence[Trial]
     backend: Backend
-    record: Record
+    record: SweepRecord
     health: NodeHealth
     settings: SweepSettings
     end: float | None

@@ -13,7 +13,7 @@ from typing import Final
 
 from largebatch.common.errors import ConfigError
 from largebatch.distributed.walltime import end_of_job
-from largebatch.launch.processes import Job, descendants, kill
+from largebatch.launch.processes import ProcessGroupJob, descendants, kill
 from largebatch.launch.progress import Progress, has_runs_below, is_gone, process_of
 from largebatch.launch.watch.nodes import Faults, Nodes, held_up
 from largebatch.launch.watch.ranks import ask, dismiss
@@ -154,7 +154,9 @@ def supervise(run: Path, command: list[str], options: argparse.Namespace) -> int
         before, faults = _interruption(run), Faults()
         environment = {} if nodes is None else nodes.environment
         try:
-            with Job(command, environment, None if nodes is None else faults.listen) as job:
+            with ProcessGroupJob(
+                command, environment, None if nodes is None else faults.listen
+            ) as job:
                 code = _attempt(run, job, options)
                 stay = job.kill()
         except ConfigError as error:
@@ -197,7 +199,7 @@ def _has_ended(run: Path) -> bool:
         return False
 
 
-def _attempt(run: Path, job: Job, options: argparse.Namespace) -> int:
+def _attempt(run: Path, job: ProcessGroupJob, options: argparse.Namespace) -> int:
     """Wait for the command, or end it where it hangs."""
     progress = Progress(run, stale=find_beat(run, []))
     while (code := job.exit_code(_pause(options))) is None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from largebatch.common.text import int_ranges
-from largebatch.launch.watch.flight_records import Call, Calls, Group, Record, read
+from largebatch.launch.watch.flight_records import Call, Calls, FlightRecord, Group, read
 
 _MOST_NAMED: Final = 16
 
@@ -76,7 +76,7 @@ class Comparison:
     words: list[str]
 
 
-def compare(records: Mapping[int, Record]) -> Comparison:
+def compare(records: Mapping[int, FlightRecord]) -> Comparison:
     """Find the collectives that the ranks of `records` do not complete together.
 
     A group's member that is not in `records` counts as one that others wait for, where they wait.
@@ -109,7 +109,7 @@ def compare(records: Mapping[int, Record]) -> Comparison:
 def _last_numbers(
     calls: Mapping[int, Calls],
     members: set[int],
-    records: Mapping[int, Record],
+    records: Mapping[int, FlightRecord],
     tells_done: bool,
 ) -> dict[int, int]:
     """The number of the collective that each member of a group has entered last.
@@ -193,7 +193,7 @@ def _culprits(findings: Sequence[Divergence]) -> list[int]:
 
 
 def _format_divergences(
-    findings: Sequence[Divergence], culprits: Sequence[int], records: Mapping[int, Record]
+    findings: Sequence[Divergence], culprits: Sequence[int], records: Mapping[int, FlightRecord]
 ) -> list[str]:
     words = [f"{named(culprits)} the first to look at"] if culprits else []
     words += [str(finding) for finding in findings[:_MOST_NAMED]]

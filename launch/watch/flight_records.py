@@ -52,7 +52,7 @@ def _call(op: str, sizes: tuple[tuple[int, ...], ...], done: bool) -> Call:
 
 
 @dataclass(frozen=True)
-class Record:
+class FlightRecord:
     """What one rank has recorded.
 
     Attributes:
@@ -69,8 +69,8 @@ class Record:
     waits_p2p: list[str] = field(default_factory=list)
 
 
-def record_of(held: Mapping[str, Any], rank: int, where: str | None = None) -> Record:
-    """A rank's answer, or torch's own dump, as a `Record`.
+def record_of(held: Mapping[str, Any], rank: int, where: str | None = None) -> FlightRecord:
+    """A rank's answer, or torch's own dump, as a `FlightRecord`.
 
     Args:
         where: the file that it is from.
@@ -97,7 +97,7 @@ def record_of(held: Mapping[str, Any], rank: int, where: str | None = None) -> R
     if dump.problems:
         raise RecordError(dump.problems[0])
     is_whole = bool(dump.values.get("is_whole", whole_record))
-    return Record(rank, calls, dict(_members(dump)), is_whole, waits_p2p)
+    return FlightRecord(rank, calls, dict(_members(dump)), is_whole, waits_p2p)
 
 
 def _pair(value: Any) -> tuple[str, str]:
@@ -130,7 +130,7 @@ def _members(dump: Fields) -> Iterable[tuple[str, Sequence[int]]]:
         yield printable(name), held.take("ranks", list_of(whole(0, MOST_RANKS)))
 
 
-def read(path: Path) -> Record:
+def read(path: Path) -> FlightRecord:
     """A rank's answer (`rank-N.json`), or a file of torch's, whose name ends in the rank.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from largebatch.common.files import write_whole
 from largebatch.launch.watch.flight_recorder import Comparison, compare, named
-from largebatch.launch.watch.flight_records import Record, record_of
+from largebatch.launch.watch.flight_records import FlightRecord, record_of
 from largebatch.records import RecordError, printable, read_fields
 from largebatch.records.fields import listing, must_be, optional, text, whole
 from largebatch.records.heartbeat import Beat
@@ -31,7 +31,7 @@ class Answer:
 
     rank: int
     size: int
-    record: Record
+    record: FlightRecord
     place: tuple[str, ...]
     trouble: str | None
 

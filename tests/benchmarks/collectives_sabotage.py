@@ -14,7 +14,7 @@ WRONG_ELEMENTS = 256
 WRONG_RANKS = (1, 2)
 
 
-def work_as_rank(rank: int, size: int, port: int, job: steps.Job, folder: str) -> None:
+def work_as_rank(rank: int, size: int, port: int, job: steps.CollectiveJob, folder: str) -> None:
     torch.set_num_threads(1)
     right = steps.COLLECTIVES["all_reduce"]
 

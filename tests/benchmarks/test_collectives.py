@@ -16,7 +16,7 @@ import torch
 
 from largebatch.benchmarks.collectives import command as collectives
 from largebatch.benchmarks.collectives.models import Link, ring
-from largebatch.benchmarks.collectives.steps import Job, Measurement, elements, sums
+from largebatch.benchmarks.collectives.steps import CollectiveJob, Measurement, elements, sums
 from largebatch.distributed.ranks import free_port
 
 CPU = torch.device("cpu")
@@ -84,7 +84,7 @@ def test_a_folder_with_a_measurement_is_not_written_over(
 
 
 def test_a_wrong_value_is_found_named_and_not_timed(tmp_path: Path) -> None:
-    job = Job(["all_reduce", "broadcast"], [256, 1024], 0.1, "cpu")
+    job = CollectiveJob(["all_reduce", "broadcast"], [256, 1024], 0.1, "cpu")
     work, port = collectives_sabotage.work_as_rank, free_port()
     ranks = [forked.Popen(partial(work, rank, 3, port, job, str(tmp_path))) for rank in range(3)]
     assert forked.all_ended(ranks) is None

@@ -16,8 +16,8 @@ from torch import nn
 from largebatch.benchmarks import command, harness
 from largebatch.benchmarks.noise import command as noise
 from largebatch.benchmarks.noise import steps as noise_steps
-from largebatch.benchmarks.noise.command import Samples, collectives_of, line, run_rounds
-from largebatch.benchmarks.noise.steps import ALONE, ON_RANKS, Row, Stepper
+from largebatch.benchmarks.noise.command import NoiseSamples, collectives_of, line, run_rounds
+from largebatch.benchmarks.noise.steps import ALONE, ON_RANKS, NoiseStepper, Row
 from largebatch.benchmarks.workloads import Bytewise, Decoding
 from largebatch.distributed.ranks import Ranks
 
@@ -44,7 +44,7 @@ def test_the_decoder_is_one() -> None:
 
 @pytest.mark.parametrize("workload", [Bytewise(64), TINY], ids=lambda workload: workload.name)
 def test_every_row_takes_the_same_steps_and_reads_what_it_says(workload: Any) -> None:
-    steppers = {row.name: Stepper(row, workload, Ranks(), CPU) for row in ALONE}
+    steppers = {row.name: NoiseStepper(row, workload, Ranks(), CPU) for row in ALONE}
     for stepper in steppers.values():
         for _ in range(3):
             stepper.step()
@@ -69,7 +69,7 @@ def test_every_row_takes_the_same_steps_and_reads_what_it_says(workload: Any) ->
 def test_the_floor_is_what_norms_are_taken_of() -> None:
     def bytes_of(name: str) -> int:
         row = next(row for row in ALONE if row.name == name)
-        return Stepper(row, Bytewise(64), Ranks(), CPU).least_bytes
+        return NoiseStepper(row, Bytewise(64), Ranks(), CPU).least_bytes
 
     held = 96 * 16 + (128 * 128 + 128) + (128 * 96 + 96)
     # Out of the embedding, into and out of the hidden layer, into and out of the last one.
@@ -96,7 +96,7 @@ def test_own_work_is_that_of_the_calls_that_measure(monkeypatch: pytest.MonkeyPa
     """On a clock that moves by one with each look at it, a call takes one."""
     clock = itertools.count()
     monkeypatch.setattr(noise_steps.time, "process_time", lambda: float(next(clock)))
-    without, example = (Stepper(ALONE[n], TINY, Ranks(), CPU) for n in (0, 5))
+    without, example = (NoiseStepper(ALONE[n], TINY, Ranks(), CPU) for n in (0, 5))
     assert without.own_work(2) == 0.0
     example.step()  # `take` hears of the step before
     seen = sum(
@@ -116,7 +116,7 @@ def test_ratio_and_extra_are_taken_round_by_round() -> None:
         "measured": SimpleNamespace(num_summed=9, least_bytes=48),
     }
     told = line(
-        Row("measured", "example"), Samples(steps, work, [1.0] * 3), steppers,
+        Row("measured", "example"), NoiseSamples(steps, work, [1.0] * 3), steppers,
         {"without": 2, "measured": 3}, own_seconds=0.25, read_speed=96.0,
     )  # fmt: skip
     assert (told.seconds, told.ratio, told.ratio_quartiles) == (2.0, 1.5, (1.25, 2.25))

@@ -16,7 +16,13 @@ from largebatch.benchmarks.contenders import REFERENCE
 from largebatch.benchmarks.noise.command import collectives_of
 from largebatch.benchmarks.second_order import command as second_order
 from largebatch.benchmarks.second_order.command import PARTS, Part, line, rank_line, spread
-from largebatch.benchmarks.second_order.steps import ROWS, Samples, Stepper, Traffic, run_rounds
+from largebatch.benchmarks.second_order.steps import (
+    ROWS,
+    SecondOrderStepper,
+    StepSamples,
+    Traffic,
+    run_rounds,
+)
 from largebatch.benchmarks.workloads import Bytewise, Decoding
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import KFAC
@@ -38,7 +44,7 @@ def test_the_model_has_a_few_million_parameters_in_few_matrices() -> None:
 @pytest.mark.parametrize("interval", [1, 3])
 def test_a_row_takes_roots_at_its_interval(name: str, interval: int) -> None:
     """Between the steps that take them, what has come out of them last stays as it is."""
-    stepper = Stepper(ROWS[name], interval, TINY, Ranks(), CPU)
+    stepper = SecondOrderStepper(ROWS[name], interval, TINY, Ranks(), CPU)
     keys = ("root_", "basis_", "inverse_")
     seen: list[list[torch.Tensor]] = []
     for _ in range(12):
@@ -64,7 +70,9 @@ def test_a_row_takes_roots_at_its_interval(name: str, interval: int) -> None:
 
 
 def test_every_row_steps_the_same_model_over_the_same_samples() -> None:
-    steppers = {name: Stepper(make, 2, TINY, Ranks(), CPU) for name, make in ROWS.items()}
+    steppers = {
+        name: SecondOrderStepper(make, 2, TINY, Ranks(), CPU) for name, make in ROWS.items()
+    }
     gradients = []
     for stepper in steppers.values():
         before = [param.detach().clone() for param in stepper._model.parameters()]
@@ -79,7 +87,7 @@ def test_every_row_steps_the_same_model_over_the_same_samples() -> None:
 
 
 def test_kfac_hears_how_many_terms_the_loss_is_the_mean_of() -> None:
-    stepper = Stepper(ROWS["K-FAC"], 1, TINY, Ranks(), CPU)
+    stepper = SecondOrderStepper(ROWS["K-FAC"], 1, TINY, Ranks(), CPU)
     stepper.take()
     stepper.backward()
     assert isinstance(stepper.optimizer, KFAC)
@@ -120,8 +128,10 @@ def test_rounds_are_interleaved_and_whole_intervals() -> None:
 
 def test_a_line_tells_medians_and_sums_and_the_worst() -> None:
     # A machine that is slow in the third round; roots in the fourth.
-    reference = Samples([1.0, 1.0, 4.0, 2.0], [1.0] * 4, [4.0, 4.0, 8.0, 4.0], [5.0])
-    own = Samples([2.0, 3.0, 8.0, 11.0], [2.0, 2.0, 2.0, 6.0], [5.0, 6.0, 12.0, 14.0], [7.0, 9.0])
+    reference = StepSamples([1.0, 1.0, 4.0, 2.0], [1.0] * 4, [4.0, 4.0, 8.0, 4.0], [5.0])
+    own = StepSamples(
+        [2.0, 3.0, 8.0, 11.0], [2.0, 2.0, 2.0, 6.0], [5.0, 6.0, 12.0, 14.0], [7.0, 9.0]
+    )
     told = line("own", 4, {REFERENCE: reference, "own": own})
     assert (told.num_rounds, told.seconds, told.ratio) == (4, 5.5, 2.5)  # of 2, 2, 3, 5.5
     assert (told.mean_ratio, told.work_ratio) == (24 / 8, 12 / 4)

@@ -17,7 +17,7 @@ import pytest
 
 from largebatch.launch.environments.command import main
 from largebatch.launch.environments.errors import EnvError
-from largebatch.launch.environments.manifest import NAME, Entry, Manifest
+from largebatch.launch.environments.manifest import NAME, Manifest, ManifestEntry
 from largebatch.launch.environments.pack import pack, site_packages
 from largebatch.launch.environments.unpack import Damaged, check_ours, is_there, manifest_of, unpack
 
@@ -169,19 +169,23 @@ def crafted(archive: Path, rows: Sequence[Any], name: str) -> Path:
 def a_file(path: str, mode: int = 0o644) -> Any:
     data, info = b"evil", tarfile.TarInfo(path)
     info.size, info.mode = len(data), mode
-    return Entry(path, "file", mode, len(data), hashlib.sha256(data).hexdigest()), info, data
+    return (
+        ManifestEntry(path, "file", mode, len(data), hashlib.sha256(data).hexdigest()),
+        info,
+        data,
+    )
 
 
 def a_link(path: str, target: str, kind: bytes = tarfile.SYMTYPE) -> Any:
     info = tarfile.TarInfo(path)
     info.type, info.linkname = kind, target
-    return Entry(path, "link", target=target), info, b""
+    return ManifestEntry(path, "link", target=target), info, b""
 
 
 def a_folder(path: str) -> Any:
     info = tarfile.TarInfo(path)
     info.type = tarfile.DIRTYPE
-    return Entry(path, "folder"), info, b""
+    return ManifestEntry(path, "folder"), info, b""
 
 
 X = "../elsewhere/x"

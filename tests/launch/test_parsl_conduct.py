@@ -14,7 +14,7 @@ from largebatch.distributed.walltime import end_of_job
 from largebatch.launch.sweeps.checks import checked
 from largebatch.launch.sweeps.node_health import NodeHealth
 from largebatch.launch.sweeps.progress import SweepProgress
-from largebatch.launch.sweeps.record import Record, Trial, is_busy
+from largebatch.launch.sweeps.record import SweepRecord, Trial, is_busy
 from largebatch.launch.sweeps.scheduler import TrialScheduler
 from largebatch.launch.sweeps.slices import Slices, nodes_here
 
@@ -79,7 +79,7 @@ class Bench:
             trials.append(Trial(number, words, command, str(number), folder))
         begin = time.time()
         slices = Slices(self.cluster, self.nodes, self.nodes_per_trial, self.folder)
-        with Record(self.folder) as record:
+        with SweepRecord(self.folder) as record:
             end = None if seconds is None else begin + seconds
             silence = SweepProgress(num_trials, silent=True)
             conductor = TrialScheduler(trials, slices, record, NodeHealth(), settings, end, silence)
@@ -144,11 +144,11 @@ def test_a_sweep_without_nodes_says_so(tmp_path: Path) -> None:
 
 
 def test_a_record_that_was_cut_off_within_a_line_goes_on(tmp_path: Path) -> None:
-    with Record(tmp_path) as record:
+    with SweepRecord(tmp_path) as record:
         record.write("begun", trial="0", attempt=1, nodes=["n1"], words=["seed=0"])
     with (tmp_path / "trials.jsonl").open("a") as file:
         file.write('{"event": "ended", "tri')
-    with Record(tmp_path) as record:
+    with SweepRecord(tmp_path) as record:
         assert record.attempts == {"0": 1}
         record.write("begun", trial="0", attempt=2, nodes=["n2"], words=["seed=0"])
     lines = (tmp_path / "trials.jsonl").read_text().splitlines()

@@ -161,11 +161,11 @@ def test_without_its_extra_parsl_is_named_with_the_line_that_installs_it(
     from largebatch.common.errors import ConfigError
     from largebatch.launch.sweeps.checks import checked
     from largebatch.launch.sweeps.launcher import make_backend
-    from largebatch.launch.sweeps.record import Record
+    from largebatch.launch.sweeps.record import SweepRecord
 
     monkeypatch.setitem(sys.modules, "parsl", None)
     with (
-        Record(tmp_path) as record,
+        SweepRecord(tmp_path) as record,
         pytest.raises(ConfigError, match=r"parsl: pip install 'largebatch\[parsl\]'"),
     ):
         make_backend(checked({}), None, record, tmp_path)

@@ -17,7 +17,7 @@ from typing import Any
 import forked
 import pytest
 
-from largebatch.launch.sweeps.record import Record
+from largebatch.launch.sweeps.record import SweepRecord
 
 HERE = Path(__file__).parent
 NODES = ("n1", "n2", "n3", "n4")
@@ -170,7 +170,7 @@ def test_a_sweep_that_is_killed_and_then_stopped_goes_on_where_it_was(sweep: Swe
 
 
 def test_another_sweep_in_the_folder_is_refused_and_so_are_two_at_a_time(sweep: Sweep) -> None:
-    with Record(sweep.folder):  # as long as a sweep lasts, it holds this
+    with SweepRecord(sweep.folder):  # as long as a sweep lasts, it holds this
         code, said = sweep.run("seed=0,1", "+lasts=1")
     assert (code, "another sweep is running" in said) == (2, True)
     assert sweep.run("seed=0,1", "+lasts=1")[0] == 0

@@ -15,8 +15,8 @@ from largebatch.launch.doctor.preflight.collectives import (
     GROUPS,
     SIZES,
     Collectives,
+    CollectiveTrial,
     Problem,
-    Trial,
     members,
     mistake,
     problem,
@@ -140,7 +140,7 @@ def test_the_expected_sum_is_the_sum_of_all_ranks_and_exact_in_any_order(
     size: int, dtype: str
 ) -> None:
     index = torch.arange(3 * size + 2)
-    trial = Trial("all_reduce", dtype)
+    trial = CollectiveTrial("all_reduce", dtype)
     terms = torch.stack([term(rank, index, size, dtype) for rank in range(size)])
     assert torch.equal(terms.sum(0), total(index, size, trial))
     assert bool((terms.sum(1) > 0).all()), "every rank adds something"
@@ -153,9 +153,12 @@ def test_the_expected_sum_is_the_sum_of_all_ranks_and_exact_in_any_order(
 
 def test_the_largest_sum_of_the_whole_machine_is_exact_in_fp32() -> None:
     size = 98_304
-    largest = total(torch.arange(3), size, Trial("all_reduce", "float32")).max()
+    largest = total(torch.arange(3), size, CollectiveTrial("all_reduce", "float32")).max()
     assert int(largest) < 2**24
-    assert int(total(torch.arange(3 * size), size, Trial("all_reduce", "bfloat16")).max()) <= 512
+    assert (
+        int(total(torch.arange(3 * size), size, CollectiveTrial("all_reduce", "bfloat16")).max())
+        <= 512
+    )
 
 
 def by_hand(kind: str, given: list[Problem], size: int) -> list[torch.Tensor]:
@@ -186,7 +189,7 @@ def test_a_larger_world_has_more_time_and_groups_are_nodes_and_what_is_across() 
 
 
 @pytest.mark.parametrize("trial", trials("fast", all_to_all=True)[1:41], ids=str)
-def test_what_has_to_come_out_is_what_the_collective_means(trial: Trial) -> None:
+def test_what_has_to_come_out_is_what_the_collective_means(trial: CollectiveTrial) -> None:
     size = 5
     posed = [problem(trial, rank, size, torch.device("cpu")) for rank in range(size)]
     for one, right in zip(posed, by_hand(trial.collective, posed, size), strict=True):

@@ -25,7 +25,7 @@ from largebatch.launch.diagnose.nic.record import Recorder
 from largebatch.launch.diagnose.nic.report import format_survey
 from largebatch.launch.diagnose.nic.survey import read_survey
 from largebatch.launch.diagnose.run_times import read_steps
-from largebatch.launch.sweeps.record import Record, samples_of, summary_of
+from largebatch.launch.sweeps.record import SweepRecord, samples_of, summary_of
 from largebatch.launch.watch import command as watch
 from largebatch.launch.watch import flight_recorder
 from largebatch.launch.watch.report import report as watch_report
@@ -129,7 +129,7 @@ def resume(run: Path) -> None:
 
 
 def trials(run: Path) -> None:
-    Record(run).close()
+    SweepRecord(run).close()
 
 
 def networks(run: Path) -> None:

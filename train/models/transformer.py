@@ -88,7 +88,7 @@ class SwiGLU(nn.Module):
         return projected
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and SwiGLU, each added to what it read."""
 
     def __init__(
@@ -169,7 +169,9 @@ class Transformer(nn.Module):
         with torch.device("meta"):  # torch's own initial values are neither drawn nor kept
             self.embedding = nn.Embedding(self.vocabulary, self.dim)
             self.blocks = nn.ModuleList(
-                Block(self.dim, self.heads, self.kv_heads, self.hidden, rotary_base, norm_eps)
+                TransformerBlock(
+                    self.dim, self.heads, self.kv_heads, self.hidden, rotary_base, norm_eps
+                )
                 for _ in range(depth)
             )
             self.norm = nn.RMSNorm(self.dim, eps=norm_eps)

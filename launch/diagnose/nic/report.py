@@ -25,7 +25,7 @@ from largebatch.common.robust import (
     spread,
 )
 from largebatch.common.text import and_more
-from largebatch.launch.diagnose.nic.counters import Kind, quantity
+from largebatch.launch.diagnose.nic.counters import CounterKind, quantity
 from largebatch.launch.diagnose.nic.survey import Reading, Survey
 from largebatch.launch.diagnose.run_times import SlowSpell, Steps, slow_spells
 from largebatch.records.fields import LAST_MOMENT
@@ -38,7 +38,7 @@ MOST_NAMED: Final = 6
 class Episode:
     """What stood out. `nodes` in order of how much; times in seconds since 1970."""
 
-    kind: Kind
+    kind: CounterKind
     nodes: tuple[str, ...]
     everywhere: bool
     begin: float
@@ -158,7 +158,7 @@ def _over_time(
         )
 
 
-def counting_noise(kind: Kind, rate: float, seconds: float) -> float:
+def counting_noise(kind: CounterKind, rate: float, seconds: float) -> float:
     """Noise of a rate over a number of seconds, for independent events: √(rate / seconds), one
     event at the least. Most stretches of a rare event hold none, which looks like no noise at all.
     """

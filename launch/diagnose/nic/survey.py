@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 
 from largebatch.common.robust import Series
-from largebatch.launch.diagnose.nic.counters import KINDS, Kind
+from largebatch.launch.diagnose.nic.counters import KINDS, CounterKind
 from largebatch.launch.diagnose.nic.record import NodeRecord, read_record
 from largebatch.records import RecordError
 from largebatch.records.fields import moment
@@ -44,7 +44,7 @@ class Reading:
         worst: of each node, the counter that moved most.
     """
 
-    kind: Kind
+    kind: CounterKind
     values: Series
     means: Series
     worst: list[str]
@@ -221,7 +221,7 @@ def survey(nodes: Iterable[NodeRows | None], borders: Series) -> Survey:
     )
 
 
-def _of_node(kind: Kind, node: NodeRecord, ends: Series) -> tuple[Series, float, str]:
+def _of_node(kind: CounterKind, node: NodeRecord, ends: Series) -> tuple[Series, float, str]:
     """Values by stretch of time, the whole time's, and the counter that moved most ("": none)."""
     place = np.minimum(np.searchsorted(ends, node.times - 1e-6), len(ends) - 1)
     lengths = np.bincount(place, node.lengths, len(ends))

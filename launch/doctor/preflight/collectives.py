@@ -71,7 +71,7 @@ class Collectives:
 
 
 @dataclass(frozen=True)
-class Trial:
+class CollectiveTrial:
     """One collective on one dtype and size.
 
     Attributes:
@@ -96,7 +96,7 @@ class Trial:
         return f"{self.collective} {self.dtype} {size}{f' ({self.among})' * bool(self.among)}"
 
 
-def trials(mode: str, among: str = "", all_to_all: bool = False) -> list[Trial]:
+def trials(mode: str, among: str = "", all_to_all: bool = False) -> list[CollectiveTrial]:
     """What `mode` tries among all ranks, or in groups of them, small before large.
 
     Args:
@@ -107,9 +107,9 @@ def trials(mode: str, among: str = "", all_to_all: bool = False) -> list[Trial]:
         sizes = [sizes[0], (max(SIZES["fast"]), 0)]
     kinds = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
     return [
-        *[Trial("barrier")] * (not among),
+        *[CollectiveTrial("barrier")] * (not among),
         *(
-            Trial(kind, dtype, *size, among)
+            CollectiveTrial(kind, dtype, *size, among)
             for size in sizes
             for kind in (*kinds, *["all_to_all"] * all_to_all)
             for dtype in DTYPES
@@ -150,7 +150,7 @@ class Problem:
     source: int = 0
 
 
-def problem(trial: Trial, rank: int, size: int, device: torch.device) -> Problem:
+def problem(trial: CollectiveTrial, rank: int, size: int, device: torch.device) -> Problem:
     """What this rank puts in, and what has to come out."""
     dtype = DTYPES[trial.dtype]
     width = torch.empty((), dtype=dtype).element_size()
@@ -184,7 +184,7 @@ def _on(
     return Problem(given.to(dtype).to(device), right.to(dtype).to(device))
 
 
-def run(trial: Trial, problem: Problem, collectives: Collectives) -> torch.Tensor:
+def run(trial: CollectiveTrial, problem: Problem, collectives: Collectives) -> torch.Tensor:
     """Do it; returns what came out, which is to equal `problem.right`."""
     given = problem.given
     if trial.collective == "all_reduce":
@@ -221,7 +221,7 @@ def term(rank: int, index: torch.Tensor, size: int, dtype: str) -> torch.Tensor:
     return torch.where(index % stride == rank % stride, scale, 0)
 
 
-def total(index: torch.Tensor, size: int, trial: Trial) -> torch.Tensor:
+def total(index: torch.Tensor, size: int, trial: CollectiveTrial) -> torch.Tensor:
     """The sum of `term` over all ranks, without adding them up element by element."""
     scale = 2 ** (index % 3)
     if trial.dtype == "float32":

@@ -30,13 +30,13 @@ from largebatch.launch.doctor.preflight.speed import (
     seconds_with,
     slow_nodes,
 )
-from largebatch.launch.doctor.preflight.watch import Stage, Watch, format_ranks, hang, lost
+from largebatch.launch.doctor.preflight.watch import PreflightWatch, Stage, format_ranks, hang, lost
 
 if TYPE_CHECKING:
     import torch
 
     from largebatch.distributed.ranks import Ranks
-    from largebatch.launch.doctor.preflight.collectives import Collectives, Trial
+    from largebatch.launch.doctor.preflight.collectives import Collectives, CollectiveTrial
 
 MODES: Final = ("full", "fast", "off")
 _SECONDS: Final = {"fast": 60.0, "full": 180.0}
@@ -116,7 +116,7 @@ class _PreflightRun:
         if positions is None:
             return self._conclude(self._absent())
         self.rows, self.nodes = positions["rows"], positions["nodes"]
-        with Watch(self.seconds, self._late) as watch:
+        with PreflightWatch(self.seconds, self._late) as watch:
             result = self._try_all(watch, collectives, device)
             watch.next("telling rank 0")
             self.mailbox.post("result", result)
@@ -142,7 +142,10 @@ class _PreflightRun:
         return heard
 
     def _try_all(
-        self, watch: Watch, collectives: "Collectives | None", device: "torch.device | None"
+        self,
+        watch: PreflightWatch,
+        collectives: "Collectives | None",
+        device: "torch.device | None",
     ) -> dict[str, Any]:
         """This rank's own result: what was wrong, what failed, how long things took."""
         from largebatch.distributed.ranks import pick_device, process_group
@@ -188,9 +191,9 @@ class _PreflightRun:
 
     def _try(
         self,
-        trial: "Trial",
+        trial: "CollectiveTrial",
         ranks: list[int],
-        watch: Watch,
+        watch: PreflightWatch,
         calls: "Collectives",
         device: "torch.device",
         result: dict[str, Any],
@@ -222,7 +225,11 @@ class _PreflightRun:
             result["wrong"].append(f"{trial}: {wrong}")
 
     def _race(
-        self, watch: Watch, calls: "Collectives", device: "torch.device", result: dict[str, Any]
+        self,
+        watch: PreflightWatch,
+        calls: "Collectives",
+        device: "torch.device",
+        result: dict[str, Any],
     ) -> None:
         """Exchanges between pairs of nodes, all pairs of a round at once."""
         if len(self.nodes) < FEWEST_NODES:

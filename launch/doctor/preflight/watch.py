@@ -27,7 +27,7 @@ class Stage:
     entered: bool = False
 
 
-class Watch:
+class PreflightWatch:
     """`late()` is called once, from its own thread, when a stage takes longer than it may."""
 
     def __init__(self, seconds: float, late: Callable[[Stage], None]) -> None:
@@ -38,7 +38,7 @@ class Watch:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._look, name="preflight-watch", daemon=True)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "PreflightWatch":
         self._thread.start()
         return self
 
