@@ -306,6 +306,12 @@ class LayerwiseOptimizer(ShardedOptimizer):
         """
         return {name: layer for stats in self._stats.values() for name, layer in stats.by_layer()}
 
+    def adapting_layers(self) -> set[Name]:
+        """Return the keys of `layer_stats` whose layers have a trust ratio, without a question to
+        the device.
+        """
+        return {name for stats in self._stats.values() for name in stats.adapting()}
+
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load as torch does, hooks included, but keep the state in FP32.
 

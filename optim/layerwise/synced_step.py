@@ -33,6 +33,9 @@ class LayerStats:
     update_norm: Tensor
     trust_ratio: Tensor
 
+    def adapting(self) -> Iterator[Name]:
+        return (self.names[layer] for layer in self.moved if self.adapts[layer])
+
     def by_layer(self) -> Iterator[tuple[Name, dict[str, Tensor]]]:
         keys = ("weight_norm", "update_norm", "trust_ratio")
         values = [*zip(*(getattr(self, key).unbind() for key in keys), strict=True)]

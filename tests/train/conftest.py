@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
-Train = Callable[..., int]
-ReadRun = Callable[[Path], tuple[list[dict[str, Any]], dict[str, Any]]]
+from fixture_types import Command, ReadRun, Train
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from collective_ranks import work_and_reductions
-from conftest import Command
 from engine_ranks import ENGINES, OPTIMIZERS, Cell, cells, figures, work
+from fixture_types import Command
 from gloo_ranks import Outcome, launch, successful
 
 WORLDS = (1, 2, 4)

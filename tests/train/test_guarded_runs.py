@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ReadRun, Train
+from fixture_types import ReadRun, Train
 
 # 1,437 images in 22 whole batches an epoch.
 RUN = (
@@ -112,12 +112,12 @@ def expected_losses(checkpoints: Path, position: int, num_steps: int) -> list[fl
     from guarded_tasks import Spoiled
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    from largebatch.optim import LAMB
+    from largebatch.optim import LAMB, param_groups
     from largebatch.train.data.sampler import Sampler
     from largebatch.train.models import MLP
 
     model = MLP(64, 64, 10)
-    optimizer = LAMB(list(model.named_parameters()), lr=0.005, betas=(0.9, 0.99))
+    optimizer = LAMB(param_groups(model), lr=0.005, betas=(0.9, 0.99))
     of_model, of_optimizer = get_state_dict(model, optimizer)
     state = {"model": of_model, "optimizer": of_optimizer}
     (checkpoint,) = checkpoints.glob("samples-*512")

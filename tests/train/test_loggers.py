@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ReadRun, Train
+from fixture_types import ReadRun, Train
 
 from largebatch.train.reporting.loggers import Wandb
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Train
+from fixture_types import Train
 from gloo_ranks import launch, successful
 from micro_batch_ranks import Noting, first_step, memory, of_unequal_devices
 from torch import Tensor, nn

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Train
+from fixture_types import Train
 
 RUN = ("task=custom", "model=digits_mlp", "batch.size=16", "budget.samples=48", "hydra.run.dir=run")
 

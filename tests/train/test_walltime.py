@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import team_ranks
-from conftest import ReadRun, Train
+from fixture_types import ReadRun, Train
 
 from largebatch.distributed import walltime
 from largebatch.distributed.addresses import free_port

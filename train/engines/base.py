@@ -199,9 +199,8 @@ class OfGradients(OfRanks):
         if self.data_parallel_size > 1:
             dist.all_reduce(squares)
         names: dict[Tensor, str] = {param: name for name, param in self.model.named_parameters()}
-        finite = torch.isfinite(squares).tolist()
-        return [names[param] for param, is_finite in zip(params, finite, strict=True)
-                if not is_finite]  # fmt: skip
+        finite = dict(zip(params, torch.isfinite(squares).tolist(), strict=True))
+        return [name for param, name in names.items() if not finite.get(param, True)]
 
     def tensors(self, optimizer: Optimizer) -> "CheckpointTensors":
         from largebatch.train.checkpoints.tensors import DistributedTensors

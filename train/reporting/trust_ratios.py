@@ -16,11 +16,10 @@ def trust_ratios(optimizer: Optimizer, by_layer: bool) -> dict[str, Tensor]:
     layer_stats: Callable[[], dict[Any, dict[str, Tensor]]] = getattr(
         optimizer, "layer_stats", dict
     )
-    layers = {
-        name: stats["trust_ratio"]
-        for name, stats in layer_stats().items()
-        if bool(stats.get("adapts", True))  # on the host: nothing is waited for
-    }
+    stats = layer_stats()
+    adapting: Callable[[], set[Any]] = getattr(optimizer, "adapting_layers", lambda: {*stats})
+    names = adapting()
+    layers = {name: layer["trust_ratio"] for name, layer in stats.items() if name in names}
     if not layers:
         return {}
     ratios = torch.stack([*layers.values()])
