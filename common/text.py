@@ -57,7 +57,7 @@ def clock(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A duration in the largest unit of which there are two: 90 seconds, 2 minutes, 3.5 hours."""
+    """A duration in the largest unit that fits twice: 90 seconds, 2 minutes, 3.5 hours."""
     for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"

@@ -203,7 +203,7 @@ def pick_device(name: str | None, ranks: Ranks, ipex: bool = False) -> "torch.de
     if index >= count:
         raise ValueError(
             f"local rank {ranks.local_rank} has no {kind} device of its own: this node shows "
-            f"{count}; start at most so many ranks a node, or use engine.device=cpu (on Aurora "
+            f"{count}; start no more ranks a node than that, or use engine.device=cpu (on Aurora "
             "each tile is one with ZE_FLAT_DEVICE_HIERARCHY=FLAT and no ZE_AFFINITY_MASK)"
         )
     # Before the process group: xccl and nccl bind to the current device.

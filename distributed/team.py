@@ -208,10 +208,10 @@ class Team:
                 raise self._ended()
             waited = time.monotonic() - begun
             if waited > MEETING.total_seconds():
-                raise ConfigError(f"{self._missing(store)} not come to {self._place()} in time")
+                raise ConfigError(f"{self._missing(store)} not arrived at {self._place()} in time")
             if waited > SILENT_SECONDS and not said:
                 said = True
-                self._say(f"{self._missing(store)} not come yet to {self._place()}")
+                self._say(f"{self._missing(store)} not yet arrived at {self._place()}")
             time.sleep(_POLL_SECONDS)
 
     def _missing(self, store: "Store") -> str:

@@ -239,7 +239,7 @@ class WSD(_Decaying):
             check_fits(both, name, budget_samples)
         elif both > budget_samples:
             raise ValueError(
-                f"lr.decay_fraction is {self.decay_fraction:g} of the run, of which "
+                f"lr.decay_fraction is {self.decay_fraction:g} of the run, and "
                 f"lr.warmup_samples leaves {1 - self.warmup_samples / budget_samples:.3g}: "
                 "lower one of them"
             )

@@ -112,9 +112,9 @@ class NoiseRamp(AdaptiveRamp):
         strays = [size for _, size in state["stages"] if size not in self._rungs]
         if strays:
             raise ValueError(
-                f"the run had come to a batch size of {strays[0]}, and batch.start = {self.start}, "
+                f"the run had reached a batch size of {strays[0]}, and batch.start = {self.start}, "
                 f"batch.factor = {self.factor} and batch.size = {self.size} allow "
-                f"{', '.join(map(str, self._rungs))}: go on with the keys it began with"
+                f"{', '.join(map(str, self._rungs))}: resume with the keys it began with"
             )
         super().load_state_dict(state)
         self._count, self._boundary = int(state["votes"]), int(state["boundary"])

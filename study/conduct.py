@@ -168,7 +168,7 @@ def result_of(folder: Path, job: StudyJob) -> Result:
     """
     result = finished(folder, job)
     if result is None:
-        raise KeyboardInterrupt(f"{folder / job.folder} did not come to its end")
+        raise KeyboardInterrupt(f"{folder / job.folder} did not end")
     return result
 
 

@@ -59,7 +59,7 @@ def run_command(command: str, arguments: list[str]) -> int:
         if not again:  # no sweep
             raise
         print(
-            f"largebatch: interrupted; the same command{again[0]} goes on from here",
+            f"largebatch: interrupted; the same command{again[0]} resumes from here",
             file=sys.stderr,
         )
         return ExitCode.INTERRUPTED

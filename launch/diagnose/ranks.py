@@ -11,7 +11,8 @@ from largebatch.records import Fields, RecordError, find_fields, last_fields, pr
 from largebatch.records.fields import RANKS, list_of, listing, must_be, text, whole
 from largebatch.records.names import METRICS, WATCH
 
-STANDS_STILL: Final = "stands still"
+HANGS: Final = ("hangs: ", "stands still: ")
+"""In a report of `watch`, today's and an earlier one's."""
 MOST_NAMED: Final = 8
 
 
@@ -38,7 +39,7 @@ def read_reports(run: Path, problems: list[str]) -> list[Cause]:
         (path, held)
         for path in paths
         if (held := find_fields(path, problems)) is not None
-        and STANDS_STILL in (held.find("reason", text) or "")
+        and any(word in (held.find("reason", text) or "") for word in HANGS)
     ]
     if not still:
         return []

@@ -108,8 +108,8 @@ def _tmpdir(facts: HostFacts) -> Iterator[Finding]:
             "tmpdir-long",
             "error" if over else "warning",
             f"TMPDIR={folder.path} has {length} characters",
-            f"a Unix socket's path has at most {_SOCKET_PATH}, of which dataloader workers need "
-            f"{_BELOW_TMPDIR} below TMPDIR, and other libraries more",
+            f"a Unix socket's path has at most {_SOCKET_PATH}; dataloader workers need "
+            f"{_BELOW_TMPDIR} of them below TMPDIR, and other libraries more",
             "export TMPDIR=/tmp",
         )
     if not folder.exists or not folder.writable:

@@ -257,7 +257,7 @@ def _chain(job: Job) -> Lines:
     if job.cluster.chain == 1 or not job.on_ranks:
         return
     yield ""
-    yield "# One job of a chain: nothing is left to do once the run has come to its end."
+    yield "# One job of a chain: nothing is left to do once the run has ended."
     yield 'if [ -e "$record/summary.json" ]; then'
     yield f"  status=$({job.python} -c \\"
     yield "    'import json, sys; print(json.load(open(sys.argv[1]))[\"status\"])' \\"

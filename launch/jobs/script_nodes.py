@@ -60,9 +60,9 @@ def rank_logs_lines() -> Lines:
 def watch_lines(job: Job) -> Lines:
     """Lines of `largebatch watch`, which ends a run that hangs and starts it again on request."""
     cluster = job.cluster
-    yield "# Ends the job after so many seconds without a step: a hang ends nothing by itself."
+    yield "# Ends the job after this many seconds without a step: a hang ends nothing by itself."
     if cluster.restarts:
-        yield "# What stood still or failed is started again from its last checkpoint, without the"
+        yield "# What hung or failed is started again from its last checkpoint, without the"
         yield "# nodes that failed; the next jobs of a chain use those last."
     yield "watch=("
     yield f'  {job.python} -m largebatch watch "$record"'

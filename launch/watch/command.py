@@ -232,7 +232,7 @@ def _pause(options: argparse.Namespace) -> float:
 
 def _is_reported(run: Path, progress: Progress, options: argparse.Namespace) -> bool:
     """Say where the ranks stand, as far as that can be; False where the run continues meanwhile."""
-    beat, reason = progress.beat, f"{run} stands still: {progress}"
+    beat, reason = progress.beat, f"{run} hangs: {progress}"
     _say(f"{reason}; asking its ranks")
     try:
         folder = ask(run, None if beat is None else beat.world_size, options.wait)

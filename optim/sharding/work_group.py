@@ -27,7 +27,7 @@ Layer = TypeVar("Layer", bound=Unit)
 
 
 class WorkGroup(Generic[Layer]):
-    """Layers that lie over the same ranks, one of which owns each part of the work.
+    """Layers that lie over the same ranks; one rank owns each part of the work.
 
     Attributes:
         dtype: FP32, or FP64 if any layer needs it.

@@ -28,9 +28,7 @@ COMMANDS: Final = {
     "env": Command(
         "largebatch.launch.environments.command", "an environment on every node: pack, spread"
     ),
-    "watch": Command(
-        "largebatch.launch.watch.command", "end a run that stands still; name the rank"
-    ),
+    "watch": Command("largebatch.launch.watch.command", "end a run that hangs; name the rank"),
     "data": Command("largebatch.train.data.command", "files of tokens: make and inspect"),
     "checkpoint": Command(
         "largebatch.train.checkpoints.command",

@@ -224,9 +224,7 @@ def test_a_study_cut_off_again_and_again_comes_to_the_same_end(
 
 
 def test_a_run_that_leaves_no_record_ends_the_study(tmp_path: Path) -> None:
-    with pytest.raises(
-        KeyboardInterrupt, match=r"batch-64/lr-0\.016/seed-0 did not come to its end"
-    ):
+    with pytest.raises(KeyboardInterrupt, match=r"batch-64/lr-0\.016/seed-0 did not end"):
         conduct(make_protocol(), tmp_path, ARGUMENTS, lambda jobs: None)
 
 

@@ -271,7 +271,7 @@ def test_a_folder_that_cannot_be_made_is_told_like_a_full_disk(
     checkpoints = save(tmp_path, 64)
     assert checkpoints.last is None
     assert len(checkpoints.failures) == 1
-    assert "there is none yet, training goes on" in capsys.readouterr().err
+    assert "there is none yet, training continues" in capsys.readouterr().err
     with pytest.raises(CheckpointFailed, match="samples-000000000000064 could not be saved"):
         save(tmp_path, 64, required=True)
 

@@ -164,7 +164,7 @@ def test_sigterm_ends_a_sweep_with_its_runs_and_the_same_command_goes_on(
     sweep.send_signal(signal.SIGTERM)
     _, said = sweep.communicate(timeout=250)
     assert sweep.returncode == 130
-    assert said.splitlines()[-1] == ("largebatch: interrupted; the same command goes on from here")
+    assert said.splitlines()[-1] == ("largebatch: interrupted; the same command resumes from here")
     assert are_gone(at_work)
     ended = summaries(tmp_path / "s")
     assert {line["status"] for line in ended.values()} == {"interrupted"}

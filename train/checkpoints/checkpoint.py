@@ -218,5 +218,5 @@ class Checkpoints:
             raise CheckpointFailed(message)
         if self._ranks.is_first:
             left = "there is none yet" if self.last is None else f"{self.last.name} stays the last"
-            print(f"largebatch: {message}; {left}, training goes on", file=sys.stderr)
+            print(f"largebatch: {message}; {left}, training continues", file=sys.stderr)
             self._failed(samples_of(final), message)

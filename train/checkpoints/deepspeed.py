@@ -4,7 +4,7 @@ size.
 Its shards fit one number of ranks. Its converter makes a universal checkpoint of them, a folder a
 parameter, that any number reads. The converter knows Adam's two moments and no others, so those of
 another optimizer travel under their names, and have their own again when they are loaded:
-`optimizer.pt` beside them notes which, and the options of each group (of which ZeRO-3 would load
+`optimizer.pt` beside them notes which, and the options of each group (ZeRO-3 would load
 those of the first into all).
 """
 

@@ -246,7 +246,7 @@ def _budget(values: Mapping[str, Any]) -> int:
 
 
 def _recorded(folder: Path) -> Any:
-    """The configuration in the record: data, of which nothing is resolved, imported or called."""
+    """The configuration in the record, as data: nothing is resolved, imported or called."""
     try:
         return read_yaml(folder / CONFIG)
     except RecordError as error:

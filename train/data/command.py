@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     look = actions.add_parser(
         "info",
         help="what a file of tokens holds",
-        description="What a file of tokens holds: how many, of which type, and how it begins.",
+        description="What a file of tokens holds: how many, their type, and how it begins.",
     )
     look.add_argument("path", type=Path, metavar="PATH", help="FILE.bin, FILE.idx or PREFIX")
     look.add_argument("--dtype", help="of plain tokens without a .json: uint16 or uint32")

@@ -69,7 +69,7 @@ class SafeLogger:
         except Exception as error:  # a guest's may be of any class
             why = one_line(error)
             reason = (
-                f"the logger has failed ({type(error).__name__}: {why}): the run goes on, and "
+                f"the logger has failed ({type(error).__name__}: {why}): the run continues, and "
                 "metrics.jsonl has every line"
             )
             print(f"largebatch: {reason}", file=sys.stderr)

@@ -138,7 +138,7 @@ export OMP_NUM_THREADS=4
 export TORCH_FR_BUFFER_SIZE=2000
 export TORCH_CPP_LOG_LEVEL=ERROR
 
-# One job of a chain: nothing is left to do once the run has come to its end.
+# One job of a chain: nothing is left to do once the run has ended.
 if [ -e "$record/summary.json" ]; then
   status=$(python -c \
     'import json, sys; print(json.load(open(sys.argv[1]))["status"])' \
@@ -184,8 +184,8 @@ logged=(bash -c '
 LARGEBATCH_RANKS=1800 "${launch[@]}" \
   python -m largebatch doctor --preflight full \
   --timeout 198 || exit
-# Ends the job after so many seconds without a step: a hang ends nothing by itself.
-# What stood still or failed is started again from its last checkpoint, without the
+# Ends the job after this many seconds without a step: a hang ends nothing by itself.
+# What hung or failed is started again from its last checkpoint, without the
 # nodes that failed; the next jobs of a chain use those last.
 watch=(
   python -m largebatch watch "$record"
