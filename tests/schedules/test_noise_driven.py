@@ -347,7 +347,7 @@ def test_a_state_with_other_rungs_is_refused() -> None:
     ramp = NormTest(start=64, size=1024)
     boundaries(ramp, [ASKS] * 6)
     other = NormTest(start=64, factor=4, size=1024)
-    sentence = "come to a batch size of 128, and .* allow 64, 256, 1024: go on with the keys"
+    sentence = "reached a batch size of 128, and .* allow 64, 256, 1024: resume with the keys"
     with pytest.raises(ValueError, match=sentence):
         other.load_state_dict(ramp.state_dict())
 
