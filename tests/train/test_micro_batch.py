@@ -128,3 +128,21 @@ def test_memory_that_runs_out_in_the_search_is_told_with_a_way_out() -> None:
     optimizer = torch.optim.SGD(engine.model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"auto: 2 samples do not fit the 1\.0 GiB.*DEVICE_LOST"):
         find_micro_batch_size(engine, optimizer, Full(device), Ranks(), [64], device)  # type: ignore[arg-type] # it is never evaluated
+
+
+class Steep(Noting):
+    """A device that runs out at more than four samples, which no smaller pass foretells."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        if len(batch[0]) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().loss(model, batch)
+
+
+def test_one_rank_takes_a_smaller_size_where_the_believed_one_runs_out() -> None:
+    engine = DDP(MLP(16, 32, 8), Ranks(), torch.device("cpu"))
+    device = memory(2**30)
+    optimizer = torch.optim.SGD(engine.model.parameters(), lr=0.1)
+    found = find_micro_batch_size(engine, optimizer, Steep(device), Ranks(), [64], device)  # type: ignore[arg-type] # it is never evaluated
+    assert found == 4
+    assert all(param.grad is None for param in engine.model.parameters())

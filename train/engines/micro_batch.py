@@ -6,6 +6,7 @@ other ranks waiting for the one that ran out first.)
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -70,7 +71,8 @@ def find_micro_batch_size(
         memory: the module of the device that tells of its memory; None: torch's.
 
     Raises:
-        ValueError: no accelerator, not even one sample fits, or memory ran out on the way.
+        ValueError: no accelerator, not even one sample fits, or memory ran out on the way with
+            several ranks, or so that the device is lost.
     """
     device = engine.device
     if memory is None:
@@ -85,11 +87,15 @@ def find_micro_batch_size(
         try:
             engine.forward_backward(task, task.train_batch(indices), size * ranks.size)
         except Exception as error:
-            if ran_out(error):
+            if not ran_out(error):
+                raise
+            # Other ranks wait in a collective, and a device that is lost tries nothing more.
+            if ranks.size > 1 or not isinstance(error, torch.OutOfMemoryError):
                 raise ValueError(_too_much(size, total, device, str(error))) from error
-            raise
+            peak = sys.maxsize
+        else:
+            peak = int(memory.max_memory_allocated(device))
         engine.discard(optimizer)
-        peak: int = memory.max_memory_allocated(device)
         memory.empty_cache()
         return over_ranks(peak, dist.ReduceOp.MAX, ranks, device)
 
