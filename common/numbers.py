@@ -121,6 +121,10 @@ def check_fits(length: int, name: str, budget_samples: int) -> None:
         )
 
 
+_EARLIEST: Final = 1e9
+"""A number below it, September 2001, is no date: it was meant as seconds from now."""
+
+
 def moment(value: object, name: str) -> float:
     """`value`, a date with a time of day or seconds since 1970, as seconds since 1970.
 
@@ -130,7 +134,7 @@ def moment(value: object, name: str) -> float:
     try:
         if isinstance(value, str):
             return datetime.fromisoformat(value).timestamp()
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and value >= _EARLIEST:
             return datetime.fromtimestamp(value).timestamp()
     except (ValueError, OverflowError, OSError):
         pass
