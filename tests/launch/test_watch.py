@@ -62,7 +62,7 @@ def test_a_rank_that_sleeps_is_named_with_the_collective_and_its_line(tmp_path: 
     begun = time.monotonic()
     done = watched(str(run), *LIMITS, command=ranks(run, "sleeps"))
     assert done.returncode == 124
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 120  # and not for ever, whatever else the machine does
     assert "rank 2 is the first to look at" in done.stderr
     found = last_report(run)
     assert (found["culprits"], found["silent"]) == ([2], [])
