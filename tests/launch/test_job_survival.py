@@ -112,7 +112,7 @@ def queue_of(nodes: int) -> str:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("nodes", [1, 8, 255])  # with a spare, 256 at most in that queue
+@pytest.mark.parametrize("nodes", [1, 8, 255, 2048])  # the queues take 256 with the spare
 def test_a_node_that_dies_in_a_job_of_any_size_costs_no_sample(
     cluster: Cluster, tmp_path: Path, nodes: int
 ) -> None:
