@@ -120,7 +120,7 @@ def on_ranks(
         measure: a function that can be pickled.
     """
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(  # type: ignore[no-untyped-call]
+        start_processes(  # type: ignore[no-untyped-call] # torch's own is not annotated
             _as_rank,
             args=(num_ranks, num_threads, measure, words, folder),
             nprocs=num_ranks,

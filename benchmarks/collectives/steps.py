@@ -236,7 +236,7 @@ def measure_in_processes(
     path = folder / f"ranks-{size}.json"
     # A forked rank need not import torch again; torch ends the others where one of them fails.
     multiprocessing.set_forkserver_preload([__name__])
-    start_processes(  # type: ignore[no-untyped-call]
+    start_processes(  # type: ignore[no-untyped-call] # torch's own is not annotated
         work_as_rank,
         args=(size, port, job, str(path)),
         nprocs=size,

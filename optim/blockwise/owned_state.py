@@ -111,7 +111,7 @@ class OwnedState(ShardedOptimizer):
     def _check_param(self, group: Group, name: Name, param: Tensor) -> None:
         super()._check_param(group, name, param)
         if is_dtensor(param):
-            for placement in param.placements:  # type: ignore[attr-defined]
+            for placement in param.placements:
                 if placement.is_partial():
                     raise ValueError(
                         f"parameter {name!r} is placed as {placement}: its ranks hold summands of "

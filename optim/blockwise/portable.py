@@ -87,8 +87,8 @@ class Portable:
             value = states[key]
             if is_dtensor(value):
                 mesh, placements = self._meshes[key[0]]
-                if value.placements != tuple(placements):  # type: ignore[attr-defined]
-                    value = value.redistribute(mesh, placements)  # type: ignore[attr-defined]
+                if value.placements != tuple(placements):
+                    value = value.redistribute(mesh, placements)
                 parts.append(local(value))
             else:
                 parts.append(None)

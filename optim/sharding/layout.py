@@ -9,13 +9,14 @@ how their sums of squares become those of the layers.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor
 from torch.nn import Parameter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
 
 Name = str | int
 
@@ -62,7 +63,8 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if to_local is None else to_local()
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Say whether the tensor is a DTensor: one with a mesh and placements."""
     # Asked by its method: importing DTensor would cost every user of a plain model half a second.
     return hasattr(tensor, "to_local")
 
@@ -131,10 +133,10 @@ def _reductions(param: Tensor, name: Name) -> tuple[Reduction, ...]:
     """
     if not is_dtensor(param):
         return ()
-    mesh: Any = param.device_mesh  # type: ignore[attr-defined]
+    mesh: Any = param.device_mesh
     sums: list[Reduction] = []
     means: list[Reduction] = []
-    for dimension, placement in enumerate(param.placements):  # type: ignore[attr-defined]
+    for dimension, placement in enumerate(param.placements):
         if placement.is_partial():
             raise ValueError(
                 f"parameter {name!r} is placed as {placement}: its ranks hold summands of it, "
@@ -154,8 +156,8 @@ def _held(param: Tensor, name: Name, dim: int) -> tuple[int, int]:
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    mesh: Any = param.device_mesh  # type: ignore[attr-defined]
-    placements = param.placements  # type: ignore[attr-defined]
+    mesh: Any = param.device_mesh
+    placements = param.placements
     strange = [p for p in placements if not p.is_replicate() and type(p) is not Shard]
     if strange:
         raise ValueError(

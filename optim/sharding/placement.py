@@ -110,12 +110,12 @@ def placement_of(
     shape = tuple(tensor.shape)
     if not is_dtensor(tensor):
         return replicated(shape, process_group)
-    placement = mesh_placement(shape, tensor.device_mesh, tensor.placements, name)  # type: ignore[attr-defined]
+    placement = mesh_placement(shape, tensor.device_mesh, tensor.placements, name)
     box, found = placement.boxes[placement.me], tuple(local(tensor).shape)
     if box.numel != local(tensor).numel() or (box.numel and box.size != found):
         raise ValueError(
             f"parameter {name!r} of shape {shape}, placed as "
-            f"{tensor.placements}, should have a local part of shape {box.size}, got {found}: "  # type: ignore[attr-defined]
+            f"{tensor.placements}, should have a local part of shape {box.size}, got {found}: "
             "only shards as torch.chunk cuts them are known here"
         )
     return placement
