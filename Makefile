@@ -50,7 +50,7 @@ matrix: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m matrix --timeout 1800 $(addprefix --ignore=,$(WHOLE))
 
 PUBLIC := optim optim.zero schedules records train.loop train.tasks train.engines.base study \
-	study.search
+	study.protocol.search
 
 docs: $(VENV)/.dev
 	PYTHONPATH=src $(BIN)/pdoc --output-directory build/docs $(addprefix largebatch.,$(PUBLIC))

@@ -37,10 +37,13 @@ class Evaluation:
 
     Attributes:
         loss: the evaluation loss now, the same number on every rank.
+        within: evaluate only while the running training loss is at most so far above the target;
+            None: wherever the grid says.
     """
 
     loss: Callable[[], float]
     grid: EvaluationGrid
+    within: float | None = None
 
 
 @torch.no_grad()

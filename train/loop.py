@@ -130,6 +130,15 @@ class Loop:
         limit = min(self.stopping.give_up_samples or math.inf, self.plan.budget_samples)
         return self.progress.samples >= limit
 
+    @property
+    def is_near_target(self) -> bool:
+        """Whether an evaluation could find the target reached, or decides a ramp."""
+        within = None if self.evaluation is None else self.evaluation.within
+        running, target = self.progress.running_loss, self.stopping.target_loss
+        if within is None or running is None or target is None or self.plan.is_open:
+            return True
+        return running <= target + within
+
     def take(self, point: Point) -> Batch:
         """This rank's share of the global batch, and the randomness of the step."""
         share = point.batch_size // self.parts.engine.data_parallel_size
@@ -228,7 +237,7 @@ class Loop:
 
     def judge(self, record: StepRecord) -> None:
         """Ask the guard about a complete record, and do as it says."""
-        self.progress.loss = record["loss"]
+        self.progress.take_loss(record["loss"])
         # What follows an action belongs to it.
         known = self.is_broken or record.get("overflow")
         action = None if known else self.guard.take(record)
@@ -308,6 +317,9 @@ class Loop:
             return
         if self.evaluation.grid.is_due(self.progress.steps):
             self.evaluation.grid.advance(self.progress.steps)
+            if not (self.is_near_target or self.is_spent):
+                self.progress.eval_steps = None
+                return
         elif not self.is_spent:
             return
         record = self.flush()
@@ -322,7 +334,8 @@ class Loop:
         step_seconds = self._clock.mean_of_steps()
         with self._clock.paused():
             self.reporter.phase("evaluate")
-            record["eval_loss"] = self.progress.eval_loss = eval_loss()
+            record["eval_loss"] = eval_loss()
+        self.progress.take_evaluation(record["eval_loss"], self.stopping.target_loss)
         if self.plan.is_open:
             measured = {"batch_size": point.batch_size, "step_seconds": step_seconds}
             noise = self.parts.noise

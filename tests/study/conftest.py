@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from largebatch.study.search import Result
+from largebatch.study.protocol.search import Result
 
 Simulate = Callable[[str, int, float, int, int], Result]
 

@@ -23,10 +23,10 @@ from largebatch.common.errors import ConfigError
 from largebatch.common.progress import minutes
 from largebatch.conf.sweep_config import StudyConfig
 from largebatch.records.record import RunFolder
-from largebatch.study.conduct import check_identity, conduct, make_room, owned, result_of
-from largebatch.study.progress import StudyProgress
-from largebatch.study.protocol import Protocol
-from largebatch.study.search import Result
+from largebatch.study.protocol.conduct import check_identity, conduct, make_room, owned, result_of
+from largebatch.study.protocol.progress import StudyProgress
+from largebatch.study.protocol.protocol import Protocol
+from largebatch.study.protocol.search import Result
 
 Simulate = Callable[[str, int, float, int, int], Result]
 
@@ -342,7 +342,7 @@ def test_a_study_needs_no_locks(
 
 def test_the_ownership_dies_with_its_process(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from largebatch.study.conduct import owned\n"
+        "import sys, time; from pathlib import Path; from largebatch.study.protocol.conduct import owned\n"
         "with owned(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
     )
     with forked.Popen(

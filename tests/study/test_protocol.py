@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_module
 
 from largebatch.conf.config import typed
 from largebatch.conf.sweep_config import StudyConfig
-from largebatch.study.protocol import Protocol, StudyJob
-from largebatch.study.search import LearningRateTrial, Result
+from largebatch.study.protocol.protocol import Protocol, StudyJob
+from largebatch.study.protocol.search import LearningRateTrial, Result
 
 Simulate = Callable[[str, int, float, int, int], Result]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from largebatch.study.search import FARTHEST, MISS, LearningRateTrial, Result, Search
+from largebatch.study.protocol.search import FARTHEST, MISS, LearningRateTrial, Result, Search
 
 Truth = Callable[[int, int], Result]
 """What a run at (grid point, seed) would come to if nothing cut it short."""

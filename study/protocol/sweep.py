@@ -15,13 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from largebatch.common.errors import ConfigError, SweepFailed
 from largebatch.conf.config import typed
-from largebatch.study.conduct import (
+from largebatch.study.protocol.conduct import (
     check_identity,
     conduct,
     owned,
     tie_workers_to_this_process,
 )
-from largebatch.study.protocol import Protocol
+from largebatch.study.protocol.protocol import Protocol
 from largebatch.study.report import StudyReport, print_report, write_report
 
 Compose = Callable[[list[str]], DictConfig]
@@ -47,11 +47,7 @@ def sweep(
         name: typed(_without_hydra(compose([*arguments, f"optim={name}"]))).optim
         for name in shared.study.optimizers
     }
-    protocol = Protocol(
-        study=shared.study,
-        start_lrs={name: optim["lr"] for name, optim in optimizers.items()},
-        budget_samples=shared.budget.samples,
-    )
+    protocol = Protocol(shared.study, optimizers, shared.budget.samples)
     folder = Path(str(config.hydra.sweep.dir))
     num_launched = 0
 
@@ -84,7 +80,8 @@ def _refuse_sweeps(arguments: list[str]) -> None:
         if override.is_sweep_override():
             raise ConfigError(
                 f"a study chooses its own values, got {override.input_line}: use study.optimizers, "
-                "study.batch_sizes and study.seeds, as lists like [0,1,2]"
+                "study.batch_sizes, study.select_seeds and study.report_seeds, as lists like "
+                "[0,1,2]"
             )
 
 

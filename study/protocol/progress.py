@@ -11,7 +11,7 @@ from rich.console import Console
 
 from largebatch.common.progress import BarOrLines, minutes, time_left
 from largebatch.records.names import SUMMARY
-from largebatch.study.protocol import Place, Protocol, StudyJob
+from largebatch.study.protocol.protocol import Place, Protocol, StudyJob
 
 _TYPICAL_TRIALS: Final = 5
 _STARTUP_SAMPLES: Final = 4_000

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from largebatch.common.errors import ConfigError
 from largebatch.common.files import lock, lock_or_warn, write_whole
@@ -22,11 +22,10 @@ from largebatch.records.names import CHECKPOINTS, METRICS, SUMMARY
 from largebatch.records.outcomes import UNFINISHED
 from largebatch.records.record import telling, words_of
 from largebatch.records.summary import status
-from largebatch.study.progress import StudyProgress
-from largebatch.study.protocol import Protocol, StudyJob
-from largebatch.study.search import Result
-
-IDENTITY: Final = "study.json"
+from largebatch.study.decisions import STUDY, write_decisions
+from largebatch.study.protocol.progress import StudyProgress
+from largebatch.study.protocol.protocol import Protocol, StudyJob
+from largebatch.study.protocol.search import Result
 
 Launch = Callable[[Sequence[Sequence[str]]], None]
 """Runs each list of overrides as a job, several at a time; raises where one failed."""
@@ -58,7 +57,7 @@ def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming what differs.
     """
-    path = folder / IDENTITY
+    path = folder / STUDY
     try:
         known = read_fields(path).values
     except FileNotFoundError:
@@ -105,6 +104,7 @@ def conduct(
                     launch([[*arguments, *job.overrides] for job in missing])
             for job in jobs:
                 protocol.tell(job, result_of(folder, job))
+            write_decisions(folder, protocol.decisions())
             count["made"] += len(missing)
             count["found"] += len(jobs) - len(missing)
             progress.show()
@@ -122,10 +122,10 @@ def finished(folder: Path, job: StudyJob) -> Result | None:
         ended = summary.take("status", status)
         base_lr = summary.take("base_lr", number)
         most = summary.take("give_up_samples", optional(whole()))
-        result = Result(
-            summary.take("steps_to_target", optional(whole(1))),
-            _or_infinite(summary.take("eval_loss", number_or_none)),
-        )
+        steps = summary.take("steps_to_target", optional(whole(1)))
+        between = summary.find("steps_to_target_interpolated", number_or_none)
+        loss = _or_infinite(summary.take("eval_loss", number_or_none))
+        result = Result(steps if between is None else between, loss)
     except FileNotFoundError:
         return None
     except RecordError as error:
