@@ -30,6 +30,9 @@ BENCHMARKS: Final = {
     "scale": Benchmark(
         "largebatch.benchmarks.scale.command", "what one rank of 38,400 sends, holds and works out"
     ),
+    "statistics": Benchmark(
+        "largebatch.benchmarks.statistics.command", "how often a study's intervals cover"
+    ),
 }
 
 

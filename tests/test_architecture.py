@@ -65,6 +65,7 @@ MAY_IMPORT = {
         "largebatch.schedules",
         "largebatch.launch",
         "largebatch.train",
+        "largebatch.study",
     ],
     "src/largebatch": [
         "largebatch.cli",
@@ -104,6 +105,7 @@ ROOMS = {
     "benchmarks/noise": ["."],
     "benchmarks/scale": [".", "collectives"],
     "benchmarks/second_order": ["."],
+    "benchmarks/statistics": ["."],
 }
 LARGEST_FOLDER, LONGEST_FILE = 15, 400
 

@@ -1,0 +1,148 @@
+"""Studies made up in arrays: the protocol of a study, on a surrogate of what training comes to.
+
+The surrogate is fitted to 3,516 runs of `task=bytes`. Log steps are a parabola in the log rate
+around an optimum that follows the batch size, plus a seed's luck: correlated by 0.85 between batch
+sizes a factor 2 apart and by 0.9 between rates a factor √2 apart, so that a lucky seed is lucky all
+along the curve. With a cliff, as LAMB's, a rate beyond an edge misses the target, and the edge is
+another for each seed.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.random import Generator
+
+from largebatch.study.statistics.solver import Array
+
+BATCH_SIZES: Final[Array] = 2.0 ** np.arange(6, 15)  # 64 to 16,384
+S_MIN: Final = 23.0
+E_MIN: Final = 30_000.0
+OFFSETS: Final[Array] = np.arange(-4.0, 5.0)  # of the rates tried from the optimum, in √2-steps
+STEP_LOG: Final = float(np.log(2) / 2)
+RATE_EXPONENT: Final = 0.45  # of the optimal rate against the batch size
+WANDER: Final = 0.12  # of the optimum about that line, in √2-steps
+
+BATCH_CORRELATION: Final = 0.85  # a doubling
+RATE_CORRELATION: Final = 0.9  # a √2-step
+
+NEAR: Final = float(np.log(1.12))  # a rate this close to the best is confirmed
+MOST_CONFIRMED: Final = 3
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """How steps depend on the rate, and how far seeds differ."""
+
+    name: str
+    curvature: float
+    """Log steps a square √2-step off the optimum."""
+    luck: tuple[tuple[float, float], ...]
+    """Batch sizes, and the standard deviation of log steps over seeds there."""
+    edge: float | None = None
+    """Where the cliff is, in √2-steps beyond the optimum."""
+    edge_spread: float = 0.12
+
+
+ADAMW_LIKE: Final = Landscape(
+    "AdamW-like",
+    curvature=0.08,
+    luck=((64, 0.077), (256, 0.074), (1024, 0.088), (4096, 0.089), (16_384, 0.055)),
+)
+LAMB_LIKE: Final = Landscape(
+    "LAMB-like, cliff",
+    curvature=0.075,
+    luck=((64, 0.087), (256, 0.062), (1024, 0.053), (4096, 0.041), (16_384, 0.02)),
+    edge=0.6,
+)
+
+
+@dataclass(frozen=True)
+class SimulatedStudies:
+    """Arrays over studies, batch sizes and seeds, of one optimizer at the rates chosen for it."""
+
+    log_steps: Array
+    """(studies, batch sizes, report seeds)"""
+    truth: Array
+    """(studies, batch sizes): the mean of log steps over all seeds there are, at these rates."""
+    log_rates: Array
+    """(studies, batch sizes)"""
+    trials: float
+    """Runs a point, on average."""
+
+
+def simulate(
+    landscape: Landscape, num_studies: int, num_seeds: int, generator: Generator, shape: float = 1.0
+) -> SimulatedStudies:
+    """Two seeds select the rates, and `num_seeds` others report at these.
+
+    The first climbs: its trials reach on either side to a rate that needs over 12 % more steps than
+    the best, or misses. Of those within 12 %, the best three at most run the second. Of the rates
+    that reached on both, the one of least mean log steps is chosen. Where a report seed misses
+    there, all of them move to the next lower rate.
+    """
+    optimum = _optima(num_studies, generator)
+    off = OFFSETS + np.round(optimum)[..., None] - optimum[..., None]
+    true = np.log((S_MIN**shape + (E_MIN / BATCH_SIZES) ** shape) ** (1 / shape))
+    means = true[:, None] + landscape.curvature * off**2  # (studies, batch sizes, rates)
+    log_steps = means[:, None] + _luck(landscape, num_studies, num_seeds + 2, generator)
+    if landscape.edge is not None:
+        spread = generator.normal(size=log_steps.shape[:3]) * landscape.edge_spread
+        beyond = off[:, None] > landscape.edge + spread[..., None]
+        log_steps = np.where(beyond, np.inf, log_steps)
+    chosen, num_selecting = _select(log_steps[:, 0], log_steps[:, 1])
+    reported = np.moveaxis(log_steps[:, 2:], 1, -1)  # (studies, batch sizes, rates, seeds)
+    may = np.isfinite(reported).all(axis=-1) & (np.arange(len(OFFSETS)) <= chosen[..., None])
+    final = np.where(may, np.arange(len(OFFSETS)), -1).max(axis=-1)
+    assert final.min() >= 0  # four √2-steps below the optimum every seed reaches
+    moves = 1 + chosen - final
+    return SimulatedStudies(
+        log_steps=np.take_along_axis(reported, final[..., None, None], axis=2)[:, :, 0],
+        truth=_at(means, final),
+        log_rates=STEP_LOG * (np.round(optimum) + OFFSETS[final]),
+        trials=float(np.mean(num_selecting + num_seeds * moves)),
+    )
+
+
+def _optima(num_studies: int, generator: Generator) -> Array:
+    """Of the rate, in √2-steps of the grid: (studies, batch sizes)."""
+    slope = RATE_EXPONENT * np.log(BATCH_SIZES / BATCH_SIZES[0]) / STEP_LOG
+    start = generator.uniform(-0.5, 0.5, (num_studies, 1))
+    return start + slope + WANDER * generator.normal(size=(num_studies, len(BATCH_SIZES)))
+
+
+def _luck(landscape: Landscape, num_studies: int, num_seeds: int, generator: Generator) -> Array:
+    """(studies, seeds, batch sizes, rates) of log steps, all with mean 0."""
+    sizes, deviations = zip(*landscape.luck, strict=True)
+    deviation = np.interp(np.log(BATCH_SIZES), np.log(sizes), deviations)
+    doublings, rates = np.log2(BATCH_SIZES), OFFSETS
+    over_batches = _root(BATCH_CORRELATION ** np.abs(doublings[:, None] - doublings))
+    over_rates = _root(RATE_CORRELATION ** np.abs(rates[:, None] - rates))
+    independent = generator.normal(size=(num_studies, num_seeds, len(BATCH_SIZES), len(OFFSETS)))
+    return deviation[:, None] * (over_batches @ independent @ over_rates.T)
+
+
+def _root(correlation: Array) -> Array:
+    root: Array = np.linalg.cholesky(correlation)
+    return root
+
+
+def _select(first: Array, second: Array) -> tuple[Array, Array]:
+    """The index of the rate that two seeds choose, and how many runs that took."""
+    index = np.arange(len(OFFSETS))
+    best = first.argmin(axis=-1)[..., None]
+    far = first > first.min(axis=-1, keepdims=True) + NEAR
+    left = np.where(far & (index < best), index, 0).max(axis=-1)
+    right = np.where(far & (index > best), index, len(OFFSETS) - 1).min(axis=-1)
+    rank = first.argsort(axis=-1).argsort(axis=-1)
+    confirmed = ~far & (rank < MOST_CONFIRMED)
+    score = np.where(confirmed, first + second, np.inf)
+    # Where the second seed misses at all of them, the lowest is as near as the protocol gets.
+    nowhere = np.isinf(score).all(axis=-1)
+    chosen = np.where(nowhere, confirmed.argmax(axis=-1), score.argmin(axis=-1))
+    return chosen, right - left + 1 + confirmed.sum(axis=-1)
+
+
+def _at(values: Array, index: Array) -> Array:
+    taken: Array = np.take_along_axis(values, index[..., None], axis=2)[..., 0]
+    return taken
