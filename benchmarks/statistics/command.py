@@ -32,13 +32,6 @@ from largebatch.benchmarks.statistics.coverage import (
     rate_coverage,
     resampled,
 )
-from largebatch.benchmarks.statistics.published import (
-    MLPERF,
-    ZHANG_BATCH_SIZES,
-    ZHANG_CBS20,
-    ZHANG_OPTIMAL,
-    ZHANG_STEPS,
-)
 from largebatch.benchmarks.statistics.surrogate import (
     ADAMW_LIKE,
     BATCH_SIZES,
@@ -48,6 +41,13 @@ from largebatch.benchmarks.statistics.surrogate import (
     simulate,
 )
 from largebatch.study.fit import fit_curve
+from largebatch.study.statistics.published import (
+    MLPERF,
+    ZHANG_BATCH_SIZES,
+    ZHANG_CBS20,
+    ZHANG_OPTIMAL,
+    ZHANG_STEPS,
+)
 from largebatch.study.statistics.table import table_of
 
 SEEDS: Final = (3, 5, 8)

@@ -10,7 +10,7 @@ import pytest
 from scipy import optimize, stats
 
 from largebatch.benchmarks.statistics import command as bench
-from largebatch.benchmarks.statistics.published import MLPERF, ZHANG_CBS20
+from largebatch.study.statistics.published import MLPERF, ZHANG_CBS20
 from largebatch.study.statistics.solver import Array, fit_many
 from largebatch.study.statistics.student import holm, moderated_means, t_inside, t_quantile
 
