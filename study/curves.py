@@ -9,10 +9,11 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 from largebatch.study.decisions import Decisions
-from largebatch.study.runs import RunSummary
+from largebatch.study.reading import RunSummary
 
 _NO_PART_IN_A_CURVE: Final = (
     "seed", "study", "mode", "resume", "stop_at", "stop_before_walltime", "logger", "record",
@@ -30,7 +31,7 @@ _TUNED: Final = {
 
 
 @dataclass(frozen=True)
-class Curve:
+class StudyCurve:
     """The runs of one optimizer in one configuration.
 
     Attributes:
@@ -51,7 +52,7 @@ class Section:
     task: str
     target_loss: float
     data_hash: str | None
-    curves: list[Curve]
+    curves: list[StudyCurve]
 
     @property
     def runs(self) -> list[RunSummary]:
@@ -85,7 +86,7 @@ def sections_of(
     return [Section(*key, curves_of(groups[key], decisions)) for key in order]
 
 
-def curves_of(runs: Sequence[RunSummary], decisions: Decisions) -> list[Curve]:
+def curves_of(runs: Sequence[RunSummary], decisions: Decisions) -> list[StudyCurve]:
     """The curves of runs of one task, in order of name."""
     by_optimizer: dict[str, list[RunSummary]] = defaultdict(list)
     for run in runs:
@@ -99,7 +100,7 @@ def curves_of(runs: Sequence[RunSummary], decisions: Decisions) -> list[Curve]:
             kinds.setdefault(json.dumps(identity, sort_keys=True), (identity, []))[1].append(run)
         names = _names(optimizer, [identity for identity, _ in kinds.values()])
         for name, (_, members) in zip(names, kinds.values(), strict=True):
-            curves.append(Curve(name, optimizer, tuned, members))
+            curves.append(StudyCurve(name, optimizer, tuned, members))
     return sorted(curves, key=lambda curve: curve.name)
 
 
@@ -139,6 +140,7 @@ def _identity(run: RunSummary, tuned: Sequence[str]) -> dict[str, Any]:
     }
 
 
+@cache  # a study has thousands of runs and a hundred keys
 def _has_no_part(path: str) -> bool:
     return any(path == name or path.startswith(f"{name}.") for name in _NO_PART_IN_A_CURVE)
 

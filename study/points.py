@@ -13,20 +13,32 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-from largebatch.study.curves import Curve, tuned_value
+from largebatch.study.curves import StudyCurve, tuned_value
 from largebatch.study.decisions import Decision, Decisions, same_value
-from largebatch.study.runs import RunSummary
+from largebatch.study.reading import RunSummary
+
+Outcome = Literal["reached", "missed", "diverged", "cut"]
+"""What became of a run; one that was cut was ended early, and could only have lost."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One rate of the basin around a point, on one seed: steps None where it missed or was cut."""
+class BasinTrial:
+    """One rate of the basin around a point, on one seed.
+
+    Attributes:
+        steps: to the target; None where it was not reached.
+        num_steps: made, whatever came of it.
+    """
 
     lr: float
     seed: int
     steps: float | None
-    cut: bool
+    num_steps: int
+    outcome: Outcome
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class StudyPoint:
         steps_by_seed: of the seeds that are reported; empty where the point missed.
         lr: the rate; None where every one missed. `tuned` holds the keys beside it.
         trials: runs made for the point, at whatever rate.
+        runs: those that `steps_by_seed` is of.
         basin: what was tried at the point's other values, of rates and seeds.
         dropped_rates: rates that were to be reported and missed on a report seed.
         open_below: no rate below the best was found to be worse; `open_above` likewise.
@@ -53,7 +66,8 @@ class StudyPoint:
     lr: float | None
     tuned: Mapping[str, float]
     trials: int
-    basin: tuple[Trial, ...]
+    runs: tuple[RunSummary, ...]
+    basin: tuple[BasinTrial, ...]
     dropped_rates: tuple[float, ...]
     open_below: bool
     open_above: bool
@@ -85,7 +99,7 @@ class StudyPoint:
     @property
     def num_cut(self) -> int:
         """Runs that were ended early, as they could no longer be the best."""
-        return sum(trial.cut for trial in self.basin)
+        return sum(trial.outcome == "cut" for trial in self.basin)
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,12 @@ class RulePoint:
         return statistics.geometric_mean(steps)
 
     @property
+    def tuned_steps(self) -> float | None:
+        """Geometric mean of the tuned rate over its seeds; None where it missed."""
+        steps = self.tuned_by_seed.values()
+        return statistics.geometric_mean(steps) if steps else None
+
+    @property
     def ratio(self) -> float | None:
         """Steps over tuned steps, over common seeds; None where either missed."""
         common = self.steps_by_seed.keys() & self.tuned_by_seed.keys()
@@ -122,7 +142,7 @@ class RulePoint:
         return math.exp(statistics.fmean(logs)) if logs and len(logs) == len(common) else None
 
 
-def curve_points(curve: Curve, decisions: Decisions) -> list[StudyPoint]:
+def curve_points(curve: StudyCurve, decisions: Decisions) -> list[StudyPoint]:
     """The points of a curve, in order of batch size.
 
     Its tuned runs (scaling rule `none`) make it, or, where it has none of these, its rule runs do.
@@ -138,7 +158,7 @@ def curve_points(curve: Curve, decisions: Decisions) -> list[StudyPoint]:
 
 
 def rule_points(
-    curve: Curve, points: Sequence[StudyPoint], decisions: Decisions
+    curve: StudyCurve, points: Sequence[StudyPoint], decisions: Decisions
 ) -> list[RulePoint]:
     """The rule runs of a curve that has tuned runs too, beside its `points`."""
     if not is_tuned(curve):
@@ -167,7 +187,7 @@ def rule_points(
     return sorted(found, key=lambda point: (point.rule, point.base_batch, point.batch_size))
 
 
-def is_tuned(curve: Curve) -> bool:
+def is_tuned(curve: StudyCurve) -> bool:
     """Whether at least one of the curve's rates was searched."""
     return any(run.rule == "none" for run in curve.runs)
 
@@ -178,7 +198,7 @@ def steps_of(run: RunSummary) -> float | None:
 
 
 def _point(
-    curve: Curve, runs: Sequence[RunSummary], decision: Decision | None, decisions: Decisions
+    curve: StudyCurve, runs: Sequence[RunSummary], decision: Decision | None, decisions: Decisions
 ) -> StudyPoint:
     by_setting: dict[tuple[float, ...], list[RunSummary]] = defaultdict(list)
     for run in runs:
@@ -199,6 +219,7 @@ def _point(
         lr=None if values is None else values[0],
         tuned={} if values is None else dict(zip(curve.tuned, values[1:], strict=True)),
         trials=len(runs),
+        runs=tuple(run for run in reported if run.seed in steps),
         basin=basin,
         dropped_rates=() if decision is None else tuple(s["lr"] for s in decision.dropped),
         open_below=decision.open_below if decision else best is not None and best[0] == rates[0],
@@ -224,7 +245,7 @@ def _best(by_setting: Mapping[tuple[float, ...], list[RunSummary]]) -> tuple[flo
 
 
 def _decided(
-    curve: Curve, by_setting: Mapping[tuple[float, ...], list[RunSummary]], decision: Decision
+    curve: StudyCurve, by_setting: Mapping[tuple[float, ...], list[RunSummary]], decision: Decision
 ) -> tuple[float, ...] | None:
     """The setting that the study chose, as its runs hold it."""
     wanted = _setting_of(decision, curve)
@@ -236,7 +257,7 @@ def _decided(
     return None
 
 
-def _setting_of(decision: Decision, curve: Curve) -> tuple[float, ...] | None:
+def _setting_of(decision: Decision, curve: StudyCurve) -> tuple[float, ...] | None:
     if decision.chosen is None:
         return None
     return tuple(decision.chosen[name] for name in ("lr", *curve.tuned))
@@ -249,20 +270,26 @@ def _setting(run: RunSummary, tuned: Sequence[str]) -> tuple[float, ...]:
 
 def _basin(
     runs: Sequence[RunSummary], tuned: Sequence[str], values: Sequence[float] | None
-) -> tuple[Trial, ...]:
+) -> tuple[BasinTrial, ...]:
     """What was tried at the point's values beside the rate."""
     trials = [
-        Trial(_rounded(run.lr), run.seed, steps_of(run), is_cut(run))
+        BasinTrial(
+            _rounded(run.lr), run.seed, steps_of(run), run.steps, outcome_of(run), run.folder
+        )
         for run in runs
         if values is None or all(map(same_value, _setting(run, tuned)[1:], values))
     ]
     return tuple(sorted(trials, key=lambda trial: (trial.lr, trial.seed)))
 
 
-def is_cut(run: RunSummary) -> bool:
-    """Whether the run was ended before its budget, without a word on whether it would arrive."""
+def outcome_of(run: RunSummary) -> Outcome:
+    """What became of a run."""
+    if run.steps_to_target is not None:
+        return "reached"
+    if run.status == "diverged":
+        return "diverged"
     gave_up = run.give_up_samples is not None and run.samples >= run.give_up_samples
-    return run.status == "exhausted" and gave_up
+    return "cut" if gave_up else "missed"
 
 
 def _lower_bound(runs: Sequence[RunSummary]) -> float | None:

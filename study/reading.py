@@ -52,25 +52,6 @@ def read_runs(folder: Path | str) -> tuple[list[RunSummary], list[str]]:
     return runs, problems
 
 
-def check_one_study(runs: Sequence[RunSummary]) -> None:
-    """Raise `ValueError` unless all runs share one task, one target loss and one data hash."""
-    values: dict[str, list[object]] = {
-        "tasks": [run.task for run in runs],
-        "target losses": [run.target_loss for run in runs],
-        "data hashes": [run.data_hash for run in runs],
-    }
-    for what, found in values.items():
-        if len(set(found)) > 1:
-            listed = ", ".join(
-                f"{'none' if value is None else value} ({count} runs, first "
-                f"{printable(runs[found.index(value)].folder)})"
-                for value, count in Counter(found).items()
-            )
-            raise ValueError(f"the folder mixes several {what}, report one at a time: {listed}")
-    if runs and runs[0].target_loss is None:
-        raise ValueError("the runs have no target loss, so there are no steps to target to report")
-
-
 def recorded(runs: Sequence[RunSummary], key: str) -> list[str]:
     """The distinct values of one provenance entry over the runs as sorted text."""
     found = {_text(run.provenance[key]) for run in runs if run.provenance.get(key) is not None}
