@@ -95,6 +95,9 @@ ROOMS = {
     "train/engines": ["checkpoints", "noise", "tasks"],
     "train/reporting": [".", "models", "tasks"],
     "train/plan": ["."],
+    "study/statistics": [],
+    "study/page": [".", "statistics"],
+    "study/protocol": ["."],
     "launch/jobs": ["doctor"],
     "launch/doctor": ["."],
     "launch/sweeps": ["jobs"],
@@ -305,7 +308,7 @@ with contextlib.suppress(SystemExit):
         ("import largebatch.train.run_spec", "hydra", ["hydra", "omegaconf"]),
         ("import hydra_plugins.largebatch.study_sweeper", "hydra", ["hydra", "omegaconf"]),
         ("import hydra_plugins.largebatch.parsl_launcher", "hydra", ["hydra", "omegaconf"]),
-        (REPORT_HELP, "largebatch.study.report", ["matplotlib", "numpy", "scipy"]),
+        (REPORT_HELP, "largebatch.study.report", ["numpy"]),
     ],
     ids=[
         "schedules",
