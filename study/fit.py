@@ -81,25 +81,22 @@ def fit_curve(
     if shape is not None and not 0 < shape < math.inf:
         raise ValueError(f"shape must be > 0 and finite, got {shape}")
     batch, counts = _checked("batch_sizes", batch_sizes), _checked("steps", steps)
-    missed, enough = (
-        _checked("missed_batch_sizes", missed_batch_sizes),
-        _checked("missed_steps", missed_steps),
-    )
-    for these, those in ((batch, counts), (missed, enough)):
+    missed = _checked("missed_batch_sizes", missed_batch_sizes)
+    too_few = _checked("missed_steps", missed_steps)
+    for these, those in ((batch, counts), (missed, too_few)):
         if len(these) != len(those):
             raise ValueError(f"a step count a batch size is needed, got {len(those)}/{len(these)}")
     if len(set(batch_sizes)) < FEWEST_POINTS + (shape is None):
         return None
     binding = missed < batch.min()
     sizes = np.concatenate([batch, missed[binding]])
-    values = np.concatenate([counts, enough[binding]])
+    values = np.concatenate([counts, too_few[binding]])
     is_bound = np.arange(len(sizes)) >= len(batch)
     # The first row has all points, each further one lacks one of them.
     rows = np.tile(values, (len(batch) + 1, 1))
     rows[np.arange(1, len(rows)), np.arange(len(batch))] = np.nan
     curves = fit_many(sizes, rows, is_bound, shape)
-    b_crit = float(curves.b_crit[0])
-    spread = curves.b_crit
+    b_crit, spread = float(curves.b_crit[0]), curves.b_crit
     return CurveFit(
         s_min=float(curves.s_min[0]),
         e_min=float(curves.e_min[0]),

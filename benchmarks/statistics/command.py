@@ -38,9 +38,10 @@ from largebatch.benchmarks.statistics.surrogate import (
     LAMB_LIKE,
     RATE_EXPONENT,
     Landscape,
+    draw_luck,
     simulate,
 )
-from largebatch.study.fit import fit_curve
+from largebatch.study.fit import FEWEST_POINTS, fit_curve
 from largebatch.study.statistics.published import (
     MLPERF,
     ZHANG_BATCH_SIZES,
@@ -48,9 +49,11 @@ from largebatch.study.statistics.published import (
     ZHANG_OPTIMAL,
     ZHANG_STEPS,
 )
+from largebatch.study.statistics.solver import Array
 from largebatch.study.statistics.table import table_of
 
 SEEDS: Final = (3, 5, 8)
+FEWEST: Final = FEWEST_POINTS + 1  # batch sizes, for n free
 CELLS: Final[tuple[tuple[Landscape, int, float], ...]] = (
     *((ADAMW_LIKE, count, 1.0) for count in SEEDS),
     (ADAMW_LIKE, 5, 1.4),
@@ -83,20 +86,21 @@ def main(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
     options = parser.parse_args(arguments)
+    began = time.perf_counter()
     try:
         check(options.studies >= 1, "--studies", "1 or more", options.studies)
         check(options.seed >= 0, "--seed", "0 or more", options.seed)
-        recorded = None if options.recorded is None else read_recorded(options.recorded)
+        folder = Path() if options.json is None else options.json.parent
+        check(folder.is_dir(), "--json", "a file in a folder that exists", options.json)
+        generator = np.random.default_rng(options.seed)
+        found = (
+            measure(options.studies, generator)
+            if options.recorded is None
+            else measure_recorded(options.recorded, options.studies, generator)
+        )
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    began = time.perf_counter()
-    generator = np.random.default_rng(options.seed)
-    found = (
-        measure(options.studies, generator)
-        if recorded is None
-        else {"curves": measure_recorded(recorded, options.studies, generator), "pairs": []}
-    )
     record = found | {
         "benchmark": "statistics",
         "studies": options.studies,
@@ -114,9 +118,13 @@ def main(arguments: Sequence[str]) -> int:
 def measure(num_studies: int, generator: Generator) -> dict[str, Any]:
     """The coverage of every cell, and that of LAMB-like against AdamW-like for each S."""
     measured = {}
+    lucks: dict[tuple[int, float], Array] = {}
     rows = []
     for landscape, num_seeds, shape in CELLS:
-        studies = simulate(landscape, num_studies, num_seeds, generator, shape)
+        # The same seeds for all optimizers.
+        luck = draw_luck(num_studies, num_seeds, generator, lucks.get((num_seeds, shape)))
+        lucks[num_seeds, shape] = luck
+        studies = simulate(landscape, luck, generator, shape)
         cell = Measured.of(BATCH_SIZES, studies.log_steps, studies.truth)
         measured[landscape.name, num_seeds, shape] = cell
         covers = curve_coverage(cell) | {"rate": rate_coverage(studies.log_rates, RATE_EXPONENT)}
@@ -130,12 +138,7 @@ def measure(num_studies: int, generator: Generator) -> dict[str, Any]:
 
 
 def read_recorded(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV, as `table_of` takes them; an empty cell is a miss.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it lacks a column.
-    """
+    """The rows of a CSV, as `table_of` takes them; an empty cell is a miss."""
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         names = ("optimizer", "batch_size", "seed", "steps")
@@ -153,21 +156,27 @@ def read_recorded(path: Path) -> list[dict[str, Any]]:
         ]
 
 
-def measure_recorded(
-    rows: Sequence[Mapping[str, Any]], num_studies: int, generator: Generator
-) -> list[dict[str, Any]]:
-    """The coverage for each optimizer and S, of its batch sizes where every seed reached."""
-    table = table_of(rows)
+def measure_recorded(path: Path, num_studies: int, generator: Generator) -> dict[str, Any]:
+    """The coverage for each optimizer and S, of its batch sizes where every seed reached.
+
+    Raises:
+        OSError: the CSV cannot be read.
+        ValueError: it lacks a column, or an optimizer has too few such batch sizes.
+    """
+    table = table_of(read_recorded(path))
     found = []
     for name, points in zip(table.optimizers, table.points, strict=True):
         full = ~np.isnan(points).any(axis=1)
-        if full.sum() < 4:
-            raise ValueError(f"{name} has {full.sum()} batch sizes that all seeds reached, not 4")
+        if full.sum() < FEWEST:
+            raise ValueError(
+                f"{path}: all seeds of {name} reached at {full.sum()} batch sizes, of {FEWEST} "
+                "or more that are needed"
+            )
         for num_seeds in SEEDS:
             population = table.batch_sizes[full], points[full]
             studies = resampled(*population, num_seeds, num_studies, generator)
             found.append(_row(name, num_seeds, curve_coverage(studies)))
-    return found
+    return {"curves": found, "pairs": []}
 
 
 def published() -> list[dict[str, Any]]:

@@ -3,8 +3,9 @@
 The surrogate is fitted to 3,516 runs of `task=bytes`. Log steps are a parabola in the log rate
 around an optimum that follows the batch size, plus a seed's luck: correlated by 0.85 between batch
 sizes a factor 2 apart and by 0.9 between rates a factor √2 apart, so that a lucky seed is lucky all
-along the curve. With a cliff, as LAMB's, a rate beyond an edge misses the target, and the edge is
-another for each seed.
+along the curve. Two optimizers with the same seeds, and so the same initial weights, share half of
+it (AdamW and LAMB, 12 seeds: correlations of 0.41 to 0.73 at seven batch sizes). With a cliff, as
+LAMB's, a rate beyond an edge misses the target, and the edge is another for each seed.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ WANDER: Final = 0.12  # of the optimum about that line, in √2-steps
 
 BATCH_CORRELATION: Final = 0.85  # a doubling
 RATE_CORRELATION: Final = 0.9  # a √2-step
+SEED_CORRELATION: Final = 0.5  # of two optimizers with the same seeds
 
 NEAR: Final = float(np.log(1.12))  # a rate this close to the best is confirmed
 MOST_CONFIRMED: Final = 3
@@ -42,6 +44,12 @@ class Landscape:
     edge: float | None = None
     """Where the cliff is, in √2-steps beyond the optimum."""
     edge_spread: float = 0.12
+
+    @property
+    def deviations(self) -> Array:
+        sizes, deviations = zip(*self.luck, strict=True)
+        found: Array = np.interp(np.log(BATCH_SIZES), np.log(sizes), deviations)
+        return found
 
 
 ADAMW_LIKE: Final = Landscape(
@@ -71,21 +79,39 @@ class SimulatedStudies:
     """Runs a point, on average."""
 
 
+def draw_luck(
+    num_studies: int, num_seeds: int, generator: Generator, like: Array | None = None
+) -> Array:
+    """(studies, 2 selecting seeds and `num_seeds` others, batch sizes, rates), of variance 1.
+
+    Args:
+        like: that of another optimizer with the same seeds: correlated with it by SEED_CORRELATION.
+    """
+    doublings = np.log2(BATCH_SIZES)
+    over_batches = _root(BATCH_CORRELATION ** np.abs(doublings[:, None] - doublings))
+    over_rates = _root(RATE_CORRELATION ** np.abs(OFFSETS[:, None] - OFFSETS))
+    size = (num_studies, 2 + num_seeds, len(BATCH_SIZES), len(OFFSETS))
+    luck: Array = over_batches @ generator.normal(size=size) @ over_rates.T
+    if like is not None:
+        luck = np.sqrt(1 - SEED_CORRELATION) * luck + np.sqrt(SEED_CORRELATION) * like
+    return luck
+
+
 def simulate(
-    landscape: Landscape, num_studies: int, num_seeds: int, generator: Generator, shape: float = 1.0
+    landscape: Landscape, luck: Array, generator: Generator, shape: float = 1.0
 ) -> SimulatedStudies:
-    """Two seeds select the rates, and `num_seeds` others report at these.
+    """Two seeds select the rates, and the others report at these.
 
     The first climbs: its trials reach on either side to a rate that needs over 12 % more steps than
     the best, or misses. Of those within 12 %, the best three at most run the second. Of the rates
     that reached on both, the one of least mean log steps is chosen. Where a report seed misses
     there, all of them move to the next lower rate.
     """
-    optimum = _optima(num_studies, generator)
+    optimum = _optima(len(luck), generator)
     off = OFFSETS + np.round(optimum)[..., None] - optimum[..., None]
     true = np.log((S_MIN**shape + (E_MIN / BATCH_SIZES) ** shape) ** (1 / shape))
     means = true[:, None] + landscape.curvature * off**2  # (studies, batch sizes, rates)
-    log_steps = means[:, None] + _luck(landscape, num_studies, num_seeds + 2, generator)
+    log_steps = means[:, None] + landscape.deviations[:, None] * luck
     if landscape.edge is not None:
         spread = generator.normal(size=log_steps.shape[:3]) * landscape.edge_spread
         beyond = off[:, None] > landscape.edge + spread[..., None]
@@ -100,7 +126,7 @@ def simulate(
         log_steps=np.take_along_axis(reported, final[..., None, None], axis=2)[:, :, 0],
         truth=_at(means, final),
         log_rates=STEP_LOG * (np.round(optimum) + OFFSETS[final]),
-        trials=float(np.mean(num_selecting + num_seeds * moves)),
+        trials=float(np.mean(num_selecting + reported.shape[-1] * moves)),
     )
 
 
@@ -109,17 +135,6 @@ def _optima(num_studies: int, generator: Generator) -> Array:
     slope = RATE_EXPONENT * np.log(BATCH_SIZES / BATCH_SIZES[0]) / STEP_LOG
     start = generator.uniform(-0.5, 0.5, (num_studies, 1))
     return start + slope + WANDER * generator.normal(size=(num_studies, len(BATCH_SIZES)))
-
-
-def _luck(landscape: Landscape, num_studies: int, num_seeds: int, generator: Generator) -> Array:
-    """(studies, seeds, batch sizes, rates) of log steps, all with mean 0."""
-    sizes, deviations = zip(*landscape.luck, strict=True)
-    deviation = np.interp(np.log(BATCH_SIZES), np.log(sizes), deviations)
-    doublings, rates = np.log2(BATCH_SIZES), OFFSETS
-    over_batches = _root(BATCH_CORRELATION ** np.abs(doublings[:, None] - doublings))
-    over_rates = _root(RATE_CORRELATION ** np.abs(rates[:, None] - rates))
-    independent = generator.normal(size=(num_studies, num_seeds, len(BATCH_SIZES), len(OFFSETS)))
-    return deviation[:, None] * (over_batches @ independent @ over_rates.T)
 
 
 def _root(correlation: Array) -> Array:

@@ -141,9 +141,8 @@ class _Problem:
             step, gain = self._step(unknown[active], active)
             length = np.abs(step).max(axis=1)
             final = gain < FINAL_GAIN  # what the cost, of limited digits, cannot tell any more
-            step *= np.where(final, 1.0, radius[active] / np.maximum(length, radius[active]))[
-                :, None
-            ]
+            share = np.where(final, 1.0, radius[active] / np.maximum(length, radius[active]))
+            step *= share[:, None]
             trial = np.clip(unknown[active] + step, self.low[active], self.high[active])
             trial_cost = self._cost(trial, active)
             better = final | (trial_cost <= cost[active])

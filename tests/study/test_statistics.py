@@ -1,14 +1,17 @@
 """Fits are optima, intervals cover what they say, and published tables give published numbers."""
 
+import json
 import math
 import time
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import optimize, stats
 
+from largebatch.benchmarks import command
 from largebatch.benchmarks.statistics import command as bench
 from largebatch.study.statistics.published import MLPERF, ZHANG_CBS20
 from largebatch.study.statistics.solver import Array, fit_many
@@ -189,6 +192,9 @@ def test_five_seeds_tell_enough(simulated: dict[str, Any]) -> None:
         assert row["covers"]["B_crit"]["half_width"] <= math.log(1.15), row["name"]
         assert row["covers"]["point"]["half_width"] <= math.log(1.09), row["name"]
         assert 8 <= row["trials"] <= 14
+    for pair in simulated["pairs"]:
+        if pair["seeds"] == 5:
+            assert pair["ratio"]["half_width"] <= math.log(1.09)
 
 
 def test_published_tables_give_the_numbers_known() -> None:
@@ -202,3 +208,48 @@ def test_published_tables_give_the_numbers_known() -> None:
     assert found["LAMB, BERT", True]["b_crit"] == pytest.approx(12_972, rel=0.005)
     for size, cbs20 in ZHANG_CBS20.items():
         assert found[f"Zhang et al., {size}", True]["cbs20"] == pytest.approx(cbs20, rel=0.03)
+
+
+RECORDED = Path(__file__).with_name("recorded_steps.csv")
+"""Steps of task=bytes to 2.2 nats, in a plain loop of the library's own task, model and optimizers
+with the text of Python 3.11's library: 12 seeds at one learning rate for each batch size, steps
+interpolated between the evaluations of the usual grid."""
+
+
+def test_intervals_cover_recorded_steps_too() -> None:
+    rows = bench.measure_recorded(RECORDED, 500, np.random.default_rng(0))["curves"]
+    assert {row["name"] for row in rows} == {"adamw", "lamb"}
+    for row in rows:
+        what = f"{row['name']}, {row['seeds']} seeds"
+        assert row["covers"]["B_crit"]["share"] >= 0.88, what
+        assert row["covers"]["point"]["share"] >= 0.91, what
+
+
+def test_the_bench_prints_every_row_and_writes_its_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "record.json"
+    assert command.main(["statistics", "--studies", "20", "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "AdamW-like, n = 1.4, S = 5" in printed
+    assert "LAMB-like, cliff, S = 8" in printed
+    record = json.loads(file.read_text())
+    assert record["studies"] == 20
+    assert len(record["curves"]) == len(bench.CELLS)
+    assert len(record["pairs"]) == len(bench.SEEDS)
+
+
+def test_the_bench_draws_seeds_from_recorded_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["statistics", "--studies", "20", "--recorded", str(RECORDED)]) == 0
+    assert "lamb, S = 5" in capsys.readouterr().out
+    short = tmp_path / "short.csv"
+    short.write_text("optimizer,batch_size,seed,steps\nlamb,64,0,500\nlamb,128,0,\n")
+    assert command.main(["statistics", "--recorded", str(short)]) == 2
+    assert "all seeds of lamb reached at 1 batch sizes, of 4 or more" in capsys.readouterr().err
+    short.write_text("optimizer,batch_size,steps\nlamb,64,500\n")
+    assert command.main(["statistics", "--recorded", str(short)]) == 2
+    assert "lacks the column seed" in capsys.readouterr().err
+    assert command.main(["statistics", "--studies", "0"]) == 2
+    assert "--studies must be 1 or more, got 0" in capsys.readouterr().err
