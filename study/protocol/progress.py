@@ -12,8 +12,9 @@ from rich.console import Console
 from largebatch.common.progress import BarOrLines, minutes, time_left
 from largebatch.records.names import SUMMARY
 from largebatch.study.protocol.protocol import Place, Protocol, StudyJob
+from largebatch.study.protocol.search import MOST_CONFIRMED, Search
 
-_TYPICAL_TRIALS: Final = 5
+_TYPICAL_CLIMB: Final = 5
 _STARTUP_SAMPLES: Final = 4_000
 """A point's cost grows with its batch size from about this many samples' worth of overhead."""
 
@@ -72,9 +73,14 @@ class StudyProgress(BarOrLines):
             if search is not None and search.done:
                 done += cost
             elif search is not None:
-                trials = len(search.tried) + arrived.get(place, 0) / len(search.seeds)
-                done += cost * min(0.9, trials / _TYPICAL_TRIALS)
+                trials = search.num_trials + arrived.get(place, 0)
+                done += cost * min(0.9, trials / self._typical_trials(search))
         return done / total
+
+    def _typical_trials(self, search: Search) -> int:
+        confirmed = MOST_CONFIRMED * (len(search.select_seeds) - 1)
+        climbs = 1 + 2 * len(search.grid_sizes)
+        return _TYPICAL_CLIMB * climbs + confirmed + len(search.report_seeds)
 
     def show(self) -> None:
         """Bring the display up to date."""

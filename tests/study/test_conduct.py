@@ -26,7 +26,7 @@ from largebatch.records.record import RunFolder
 from largebatch.study.protocol.conduct import check_identity, conduct, make_room, owned, result_of
 from largebatch.study.protocol.progress import StudyProgress
 from largebatch.study.protocol.protocol import Protocol
-from largebatch.study.protocol.search import Result
+from largebatch.study.protocol.search import Result, Setting
 
 Simulate = Callable[[str, int, float, int, int], Result]
 
@@ -38,11 +38,11 @@ def make_protocol(**study: Any) -> Protocol:
         "optimizers": ["adamw", "hopeless"],
         "batch_sizes": [32, 64, 128],
         "start_batch": 64,
-        "rules": ["sqrt"],
+        "rules": ["linear"],
         "rule_batches": [128],
     }
-    start_lrs = {"adamw": 0.016, "sgd": 0.45, "hopeless": 0.1}
-    return Protocol(StudyConfig(**config | study), start_lrs, budget_samples=20_000)
+    optimizers = {"adamw": {"lr": 0.016}, "sgd": {"lr": 0.45}, "hopeless": {"lr": 0.1}}
+    return Protocol(StudyConfig(**config | study), optimizers, budget_samples=20_000)
 
 
 class Killed(BaseException):
@@ -83,13 +83,14 @@ class Workers:
         optimizer, batch_size, lr = job["optim"], int(job["batch.size"]), float(job["optim.lr"])
         seed, give_up_samples = int(job["seed"]), int(job["target.give_up_samples"])
         base_batch = int(job.get("scaling.base_batch", batch_size))
-        peak_lr = lr * math.sqrt(batch_size / base_batch)
+        peak_lr = lr * batch_size / base_batch
         steps, loss = self.simulate(
             optimizer, batch_size, peak_lr, seed, give_up_samples // batch_size
         )
         summary = {
             "status": "diverged" if loss == math.inf else "reached" if steps else "exhausted",
-            "steps_to_target": steps,
+            "steps_to_target": steps and math.ceil(steps),
+            "steps_to_target_interpolated": steps,
             "eval_loss": loss,
             "optimizer": optimizer,
             "batch_size": batch_size,
@@ -115,10 +116,10 @@ def records(folder: Path) -> dict[str, Any]:
     }
 
 
-def best(protocol: Protocol) -> dict[tuple[str, int], tuple[int, float]]:
+def best(protocol: Protocol) -> dict[tuple[str, int], tuple[Setting | None, float]]:
     """Where each search ended."""
     return {
-        place: (search.best, search.best_score.steps) for place, search in protocol.searches.items()
+        place: (search.chosen, search.best_steps) for place, search in protocol.searches.items()
     }
 
 
@@ -137,7 +138,7 @@ def test_a_study_runs_every_job_once_and_ends(tmp_path: Path, simulate: Simulate
     assert count == {"made": len(workers.launched), "found": 0}
     assert sorted(workers.launched) == sorted(records(tmp_path))
     assert len(set(workers.launched)) == len(workers.launched)
-    assert "adamw/batch-128/sqrt-32/seed-0" in records(tmp_path)
+    assert "adamw/batch-128/linear-32/seed-0" in records(tmp_path)
     assert protocol.searches["hopeless", 64].missed
 
 
@@ -244,24 +245,24 @@ def test_more_optimizers_and_batch_sizes_find_the_runs_that_are_there(
 
 @pytest.mark.parametrize("chance", [0, 1, 8, 13])
 def test_seeds_that_join_later_decide_as_if_asked_for_at_once(chance: int, tmp_path: Path) -> None:
-    """Runs that gave up at one seed's best score are made again where the median is slower."""
+    """Runs that were cut are made again where they matter."""
 
     def simulate(optimizer: str, batch_size: int, lr: float, seed: int, give_up: int) -> Result:
         noise = random.Random(f"{chance} {batch_size} {lr:.4g} {seed}").uniform(1.0, 1.6)
         steps = (30 + 3200 / batch_size) * (1 + 0.2 * math.log2(lr / 0.02) ** 2) * noise
-        return Result(math.ceil(steps), 2.19) if steps <= give_up else Result(None, 2.5)
+        return Result(steps, 2.19) if steps <= give_up else Result(None, 2.5)
 
     grown, fresh = tmp_path / "grown", tmp_path / "fresh"
     study: dict[str, Any] = {"optimizers": ["adamw"]}
     conduct(make_protocol(**study), grown, ARGUMENTS, Workers(grown, simulate))
-    study["seeds"] = [0, 1, 2]
+    study |= {"select_seeds": [0, 1], "report_seeds": [2, 3, 4]}
     protocols = {folder: make_protocol(**study) for folder in (grown, fresh)}
     for folder, protocol in protocols.items():
         conduct(protocol, folder, ARGUMENTS, Workers(folder, simulate))
     assert best(protocols[grown]) == best(protocols[fresh])
     after = records(grown)
     for name, summary in records(fresh).items():
-        if "sqrt" in name:
+        if "linear" in name:
             assert after[name]["base_lr"] == summary["base_lr"]
 
 
@@ -342,7 +343,8 @@ def test_a_study_needs_no_locks(
 
 def test_the_ownership_dies_with_its_process(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from largebatch.study.protocol.conduct import owned\n"
+        "import sys, time; from pathlib import Path\n"
+        "from largebatch.study.protocol.conduct import owned\n"
         "with owned(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
     )
     with forked.Popen(
@@ -362,7 +364,7 @@ def test_the_ownership_dies_with_its_process(tmp_path: Path) -> None:
 def fractions(tmp_path: Path, simulate: Simulate) -> tuple[list[float], str]:
     """The progress of a study after every run, and the lines it has printed."""
     protocol, workers, output = (
-        make_protocol(seeds=[0, 1]),
+        make_protocol(select_seeds=[0, 1]),
         Workers(tmp_path, simulate),
         io.StringIO(),
     )
