@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
@@ -132,13 +132,23 @@ class Workers:
         self._signals: list[int] = []
         atexit.register(self.close)
 
-    def launch(self, sweep: Sweep, jobs: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+    def launch(
+        self,
+        sweep: Sweep,
+        jobs: Sequence[Sequence[str]],
+        first: int,
+        more: Callable[[int], Sequence[Sequence[str]]] = lambda place: (),
+    ) -> list[JobReturn]:
         """Run the jobs; return their results, in their order.
+
+        Args:
+            more: takes the place of a job that has succeeded, and returns jobs to run after all.
 
         Raises:
             KeyboardInterrupt: a signal ended the sweep, after its running jobs.
         """
         shared = cloudpickle.dumps((sweep, Singleton.get_state()))
+        jobs = list(jobs)
         waiting = deque(enumerate(jobs))
         returns: dict[int, JobReturn] = {}
         interrupted = False
@@ -171,8 +181,12 @@ class Workers:
                         self._drop(worker)
                         if not interrupted:
                             returns[place] = _died(sweep, first + place, jobs[place], ended)
-                    else:
-                        returns[place] = ended
+                        continue
+                    returns[place] = ended
+                    if ended.status == JobStatus.COMPLETED and not interrupted:
+                        new = list(enumerate(more(place), len(jobs)))
+                        jobs += [overrides for _, overrides in new]
+                        waiting += new
         if len(returns) < len(jobs):
             self.close()
             raise KeyboardInterrupt

@@ -27,8 +27,11 @@ from largebatch.study.protocol.progress import StudyProgress
 from largebatch.study.protocol.protocol import Protocol, StudyJob
 from largebatch.study.protocol.search import Result
 
-Launch = Callable[[Sequence[Sequence[str]]], None]
-"""Runs each list of overrides as a job, several at a time; raises where one failed."""
+More = Callable[[int], list[list[str]]]
+"""Takes the place of a job that has ended, counted over all, and returns the jobs that follow."""
+Launch = Callable[[list[list[str]], More], None]
+"""Runs each list of overrides as a job, several at a time, and those that follow; raises where one
+failed."""
 
 
 @contextmanager
@@ -90,25 +93,59 @@ def conduct(
 ) -> dict[str, int]:
     """Run the protocol to its end in `folder`; returns how many runs were made and how many found.
 
+    A point is asked again as soon as its own trials are in, whatever else runs.
+
     Args:
         arguments: overrides that every job shares.
     """
     count = {"made": 0, "found": 0}
-    with StudyProgress(protocol, folder) as progress:
+    launched: list[StudyJob] = []
+
+    def next_jobs() -> list[list[str]]:
+        """What is asked and not there; what is there is told at once, and more is asked."""
+        new: list[StudyJob] = []
         while jobs := protocol.ask():
-            missing = [job for job in jobs if finished(folder, job) is None]
-            for job in missing:
-                make_room(folder / job.folder, [*arguments, *job.overrides])
-            if missing:
-                with progress.watching(missing):
-                    launch([[*arguments, *job.overrides] for job in missing])
             for job in jobs:
-                protocol.tell(job, result_of(folder, job))
-            write_decisions(folder, protocol.decisions())
-            count["made"] += len(missing)
-            count["found"] += len(jobs) - len(missing)
-            progress.show()
+                result = finished(folder, job)
+                if result is None:
+                    new.append(job)
+                else:
+                    count["found"] += 1
+                    protocol.tell(job, result)
+        for job in new:
+            make_room(folder / job.folder, [*arguments, *job.overrides])
+        launched.extend(new)
+        progress.launched(new)
+        write_decisions(folder, protocol.decisions())
+        return [[*arguments, *job.overrides] for job in new]
+
+    def more(place: int) -> list[list[str]]:
+        job = launched[place]
+        protocol.tell(job, result_of(folder, job))
+        count["made"] += 1
+        progress.ended(job)
+        return next_jobs()
+
+    with StudyProgress(protocol, folder) as progress:
+        while jobs := next_jobs():
+            first = len(launched) - len(jobs)
+            with progress.watching():
+                launch(jobs, lambda place, first=first: more(first + place))  # type: ignore[misc]
+        progress.show()
     return count
+
+
+def in_rounds(launch: Callable[[list[list[str]]], None]) -> Launch:
+    """Launch with what runs a batch of jobs to its end before it takes another."""
+
+    def launch_rounds(jobs: list[list[str]], more: More) -> None:
+        first = 0
+        while jobs:
+            launch(jobs)
+            ended, first = range(first, first + len(jobs)), first + len(jobs)
+            jobs = [new for place in ended for new in more(place)]
+
+    return launch_rounds
 
 
 def finished(folder: Path, job: StudyJob) -> Result | None:

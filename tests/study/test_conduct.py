@@ -23,7 +23,15 @@ from largebatch.common.errors import ConfigError
 from largebatch.common.progress import minutes
 from largebatch.conf.sweep_config import StudyConfig
 from largebatch.records.record import RunFolder
-from largebatch.study.protocol.conduct import check_identity, conduct, make_room, owned, result_of
+from largebatch.study.protocol.conduct import (
+    More,
+    check_identity,
+    conduct,
+    in_rounds,
+    make_room,
+    owned,
+    result_of,
+)
 from largebatch.study.protocol.progress import StudyProgress
 from largebatch.study.protocol.protocol import Protocol
 from largebatch.study.protocol.search import Result, Setting
@@ -69,13 +77,18 @@ class Workers:
         self.launched: list[str] = []
         self.watch: Callable[[], None] = lambda: None
 
-    def __call__(self, jobs: Sequence[Sequence[str]]) -> None:
-        # Which of several runs ends first is chance.
-        shuffled = random.Random(len(self.launched)).sample(list(jobs), len(jobs))
-        for overrides in shuffled:
+    def __call__(self, jobs: Sequence[Sequence[str]], more: More = lambda place: []) -> None:
+        waiting, num_jobs = dict(enumerate(jobs)), len(jobs)
+        while waiting:
+            # Which of several runs ends first is chance.
+            place = random.Random(len(self.launched)).choice(list(waiting))
+            overrides = waiting.pop(place)
             assert list(overrides[: len(ARGUMENTS)]) == ARGUMENTS
             self._run(dict(override.split("=", 1) for override in overrides[len(ARGUMENTS) :]))
             self.watch()
+            new = more(place)
+            waiting |= dict(enumerate(new, num_jobs))
+            num_jobs += len(new)
 
     def _run(self, job: dict[str, str]) -> None:
         name = job["hydra.sweep.subdir"]
@@ -140,6 +153,16 @@ def test_a_study_runs_every_job_once_and_ends(tmp_path: Path, simulate: Simulate
     assert len(set(workers.launched)) == len(workers.launched)
     assert "adamw/batch-128/linear-32/seed-0" in records(tmp_path)
     assert protocol.searches["hopeless", 64].missed
+
+
+def test_a_launcher_that_takes_rounds_comes_to_the_same_end(
+    whole: Path, tmp_path: Path, simulate: Simulate
+) -> None:
+    folder = tmp_path / "rounds"
+    workers = Workers(folder, simulate)
+    count = conduct(make_protocol(), folder, ARGUMENTS, in_rounds(workers))
+    assert count == {"made": len(workers.launched), "found": 0}
+    assert records(folder) == records(whole)
 
 
 def test_finished_runs_are_not_run_again(whole: Path, simulate: Simulate) -> None:
@@ -226,7 +249,7 @@ def test_a_study_cut_off_again_and_again_comes_to_the_same_end(
 
 def test_a_run_that_leaves_no_record_ends_the_study(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt, match=r"batch-64/lr-0\.016/seed-0 did not end"):
-        conduct(make_protocol(), tmp_path, ARGUMENTS, lambda jobs: None)
+        conduct(make_protocol(), tmp_path, ARGUMENTS, in_rounds(lambda jobs: None))
 
 
 def test_more_optimizers_and_batch_sizes_find_the_runs_that_are_there(
@@ -379,11 +402,13 @@ def fractions(tmp_path: Path, simulate: Simulate) -> tuple[list[float], str]:
     workers.watch = watch
     with progress:
         while jobs := protocol.ask():
-            with progress.watching(jobs):
+            progress.launched(jobs)
+            with progress.watching():
                 workers([[*ARGUMENTS, *job.overrides] for job in jobs])
             for job in jobs:
                 protocol.tell(job, result_of(tmp_path, job))
-            watch()
+                progress.ended(job)
+                watch()
     return seen, output.getvalue()
 
 
