@@ -3,29 +3,30 @@
 The records are the only memory: a study that was interrupted, or killed, resumes from them.
 """
 
-import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 from largebatch.common.errors import ConfigError
-from largebatch.common.files import lock, lock_or_warn, write_whole
+from largebatch.common.files import lock, lock_or_warn
 from largebatch.records import RecordError, read_fields
 from largebatch.records.fields import number, number_or_none, optional, whole
 from largebatch.records.names import CHECKPOINTS, METRICS, SUMMARY
 from largebatch.records.outcomes import UNFINISHED
 from largebatch.records.record import telling, words_of
 from largebatch.records.summary import status
-from largebatch.study.decisions import STUDY, write_decisions
+from largebatch.study.decisions import write_decisions
 from largebatch.study.protocol.progress import StudyProgress
 from largebatch.study.protocol.protocol import Protocol, StudyJob
 from largebatch.study.protocol.search import Result
+
+LOCK: Final = ".lock"
 
 More = Callable[[int], list[list[str]]]
 """Takes the place of a job that has ended, counted over all, and returns the jobs that follow."""
@@ -42,50 +43,13 @@ def owned(folder: Path) -> Iterator[None]:
         ConfigError: another study is running in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as handle:
+    with (folder / LOCK).open("w") as handle:
         if not lock_or_warn(handle.fileno(), folder):
             raise ConfigError(
                 f"another study is running in {folder}; wait for it, or choose another folder with "
                 "hydra.sweep.dir=…"
             )
         yield
-
-
-def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse to add runs to those of a different study; else note what this one is.
-
-    `identity` maps names to what its runs share. Names that are new to the folder (another
-    optimizer) join it; those it knows must be as they were.
-
-    Raises:
-        ConfigError: naming what differs.
-    """
-    path = folder / STUDY
-    try:
-        known = read_fields(path).values
-    except FileNotFoundError:
-        known = {}
-    except RecordError as error:
-        raise ConfigError(
-            f"{error}: restore it, or delete it if the runs in {folder} are this study's"
-        ) from None
-    current = json.loads(json.dumps(identity))
-    for name in sorted(known.keys() & current.keys()):
-        if known[name] != current[name]:
-            raise ConfigError(
-                f"{folder} holds runs of another study: "
-                f"{_difference(name, known[name], current[name])}; choose another folder with "
-                "hydra.sweep.dir=…, or move it away"
-            )
-    write_whole(path, json.dumps({**known, **current}, indent=1) + "\n")
-
-
-def _difference(name: str, before: Any, now: Any) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                return _difference(f"{name}.{key}", before.get(key), now.get(key))
-    return f"{name} was {before!r}, now {now!r}"
 
 
 def conduct(

@@ -18,12 +18,12 @@ from largebatch.conf.config import typed
 from largebatch.study.protocol.conduct import (
     Launch,
     More,
-    check_identity,
     conduct,
     in_rounds,
     owned,
     tie_workers_to_this_process,
 )
+from largebatch.study.protocol.identity import check_grid, check_identity
 from largebatch.study.protocol.protocol import Protocol
 from largebatch.study.report import StudyReport, print_report, write_report
 
@@ -54,6 +54,7 @@ def sweep(
     folder = Path(str(config.hydra.sweep.dir))
     with owned(folder):
         check_identity(folder, _identity(composed, optimizers))
+        check_grid(folder, shared.study)
         tie_workers_to_this_process()
         count = conduct(protocol, folder, arguments, _launch_by(launcher))
         report = write_report(folder)

@@ -25,13 +25,13 @@ from largebatch.conf.sweep_config import StudyConfig
 from largebatch.records.record import RunFolder
 from largebatch.study.protocol.conduct import (
     More,
-    check_identity,
     conduct,
     in_rounds,
     make_room,
     owned,
     result_of,
 )
+from largebatch.study.protocol.identity import check_grid, check_identity
 from largebatch.study.protocol.progress import StudyProgress
 from largebatch.study.protocol.protocol import Protocol
 from largebatch.study.protocol.search import Result, Setting
@@ -336,6 +336,50 @@ def test_new_optimizers_join_a_study_and_those_that_are_left_out_stay(tmp_path: 
     assert json.loads((tmp_path / "study.json").read_text()) == IDENTITY | lamb
     with pytest.raises(ConfigError, match=r"optim=sgd\.lr was 0\.45, now 0\.5"):
         check_identity(tmp_path, IDENTITY | {"optim=sgd": {"lr": 0.5, "momentum": 0.9}})
+
+
+GRID: dict[str, Any] = {"optimizers": ["adamw"], "batch_sizes": [64, 128], "start_batch": 64}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"optimizers": ["adamw", "lamb"], "batch_sizes": [64, 128, 256], "report_seeds": [1, 2]},
+        {"rules": ["sqrt"], "rule_batches": [128]},
+        {"batch_sizes": [64], "join": True},
+        {"search": ["lr", "momentum"], "join": True},
+    ],
+)
+def test_a_study_may_grow_in_its_folder_or_join_on_purpose(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    check_identity(tmp_path, IDENTITY)
+    check_grid(tmp_path, StudyConfig(**GRID))
+    check_grid(tmp_path, StudyConfig(**GRID | change))
+    noted = json.loads((tmp_path / "study.json").read_text())
+    assert noted["study"]["batch_sizes"] == (GRID | change)["batch_sizes"]
+    assert noted["config"] == IDENTITY["config"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"batch_sizes": [64, 256]}, r"batch_sizes=\[64, 128\], and this one has \[64, 256\]"),
+        ({"start_batch": 128}, r"study\.start_batch=64, and this one has 128"),
+        ({"optimizers": ["lamb"]}, r"study\.optimizers"),
+        ({"search": ["lr", "momentum"]}, r"study\.search"),
+    ],
+)
+def test_a_study_of_another_grid_is_refused(
+    change: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    check_identity(tmp_path, IDENTITY)
+    check_grid(tmp_path, StudyConfig(**GRID))
+    with pytest.raises(ConfigError, match=named) as refusal:
+        check_grid(tmp_path, StudyConfig(**GRID | change))
+    assert "study.join=true" in str(refusal.value)
+    assert json.loads((tmp_path / "study.json").read_text())["study"]["start_batch"] == 64
 
 
 def test_of_two_studies_in_one_folder_the_second_is_refused(tmp_path: Path) -> None:
