@@ -31,6 +31,7 @@ from omegaconf import DictConfig, open_dict
 import largebatch.conf.resolvers  # noqa: F401 — registers them, in workers too
 from largebatch.common.errors import ConfigError, RunFailed
 from largebatch.distributed.ranks import die_with_parent
+from largebatch.launch.sweeps.composition import composed
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
 LOOK_SECONDS: Final = 0.2
@@ -52,8 +53,7 @@ class Sweep:
 
     def job(self, number: int, overrides: Sequence[str]) -> DictConfig:
         """Compose the configuration of one job."""
-        loader = self.context.config_loader
-        config = loader.load_sweep_config(self.config, list(overrides))
+        config = composed(self.context, self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = f"{config.hydra.job.name}_{number}"
             config.hydra.job.num = number
@@ -281,12 +281,16 @@ def work(descriptor: int) -> None:
         connection.send_bytes(_pickled(_run(shared, number, overrides)))
 
 
+_sweeps: Final[dict[bytes, Sweep]] = {}
+
+
 def _run(shared: bytes, number: int, overrides: Sequence[str]) -> JobReturn | KeyboardInterrupt:
     try:
         setup_globals()
         sweep, singletons = pickle.loads(shared)
         Singleton.set_state(singletons)
-        done: JobReturn = sweep.run(number, overrides)
+        # One object for all jobs of a sweep: what it has composed stays with it.
+        done: JobReturn = _sweeps.setdefault(shared, sweep).run(number, overrides)
         return done
     except KeyboardInterrupt as error:
         return error
