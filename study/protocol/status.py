@@ -115,7 +115,7 @@ def _seconds(run: Path) -> float:
 def _is_locked(folder: Path) -> bool:
     """Whether a process conducts the study now."""
     try:
-        with (folder / LOCK).open("a") as handle:
+        with (folder / LOCK).open() as handle:
             return lock(handle.fileno()) is False
     except OSError:
         return False
