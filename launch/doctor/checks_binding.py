@@ -5,10 +5,10 @@ An Aurora node has cores 0-51 and 52-103, and their hyperthreads 104 higher. The
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import Final
 
-from largebatch.launch.doctor.findings import Finding
+from largebatch.common.text import spell_cores
+from largebatch.launch.doctor.findings import Finding, warning
 from largebatch.launch.doctor.host import HostFacts
 
 _AURORA_CPUS: Final = 208
@@ -29,9 +29,8 @@ def check_node(ranks: Sequence[HostFacts]) -> Iterator[Finding]:
     cores = {facts.rank: physical(facts) for facts in ranks if facts.cores}
     if len(cores) > 1 and all(len(held) == _all(ranks[0]) for held in cores.values()):
         if ranks[0].expects_tiles:
-            yield Finding(
+            yield warning(
                 "cores-unbound",
-                "warning",
                 f"every rank of a node may run on all {_all(ranks[0])} cores",
                 "the ranks, their dataloaders and oneCCL's workers move about and displace one "
                 "another",
@@ -59,10 +58,9 @@ def _overlap(cores: dict[int, frozenset[int]], node: str) -> Iterator[Finding]:
     for rank, held in cores.items():
         shared = sorted(core for core in held if core in owner)
         if shared:
-            yield Finding(
+            yield warning(
                 "cores-overlap",
-                "warning",
-                f"ranks {owner[shared[0]]} and {rank} share the cores {written(shared)}",
+                f"ranks {owner[shared[0]]} and {rank} share the cores {spell_cores(shared)}",
                 "they take turns on them, and all ranks wait for these two at every collective",
                 f"give each rank its own cores: mpiexec {SAFE_LIST}",
                 (node,),
@@ -74,19 +72,17 @@ def _overlap(cores: dict[int, frozenset[int]], node: str) -> Iterator[Finding]:
 def _aurora(ranks: Sequence[HostFacts], cores: dict[int, frozenset[int]]) -> Iterator[Finding]:
     taken = frozenset[int]().union(*cores.values())
     if taken & _RESERVED:
-        yield Finding(
+        yield warning(
             "cores-reserved",
-            "warning",
-            f"ranks run on the cores {written(taken & _RESERVED)}",
+            f"ranks run on the cores {spell_cores(taken & _RESERVED)}",
             "the system keeps 0 and 52 for itself since March 2025: a rank there is late",
             f"mpiexec {SAFE_LIST}",
         )
     for rank, held in cores.items():
         if min(held) < _SOCKET <= max(held):
-            yield Finding(
+            yield warning(
                 "cores-two-sockets",
-                "warning",
-                f"rank {rank} has cores of both sockets ({written(held)})",
+                f"rank {rank} has cores of both sockets ({spell_cores(held)})",
                 "half of its memory is the other socket's; --cpu-bind depth with --depth=8 does "
                 "this to rank 6",
                 f"mpiexec {SAFE_LIST}",
@@ -95,20 +91,18 @@ def _aurora(ranks: Sequence[HostFacts], cores: dict[int, frozenset[int]]) -> Ite
     workers = worker_cores(ranks[0])
     if taken & workers:
         given = ranks[0].environment.get("CCL_WORKER_AFFINITY", "unset: the last 12 of each socket")
-        yield Finding(
+        yield warning(
             "cores-ccl",
-            "warning",
-            f"ranks and oneCCL's workers share the cores {written(taken & workers)} "
+            f"ranks and oneCCL's workers share the cores {spell_cores(taken & workers)} "
             f"(CCL_WORKER_AFFINITY is {given})",
             "a rank that computes holds up the worker that would move its gradients",
             f"mpiexec {SAFE_LIST}, with {SAFE_WORKERS}",
         )
     busy = (taken | workers if "CCL_WORKER_AFFINITY" in ranks[0].environment else taken) & _COPPER
     if ranks[0].copper and busy:
-        yield Finding(
+        yield warning(
             "cores-copper",
-            "warning",
-            f"Copper is mounted, and the cores {written(busy)} that it runs on have other work",
+            f"Copper is mounted, and the cores {spell_cores(busy)} that it runs on have other work",
             "imports through Copper are slow, and so is the rank or worker beside it",
             f"leave 48-51 free: mpiexec {SAFE_LIST}, with {SAFE_WORKERS}",
         )
@@ -132,12 +126,3 @@ def cpu_list(text: str) -> list[int]:
         if first.isdigit() and (last or first).isdigit():
             found += range(int(first), int(last or first) + 1)
     return found
-
-
-def written(cores: Sequence[int] | frozenset[int]) -> str:
-    """1, 2, 3, 7 as 1-3,7."""
-    spans = []
-    for _, run in groupby(enumerate(sorted(cores)), key=lambda pair: pair[1] - pair[0]):
-        span = [core for _, core in run]
-        spans.append(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}")
-    return ",".join(spans)

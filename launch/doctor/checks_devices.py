@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from largebatch.launch.doctor.checks_environment import hierarchy
-from largebatch.launch.doctor.findings import Finding
+from largebatch.launch.doctor.findings import Finding, error
 from largebatch.launch.doctor.host import HostFacts
 
 
@@ -13,9 +13,8 @@ def check(facts: HostFacts) -> Iterator[Finding]:
     if not facts.torch.get("xpu"):
         return
     if hierarchy(facts.environment) == "COMPOSITE" and facts.local_size > devices:
-        yield Finding(
+        yield error(
             "ze-composite",
-            "error",
             f"ZE_FLAT_DEVICE_HIERARCHY=COMPOSITE shows {devices} devices to {facts.local_size} "
             "ranks of a node",
             "each device is a whole GPU of two tiles: ranks with a higher number have none",
@@ -24,9 +23,8 @@ def check(facts: HostFacts) -> Iterator[Finding]:
         )
     elif facts.local_size > devices and "ZEX_NUMBER_OF_CCS" not in facts.environment:
         mask = facts.environment.get("ZE_AFFINITY_MASK")
-        yield Finding(
+        yield error(
             "devices-few",
-            "error",
             f"{facts.local_size} ranks on this node, {devices} tiles to be seen"
             + (f" (ZE_AFFINITY_MASK={mask})" if mask else ""),
             "torch.xpu.set_device(local_rank) fails on the ranks with a higher number",
@@ -46,9 +44,8 @@ def check_node(ranks: Sequence[HostFacts]) -> Iterator[Finding]:
             users.setdefault(tile(facts), []).append(facts.rank)
     for name, sharing in users.items():
         if len(sharing) > 1:
-            yield Finding(
+            yield error(
                 "device-shared",
-                "error",
                 f"ranks {', '.join(map(str, sharing))} are all on tile {name}",
                 "they share its memory and time, and a collective over them may not start",
                 "give each rank its own: unset ZE_AFFINITY_MASK under FLAT, and check that local "

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from largebatch.common.text import clock
+from largebatch.common.text import clock, spell_cores
 from largebatch.conf.cluster_config import ClusterConfig
 from largebatch.launch.doctor.preflight.command import seconds_for
-from largebatch.launch.jobs.binding import pals_list, slurm_mask, spell_cores
+from largebatch.launch.jobs.binding import pals_list, slurm_mask
 from largebatch.launch.jobs.job import Job, Lines, comment, quoted, word
 from largebatch.launch.jobs.script_nodes import (
     everywhere,
@@ -25,11 +25,7 @@ from largebatch.launch.jobs.script_nodes import (
 
 
 def script(job: Job) -> str:
-    """The whole script.
-
-    Raises:
-        ConfigError: cores that two would have.
-    """
+    """The whole script; ConfigError for cores that two would have."""
     sections = (
         _head, directives_lines, _begin, _modules, _environment, variables_lines, _limits,
         nodes_lines, master_lines, _storage, cores_lines, _diagnostics, _chain, _run,

@@ -67,9 +67,7 @@ def choose(lines: Sequence[str], findings: Iterable[Finding], num_nodes: int) ->
 
 def remembered(path: Path | None) -> list[Finding]:
     """A warning for each node that an earlier job has taken out: by now it may be mended.
-
-    Raises:
-        ValueError: the file is there, and cannot be read.
+    ValueError where the file cannot be read.
     """
     if path is None or not path.exists():
         return []

@@ -16,9 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from largebatch.common.text import first_line
-from largebatch.launch.doctor.findings import Finding, found_from, merged
-from largebatch.launch.hosts import short
+from largebatch.launch.doctor.findings import Finding, error, found_from, merged
+from largebatch.launch.hosts import short, write_hosts
 
 TEMPLATE: Final = "mpiexec --no-vni --envall -n {nodes} --ppn 1 --hostfile {hostfile}"
 """Starts one command on each of the {nodes} nodes in {hostfile}, a line each, or on {node}. Without
@@ -64,39 +63,29 @@ def probe(
     return merged(_findings({short(line): answers[short(line)] for line in lines}))
 
 
-def give(folder: Path, node: str, answer: str) -> None:
-    """Write a node's answer, whole or not at all."""
-    own = folder / f".{node}"
-    own.write_text(answer, encoding="utf-8")
-    own.replace(folder / f"{node}.json")
-
-
 def _ask(
     lines: Sequence[str], template: str, timeout_seconds: float, above: Path
 ) -> dict[str, dict[str, Any] | str]:
     """The answers of some nodes, or of a single one why there is none."""
     folder = Path(tempfile.mkdtemp(dir=above))
     hostfile = folder / "hosts"
-    hostfile.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_hosts(lines, hostfile)
     first = lines[0].split()[0]
     words = shlex.split(template.format(hostfile=hostfile, node=first, nodes=len(lines)))
     doctor = [sys.executable, "-m", "largebatch", "doctor", ANSWER, str(folder)]
     why = ""
     try:
         done = subprocess.run(
-            [*words, *doctor],
-            capture_output=True,
-            text=True,
+            [*words, *doctor], stdin=subprocess.DEVNULL, capture_output=True, text=True,
             timeout=timeout_seconds,
-            stdin=subprocess.DEVNULL,
-        )
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         why = f"has not answered within {timeout_seconds:g} s"
     except OSError as error:
         why = f"cannot be asked: {words[0]}: {error.strerror}"
     else:
         said = done.stderr.strip().splitlines()[-1:] or ["without a word"]
-        why = f"failed with exit code {done.returncode}: {first_line(Exception(said[0]))}"
+        why = f"failed with exit code {done.returncode}: {said[0]}"
     found = {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("[!.]*.json")}
     if len(lines) == 1:  # it may call itself by another name
         return {short(lines[0]): next(iter(found.values()), why)}
@@ -107,9 +96,8 @@ def _findings(answers: dict[str, dict[str, Any] | str]) -> Iterator[Finding]:
     programs: dict[str, str] = {}
     for node, answer in answers.items():
         if isinstance(answer, str):
-            yield Finding(
+            yield error(
                 "node-dead",
-                "error",
                 answer,
                 "a job over this node does not start",
                 "it is left out where spares allow",
@@ -117,8 +105,7 @@ def _findings(answers: dict[str, dict[str, Any] | str]) -> Iterator[Finding]:
             )
             continue
         for row in answer["findings"]:
-            found = found_from(row)
-            yield Finding(found.code, found.severity, found.found, found.means, found.do, (node,))
+            yield found_from(row | {"nodes": [node]})
         programs[node] = json.dumps(answer["versions"], sort_keys=True)
     if not programs:
         return
@@ -127,9 +114,8 @@ def _findings(answers: dict[str, dict[str, Any] | str]) -> Iterator[Finding]:
         if program != usual:
             here, there = json.loads(program), json.loads(usual)
             names = [name for name in there if here.get(name) != there[name]]
-            yield Finding(
+            yield error(
                 "versions-differ",
-                "error",
                 ", ".join(f"{name} {here.get(name)} (others {there[name]})" for name in names),
                 "the ranks would run different programs",
                 "spread the environment anew (largebatch env spread)",
