@@ -7,13 +7,12 @@ decided is decided here, and is in the sweep's record before it happens.
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final
+from typing import Any
 
+from largebatch.common.signals import on_stop_signal
 from largebatch.launch.sweeps.backend import Attempt, Backend, Ended
 from largebatch.launch.sweeps.node_health import NodeHealth
 from largebatch.launch.sweeps.progress import SweepProgress
@@ -26,8 +25,6 @@ from largebatch.launch.sweeps.record import (
 )
 from largebatch.launch.sweeps.settings import SweepSettings
 from largebatch.records.outcomes import ExitCode
-
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
 
 
 @dataclass
@@ -71,7 +68,7 @@ class TrialScheduler:
         """Every trial's outcome; of those that were stopped there is none."""
         for trial in self.trials:
             self._pass_by_or_queue(trial)
-        with self._listening(), self.progress:
+        with on_stop_signal(self._note), self.progress:
             while self._waiting or self._running:
                 for ended in self.backend.ended():
                     self._take(ended)
@@ -260,20 +257,9 @@ class TrialScheduler:
             self.backend.kill()
             self._signal = None
 
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """The first of `SIGNALS` stops the sweep, a second kills what has not ended by then."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            del frame
-            self._signal = number
-
-        before = {number: signal.signal(number, note) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _note(self, number: int) -> None:
+        """The first signal stops the sweep, a second kills what has not ended by then."""
+        self._signal = number
 
     def _show(self) -> None:
         self.progress.show(

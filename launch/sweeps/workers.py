@@ -11,14 +11,12 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 import cloudpickle
@@ -30,9 +28,9 @@ from omegaconf import DictConfig, open_dict
 
 import largebatch.conf.resolvers  # noqa: F401 — registers them, in workers too
 from largebatch.common.errors import ConfigError, RunFailed
+from largebatch.common.signals import on_stop_signal
 from largebatch.distributed.ranks import die_with_parent
 
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
 LOOK_SECONDS: Final = 0.2
 
 # With the paths of this process: what it can import, a worker can.
@@ -142,7 +140,7 @@ class Workers:
         waiting = deque(enumerate(jobs))
         returns: dict[int, JobReturn] = {}
         interrupted = False
-        with self._listening():
+        with on_stop_signal(self._signals.append):
             while waiting or self._busy():
                 if self._signals:
                     # A second one is for those that did not heed the first.
@@ -201,31 +199,9 @@ class Workers:
         for worker in list(self._all):
             self._drop(worker)
 
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Note signals, which reach a process's main thread alone."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: FrameType | None) -> None:
-            del frame
-            self._signals.append(number)
-
-        before = {number: signal.signal(number, note) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
 
 def num_workers(n_jobs: int) -> int:
-    """Return how many workers `n_jobs` asks for: -1 a core each, -2 one core less, ….
-
-    Raises:
-        ConfigError: none.
-    """
+    """How many workers `n_jobs` asks for: -1 a core each, -2 one core less, …; none is refused."""
     asked = n_jobs if n_jobs > 0 else num_cores() + 1 + n_jobs
     if n_jobs == 0 or asked < 1:
         raise ConfigError(
