@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from largebatch.launch.environments.archive import compressing, is_zstd
-from largebatch.launch.environments.errors import EnvError
-from largebatch.launch.environments.manifest import NAME, Manifest, ManifestEntry
+from largebatch.launch.environments.manifest import NAME, EnvError, Manifest, ManifestEntry
 from largebatch.launch.environments.relocate import (
     LEFT_OUT,
     link_target,
@@ -66,7 +65,7 @@ def pack(prefix: Path, output: Path, *, with_site: bool = False) -> str:
         prefix.name,
         venv.get("version", venv.get("version_info", "unknown")),
         venv.get("home", ""),
-        _versions(site),
+        {_name(found): found.version for found in distributions(path=[str(site)])},
         [source.entry for source in sources],
     )
     own = output.with_name(f".{os.getpid()}.{output.name}")
@@ -80,11 +79,7 @@ def pack(prefix: Path, output: Path, *, with_site: bool = False) -> str:
 
 
 def site_packages(prefix: Path) -> Path:
-    """Where an environment's packages are.
-
-    Raises:
-        EnvError: there is not exactly one such folder.
-    """
+    """Where an environment's packages are; EnvError unless that is exactly one folder."""
     found = sorted((prefix / "lib").glob("python3*/site-packages"))
     if len(found) != 1:
         raise EnvError(f"{prefix}/lib holds {len(found)} python3.*/site-packages: expected one")
@@ -153,10 +148,6 @@ def _name(found: Distribution) -> str:
     return found.metadata["Name"].lower().replace("_", "-")
 
 
-def _versions(site: Path) -> dict[str, str]:
-    return {_name(found): found.version for found in distributions(path=[str(site)])}
-
-
 def _link(path: Path, prefix: Path, target: str) -> ManifestEntry:
     return ManifestEntry(path.relative_to(prefix).as_posix(), "link", target=target)
 
@@ -191,12 +182,9 @@ def _write(file: IO[bytes], manifest: Manifest, sources: list[Source]) -> None:
                 info.size = entry.size
                 # Compiled modules are taken for old where their source's time differs.
                 info.mtime = int(source.path.stat().st_mtime)
-                with _opened(source) as contents:
+                inside = source.contents
+                with source.path.open("rb") if inside is None else io.BytesIO(inside) as contents:
                     tar.addfile(info, contents)
-
-
-def _opened(source: Source) -> IO[bytes]:
-    return source.path.open("rb") if source.contents is None else io.BytesIO(source.contents)
 
 
 def _summary(

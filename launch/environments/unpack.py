@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from largebatch.launch.environments.archive import expanding
-from largebatch.launch.environments.errors import EnvError
-from largebatch.launch.environments.manifest import NAME, Manifest, ManifestEntry, same_sizes
+from largebatch.launch.environments.manifest import (
+    NAME,
+    EnvError,
+    Manifest,
+    ManifestEntry,
+    same_sizes,
+)
 
 _AT_ONCE: Final = 1 << 20
 _MOST_MANIFEST: Final = 1 << 30  # bytes: of ten million files
@@ -69,13 +74,10 @@ def is_there(target: Path, total: str) -> bool:
 
 
 def check_ours(target: Path, user: int | None = None) -> None:
-    """Refuse a folder that another user than root could fill, or exchange for another.
+    """Refuse, by a PermissionError, a folder that another user than root could fill or exchange.
 
     Args:
         user: whose it is to be; None: of this process.
-
-    Raises:
-        PermissionError: naming the folder and why.
     """
     user = os.getuid() if user is None else user
     trusted = {user, 0}
