@@ -155,11 +155,7 @@ class NodeRecord:
 
 
 def read_record(path: Path) -> NodeRecord:
-    """Read the record of a node; a line of another format counts as lost.
-
-    Raises:
-        RecordError: the file holds no record.
-    """
+    """A node's record; a line of another format counts as lost. RecordError where there is none."""
     reader = _Reader(printable(path))
     with open_file(path) as file:
         while line := file.readline(MOST_LINE_BYTES):

@@ -47,8 +47,12 @@ class Episode:
     usual: float
     counter: str
 
+    @property
+    def where(self) -> str:
+        return "all nodes" if self.everywhere else and_more(self.nodes, MOST_NAMED)
+
     def __str__(self) -> str:
-        where = "all nodes together" if self.everywhere else and_more(self.nodes, MOST_NAMED)
+        where = f"{self.where}{' together' * self.everywhere}"
         usual = "their usual" if self.everywhere else "the others'"
         return (
             f"{self.kind.name} on {where}, {clock(self.begin)} to {clock(self.end)}: "
@@ -66,9 +70,11 @@ def unusual(survey: Survey | None) -> list[Episode]:
     for reading in survey.readings:
         if len(names) >= FEWEST_NODES:
             found += _apart(reading, names, borders)
-            found += _together(reading, names, borders)
-        else:
-            found += _alone(reading, names, borders)
+            middle = known_median(reading.values)
+            found += _over_time(reading, tuple(names), middle, borders, True, reading.worst[0])
+            continue
+        for name, series, counter in zip(names, reading.values, reading.worst, strict=True):
+            found += _over_time(reading, (name,), series, borders, False, counter)
     return found
 
 
@@ -116,17 +122,6 @@ def _overlapping(stretches: Sequence[tuple[int, int, int]]) -> list[list[tuple[i
     return groups
 
 
-def _together(reading: Reading, names: Sequence[str], borders: Series) -> Iterator[Episode]:
-    middle = known_median(reading.values)
-    yield from _over_time(reading, tuple(names), middle, borders, True, reading.worst[0])
-
-
-def _alone(reading: Reading, names: Sequence[str], borders: Series) -> Iterator[Episode]:
-    for row, name in enumerate(names):
-        series = reading.values[row]
-        yield from _over_time(reading, (name,), series, borders, False, reading.worst[row])
-
-
 def _over_time(
     reading: Reading,
     names: tuple[str, ...],
@@ -147,15 +142,9 @@ def _over_time(
     for first, last in spells(mask):
         height = float(np.nanmean(series[first : last + 1]))
         yield Episode(
-            kind,
-            names,
-            everywhere,
-            float(borders[first]),
-            float(borders[last + 1]),
-            height,
-            usual,
+            kind, names, everywhere, float(borders[first]), float(borders[last + 1]), height, usual,
             counter,
-        )
+        )  # fmt: skip
 
 
 def counting_noise(kind: CounterKind, rate: float, seconds: float) -> float:
