@@ -6,7 +6,6 @@ from typing import Any, Final
 
 from largebatch.launch.doctor import (
     checks_binding,
-    checks_devices,
     checks_environment,
     checks_machine,
     checks_network,
@@ -21,7 +20,7 @@ TOGETHER: Final = (
     "cores", "num_cpus", "copper",
 )  # fmt: skip
 _OF_ONE: Final = (
-    checks_machine, checks_software, checks_environment, checks_devices, checks_network,
+    checks_machine, checks_software, checks_environment, checks_binding, checks_network,
 )  # fmt: skip
 _SKEW_SECONDS: Final = 1.0
 
@@ -35,7 +34,6 @@ def together(world: Sequence[HostFacts]) -> list[Finding]:
     """What the ranks of a node show beside one another, and all ranks. Reads `TOGETHER` only."""
     found: list[Finding] = []
     for ranks in by_node(world).values():
-        found += checks_devices.check_node(ranks)
         found += checks_binding.check_node(ranks)
     return [*found, *_of_world(world)]
 

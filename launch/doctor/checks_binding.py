@@ -1,4 +1,4 @@
-"""Which cores the ranks of a node run on, beside one another and beside oneCCL's workers.
+"""Which tiles and cores the ranks of a node have, beside one another and oneCCL's workers.
 
 An Aurora node has cores 0-51 and 52-103, and their hyperthreads 104 higher. The system keeps 0 and
 52; Copper, where it is started, 48-51; oneCCL's workers by default the last 12 of each socket.
@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from largebatch.common.text import spell_cores
-from largebatch.launch.doctor.findings import Finding, warning
+from largebatch.launch.doctor.checks_environment import hierarchy
+from largebatch.launch.doctor.findings import Finding, error, warning
 from largebatch.launch.doctor.host import HostFacts
 
 _AURORA_CPUS: Final = 208
@@ -23,8 +24,36 @@ SAFE_LIST: Final = (
 SAFE_WORKERS: Final = "CCL_WORKER_AFFINITY=42,43,44,45,46,47,94,95,96,97,98,99"
 
 
+def check(facts: HostFacts) -> Iterator[Finding]:
+    """What one rank tells of its tiles."""
+    devices = facts.torch.get("devices", 0)
+    if not facts.torch.get("xpu"):
+        return
+    if hierarchy(facts.environment) == "COMPOSITE" and facts.local_size > devices:
+        yield error(
+            "ze-composite",
+            f"ZE_FLAT_DEVICE_HIERARCHY=COMPOSITE shows {devices} devices to {facts.local_size} "
+            "ranks of a node",
+            "each device is a whole GPU of two tiles: ranks with a higher number have none",
+            "export ZE_FLAT_DEVICE_HIERARCHY=FLAT (one device a tile, 12 on Aurora), or start "
+            f"{devices} ranks a node",
+        )
+    elif facts.local_size > devices and "ZEX_NUMBER_OF_CCS" not in facts.environment:
+        mask = facts.environment.get("ZE_AFFINITY_MASK")
+        yield error(
+            "devices-few",
+            f"{facts.local_size} ranks on this node, {devices} tiles to be seen"
+            + (f" (ZE_AFFINITY_MASK={mask})" if mask else ""),
+            "torch.xpu.set_device(local_rank) fails on the ranks with a higher number",
+            f"start {devices} ranks a node (--ppn {devices}); unset ZE_AFFINITY_MASK; leave the "
+            "node out if others show more",
+            (facts.node,),
+        )
+
+
 def check_node(ranks: Sequence[HostFacts]) -> Iterator[Finding]:
-    """cores-unbound, cores-overlap, cores-reserved, cores-two-sockets, cores-ccl, cores-copper."""
+    """What the ranks of one node tell together."""
+    yield from _tiles(ranks)
     node = ranks[0].node
     cores = {facts.rank: physical(facts) for facts in ranks if facts.cores}
     if len(cores) > 1 and all(len(held) == _all(ranks[0]) for held in cores.values()):
@@ -126,3 +155,30 @@ def cpu_list(text: str) -> list[int]:
         if first.isdigit() and (last or first).isdigit():
             found += range(int(first), int(last or first) + 1)
     return found
+
+
+def _tiles(ranks: Sequence[HostFacts]) -> Iterator[Finding]:
+    if any("ZEX_NUMBER_OF_CCS" in facts.environment for facts in ranks):
+        return  # several ranks a tile are meant
+    users: dict[str, list[int]] = {}
+    for facts in ranks:
+        if facts.torch.get("xpu"):
+            users.setdefault(tile(facts), []).append(facts.rank)
+    for name, sharing in users.items():
+        if len(sharing) > 1:
+            yield error(
+                "device-shared",
+                f"ranks {', '.join(map(str, sharing))} are all on tile {name}",
+                "they share its memory and time, and a collective over them may not start",
+                "give each rank its own: unset ZE_AFFINITY_MASK under FLAT, and check that local "
+                "ranks count from 0 on every node",
+                (ranks[0].node,),
+            )
+
+
+def tile(facts: HostFacts) -> str:
+    """The tile that this rank will take, by its number among all of the node."""
+    shown = [part for part in facts.environment.get("ZE_AFFINITY_MASK", "").split(",") if part]
+    # A mask of one tile for each rank: torch counts what it shows, from 0.
+    index = facts.local_rank if facts.torch.get("devices", 0) > facts.local_rank else 0
+    return shown[index] if index < len(shown) else str(index)

@@ -13,15 +13,9 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import IO
 
+from largebatch.launch.environments import relocate
 from largebatch.launch.environments.archive import compressing, is_zstd
 from largebatch.launch.environments.manifest import NAME, EnvError, Manifest, ManifestEntry
-from largebatch.launch.environments.relocate import (
-    LEFT_OUT,
-    link_target,
-    moved,
-    refuse_editable,
-    settings,
-)
 
 _SKIPPED = ("pip-selfcheck.json", NAME)
 
@@ -37,18 +31,16 @@ class Source:
 
 def pack(prefix: Path, output: Path, *, with_site: bool = False) -> str:
     """Write the archive of the virtual environment at `prefix`; returns what was done, in words.
+    EnvError where there is none, it cannot be moved, or the archive's name is bad.
 
     Args:
         with_site: also the packages of its base Python (a site's module) that it sees.
-
-    Raises:
-        EnvError: no virtual environment, one that cannot be moved, or a bad name of the archive.
     """
     zstd = is_zstd(output)
     prefix = prefix.absolute()
-    venv = settings(prefix)
+    venv = relocate.settings(prefix)
     site = site_packages(prefix)
-    refuse_editable(site)
+    relocate.refuse_editable(site)
     if output.absolute().is_relative_to(prefix):
         raise EnvError(
             f"{output} is inside of the environment that it would hold: put it elsewhere"
@@ -93,7 +85,7 @@ def _of_prefix(prefix: Path, with_site: bool) -> Iterator[Source]:
             path = top / name
             if not path.is_symlink():
                 yield Source(ManifestEntry(path.relative_to(prefix).as_posix(), "folder"), path)
-            elif (target := link_target(path, prefix)) is not None:
+            elif (target := relocate.link_target(path, prefix)) is not None:
                 yield Source(_link(path, prefix, target), path)
             else:
                 raise EnvError(
@@ -102,13 +94,13 @@ def _of_prefix(prefix: Path, with_site: bool) -> Iterator[Source]:
                 )
         for name in sorted(files):
             path = top / name
-            if name in _SKIPPED or (top == prefix / "bin" and name in LEFT_OUT):
+            if name in _SKIPPED or (top == prefix / "bin" and name in relocate.LEFT_OUT):
                 continue
-            target = link_target(path, prefix) if path.is_symlink() else None
+            target = relocate.link_target(path, prefix) if path.is_symlink() else None
             if target is not None:
                 yield Source(_link(path, prefix, target), path)
             elif path.is_file():
-                contents = moved(path, prefix, with_site)
+                contents = relocate.moved(path, prefix, with_site)
                 yield _file(path, path.relative_to(prefix).as_posix(), contents)
             else:
                 raise EnvError(f"{path} is no file, folder or link that leads to one: remove it")
@@ -120,7 +112,7 @@ def _of_site(prefix: Path, site: Path) -> Iterator[Source]:
     inside = site.relative_to(prefix).as_posix()
     seen: set[str] = set()
     for base in _base_sites(prefix):
-        refuse_editable(base)
+        relocate.refuse_editable(base)
         for found in distributions(path=[str(base)]):
             if _name(found) in own:
                 continue

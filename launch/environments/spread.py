@@ -68,9 +68,7 @@ class Report:
 
 def spread(archive: Path, to: Path | None, timeout_seconds: float) -> int:
     """Under mpiexec, by any number of ranks on each node; returns 0, or 1 where a node failed.
-
-    Raises:
-        EnvError: no mpi4py, no such archive, or an option out of range.
+    EnvError without mpi4py or such an archive, or for an option out of range.
     """
     if timeout_seconds <= 0:
         raise EnvError(f"--timeout must be > 0 seconds, got {timeout_seconds:g}")
@@ -127,9 +125,7 @@ def _order(archive: Path, to: Path | None) -> Order | EnvError:
 
 def _lead(leaders: Any, order: Order, nodes: list[str], patience: float) -> int:
     """Install on one node; on rank 0 print the summary. The exit code is rank 0's: 0 elsewhere.
-
-    Raises:
-        Lost: a node has not answered within `patience` seconds.
+    Lost where a node has not answered within `patience` seconds.
     """
     own = Report(nodes[leaders.rank])
     target = Path(order.target.replace("{node}", own.node))
@@ -256,10 +252,8 @@ def _wait(request: Any, seconds: float) -> bool:
 
 
 def _gather(leaders: Any, own: Report, patience: float) -> list[Report]:
-    """Every node's report, on rank 0.
-
-    Raises:
-        Lost: a node has sent none; or all have, and to some of them the archive stopped arriving.
+    """Every node's report, on rank 0. Lost where a node has sent none; or all have, and to some of
+    them the archive stopped arriving.
     """
     from mpi4py import MPI
 

@@ -29,10 +29,8 @@ class Damaged(Exception):
 
 
 def manifest_of(archive: Path, zstd: bool) -> Manifest:
-    """The manifest of an archive: its first member; no more than that is read.
-
-    Raises:
-        EnvError: there is no such file, or it is no archive of `env pack`.
+    """The manifest of an archive, its first member; no more than that is read. EnvError where there
+    is no such file, or it is no archive of `env pack`.
     """
     try:
         with (
@@ -74,10 +72,8 @@ def is_there(target: Path, total: str) -> bool:
 
 
 def check_ours(target: Path, user: int | None = None) -> None:
-    """Refuse, by a PermissionError, a folder that another user than root could fill or exchange.
-
-    Args:
-        user: whose it is to be; None: of this process.
+    """Refuse, by a PermissionError, a folder that another than root and `user` (None: of this
+    process) could fill or exchange.
     """
     user = os.getuid() if user is None else user
     trusted = {user, 0}

@@ -33,13 +33,8 @@ class Binding:
 def bind(
     node: NodeConfig, *, oneccl: bool = False, copper: bool = False, daos: bool = False
 ) -> Binding | None:
-    """The cores of a node shared out; None where its topology is not given.
-
-    Args:
-        oneccl, copper, daos: who runs beside the ranks.
-
-    Raises:
-        ConfigError: cores that two would have, that the node has not, or too few of them.
+    """The cores of a node shared out among its ranks and who runs beside them; None where its
+    topology is not given. ConfigError for cores that two would have, the node has not, or too few.
     """
     if not node.domains:
         return None

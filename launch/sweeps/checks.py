@@ -61,11 +61,8 @@ def _count(value: Any, name: str, least: int) -> int:
 
 
 def cluster_of(settings: SweepSettings, config_dir: str | None = None) -> ClusterConfig | None:
-    """The cluster, its ranks a node as the settings say; None where none is named. ConfigError for
-    an unknown cluster or key, an impossible value.
-
-    Args:
-        config_dir: where clusters of the user's are.
+    """The cluster, of conf/ or a folder of the user's, its ranks a node as the settings say; None
+    where none is named. ConfigError for an unknown cluster or key, an impossible value.
     """
     if settings.cluster is None:
         if settings.overrides:

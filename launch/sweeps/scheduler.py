@@ -38,11 +38,7 @@ class Outcome:
 
 @dataclass
 class TrialScheduler:
-    """One batch of trials.
-
-    Attributes:
-        end: of this job, in seconds since the epoch.
-    """
+    """One batch of trials; `end` is this job's, in seconds since the epoch."""
 
     trials: Sequence[Trial]
     backend: Backend

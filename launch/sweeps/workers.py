@@ -75,10 +75,8 @@ class Sweep:
 
 
 class Worker:
-    """A process that runs jobs, tied to this one.
-
-    Attributes:
-        job: the place among the batch of the one it runs; None: idle.
+    """A process that runs jobs, tied to this one; `job` is the place among the batch of the one it
+    runs, None where it is idle.
     """
 
     def __init__(self, num_workers: int) -> None:
@@ -131,10 +129,8 @@ class Workers:
         atexit.register(self.close)
 
     def launch(self, sweep: Sweep, jobs: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
-        """Run the jobs; return their results, in their order.
-
-        Raises:
-            KeyboardInterrupt: a signal ended the sweep, after its running jobs.
+        """Run the jobs; return their results, in their order. KeyboardInterrupt where a signal
+        ended the sweep, after its running jobs.
         """
         shared = cloudpickle.dumps((sweep, Singleton.get_state()))
         waiting = deque(enumerate(jobs))

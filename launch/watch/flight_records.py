@@ -68,10 +68,8 @@ class FlightRecord:
 
 
 def record_of(held: Mapping[str, Any], rank: int, where: str | None = None) -> FlightRecord:
-    """A rank's answer, or torch's own dump, as a `FlightRecord`; RecordError where it is neither.
-
-    Args:
-        where: the file that it is from.
+    """A rank's answer, or torch's own dump, from the file `where`, as a `FlightRecord`; RecordError
+    where it is neither.
     """
     dump = Fields(held, where or f"rank {rank}")
     calls: dict[Group, Calls] = {}

@@ -20,16 +20,7 @@ from largebatch.distributed.mailbox import StoreMailbox
 from largebatch.launch.doctor import checks
 from largebatch.launch.doctor.findings import Finding, error, found_from, merged
 from largebatch.launch.doctor.host import Host, HostFacts
-from largebatch.launch.doctor.preflight.speed import (
-    FEWEST_NODES,
-    NUM_BYTES,
-    ROUNDS,
-    partners,
-    peer_in,
-    rates,
-    seconds_with,
-    slow_nodes,
-)
+from largebatch.launch.doctor.preflight import speed
 from largebatch.launch.doctor.preflight.watch import PreflightWatch, Stage, format_ranks, hang, lost
 
 if TYPE_CHECKING:
@@ -153,16 +144,9 @@ class _PreflightRun:
 
     def _try_all(self, watch: PreflightWatch) -> None:
         from largebatch.distributed.ranks import pick_device, process_group
-        from largebatch.launch.doctor.preflight.collectives import (
-            GROUPS,
-            MOST_TO_ALL,
-            Collectives,
-            make_group,
-            members,
-            trials,
-        )
+        from largebatch.launch.doctor.preflight import collectives
 
-        calls = self.collectives or Collectives()
+        calls = self.collectives or collectives.Collectives()
         with ExitStack() as stack:
             try:
                 watch.next("taking its device")
@@ -171,15 +155,16 @@ class _PreflightRun:
                 watch.next("making the process group")
                 watch.enter()
                 stack.enter_context(process_group(self.mailbox.group_store(), self.ranks, device))
-                for among in GROUPS:
-                    ranks = members(among, self.ranks.rank, self.rows)
+                for among in collectives.GROUPS:
+                    ranks = collectives.members(among, self.ranks.rank, self.rows)
                     if among:
                         watch.next(f"making a group of {among}")
                         calls.settle(device)
                         watch.enter()
-                        calls.group = make_group(ranks) if ranks else None
-                    to_all = self.all_to_all and not among and self.ranks.size < MOST_TO_ALL
-                    for trial in trials(self.mode, among, to_all):
+                        calls.group = collectives.make_group(ranks) if ranks else None
+                    few = self.ranks.size < collectives.MOST_TO_ALL
+                    to_all = self.all_to_all and few and not among
+                    for trial in collectives.trials(self.mode, among, to_all):
                         watch.next(str(trial))
                         if ranks:
                             self._try(trial, ranks, watch, calls, device)
@@ -227,18 +212,18 @@ class _PreflightRun:
 
     def _race(self, watch: PreflightWatch, calls: "Collectives", device: "torch.device") -> None:
         """Exchanges between pairs of nodes, all pairs of a round at once."""
-        if len(self.nodes) < FEWEST_NODES:
+        if len(self.nodes) < speed.FEWEST_NODES:
             return
         node = next(n for n, row in enumerate(self.rows) if self.ranks.rank in row)
         local_rank = self.rows[node].index(self.ranks.rank)
-        for number, pairs in enumerate(partners(len(self.nodes), ROUNDS[self.mode]), 1):
+        for number, pairs in enumerate(speed.partners(len(self.nodes), speed.ROUNDS[self.mode]), 1):
             watch.next(f"timing nodes in pairs, round {number}")
             calls.settle(device)
             watch.enter()
             calls.barrier()
-            peer = peer_in(pairs, node, local_rank, self.rows)
-            num_bytes = NUM_BYTES[self.mode]
-            taken = None if peer is None else seconds_with(peer, num_bytes, device, calls)
+            peer = speed.peer_in(pairs, node, local_rank, self.rows)
+            num_bytes = speed.NUM_BYTES[self.mode]
+            taken = None if peer is None else speed.seconds_with(peer, num_bytes, device, calls)
             self.result["pairs"].append(taken)
 
     def _late(self, stage: Stage) -> None:
@@ -290,7 +275,7 @@ class _PreflightRun:
             if "clock" in result and "clock" in answers.get(0, {}):
                 offset = result["clock"] - answers[0]["clock"]
                 self.arrived[rank]["facts"]["clock_offset_seconds"] = offset
-        return [*found, *slow_nodes(rates), *self._of_arrived()]
+        return [*found, *speed.slow_nodes(rates), *self._of_arrived()]
 
     def _failures(self, answers: Mapping[int, dict[str, Any]]) -> list[Finding]:
         found = []
@@ -353,8 +338,8 @@ class _PreflightRun:
         timed = {rank: result["pairs"] for rank, result in answers.items() if result["pairs"]}
         if not timed or any("failed" in result for result in answers.values()):
             return {}
-        rounds = partners(len(self.nodes), ROUNDS[self.mode])
-        return rates(rounds, self.nodes, timed, self.rows, NUM_BYTES[self.mode])
+        rounds = speed.partners(len(self.nodes), speed.ROUNDS[self.mode])
+        return speed.rates(rounds, self.nodes, timed, self.rows, speed.NUM_BYTES[self.mode])
 
     def _conclude(self, findings: list[Finding], measured: dict[str, Any] | None = None) -> Verdict:
         """Rank 0's verdict, on every rank."""

@@ -25,9 +25,7 @@ class Choice:
 
 def choose(lines: Sequence[str], findings: Iterable[Finding], num_nodes: int) -> Choice:
     """`num_nodes` good nodes: those without a finding first, then those with warnings only.
-
-    Raises:
-        TooFewNodes: an error that no choice of nodes takes away, or too few nodes without one.
+    TooFewNodes for an error that no choice of nodes takes away, or too few nodes without one.
     """
     findings = list(findings)
     everywhere = [f.code for f in findings if f.severity == "error" and not f.nodes]

@@ -106,10 +106,8 @@ def rates(
     rows: Sequence[Sequence[int]],
     num_bytes: int,
 ) -> dict[str, float]:
-    """GB/s each way that each node reached with its best partner, all its ranks together.
-
-    Args:
-        seconds: for each rank, its time in each round; None where it sat out.
+    """GB/s each way that each node reached with its best partner, all its ranks together. `seconds`
+    are those of each rank in each round; None where it sat out.
     """
     best: dict[str, float] = {}
     for number, pairs in enumerate(rounds):
