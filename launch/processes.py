@@ -132,22 +132,21 @@ class ProcessGroupJob:
 
 def is_running(process: "psutil.Process") -> bool:
     """Whether a process of this machine has not ended; False for a zombie."""
-    import psutil
-
-    try:
-        return process.is_running() and process.status() not in _ENDED
-    except psutil.NoSuchProcess:
-        return False
+    return process.is_running() and _status(process) not in _ENDED
 
 
 def is_stopped(process: "psutil.Process") -> bool:
     """Whether a process of this machine is stopped, by SIGSTOP or a debugger."""
+    return _status(process) in ("stopped", "tracing-stop")
+
+
+def _status(process: "psutil.Process") -> str:
     import psutil
 
     try:
-        return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        return str(process.status())
     except psutil.NoSuchProcess:
-        return False
+        return "dead"
 
 
 def kill(processes: "Iterable[psutil.Process]") -> None:

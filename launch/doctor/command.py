@@ -13,9 +13,8 @@ from largebatch.distributed.mailbox import Unreachable
 from largebatch.launch.doctor import checks
 from largebatch.launch.doctor.findings import Finding, as_json, as_text, exit_code
 from largebatch.launch.doctor.host import Host, HostFacts, alone, collect
+from largebatch.launch.doctor.preflight import nodes
 from largebatch.launch.doctor.preflight.command import MODES, Verdict, preflight, seconds_for
-from largebatch.launch.doctor.preflight.nodes import TooFewNodes, choose, format_choice, remembered
-from largebatch.launch.doctor.preflight.probe import ANSWER, TEMPLATE, probe
 from largebatch.launch.hosts import host_lines, write_hosts
 from largebatch.records.outcomes import ExitCode
 
@@ -27,7 +26,7 @@ def main(arguments: list[str]) -> int:
     try:
         _check(options)
         lines = _hostfile(options, host) if options.nodes else []
-        taken_out = remembered(options.bad)
+        taken_out = nodes.remembered(options.bad)
     except ValueError as error:
         print(f"largebatch: {error}", file=sys.stderr)
         return ExitCode.REFUSED
@@ -40,7 +39,7 @@ def main(arguments: list[str]) -> int:
     report = partial(_report, options, facts, lines)
     if options.probe:
         seconds = options.timeout or seconds_for("fast", len(lines))
-        found = probe(lines, options.probe, seconds, options.hostfile_out)
+        found = nodes.probe(lines, options.probe, seconds, options.hostfile_out)
         return report(Verdict([*found, *taken_out]))
     mode = options.preflight or "fast"
     if facts.size == 1 or mode == "off":
@@ -73,8 +72,8 @@ def _report(
     words = ""
     if options.nodes:
         try:
-            choice = choose(lines, verdict.findings, options.nodes)
-        except TooFewNodes as error:
+            choice = nodes.choose(lines, verdict.findings, options.nodes)
+        except nodes.TooFewNodes as error:
             code, words = 1, f"too-few-nodes: {error}"
             chosen = {"too_few_nodes": str(error)}
         else:
@@ -82,7 +81,7 @@ def _report(
             if options.spares_out is not None:
                 write_hosts(choice.spares, options.spares_out)
             # What was wrong is left out.
-            code, words = 0, format_choice(choice, options.hostfile_out)
+            code, words = 0, nodes.format_choice(choice, options.hostfile_out)
             chosen = {"nodes": list(choice.lines), "left_out": dict(choice.left_out)}
     if options.json:
         print(as_json(verdict.findings, {**_about(facts), **verdict.measured, **chosen}))
@@ -182,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         help="try all_to_all too, which second-order optimizers use; not from 1,024 ranks on",
     )  # fmt: skip
     # What --probe starts on many nodes at once.
-    add(ANSWER, type=Path, dest="answer", metavar="DIR", help=argparse.SUPPRESS)
+    add(nodes.ANSWER, type=Path, dest="answer", metavar="DIR", help=argparse.SUPPRESS)
     add = parser.add_argument_group("choosing nodes from an allocation with spares").add_argument
     add("--nodes", type=int, metavar="N", help="how many good nodes are wanted")
     for name, what in (
@@ -192,8 +191,8 @@ def _parser() -> argparse.ArgumentParser:
         ("bad", "nodes, a line each, that failed in earlier jobs: they come last"),
     ):
         add(f"--{name}", type=Path, metavar="FILE", help=what)
-    add("--probe", nargs="?", const=TEMPLATE, metavar="COMMAND",
+    add("--probe", nargs="?", const=nodes.TEMPLATE, metavar="COMMAND",
         help="from the batch script, without mpiexec: ask each node by itself, started by COMMAND "
         "with {hostfile} or {node} in it; with {nodes} too, all of a rack at once, where names "
-        f"tell racks (default: {TEMPLATE!r})")  # fmt: skip
+        f"tell racks (default: {nodes.TEMPLATE!r})")  # fmt: skip
     return parser

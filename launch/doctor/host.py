@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from largebatch.launch.hosts import host_lines, node_name, short
 
@@ -87,21 +87,26 @@ def has_module(name: str) -> bool:
         return False
 
 
-class Disk(NamedTuple):
-    """What a folder's file system has left for an unprivileged user."""
+@dataclass(frozen=True)
+class Folder:
+    """A folder that a run writes to, and what its file system has left for an unprivileged user."""
 
-    exists: bool
-    writable: bool
-    free_bytes: int
+    path: str
+    free_bytes: int = 0
+    file_system: str = ""
+    exists: bool = True
+    writable: bool = True
+    error: str = ""
+    """Why it could not be looked at."""
 
 
-def disk(folder: Path) -> Disk:
-    """Of `folder`, or of the nearest folder above it that exists."""
-    there = folder
+def disk(path: Path) -> Folder:
+    """`path`, or what holds for the nearest folder above it that exists."""
+    there = path
     while not there.exists() and there != there.parent:
         there = there.parent
-    writable = os.access(there, os.W_OK)
-    return Disk(there == folder, writable, shutil.disk_usage(there).free)
+    free, writable = shutil.disk_usage(there).free, os.access(there, os.W_OK)
+    return Folder(str(path), free, exists=there == path, writable=writable)
 
 
 def addresses() -> dict[str, str]:
@@ -160,7 +165,7 @@ class Host:
     torch: Callable[[], dict[str, Any]] = torch_facts
     versions: Callable[[], dict[str, str | None]] = versions
     has_module: Callable[[str], bool] = has_module
-    disk: Callable[[Path], Disk] = disk
+    disk: Callable[[Path], Folder] = disk
     addresses: Callable[[], dict[str, str]] = addresses
     resolve: Callable[[str], list[str]] = resolve
     port_is_free: Callable[[int], bool] = lambda port: can_listen("", port)
@@ -195,18 +200,6 @@ def alone(host: Host) -> Host:
     launchers = ("PALS_", "PMI_", "PMIX_", "SLURM_", "OMPI_")
     kept = {k: v for k, v in host.environment.items() if not k.startswith(launchers)}
     return replace(host, environment=kept, ranks=one)
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A folder that a run writes to. `error` is set where it could not be looked at."""
-
-    path: str
-    free_bytes: int = 0
-    file_system: str = ""
-    exists: bool = True
-    writable: bool = True
-    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -346,7 +339,7 @@ def collect_folder(path: Path, host: Host, mounts: list[tuple[str, str]]) -> Fol
     held = [row for row in mounts if path.is_relative_to(row[0])]
     file_system = max(held, key=lambda row: len(row[0]))[1] if held else ""
     try:
-        exists, writable, free = host.disk(path)
+        return replace(host.disk(path), file_system=file_system)
     except OSError as error:
-        return Folder(str(path), 0, file_system, False, False, error.strerror or str(error))
-    return Folder(str(path), free, file_system, exists, writable)
+        what = error.strerror or str(error)
+        return Folder(str(path), 0, file_system, exists=False, writable=False, error=what)

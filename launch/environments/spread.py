@@ -102,7 +102,10 @@ def spread(archive: Path, to: Path | None, timeout_seconds: float) -> int:
         )
         world.Abort(1)
         raise
-    return _shared_code(world, code)
+    # All ranks have rank 0's exit code. They sleep until then: their cores may be wanted.
+    shared = bytearray([code])
+    _wait(world.Ibcast([shared, MPI.BYTE], root=0), inf)
+    return shared[0]
 
 
 def _order(archive: Path, to: Path | None) -> Order | EnvError:
@@ -279,15 +282,6 @@ def _gather(leaders: Any, own: Report, patience: float) -> list[Report]:
         if report.stalled:
             raise Lost(rank, f"has not got anything for {patience:g} s")
     return reports
-
-
-def _shared_code(world: Any, code: int) -> int:
-    """Rank 0's exit code, on all ranks. They sleep until then: their cores may be wanted."""
-    from mpi4py import MPI
-
-    shared = bytearray([code])
-    _wait(world.Ibcast([shared, MPI.BYTE], root=0), inf)
-    return shared[0]
 
 
 class _Progress:

@@ -20,9 +20,8 @@ from largebatch.distributed.walltime import end_of_job
 from largebatch.launch.sweeps.backend import Backend
 from largebatch.launch.sweeps.checks import checked, cluster_of
 from largebatch.launch.sweeps.node_health import NodeHealth
-from largebatch.launch.sweeps.progress import SweepProgress
 from largebatch.launch.sweeps.record import SweepRecord, Trial
-from largebatch.launch.sweeps.scheduler import Outcome, TrialScheduler
+from largebatch.launch.sweeps.scheduler import Outcome, SweepProgress, TrialScheduler
 from largebatch.launch.sweeps.settings import KEY, SweepSettings
 from largebatch.launch.sweeps.slices import Slices, nodes_here
 from largebatch.records.summary import objective

@@ -84,7 +84,7 @@ class Worker:
         self.connection, theirs = Pipe()
         threads = {"OMP_NUM_THREADS": str(max(1, num_cores() // num_workers))}
         start = _START.format(path=sys.path, descriptor=theirs.fileno())
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-c", start], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
             env=threads | os.environ | {"LARGEBATCH_PARENT": str(os.getpid())},
             start_new_session=True,  # Ctrl-C is the sweep's, which passes it on
@@ -103,20 +103,14 @@ class Worker:
                 found: JobReturn | KeyboardInterrupt = pickle.loads(self.connection.recv_bytes())
                 return found
         except (EOFError, OSError):
-            return self._process.wait()
-        return self._process.poll()
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def signal(self, number: int) -> None:
-        self._process.send_signal(number)
+            return self.process.wait()
+        return self.process.poll()
 
     def close(self) -> None:
         """End it, its job too."""
         self.connection.close()
-        self._process.kill()
-        self._process.wait()
+        self.process.kill()
+        self.process.wait()
 
 
 class Workers:
@@ -144,7 +138,7 @@ class Workers:
                     self._signals.clear()
                     interrupted = True
                     for worker in self._busy():
-                        worker.signal(number)
+                        worker.process.send_signal(number)
                 while waiting and not interrupted and (idle := self._idle()) is not None:
                     job, overrides = waiting.popleft()
                     idle.begin(job, pickle.dumps((shared, first + job, list(overrides))))
@@ -178,7 +172,7 @@ class Workers:
     def _idle(self) -> Worker | None:
         for worker in list(self._all):
             if worker.job is None:
-                if worker.is_alive():
+                if worker.process.poll() is None:
                     return worker
                 self._drop(worker)
         if len(self._all) == self._num:
