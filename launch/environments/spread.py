@@ -142,8 +142,8 @@ def _lead(leaders: Any, order: Order, nodes: list[str], patience: float) -> int:
             own.failed = _format_error(error)
         missing = leaders.allreduce(int(not own.reused and not own.failed))
     if missing:
-        with _Unpacking(order, target, own) as unpacking:
-            own.stalled = not _broadcast(leaders, order, unpacking.take, patience)
+        with _unpacking(order, target, own) as take:
+            own.stalled = not _broadcast(leaders, order, take, patience)
     if not own.failed and not (target / "bin" / "python").exists():
         own.failed = f"the environment's base Python in {order.home} is not on this node"
     reports = _gather(leaders, own, patience)
@@ -167,43 +167,42 @@ def _check_space(target: Path, order: Order) -> None:
         )
 
 
-class _Unpacking:
-    """A thread that unpacks what `take` is given; idle where a node needs or can do nothing."""
+@contextmanager
+def _unpacking(
+    order: Order, target: Path, report: Report
+) -> Iterator[Callable[[memoryview], None]]:
+    """A thread unpacks what the function is given; nothing where a node needs or can do nothing."""
+    if report.reused or report.failed:
+        yield lambda chunk: None
+        return
+    reading, writing = os.pipe()
+    thread = threading.Thread(target=_unpack, args=(reading, order, target, report), daemon=True)
+    thread.start()
 
-    def __init__(self, order: Order, target: Path, report: Report) -> None:
-        self._order, self._target, self._report = order, target, report
-        self._idle = report.reused or bool(report.failed)
-
-    def __enter__(self) -> "_Unpacking":
-        if not self._idle:
-            reading, self._writing = os.pipe()
-            self._thread = threading.Thread(target=self._unpack, args=(reading,), daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if not self._idle:
-            os.close(self._writing)
-            self._thread.join()
-
-    def take(self, chunk: memoryview) -> None:
-        if self._idle or self._report.failed:
+    def take(rest: memoryview) -> None:
+        if report.failed:
             return  # a node that has failed still takes part in the broadcast
-        rest = chunk
         try:
             while rest:
-                rest = rest[os.write(self._writing, rest) :]
+                rest = rest[os.write(writing, rest) :]
         except BrokenPipeError:
-            self._thread.join()  # it has said why
+            thread.join()  # it has said why
 
-    def _unpack(self, reading: int) -> None:
-        with os.fdopen(reading, "rb") as source:
-            try:
-                unpack(source, self._order.zstd, self._target)
-            except (OSError, Damaged) as error:
-                self._report.failed = _format_error(error)
-            except Exception as error:
-                self._report.failed = f"{type(error).__name__}: {error}"
+    try:
+        yield take
+    finally:
+        os.close(writing)
+        thread.join()
+
+
+def _unpack(reading: int, order: Order, target: Path, report: Report) -> None:
+    with os.fdopen(reading, "rb") as source:
+        try:
+            unpack(source, order.zstd, target)
+        except (OSError, Damaged) as error:
+            report.failed = _format_error(error)
+        except Exception as error:
+            report.failed = f"{type(error).__name__}: {error}"
 
 
 def _broadcast(
