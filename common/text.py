@@ -36,18 +36,29 @@ def and_more(names: Sequence[object], most: int) -> str:
     return ", ".join(map(str, names[:most])) + (f" and {rest:,} more" if rest > 0 else "")
 
 
-def int_ranges(numbers: Iterable[int]) -> list[str]:
-    """Ascending numbers as ranges, each in words: 0, 2-5, 7, 8; two in a row are no range."""
-    spans: list[list[int]] = []
+def int_spans(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """The first and the last of each run of numbers, which ascend."""
+    spans: list[tuple[int, int]] = []
     for number in numbers:
         if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
+            spans[-1] = spans[-1][0], number
         else:
-            spans.append([number, number])
+            spans.append((number, number))
+    return spans
+
+
+def int_ranges(numbers: Iterable[int]) -> list[str]:
+    """Ascending numbers as ranges, each in words: 0, 2-5, 7, 8; two in a row are no range."""
     return [
         f"{first}" if first == last else f"{first}{', ' if last == first + 1 else '-'}{last}"
-        for first, last in spans
+        for first, last in int_spans(numbers)
     ]
+
+
+def spell_cores(cores: Iterable[int]) -> str:
+    """Cores as Linux and launchers write them: 42-47,94-99."""
+    spans = int_spans(sorted(cores))
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def clock(seconds: float) -> str:

@@ -195,8 +195,14 @@ class TrainConfig:
     mode: LRFindConfig | None = None
     study: StudyConfig | None = None
     seed: int = count(0)
+    objective: str | None = choice(None, "steps", "samples", "loss")
 
     def __post_init__(self) -> None:
+        if self.objective in ("steps", "samples") and self.target.loss is None:
+            raise ConfigError(
+                f"objective={self.objective} counts to target.loss, which is null: give a target, "
+                "or take objective=loss"
+            )
         if self.guard.rolls_back and not self.checkpoint.saves:
             raise ConfigError(
                 "guard goes back to the last checkpoint: set checkpoint.every_samples or "

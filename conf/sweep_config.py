@@ -34,6 +34,7 @@ class StudyConfig:
     report_seeds: list[int] = field(default_factory=list, metadata=each_count())
     search: list[str] = field(default_factory=lambda: ["lr"])
     most_trials: int = count(64, least=3)
+    join: bool = False
     rules: list[str] = field(default_factory=list)
     rule_batches: list[int] = field(default_factory=list, metadata=each_count(least=1))
 

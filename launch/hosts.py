@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from largebatch.common.files import write_whole
 from largebatch.common.text import and_more
 
 _NAMED_PLACES: Final = 4
@@ -27,11 +28,7 @@ def short(line: str) -> str:
 
 
 def host_lines(path: Path) -> list[str]:
-    """The hostfile's lines, each node's first one.
-
-    Raises:
-        ValueError: there is no such file, or nothing in it.
-    """
+    """The hostfile's lines, each node's first one; ValueError where there are none."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -47,7 +44,5 @@ def host_lines(path: Path) -> list[str]:
 
 
 def write_hosts(lines: Iterable[str], path: Path) -> None:
-    """Write a hostfile under a temporary name first: a job never reads half of one."""
-    own = path.with_name(f".{path.name}.{os.getpid()}")
-    own.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    own.replace(path)
+    """Write a hostfile in one step: a job never reads half of one."""
+    write_whole(path, "".join(f"{line}\n" for line in lines), durable=False)

@@ -7,17 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from types import FrameType, TracebackType
+from contextlib import ExitStack, suppress
 from typing import IO, TYPE_CHECKING, Final, Self
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.signals import on_stop_signal
 
 if TYPE_CHECKING:  # a bare install has no psutil
     import psutil
-
-PASSED_ON: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
-"""Signals by which a batch system, or a user, ends a run between two steps."""
 
 ECHO_SECONDS: Final = 1.0
 
@@ -37,7 +34,7 @@ class ProcessGroupJob:
             None: the command has this process's own.
 
     Attributes:
-        signal: the first of `PASSED_ON` that was received.
+        signal: the first of `STOP_SIGNALS` that was received.
 
     Raises:
         ConfigError: on entry, where the command cannot be started.
@@ -55,13 +52,12 @@ class ProcessGroupJob:
         self._noted = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._before: set[psutil.Process] = set()
-        self._handlers: dict[int, signal._HANDLER] = {}
+        self._context = ExitStack()
 
     def __enter__(self) -> Self:
         _adopt_orphans()
         self._before = descendants()
-        for number in PASSED_ON:
-            self._handlers[number] = signal.signal(number, self._pass_on)
+        self._context.enter_context(on_stop_signal(self._pass_on))
         # A group of its own, so that Ctrl-C reaches it once, from here. It is in the background
         # then, and would be stopped where it reads from the terminal.
         try:
@@ -71,7 +67,7 @@ class ProcessGroupJob:
                 stderr=subprocess.PIPE if self._listen else None,
             )  # fmt: skip
         except OSError as error:
-            self._restore()
+            self._context.close()
             what = error.strerror or str(error)
             raise ConfigError(f"{self.command[0]} cannot be started: {what}") from error
         self._process = process
@@ -81,21 +77,11 @@ class ProcessGroupJob:
             process.send_signal(self.signal)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.kill()
-        self._restore()
+        self._context.close()
 
-    def _restore(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        del frame
+    def _pass_on(self, number: int) -> None:
         now = time.monotonic()
         if number == self.signal and now - self._noted < ECHO_SECONDS:
             return  # once from the batch system, and once from the script that passes it on
@@ -146,22 +132,21 @@ class ProcessGroupJob:
 
 def is_running(process: "psutil.Process") -> bool:
     """Whether a process of this machine has not ended; False for a zombie."""
-    import psutil
-
-    try:
-        return process.is_running() and process.status() not in _ENDED
-    except psutil.NoSuchProcess:
-        return False
+    return process.is_running() and _status(process) not in _ENDED
 
 
 def is_stopped(process: "psutil.Process") -> bool:
     """Whether a process of this machine is stopped, by SIGSTOP or a debugger."""
+    return _status(process) in ("stopped", "tracing-stop")
+
+
+def _status(process: "psutil.Process") -> str:
     import psutil
 
     try:
-        return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        return str(process.status())
     except psutil.NoSuchProcess:
-        return False
+        return "dead"
 
 
 def kill(processes: "Iterable[psutil.Process]") -> None:

@@ -166,13 +166,17 @@ def has_ended(run: Path) -> bool:
 
 
 def objective(summary: Mapping[str, Any]) -> float:
-    """Return what a sweeper makes small: steps to the target, or the final loss of a run without.
+    """Return what a sweeper makes small, as the configuration's `objective` names it: steps or
+    samples to the target, or the final loss. Without it: steps, or the loss where no target is.
 
     A run that missed its target, or diverged, is infinite.
     """
-    if summary.get("target_loss") is not None:
-        steps = summary.get("steps_to_target")
-        return math.inf if steps is None else float(steps)
+    what = summary.get("config", {}).get("objective")
+    if what != "loss" and summary.get("target_loss") is not None:
+        steps = summary.get("steps_to_target_interpolated") or summary.get("steps_to_target")
+        if steps is None:
+            return math.inf
+        return float(steps) * (summary["batch_size"] if what == "samples" else 1)
     found = summary.get("eval_loss")
     found = summary.get("loss") if found is None else found
     return math.inf if found is None or summary["status"] == "diverged" else float(found)

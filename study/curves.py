@@ -16,8 +16,9 @@ from largebatch.study.decisions import Decisions
 from largebatch.study.reading import RunSummary
 
 _NO_PART_IN_A_CURVE: Final = (
-    "seed", "study", "mode", "resume", "stop_at", "stop_before_walltime", "logger", "record",
-    "checkpoint", "throughput", "batch.size", "optim.lr", "scaling", "target.give_up_samples",
+    "seed", "objective", "study", "mode", "resume", "stop_at", "stop_before_walltime", "logger",
+    "record", "checkpoint", "throughput", "batch.size", "optim.lr", "scaling",
+    "target.give_up_samples",
 )  # fmt: skip
 """Keys of a configuration that no curve is told apart by: roles of their own, and what changes no
 update."""

@@ -65,6 +65,7 @@ class Decisions:
 
 def write_decisions(folder: Path, decisions: Decisions) -> None:
     """Write them into the folder's `study.json`, beside what is there."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / STUDY
     try:
         known = read_fields(path).values

@@ -1,5 +1,6 @@
 """A cause of a run's trouble: what was seen where, and what to do."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -39,10 +40,7 @@ class Cause:
 def in_order(causes: Iterable[Cause]) -> list[Cause]:
     """The weightiest first. A node that several causes name weighs more in each of them."""
     causes = list(causes)
-    counts: dict[str, int] = {}
-    for cause in causes:
-        for node in set(cause.nodes):
-            counts[node] = counts.get(node, 0) + 1
+    counts = Counter(node for cause in causes for node in set(cause.nodes))
 
     def weight(cause: Cause) -> int:
         return cause.weight + 2 * max((counts[node] - 1 for node in cause.nodes), default=0)

@@ -70,9 +70,7 @@ def explain(
     run: Path, logs: Sequence[Path], now: float
 ) -> tuple[list[Cause], list[str], list[str]]:
     """The causes, the likeliest first, the names of what was looked at, and what of it is damaged.
-
-    Raises:
-        ValueError: `run` holds no run, or a log is not there.
+    ValueError where `run` holds no run, or a log is not there.
     """
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run} is no folder: name a run's, its hydra.run.dir")

@@ -99,17 +99,13 @@ PATTERNS: Final = (
 class Match:
     evidence: list[str] = field(default_factory=list)
     count: int = 0
-    nodes: dict[str, None] = field(default_factory=dict)
-    ranks: dict[str, None] = field(default_factory=dict)
-    signals: dict[str, None] = field(default_factory=dict)
+    named: dict[str, dict[str, None]] = field(
+        default_factory=lambda: {"nodes": {}, "ranks": {}, "signals": {}}
+    )
 
 
 def find_logs(run: Path, given: Sequence[Path]) -> list[Path]:
-    """Output that the run's folder holds, and what is given.
-
-    Raises:
-        ValueError: a path that is given is not there.
-    """
+    """Output that the run's folder holds, and what is given; ValueError where that is not there."""
     found: dict[Path, None] = {}
     for path in (run, *given):
         if path.is_file():
@@ -155,20 +151,17 @@ def _take(matches: list[Match], line: str, place: str) -> None:
         if len(match.evidence) < MOST_KEPT:
             match.evidence.append(f"{place}: {line.strip()[:SHOWN]}")
         if node is not None:
-            match.nodes[node] = None
+            match.named["nodes"][node] = None
         for found in found_here:
             groups = found.groupdict()
-            for name, held in (("rank", match.ranks), ("rank2", match.ranks),
-                               ("signal", match.signals)):  # fmt: skip
-                if groups.get(name):
-                    held[groups[name]] = None
+            for group, name in (("rank", "ranks"), ("rank2", "ranks"), ("signal", "signals")):
+                if groups.get(group):
+                    match.named[name][groups[group]] = None
 
 
 def _cause(pattern: Pattern, match: Match) -> Cause:
-    words = [pattern.what]
-    for name, held in (("nodes", match.nodes), ("ranks", match.ranks), ("signals", match.signals)):
-        if held:
-            words.append(f"{name} {and_more([*held], 8)}")
+    named = "; ".join(f"{name} {and_more([*of], 8)}" for name, of in match.named.items() if of)
     times = f" ({match.count} times)" if match.count > 1 else ""
-    what = f"{words[0]}{': ' + '; '.join(words[1:]) if words[1:] else ''}{times}."
-    return Cause(pattern.weight, what, pattern.do, tuple(match.evidence), tuple(match.nodes))
+    what = f"{pattern.what}{': ' * bool(named)}{named}{times}."
+    nodes = tuple(match.named["nodes"])
+    return Cause(pattern.weight, what, pattern.do, tuple(match.evidence), nodes)

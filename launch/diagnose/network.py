@@ -1,6 +1,7 @@
 """Steps that slowed, and network counters that stood out: together where they were at one time."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -36,7 +37,7 @@ def read_network(run: Path, survey: Survey | None, steps: Steps | None) -> list[
     for episode in episodes:
         if episode not in named:
             causes.append(_besides(episode, stopped))
-    return causes + ([] if survey is None else _gone(survey))
+    return causes + ([] if survey is None else [*_gone(survey)])
 
 
 def _stopped_at(run: Path) -> float | None:
@@ -66,10 +67,9 @@ def _slow(spell: SlowSpell, together: list[Episode], recorded: bool) -> Cause:
         return Cause(40, f"{what}, {why}.", do, tuple(evidence))
     first = together[0]
     nodes = tuple(dict.fromkeys(n for e in together if not e.everywhere for n in e.nodes))
-    where = "all nodes" if first.everywhere else and_more(first.nodes, MOST_NAMED)
     return Cause(
         55,
-        f"{what}, while the network showed {first.kind.name} on {where}: {first.kind.means}.",
+        f"{what}, while the network showed {first.kind.name} on {first.where}: {first.kind.means}.",
         first.kind.do,
         (*evidence, *(f"nic: {episode}" for episode in together)),
         nodes,
@@ -77,39 +77,28 @@ def _slow(spell: SlowSpell, together: list[Episode], recorded: bool) -> Cause:
 
 
 def _besides(episode: Episode, stopped: float | None) -> Cause:
-    where = "all nodes" if episode.everywhere else and_more(episode.nodes, MOST_NAMED)
-    nodes = () if episode.everywhere else episode.nodes
-    at_the_end = (
-        stopped is not None
-        and episode.begin < stopped + BEFORE_THE_END
-        and episode.end > stopped - BEFORE_THE_END
-    )
-    if at_the_end:
-        return Cause(
-            75 if episode.kind.name in GRAVE else 65,
-            f"When the run stopped, the network showed {episode.kind.name} on {where}: "
-            f"{episode.kind.means}.",
-            episode.kind.do, (f"nic: {episode}",), nodes,
-        )  # fmt: skip
-    return Cause(
-        20 if episode.kind.name in GRAVE else 10,
-        f"The network showed {episode.kind.name} on {where}, without an effect on the steps that "
-        f"is on record: {episode.kind.means}.",
-        episode.kind.do, (f"nic: {episode}",), nodes,
-    )  # fmt: skip
+    kind, nodes = episode.kind, () if episode.everywhere else episode.nodes
+    shown = f"{kind.name} on {episode.where}"
+    if stopped is not None and (
+        episode.begin < stopped + BEFORE_THE_END and episode.end > stopped - BEFORE_THE_END
+    ):
+        weight, what = 65, f"When the run stopped, the network showed {shown}"
+    else:
+        weight = 10
+        what = f"The network showed {shown}, without an effect on the steps that is on record"
+    weight += 10 * (kind.name in GRAVE)
+    return Cause(weight, f"{what}: {kind.means}.", kind.do, (f"nic: {episode}",), nodes)
 
 
-def _gone(survey: Survey) -> list[Cause]:
+def _gone(survey: Survey) -> Iterator[Cause]:
     """Nodes that stopped recording long before the others."""
     usual = sorted(survey.last)[len(survey.last) // 2]
     limit = usual - QUIET_SECONDS - QUIET_SAMPLES * survey.longest
     early = sorted((last, node) for last, node in zip(survey.last, survey.nodes, strict=True)
                    if last < limit)  # fmt: skip
-    if not early:
-        return []
-    names = tuple(node for _, node in early)
-    return [
-        Cause(
+    if early:
+        names = tuple(node for _, node in early)
+        yield Cause(
             72,
             f"{and_more(names, MOST_NAMED)} stopped recording long before the other nodes: gone, "
             "or hung.",
@@ -120,4 +109,3 @@ def _gone(survey: Survey) -> list[Cause]:
             ),
             names,
         )
-    ]

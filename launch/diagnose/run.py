@@ -3,6 +3,7 @@
 import signal
 from array import array
 from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -75,31 +76,29 @@ def _seconds_a_step(run: Path) -> float | None:
 def read_run(run: Path, now: float, problems: list[str]) -> list[Cause]:
     """What summary, heartbeat and events tell."""
     summary, beat = find_fields(run / SUMMARY, problems), find_beat(run, problems)
-    found = []
+    found: Iterable[Cause] = ()
     if summary is not None:
         found = _of_summary(run, summary)
     elif beat is not None:
-        found = _of_life(run, beat, now) if is_alive(run, beat, now) else _of_silence(beat, now)
-    return found + _of_events(run, problems)
+        found = _of_life(run, beat, now) if is_alive(run, beat, now) else [_of_silence(beat, now)]
+    return [*found, *_of_events(run, problems)]
 
 
-def _of_summary(run: Path, summary: Fields) -> list[Cause]:
+def _of_summary(run: Path, summary: Fields) -> Iterator[Cause]:
     for name in ("samples", "seconds"):  # are shown by `ending`; what is wrong with them is noted
         summary.find(name, number_or_none)
     ended, step = summary.find("status", status), _or_unknown(summary.find("steps", whole()))
     if ended == "failed":
         error = summary.find("error", text)
-        return [
-            Cause(
-                90,
-                f"The run failed after step {step}: {error}",
-                "see the traceback in the job's output; if it names a collective or a peer, "
-                "another rank died first: look for the first of all messages",
-                (f"{SUMMARY}: {error}",),
-            )
-        ]
+        yield Cause(
+            90,
+            f"The run failed after step {step}: {error}",
+            "see the traceback in the job's output; if it names a collective or a peer, another "
+            "rank died first: look for the first of all messages",
+            (f"{SUMMARY}: {error}",),
+        )
     if ended == "diverged":
-        return [_divergence(run, step, summary.find("reason", text))]
+        yield _divergence(run, step, summary.find("reason", text))
     if ended == "interrupted":
         number = summary.find("signal", whole(1))
         why = summary.find("reason", optional(text))
@@ -107,15 +106,12 @@ def _of_summary(run: Path, summary: Fields) -> list[Cause]:
         cause = f" by {name} after step {step}: by somebody, or by the end of the job's time."
         if number is None and why is not None:
             cause = f" after step {step}: {why}."
-        return [
-            Cause(
-                30,
-                f"The run was interrupted{cause}",
-                "the same command with resume=auto resumes it, if checkpoint.every_samples was set",
-                (f"{SUMMARY}: status interrupted",),
-            )
-        ]
-    return []
+        yield Cause(
+            30,
+            f"The run was interrupted{cause}",
+            "the same command with resume=auto resumes it, if checkpoint.every_samples was set",
+            (f"{SUMMARY}: status interrupted",),
+        )
 
 
 def _signal_name(number: int) -> str:
@@ -157,43 +153,36 @@ def _divergence(run: Path, step: str, reason: str | None) -> Cause:
     )
 
 
-def _of_life(run: Path, beat: Beat, now: float) -> list[Cause]:
+def _of_life(run: Path, beat: Beat, now: float) -> Iterator[Cause]:
     """Of a run that may go on: a rank that is stopped, a step that does not come."""
     process, usual = process_of(beat), _seconds_a_step(run)
     if process is not None and is_stopped(process):
-        return [
-            Cause(
-                80,
-                f"Rank 0 is stopped (SIGSTOP, or Ctrl-Z), {_heard(beat, now)}: all wait for it.",
-                f"kill -CONT {process.pid}", (f"process {process.pid} on {beat.host}",),
-            )
-        ]  # fmt: skip
+        yield Cause(
+            80,
+            f"Rank 0 is stopped (SIGSTOP, or Ctrl-Z), {_heard(beat, now)}: all wait for it.",
+            f"kill -CONT {process.pid}",
+            (f"process {process.pid} on {beat.host}",),
+        )
+        return
     late = 0.0 if beat.time is None else now - beat.time
     if beat.state != "stepping" or beat.phase or usual is None:
-        return []
-    if late < max(LATE_SECONDS, QUIET_STEPS * usual):
-        return []
-    return [
-        Cause(
+        return
+    if late >= max(LATE_SECONDS, QUIET_STEPS * usual):
+        yield Cause(
             45,
             f"No step for {_duration(late)} after step {_or_unknown(beat.step)}, where one takes "
             f"{usual:.3g} s: a rank is stopped, hangs, or waits for data.",
             "largebatch watch RUN --now asks every rank where it is",
             (f"{HEARTBEAT}: {_heard(beat, now)}",),
         )
-    ]  # fmt: skip
 
 
-def _of_silence(beat: Beat, now: float) -> list[Cause]:
+def _of_silence(beat: Beat, now: float) -> Cause:
     heard, step = _heard(beat, now), _or_unknown(beat.step)
     evidence = (f"{HEARTBEAT}: {heard}",)
     if beat.state == "failed":
-        return [
-            Cause(
-                70, f"Rank 0, on {beat.host}, ended by an exception at step {step}.",
-                "see the traceback in the job's output", evidence,
-            )
-        ]  # fmt: skip
+        what = f"Rank 0, on {beat.host}, ended by an exception at step {step}."
+        return Cause(70, what, "see the traceback in the job's output", evidence)
     if beat.state == "starting":
         what = f"The run never made a step: started by {beat.host}, it stood still or was killed."
         do = "largebatch doctor --preflight on the same nodes checks every collective by value"
@@ -207,7 +196,7 @@ def _of_silence(beat: Beat, now: float) -> list[Cause]:
             "if its processes are there: largebatch watch RUN --now asks every rank where it is; "
             "else look at the job's output (--log) for the first message, and resume=auto"
         )
-    return [Cause(70, what, do, evidence)]
+    return Cause(70, what, do, evidence)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from largebatch.launch.doctor.findings import Finding
+from largebatch.launch.doctor.findings import Finding, error, warning
 from largebatch.launch.doctor.host import HostFacts
 
 # A world from which start-up limits begin to tell.
@@ -11,17 +11,14 @@ _LARGE_WORLD: Final = 1000
 
 
 def check(facts: HostFacts) -> Iterator[Finding]:
-    """ccl-direct-on-ofi, ccl-kvs-on-ofi, ccl-2d-scaleout, ccl-bcast, ccl-launcher, ccl-kvs-timeout,
-    fi-monitor, ze-mask, libuv-off.
-    """
+    """What one process's environment tells."""
     environment = facts.environment
     yield from _transport(environment)
     yield from _launcher(facts)
     yield from _large(facts)
     if environment.get("CCL_BCAST") == "double_tree":
-        yield Finding(
+        yield warning(
             "ccl-bcast",
-            "warning",
             "CCL_BCAST=double_tree",
             "this broadcast failed under DistributedDataParallel on Aurora (closed 2025-10-13); "
             "ALCF's extended set still names it",
@@ -29,9 +26,8 @@ def check(facts: HostFacts) -> Iterator[Finding]:
         )
     monitor = environment.get("FI_MR_CACHE_MONITOR")
     if monitor not in (None, "userfaultfd", "disabled"):
-        yield Finding(
+        yield warning(
             "fi-monitor",
-            "warning",
             f"FI_MR_CACHE_MONITOR={monitor}",
             "neither of the two documented values; a memory-registration cache that misses a free "
             "sends stale memory, which shows as wrong values",
@@ -39,9 +35,8 @@ def check(facts: HostFacts) -> Iterator[Finding]:
         )
     mask = environment.get("ZE_AFFINITY_MASK")
     if mask is not None and hierarchy(environment) == "FLAT":
-        yield Finding(
+        yield warning(
             "ze-mask",
-            "warning",
             f"ZE_AFFINITY_MASK={mask} while ZE_FLAT_DEVICE_HIERARCHY is FLAT",
             "the mask renumbers the tiles under every rank, so a rank's local number is no longer "
             "its tile; frameworks on Aurora choose with torch.xpu.set_device(local_rank)",
@@ -58,26 +53,23 @@ def _transport(environment: Mapping[str, str]) -> Iterator[Finding]:
     if environment.get("CCL_ATL_TRANSPORT") == "ofi":
         for name, value in sorted(environment.items()):
             if name.startswith("CCL_ALLREDUCE") and "direct" in value:
-                yield Finding(
+                yield error(
                     "ccl-direct-on-ofi",
-                    "error",
                     f"{name}={value} with CCL_ATL_TRANSPORT=ofi",
                     "`direct` is MPI_Iallreduce and exists on the mpi transport only",
                     "set CCL_ATL_TRANSPORT=mpi, or name another algorithm (rabenseifner, ring)",
                 )
         if environment.get("CCL_KVS_MODE") == "mpi":
-            yield Finding(
+            yield error(
                 "ccl-kvs-on-ofi",
-                "error",
                 "CCL_KVS_MODE=mpi with CCL_ATL_TRANSPORT=ofi",
                 "oneCCL exchanges addresses over MPI only where it also sends over MPI",
                 "set CCL_ATL_TRANSPORT=mpi, or unset CCL_KVS_MODE",
             )
     scaleout = environment.get("CCL_ALLREDUCE_SCALEOUT", "")
     if "2d" in [rule.split(":")[0] for rule in scaleout.split(";")]:
-        yield Finding(
+        yield error(
             "ccl-2d-scaleout",
-            "error",
             f"CCL_ALLREDUCE_SCALEOUT={scaleout}",
             "2d is hierarchical itself and cannot be the part between nodes of topo",
             "name ring, rabenseifner or direct",
@@ -88,17 +80,15 @@ def _launcher(facts: HostFacts) -> Iterator[Finding]:
     environment = facts.environment
     launcher = environment.get("CCL_PROCESS_LAUNCHER")
     if launcher == "none" and not {"CCL_LOCAL_RANK", "CCL_LOCAL_SIZE"} <= environment.keys():
-        yield Finding(
+        yield error(
             "ccl-launcher",
-            "error",
             "CCL_PROCESS_LAUNCHER=none without CCL_LOCAL_RANK and CCL_LOCAL_SIZE",
             "oneCCL does not know which ranks share a node, and stops",
             "set both for each rank, or CCL_PROCESS_LAUNCHER=pmix under mpiexec --pmi=pmix",
         )
     elif launcher in (None, "hydra") and "PALS_RANKID" in environment and facts.expects_tiles:
-        yield Finding(
+        yield warning(
             "ccl-launcher",
-            "warning",
             f"CCL_PROCESS_LAUNCHER={launcher or '(unset, which means hydra)'} under PALS",
             "oneCCL looks for the ranks of a node with another launcher's variables",
             "export CCL_PROCESS_LAUNCHER=pmix (ALCF's minimal set)",
@@ -108,9 +98,8 @@ def _launcher(facts: HostFacts) -> Iterator[Finding]:
 def _large(facts: HostFacts) -> Iterator[Finding]:
     environment = facts.environment
     if facts.size >= _LARGE_WORLD and environment.get("USE_LIBUV") == "0":
-        yield Finding(
+        yield warning(
             "libuv-off",
-            "warning",
             f"USE_LIBUV=0 with {facts.size:,} ranks",
             "the older store needed over 30 minutes and timed out at 96,000 ranks, where libuv's "
             "took 100 s (PyTorch's tutorial on the TCPStore backend)",
@@ -118,9 +107,8 @@ def _large(facts: HostFacts) -> Iterator[Finding]:
         )
     timeout = environment.get("CCL_KVS_CONNECTION_TIMEOUT", "120")
     if facts.size >= _LARGE_WORLD and facts.expects_tiles and _below(timeout, 600):
-        yield Finding(
+        yield warning(
             "ccl-kvs-timeout",
-            "warning",
             f"CCL_KVS_CONNECTION_TIMEOUT is {timeout} s with {facts.size:,} ranks",
             "oneCCL gives up while ranks are still starting",
             "export CCL_KVS_CONNECTION_TIMEOUT=600 (ALCF's extended set)",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Final
 
-from largebatch.launch.doctor.findings import Finding
+from largebatch.launch.doctor.findings import Finding, error, warning
 from largebatch.launch.doctor.host import Folder, HostFacts
 
 # Where multiprocessing and torch's shared memory put their sockets below TMPDIR:
@@ -30,9 +30,8 @@ def check(facts: HostFacts) -> Iterator[Finding]:
 
 def _world(facts: HostFacts) -> Iterator[Finding]:
     if facts.launcher_error:
-        yield Finding(
+        yield error(
             "ranks-refused",
-            "error",
             facts.launcher_error,
             "this process does not know its place among the ranks",
             "start with torchrun, or with the mpiexec that mpi4py was built for",
@@ -44,9 +43,8 @@ def _world(facts: HostFacts) -> Iterator[Finding]:
     if environment.get("LARGEBATCH_RANKS") == "1":
         return  # one is meant
     if facts.size == 1 and "PALS_RANKID" in environment and several:
-        yield Finding(
+        yield error(
             "world-of-one",
-            "error",
             f"PALS started this process (PALS_RANKID={environment['PALS_RANKID']}, "
             f"PALS_LOCAL_SIZE={beside}), but its world has 1 rank",
             "every process would train alone, and they would fight over one port and one folder",
@@ -78,9 +76,8 @@ def _limits(facts: HostFacts) -> Iterator[Finding]:
     if facts.rank != 0:
         return
     if facts.somaxconn is not None and facts.somaxconn < facts.size:
-        yield Finding(
+        yield error(
             "somaxconn-low",
-            "error",
             f"net.core.somaxconn is {facts.somaxconn:,} on rank 0's node, the world has "
             f"{facts.size:,} ranks",
             "ranks that connect at once are refused (seen at 1,536 ranks, pytorch#76913)",
@@ -88,9 +85,8 @@ def _limits(facts: HostFacts) -> Iterator[Finding]:
             "ranks",
         )
     if facts.syn_backlog is not None and facts.syn_backlog < facts.size:
-        yield Finding(
+        yield warning(
             "syn-backlog-low",
-            "warning",
             f"net.ipv4.tcp_max_syn_backlog is {facts.syn_backlog:,} on rank 0's node, the world "
             f"has {facts.size:,} ranks",
             "connections begun at once are dropped and tried again seconds later: a slow start",
@@ -100,7 +96,6 @@ def _limits(facts: HostFacts) -> Iterator[Finding]:
 
 def _tmpdir(facts: HostFacts) -> Iterator[Finding]:
     folder = facts.tmpdir
-    here = (facts.node,) if facts.size > 1 else ()
     length = len(folder.path.encode())
     if length > _LONG_TMPDIR:
         over = length + _BELOW_TMPDIR > _SOCKET_PATH
@@ -113,20 +108,18 @@ def _tmpdir(facts: HostFacts) -> Iterator[Finding]:
             "export TMPDIR=/tmp",
         )
     if not folder.exists or not folder.writable:
-        yield Finding(
+        yield error(
             "tmpdir-unusable",
-            "error",
             f"TMPDIR={folder.path} " + ("cannot be written to" if folder.exists else "is missing"),
             "dataloader workers and compilers fail when they first need it",
             "export TMPDIR=/tmp",
-            here,
+            facts.here,
         )
     elif folder.free_bytes < _TMPDIR_NEEDS:
-        yield _full("tmpdir-full", "TMPDIR", folder, _TMPDIR_NEEDS, here)
+        yield _full("tmpdir-full", "TMPDIR", folder, _TMPDIR_NEEDS, facts.here)
     if folder.file_system.startswith(_SHARED):
-        yield Finding(
+        yield warning(
             "tmpdir-shared",
-            "warning",
             f"TMPDIR={folder.path} is on {folder.file_system}",
             "every rank's scratch files load the file system that all share, and sockets may not "
             "work there",
@@ -136,23 +129,20 @@ def _tmpdir(facts: HostFacts) -> Iterator[Finding]:
 
 def _run_folder(facts: HostFacts) -> Iterator[Finding]:
     folder = facts.run_folder
-    here = (facts.node,) if facts.size > 1 else ()
     if folder.error or not folder.writable:
         why = folder.error or "no permission"
-        yield Finding(
+        yield error(
             "folder-unusable",
-            "error",
             f"the run's folder {folder.path} cannot be written to: {why}",
             "the run fails before its first step",
             "name another with hydra.run.dir=…",
-            here,
+            facts.here,
         )
     elif folder.free_bytes < _RUN_NEEDS:
-        yield _full("folder-full", "the run's folder", folder, _RUN_NEEDS, here)
+        yield _full("folder-full", "the run's folder", folder, _RUN_NEEDS, facts.here)
     if folder.file_system in _VOLATILE and facts.size > facts.local_size:
-        yield Finding(
+        yield warning(
             "folder-local",
-            "warning",
             f"the run's folder {folder.path} is in {folder.file_system}, which is this node's own",
             "checkpoint parts that other nodes write are elsewhere, and all is gone with the job",
             "name a folder on a shared file system with hydra.run.dir=…",

@@ -3,22 +3,19 @@
 from collections.abc import Iterator
 from typing import Final
 
-from largebatch.launch.doctor.findings import Finding
+from largebatch.launch.doctor.findings import Finding, error, warning
 from largebatch.launch.doctor.host import HostFacts
 
 _SLOW_START_SECONDS: Final = 30.0
 
 
 def check(facts: HostFacts) -> Iterator[Finding]:
-    """master-unknown, master-loopback, master-elsewhere, master-slow-network, port-taken,
-    lookup-slow.
-    """
+    """What rank 0 of several tells of its address."""
     if facts.size == 1 or facts.rank != 0:
         return
     if not facts.master_resolves:
-        yield Finding(
+        yield error(
             "master-unknown",
-            "error",
             f"the name {facts.master!r} has no address",
             "no rank can reach rank 0",
             "set MASTER_ADDR to a name of rank 0's node that all nodes know (Aurora: "
@@ -27,9 +24,8 @@ def check(facts: HostFacts) -> Iterator[Finding]:
     else:
         yield from _interface(facts)
     if not facts.master_port_free:
-        yield Finding(
+        yield error(
             "port-taken",
-            "error",
             f"port {facts.master_port} of rank 0's node is taken",
             "rank 0 cannot listen there (EADDRINUSE); the others would talk to a stranger",
             "set MASTER_PORT to another, or end what holds it: often a run that was left over",
@@ -37,9 +33,8 @@ def check(facts: HostFacts) -> Iterator[Finding]:
         )
     start = facts.size * facts.reverse_seconds
     if start > _SLOW_START_SECONDS:
-        yield Finding(
+        yield warning(
             "lookup-slow",
-            "warning",
             f"asking for the name of {facts.master_resolves[0]} takes "
             f"{facts.reverse_seconds * 1e3:,.0f} ms on rank 0's node",
             f"torch's store asks so for each of {facts.size:,} ranks that connect, one after the "
@@ -56,25 +51,22 @@ def _interface(facts: HostFacts) -> Iterator[Finding]:
     one_node = facts.size == facts.local_size
     if all(address.startswith("127.") for address in facts.master_resolves):
         if not one_node:
-            yield Finding(
+            yield error(
                 "master-loopback",
-                "error",
                 f"{address} is each node's own loopback",
                 "ranks of other nodes call themselves, and wait until they time out",
                 "set MASTER_ADDR to rank 0's name on the high-speed network",
             )
     elif not facts.master_is_here:
-        yield Finding(
+        yield error(
             "master-elsewhere",
-            "error",
             f"{address} is no address of rank 0's node {facts.node}",
             "rank 0 listens where nobody calls",
             "set MASTER_ADDR to the node of rank 0, which is the hostfile's first",
         )
     elif fast and holds and not one_node and not any(name.startswith("hsn") for name in holds):
-        yield Finding(
+        yield warning(
             "master-slow-network",
-            "warning",
             f"{address} is on {', '.join(holds)}, and there is {', '.join(fast)}",
             "all ranks meet over the management network: slow at many nodes, and it may be closed",
             "set MASTER_ADDR to <node>.hsn.cm.aurora.alcf.anl.gov (the suffix differs by machine)",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from largebatch.launch.doctor.findings import Finding
+from largebatch.launch.doctor.findings import Finding, error, warning
 from largebatch.launch.doctor.host import MODULES, HostFacts
 
 # A wheel of pytorch.org or PyPI says so after the plus; Aurora's says git449b176, an XPU one xpu.
@@ -10,17 +10,14 @@ _FOREIGN_TAGS = ("cpu", "cu", "rocm")
 
 
 def check(facts: HostFacts) -> Iterator[Finding]:
-    """torch-missing, torch-replaced, torch-broken, xpu-unavailable, module-missing, module-dead,
-    deepspeed-accelerator, backend-ccl, hydra-plugin-old.
-    """
+    """What the packages of one process's environment tell."""
     yield from _torch(facts)
     for name in facts.missing_modules:
         if name != "torch":
             yield _missing(facts, name)
     for name in facts.dead_modules:
-        yield Finding(
+        yield warning(
             "module-dead",
-            "warning",
             f"{name} is installed ({facts.versions.get('oneccl-bind-pt') or 'of unknown version'})",
             "it is no longer developed, and was built for one older torch; torch carries the xccl "
             "backend itself since 2.8",
@@ -30,9 +27,8 @@ def check(facts: HostFacts) -> Iterator[Finding]:
     yield from _deepspeed(facts)
     for name, value in sorted(facts.environment.items()):
         if name.endswith("BACKEND") and value == "ccl":
-            yield Finding(
+            yield error(
                 "backend-ccl",
-                "error",
                 f"{name}=ccl",
                 "the backend `ccl` belongs to oneccl_bindings_for_pytorch, which Aurora removed in "
                 "September 2025: its import raises ModuleNotFoundError",
@@ -44,27 +40,25 @@ def check(facts: HostFacts) -> Iterator[Finding]:
 def _torch(facts: HostFacts) -> Iterator[Finding]:
     version = facts.versions.get("torch")
     if version is None or "torch" in facts.missing_modules:
-        yield Finding(
+        yield error(
             "torch-missing",
-            "error",
             "there is no torch in this environment",
             "nothing trains",
             "load the site's module first (Aurora: module load frameworks), make the environment "
             "with python3 -m venv --system-site-packages, or pip install torch",
-            _here(facts),
+            facts.here,
         )
         return
     if not facts.expects_tiles:
         return
     if facts.torch.get("error"):
-        yield Finding(
+        yield error(
             "torch-broken",
-            "error",
             f"import torch fails: {facts.torch['error']}",
             "nothing trains",
             "load the module that this environment was made with; make the environment anew where "
             "the module has changed",
-            _here(facts),
+            facts.here,
         )
     elif not facts.torch.get("xpu"):
         yield _no_tiles(facts, version)
@@ -80,16 +74,15 @@ def _missing(facts: HostFacts, name: str) -> Finding:
         "every command fails that needs it; train, sweep and plan need hydra and omegaconf",
         f"pip install 'largebatch[{extra}]' into this environment (on a site with a module for "
         "torch and mpi4py: one made with --system-site-packages)",
-        _here(facts),
+        facts.here,
     )
 
 
 def _no_tiles(facts: HostFacts, version: str) -> Finding:
     tag = version.partition("+")[2]
     if not tag or tag.startswith(_FOREIGN_TAGS):
-        return Finding(
+        return error(
             "torch-replaced",
-            "error",
             f"torch {version} cannot see XPU tiles, and its version is that of a wheel from a "
             "package index, not of the site",
             "pip or uv has put it over the site's torch (they do so in spite of pins); training "
@@ -97,7 +90,7 @@ def _no_tiles(facts: HostFacts, version: str) -> Finding:
             "pip uninstall torch in this environment (made with --system-site-packages) until "
             "`python -c 'import torch; print(torch.__version__)'` shows the module's; install "
             "other packages with --no-deps or with a constraint on that version",
-            _here(facts),
+            facts.here,
         )
     in_job = facts.size > 1 or "PBS_JOBID" in facts.environment
     return Finding(
@@ -109,7 +102,7 @@ def _no_tiles(facts: HostFacts, version: str) -> Finding:
         else "login nodes have no tiles: ask again in a job",
         "look at ONEAPI_DEVICE_SELECTOR (fall back to level_zero:gpu), ZE_AFFINITY_MASK and the "
         "module's version; leave the node out if others see their tiles",
-        _here(facts),
+        facts.here,
     )
 
 
@@ -119,9 +112,8 @@ def _deepspeed(facts: HostFacts) -> Iterator[Finding]:
     if version is None or accelerator != "xpu" or _numbers(version) >= (0, 18, 7):
         return
     if facts.versions.get("intel-extension-for-pytorch") is None:
-        yield Finding(
+        yield error(
             "deepspeed-accelerator",
-            "error",
             f"DS_ACCELERATOR=xpu with deepspeed {version} and no intel_extension_for_pytorch",
             "before 0.18.7 that setting makes deepspeed import the extension, and fail",
             "unset DS_ACCELERATOR: deepspeed then finds torch.xpu by itself",
@@ -131,9 +123,8 @@ def _deepspeed(facts: HostFacts) -> Iterator[Finding]:
 def _hydra(facts: HostFacts) -> Iterator[Finding]:
     core, plugin = facts.versions.get("hydra-core"), facts.versions.get("hydra-joblib-launcher")
     if core and plugin and _numbers(core) >= (1, 4) > _numbers(plugin):
-        yield Finding(
+        yield error(
             "hydra-plugin-old",
-            "error",
             f"hydra-joblib-launcher {plugin} beside hydra-core {core}",
             "hydra-core 1.4 takes plugins from 1.4.0.dev1 on; every command that uses Hydra fails "
             "while it loads its plugins",
@@ -144,7 +135,3 @@ def _hydra(facts: HostFacts) -> Iterator[Finding]:
 def _numbers(version: str) -> tuple[int, ...]:
     parts = version.split("+")[0].split(".")[:3]
     return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts)
-
-
-def _here(facts: HostFacts) -> tuple[str, ...]:
-    return (facts.node,) if facts.size > 1 else ()

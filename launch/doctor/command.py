@@ -4,16 +4,17 @@ preflight of all its ranks.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from largebatch.common.files import write_whole
 from largebatch.distributed.mailbox import Unreachable
 from largebatch.launch.doctor import checks
 from largebatch.launch.doctor.findings import Finding, as_json, as_text, exit_code
 from largebatch.launch.doctor.host import Host, HostFacts, alone, collect
+from largebatch.launch.doctor.preflight import nodes
 from largebatch.launch.doctor.preflight.command import MODES, Verdict, preflight, seconds_for
-from largebatch.launch.doctor.preflight.nodes import TooFewNodes, choose, format_choice, remembered
-from largebatch.launch.doctor.preflight.probe import ANSWER, TEMPLATE, give, probe
 from largebatch.launch.hosts import host_lines, write_hosts
 from largebatch.records.outcomes import ExitCode
 
@@ -25,27 +26,28 @@ def main(arguments: list[str]) -> int:
     try:
         _check(options)
         lines = _hostfile(options, host) if options.nodes else []
-        taken_out = remembered(options.bad)
+        taken_out = nodes.remembered(options.bad)
     except ValueError as error:
         print(f"largebatch: {error}", file=sys.stderr)
         return ExitCode.REFUSED
     if options.answer is not None:
         facts = collect(alone(host), options.run_folder)
-        give(options.answer, facts.node, as_json(checks.of_all([facts]), _about(facts)))
+        answer = as_json(checks.of_all([facts]), _about(facts))
+        write_whole(options.answer / f"{facts.node}.json", answer, durable=False)
         return 0
     facts = collect(host, options.run_folder)
-    desk = _Printer(options, facts, lines)
+    report = partial(_report, options, facts, lines)
     if options.probe:
         seconds = options.timeout or seconds_for("fast", len(lines))
-        found = probe(lines, options.probe, seconds, options.hostfile_out)
-        return desk.report(Verdict([*found, *taken_out]))
+        found = nodes.probe(lines, options.probe, seconds, options.hostfile_out)
+        return report(Verdict([*found, *taken_out]))
     mode = options.preflight or "fast"
     if facts.size == 1 or mode == "off":
         verdict = Verdict(checks.of_all([facts]))
-        return desk.report(verdict) if facts.rank == 0 else exit_code(verdict.findings)
+        return report(verdict) if facts.rank == 0 else exit_code(verdict.findings)
     try:
         return preflight(
-            facts, host.ranks(), mode, report=desk.report, timeout_seconds=options.timeout,
+            facts, host.ranks(), mode, report=report, timeout_seconds=options.timeout,
             all_to_all=options.all_to_all,
         ).code  # fmt: skip
     except Unreachable as error:
@@ -61,38 +63,34 @@ _DIAL = (
 )
 
 
-class _Printer:
-    """Says what was found, on rank 0."""
-
-    def __init__(self, options: argparse.Namespace, facts: HostFacts, lines: list[str]) -> None:
-        self.options, self.facts, self.lines = options, facts, lines
-
-    def report(self, verdict: Verdict) -> int:
-        """Print it, choose nodes where that is asked for; returns the exit code."""
-        code = exit_code(verdict.findings)
-        chosen: dict[str, Any] = {}
-        words = ""
-        if self.options.nodes:
-            try:
-                choice = choose(self.lines, verdict.findings, self.options.nodes)
-            except TooFewNodes as error:
-                code, words = 1, f"too-few-nodes: {error}"
-                chosen = {"too_few_nodes": str(error)}
-            else:
-                write_hosts(choice.lines, self.options.hostfile_out)
-                if self.options.spares_out is not None:
-                    write_hosts(choice.spares, self.options.spares_out)
-                # What was wrong is left out.
-                code, words = 0, format_choice(choice, self.options.hostfile_out)
-                chosen = {"nodes": list(choice.lines), "left_out": dict(choice.left_out)}
-        if self.options.json:
-            print(as_json(verdict.findings, {**_about(self.facts), **verdict.measured, **chosen}))
+def _report(
+    options: argparse.Namespace, facts: HostFacts, lines: list[str], verdict: Verdict
+) -> int:
+    """Print what was found, choose nodes where that is asked for; returns the exit code."""
+    code = exit_code(verdict.findings)
+    chosen: dict[str, Any] = {}
+    words = ""
+    if options.nodes:
+        try:
+            choice = nodes.choose(lines, verdict.findings, options.nodes)
+        except nodes.TooFewNodes as error:
+            code, words = 1, f"too-few-nodes: {error}"
+            chosen = {"too_few_nodes": str(error)}
         else:
-            print(page(self.facts, verdict.findings, verdict.measured))
-            if words:
-                print(words, file=sys.stderr if code else sys.stdout)
-        sys.stdout.flush()
-        return code
+            write_hosts(choice.lines, options.hostfile_out)
+            if options.spares_out is not None:
+                write_hosts(choice.spares, options.spares_out)
+            # What was wrong is left out.
+            code, words = 0, nodes.format_choice(choice, options.hostfile_out)
+            chosen = {"nodes": list(choice.lines), "left_out": dict(choice.left_out)}
+    if options.json:
+        print(as_json(verdict.findings, {**_about(facts), **verdict.measured, **chosen}))
+    else:
+        print(page(facts, verdict.findings, verdict.measured))
+        if words:
+            print(words, file=sys.stderr if code else sys.stdout)
+    sys.stdout.flush()
+    return code
 
 
 def page(facts: HostFacts, findings: list[Finding], measured: dict[str, Any]) -> str:
@@ -169,53 +167,32 @@ def _parser() -> argparse.ArgumentParser:
         "written; 1 errors found, or too few good nodes; 2 refused. docs/doctor.md explains every "
         "code.",
     )
-    parser.add_argument(
-        "--preflight",
-        choices=MODES,
+    add = parser.add_argument
+    add("--preflight", choices=MODES,
         help="for several ranks: fast (default; seconds), full (larger messages, more pairs of "
-        "nodes), off (this rank's own facts only)",
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of the page")
-    parser.add_argument(
-        "--run-folder", type=Path, default=Path(), metavar="DIR", help="where the run will write"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        metavar="SECONDS",
-        help="of each part of the preflight (default: "
-        + ", ".join(f"{seconds_for(mode, 0):g} for {mode}" for mode in MODES[:2])
-        + ", and one more for every 100 ranks)",
-    )
-    parser.add_argument(
-        "--all-to-all",
-        action="store_true",
+        "nodes), off (this rank's own facts only)")  # fmt: skip
+    add("--json", action="store_true", help="one JSON object instead of the page")
+    add("--run-folder", type=Path, default=Path(), metavar="DIR", help="where the run will write")
+    seconds = ", ".join(f"{seconds_for(mode, 0):g} for {mode}" for mode in MODES[:2])
+    add("--timeout", type=float, metavar="SECONDS",
+        help=f"of each part of the preflight (default: {seconds}, and one more for every 100 "
+        "ranks)")  # fmt: skip
+    add("--all-to-all", action="store_true",
         help="try all_to_all too, which second-order optimizers use; not from 1,024 ranks on",
-    )
-    # What --probe starts on many nodes at once.
-    parser.add_argument(ANSWER, type=Path, dest="answer", metavar="DIR", help=argparse.SUPPRESS)
-    nodes = parser.add_argument_group("choosing nodes from an allocation with spares")
-    nodes.add_argument("--nodes", type=int, metavar="N", help="how many good nodes are wanted")
-    nodes.add_argument(
-        "--hostfile-out", type=Path, metavar="FILE", help="write the hostfile of N good nodes here"
-    )
-    nodes.add_argument(
-        "--hostfile", type=Path, metavar="FILE", help="the allocation's (default: $PBS_NODEFILE)"
-    )
-    nodes.add_argument(
-        "--spares-out", type=Path, metavar="FILE", help="and the good nodes beside them here"
-    )
-    nodes.add_argument(
-        "--bad", type=Path, metavar="FILE",
-        help="nodes, a line each, that failed in earlier jobs: they come last",
     )  # fmt: skip
-    nodes.add_argument(
-        "--probe",
-        nargs="?",
-        const=TEMPLATE,
-        metavar="COMMAND",
+    # What --probe starts on many nodes at once.
+    add(nodes.ANSWER, type=Path, dest="answer", metavar="DIR", help=argparse.SUPPRESS)
+    add = parser.add_argument_group("choosing nodes from an allocation with spares").add_argument
+    add("--nodes", type=int, metavar="N", help="how many good nodes are wanted")
+    for name, what in (
+        ("hostfile-out", "write the hostfile of N good nodes here"),
+        ("hostfile", "the allocation's (default: $PBS_NODEFILE)"),
+        ("spares-out", "and the good nodes beside them here"),
+        ("bad", "nodes, a line each, that failed in earlier jobs: they come last"),
+    ):
+        add(f"--{name}", type=Path, metavar="FILE", help=what)
+    add("--probe", nargs="?", const=nodes.TEMPLATE, metavar="COMMAND",
         help="from the batch script, without mpiexec: ask each node by itself, started by COMMAND "
         "with {hostfile} or {node} in it; with {nodes} too, all of a rack at once, where names "
-        f"tell racks (default: {TEMPLATE!r})",
-    )
+        f"tell racks (default: {nodes.TEMPLATE!r})")  # fmt: skip
     return parser

@@ -27,6 +27,16 @@ class Finding:
     """Where, if it is not everywhere: these nodes can be left out."""
 
 
+def error(code: str, found: str, means: str, do: str, nodes: tuple[str, ...] = ()) -> Finding:
+    """What keeps a run from starting or from being right."""
+    return Finding(code, "error", found, means, do, nodes)
+
+
+def warning(code: str, found: str, means: str, do: str, nodes: tuple[str, ...] = ()) -> Finding:
+    """What costs time, or may go wrong."""
+    return Finding(code, "warning", found, means, do, nodes)
+
+
 def found_from(row: dict[str, Any]) -> Finding:
     """A finding again, after it has travelled as JSON."""
     return Finding(**{**row, "nodes": tuple(row["nodes"])})

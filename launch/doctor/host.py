@@ -4,6 +4,7 @@
 another environment, another root for /proc and /sys, another affinity, another clock.
 """
 
+import fcntl
 import importlib.metadata
 import importlib.util
 import os
@@ -19,9 +20,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
-from largebatch.launch.hosts import node_name
+from largebatch.launch.hosts import host_lines, node_name, short
 
 if TYPE_CHECKING:
     from largebatch.distributed.ranks import Ranks
@@ -35,17 +36,9 @@ _OF_INTEREST: Final = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|OMP_NUM_THREADS|http_proxy|NO_PROXY)$"
 )
 DISTRIBUTIONS: Final = (
-    "torch",
-    "largebatch",
-    "numpy",
-    "mpi4py",
-    "hydra-core",
-    "hydra-joblib-launcher",
-    "deepspeed",
-    "intel-extension-for-pytorch",
-    "oneccl-bind-pt",
-    "oneccl",
-)
+    "torch", "largebatch", "numpy", "mpi4py", "hydra-core", "hydra-joblib-launcher", "deepspeed",
+    "intel-extension-for-pytorch", "oneccl-bind-pt", "oneccl",
+)  # fmt: skip
 
 
 def find_ranks() -> "Ranks":
@@ -94,30 +87,31 @@ def has_module(name: str) -> bool:
         return False
 
 
-class Disk(NamedTuple):
-    """What a folder's file system has left for an unprivileged user."""
+@dataclass(frozen=True)
+class Folder:
+    """A folder that a run writes to, and what its file system has left for an unprivileged user."""
 
-    exists: bool
-    writable: bool
-    free_bytes: int
+    path: str
+    free_bytes: int = 0
+    file_system: str = ""
+    exists: bool = True
+    writable: bool = True
+    error: str = ""
+    """Why it could not be looked at."""
 
 
-def disk(folder: Path) -> Disk:
-    """Of `folder`, or of the nearest folder above it that exists."""
-    there = folder
+def disk(path: Path) -> Folder:
+    """`path`, or what holds for the nearest folder above it that exists."""
+    there = path
     while not there.exists() and there != there.parent:
         there = there.parent
-    writable = os.access(there, os.W_OK)
-    return Disk(there == folder, writable, shutil.disk_usage(there).free)
+    free, writable = shutil.disk_usage(there).free, os.access(there, os.W_OK)
+    return Folder(str(path), free, exists=there == path, writable=writable)
 
 
 def addresses() -> dict[str, str]:
     """Network interface -> its IPv4 address."""
     found: dict[str, str] = {}
-    try:
-        import fcntl
-    except ImportError:
-        return found
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         for _, name in socket.if_nameindex():
             with suppress(OSError):  # an interface without an IPv4 address
@@ -135,11 +129,14 @@ def resolve(host: str) -> list[str]:
         return []
 
 
-def is_here(address: str) -> bool:
-    """Whether this node has the address, be it an interface's second one."""
+def can_listen(address: str, port: int = 0) -> bool:
+    """Whether a server could listen now at this node's address ("": all of them) and port (0: any);
+    an address that is an interface's second one counts.
+    """
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((address, 0))
+            probe.bind((address, port))
         except OSError:
             return False
     return True
@@ -151,17 +148,6 @@ def reverse_seconds(address: str) -> float:
     with suppress(OSError):
         socket.getnameinfo((address, 1), 0)
     return time.perf_counter() - started
-
-
-def port_is_free(port: int) -> bool:
-    """Whether a server could listen on this TCP port now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -179,11 +165,11 @@ class Host:
     torch: Callable[[], dict[str, Any]] = torch_facts
     versions: Callable[[], dict[str, str | None]] = versions
     has_module: Callable[[str], bool] = has_module
-    disk: Callable[[Path], Disk] = disk
+    disk: Callable[[Path], Folder] = disk
     addresses: Callable[[], dict[str, str]] = addresses
     resolve: Callable[[str], list[str]] = resolve
-    port_is_free: Callable[[int], bool] = port_is_free
-    is_here: Callable[[str], bool] = is_here
+    port_is_free: Callable[[int], bool] = lambda port: can_listen("", port)
+    is_here: Callable[[str], bool] = can_listen
     reverse_seconds: Callable[[str], float] = reverse_seconds
     clock: Callable[[], float] = time.time
 
@@ -214,18 +200,6 @@ def alone(host: Host) -> Host:
     launchers = ("PALS_", "PMI_", "PMIX_", "SLURM_", "OMPI_")
     kept = {k: v for k, v in host.environment.items() if not k.startswith(launchers)}
     return replace(host, environment=kept, ranks=one)
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A folder that a run writes to. `error` is set where it could not be looked at."""
-
-    path: str
-    free_bytes: int = 0
-    file_system: str = ""
-    exists: bool = True
-    writable: bool = True
-    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -267,6 +241,11 @@ class HostFacts:
     clock_offset_seconds: float = 0.0
     """This node's clock minus rank 0's, where they have compared them."""
 
+    @property
+    def here(self) -> tuple[str, ...]:
+        """This node, where there may be others."""
+        return (self.node,) if self.size > 1 else ()
+
 
 def collect(host: Host, run_folder: Path = Path()) -> HostFacts:
     """Read everything once. Imports torch only where tiles are expected, MPI only where started by
@@ -283,22 +262,15 @@ def collect(host: Host, run_folder: Path = Path()) -> HostFacts:
     except Exception as error:  # the sentence is for the user, whatever its type
         place["launcher_error"] = str(error)
     else:
-        place = {
-            "rank": ranks.rank,
-            "size": ranks.size,
-            "local_rank": ranks.local_rank,
-            "local_size": ranks.local_size,
-            "launcher": ranks.launcher,
-            "master": ranks.master_addr,
-            "master_port": ranks.master_port,
-        }
+        named = ("rank", "size", "local_rank", "local_size", "launcher", "master_port")
+        place = {name: getattr(ranks, name) for name in named} | {"master": ranks.master_addr}
         if ranks.launcher in ("pals", "mpi") and not host.has_module("mpi4py"):
             missing.append("mpi4py")
         if ranks.rank == 0 and ranks.size > 1:
             place |= collect_master(ranks, host)
     tiles = expects_tiles(environment, node)
     soft, hard = host.nofile()
-    mounts = host.mounts()
+    mounts, tmpdir = host.mounts(), Path(environment.get("TMPDIR") or tempfile.gettempdir())
     return HostFacts(
         node=node,
         environment=environment,
@@ -313,9 +285,7 @@ def collect(host: Host, run_folder: Path = Path()) -> HostFacts:
         nofile_hard=hard,
         somaxconn=host.number("proc/sys/net/core/somaxconn"),
         syn_backlog=host.number("proc/sys/net/ipv4/tcp_max_syn_backlog"),
-        tmpdir=collect_folder(
-            Path(environment.get("TMPDIR") or tempfile.gettempdir()), host, mounts
-        ),
+        tmpdir=collect_folder(tmpdir, host, mounts),
         run_folder=collect_folder(run_folder.absolute(), host, mounts),
         nodes_expected=nodes_of(environment),
         copper=any("/copper" in point and kind.startswith("fuse") for point, kind in mounts),
@@ -358,19 +328,10 @@ def ccl_version(environment: Mapping[str, str]) -> str | None:
 
 def nodes_of(environment: Mapping[str, str]) -> list[str]:
     """The allocation's nodes by their short names, in the order of its hostfile."""
-    path = environment.get("PBS_NODEFILE")
-    if not path:
+    try:
+        return [short(line) for line in host_lines(Path(environment["PBS_NODEFILE"]))]
+    except (KeyError, ValueError):  # no hostfile is named, or it names no node
         return []
-    with suppress(OSError):
-        return read_hostfile(Path(path))
-    return []
-
-
-def read_hostfile(path: Path) -> list[str]:
-    """The names in a hostfile, each once, without their domain, comments and slot counts."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    words = [line.split("#")[0].split() for line in lines]
-    return list(dict.fromkeys(row[0].split(".")[0] for row in words if row))
 
 
 def collect_folder(path: Path, host: Host, mounts: list[tuple[str, str]]) -> Folder:
@@ -378,7 +339,7 @@ def collect_folder(path: Path, host: Host, mounts: list[tuple[str, str]]) -> Fol
     held = [row for row in mounts if path.is_relative_to(row[0])]
     file_system = max(held, key=lambda row: len(row[0]))[1] if held else ""
     try:
-        exists, writable, free = host.disk(path)
+        return replace(host.disk(path), file_system=file_system)
     except OSError as error:
-        return Folder(str(path), 0, file_system, False, False, error.strerror or str(error))
-    return Folder(str(path), free, file_system, exists, writable)
+        what = error.strerror or str(error)
+        return Folder(str(path), 0, file_system, exists=False, writable=False, error=what)

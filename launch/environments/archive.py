@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final, cast
 
-from largebatch.launch.environments.errors import EnvError
+from largebatch.launch.environments.manifest import EnvError
 
 SUFFIXES: Final = (".tar.gz", ".tgz", ".tar.zst")
 _LEVEL: Final = 1
@@ -19,11 +19,7 @@ _LEVEL: Final = 1
 
 
 def is_zstd(path: Path) -> bool:
-    """Whether the name says zstd.
-
-    Raises:
-        EnvError: another suffix, or zstd without the program.
-    """
+    """Whether the name says zstd; EnvError for another suffix, or zstd without the program."""
     if not path.name.endswith(SUFFIXES):
         raise EnvError(f"an archive's name must end in {', '.join(SUFFIXES)}, got {path.name!r}")
     if path.name.endswith(".zst"):
@@ -53,14 +49,11 @@ def compressing(path: Path, zstd: bool) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def expanding(source: Any, zstd: bool, whole: bool = True) -> Iterator[IO[bytes]]:
-    """A file-like from which a tar is read.
+    """A file-like from which a tar is read; OSError where the archive is damaged.
 
     Args:
         source: an open file or the reading end of a pipe.
         whole: it will be read to its end, and an error of the program is an error.
-
-    Raises:
-        OSError: the archive is damaged.
     """
     if not zstd:
         with gzip.GzipFile(fileobj=source, mode="rb") as file:

@@ -6,23 +6,18 @@ file names. So: pack the environment once, spread it over MPI.
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from largebatch.launch.environments.errors import EnvError
+from largebatch.launch.environments.manifest import EnvError
 from largebatch.records.outcomes import ExitCode
 
 
 def main(arguments: list[str]) -> int:
     """Run `largebatch env ARGUMENTS`; returns 0, 1 (failed on some node), or 2 (refused)."""
     options = _parser().parse_args(arguments)
-    commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "pack": _pack,
-        "spread": _spread,
-    }
     try:
-        return commands[options.command](options)
+        return _pack(options) if options.command == "pack" else _spread(options)
     except EnvError as error:
         print(f"largebatch: {error}", file=sys.stderr)
         return ExitCode.REFUSED
@@ -66,41 +61,22 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     pack = commands.add_parser("pack", help="a relocatable archive of a virtual environment")
-    pack.add_argument(
-        "output", type=Path, metavar="OUTPUT.tar.gz|.tar.zst", help="the archive, not there yet"
-    )
-    pack.add_argument(
-        "--python",
-        type=Path,
-        default=Path(sys.prefix),
-        metavar="PREFIX",
-        help="the virtual environment (default: the one that runs this, %(default)s)",
-    )
-    pack.add_argument(
-        "--with-site",
-        action="store_true",
+    add = pack.add_argument
+    add("output", type=Path, metavar="OUTPUT.tar.gz|.tar.zst", help="the archive, not there yet")
+    add("--python", type=Path, default=Path(sys.prefix), metavar="PREFIX",
+        help="the virtual environment (default: the one that runs this, %(default)s)")  # fmt: skip
+    add("--with-site", action="store_true",
         help="also the packages that it sees in its base Python or module "
-        "(--system-site-packages); without, these are read from where they are",
-    )
+        "(--system-site-packages); without, these are read from where they are")  # fmt: skip
 
     spread = commands.add_parser("spread", help="under mpiexec: the archive onto every node")
-    spread.add_argument(
-        "archive", type=Path, nargs="?", metavar="ARCHIVE", help="of largebatch env pack"
-    )
-    spread.add_argument(
-        "--to",
-        type=Path,
-        metavar="DIR",
+    add = spread.add_argument
+    add("archive", type=Path, nargs="?", metavar="ARCHIVE", help="of largebatch env pack")
+    add("--to", type=Path, metavar="DIR",
         help="on each node (default: /tmp/$USER/NAME-HASH, a folder of this archive's own)",
-    )
-    spread.add_argument(
-        "--timeout",
-        type=float,
-        default=120.0,
-        metavar="SECONDS",
+    )  # fmt: skip
+    add("--timeout", type=float, default=120.0, metavar="SECONDS",
         help="without progress, after which a rank is taken for lost (default: %(default)g)",
-    )
-    spread.add_argument(
-        "--copper", action="store_true", help="print how Copper does it on Aurora instead"
-    )
+    )  # fmt: skip
+    add("--copper", action="store_true", help="print how Copper does it on Aurora instead")
     return parser

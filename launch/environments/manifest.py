@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from largebatch.common.text import shown
-from largebatch.launch.environments.errors import EnvError
 
 NAME: Final = ".largebatch-env.json"
 """The manifest's name, in the archive (its first member) and in the folder that came of it."""
 _FORMAT: Final = 1
+
+
+class EnvError(ValueError):
+    """`largebatch env` cannot do what it is asked for; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, text: bytes, where: object) -> "Manifest":
-        """Read it again.
-
-        Raises:
-            EnvError: it is not one, or does not agree with its own hash.
-        """
+        """Read it again; EnvError where it is none, or does not agree with its own hash."""
         try:
             row = json.loads(text)
             if row.pop("format") != _FORMAT:
@@ -81,12 +80,7 @@ class Manifest:
 
 
 def _check_types(manifest: Manifest) -> None:
-    """Refuse what is no manifest, or would lead out of the environment's folder.
-
-    Raises:
-        EnvError: not a valid name.
-        TypeError: a value of another type.
-    """
+    """Refuse what is no manifest, or would lead out of the environment's folder."""
     texts = [manifest.name, manifest.python, manifest.home]
     for entry in manifest.entries:
         texts += [entry.path, entry.kind, entry.sha256, entry.target]

@@ -13,16 +13,9 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import IO
 
+from largebatch.launch.environments import relocate
 from largebatch.launch.environments.archive import compressing, is_zstd
-from largebatch.launch.environments.errors import EnvError
-from largebatch.launch.environments.manifest import NAME, Manifest, ManifestEntry
-from largebatch.launch.environments.relocate import (
-    LEFT_OUT,
-    link_target,
-    moved,
-    refuse_editable,
-    settings,
-)
+from largebatch.launch.environments.manifest import NAME, EnvError, Manifest, ManifestEntry
 
 _SKIPPED = ("pip-selfcheck.json", NAME)
 
@@ -38,18 +31,16 @@ class Source:
 
 def pack(prefix: Path, output: Path, *, with_site: bool = False) -> str:
     """Write the archive of the virtual environment at `prefix`; returns what was done, in words.
+    EnvError where there is none, it cannot be moved, or the archive's name is bad.
 
     Args:
         with_site: also the packages of its base Python (a site's module) that it sees.
-
-    Raises:
-        EnvError: no virtual environment, one that cannot be moved, or a bad name of the archive.
     """
     zstd = is_zstd(output)
     prefix = prefix.absolute()
-    venv = settings(prefix)
+    venv = relocate.settings(prefix)
     site = site_packages(prefix)
-    refuse_editable(site)
+    relocate.refuse_editable(site)
     if output.absolute().is_relative_to(prefix):
         raise EnvError(
             f"{output} is inside of the environment that it would hold: put it elsewhere"
@@ -66,7 +57,7 @@ def pack(prefix: Path, output: Path, *, with_site: bool = False) -> str:
         prefix.name,
         venv.get("version", venv.get("version_info", "unknown")),
         venv.get("home", ""),
-        _versions(site),
+        {_name(found): found.version for found in distributions(path=[str(site)])},
         [source.entry for source in sources],
     )
     own = output.with_name(f".{os.getpid()}.{output.name}")
@@ -80,11 +71,7 @@ def pack(prefix: Path, output: Path, *, with_site: bool = False) -> str:
 
 
 def site_packages(prefix: Path) -> Path:
-    """Where an environment's packages are.
-
-    Raises:
-        EnvError: there is not exactly one such folder.
-    """
+    """Where an environment's packages are; EnvError unless that is exactly one folder."""
     found = sorted((prefix / "lib").glob("python3*/site-packages"))
     if len(found) != 1:
         raise EnvError(f"{prefix}/lib holds {len(found)} python3.*/site-packages: expected one")
@@ -98,7 +85,7 @@ def _of_prefix(prefix: Path, with_site: bool) -> Iterator[Source]:
             path = top / name
             if not path.is_symlink():
                 yield Source(ManifestEntry(path.relative_to(prefix).as_posix(), "folder"), path)
-            elif (target := link_target(path, prefix)) is not None:
+            elif (target := relocate.link_target(path, prefix)) is not None:
                 yield Source(_link(path, prefix, target), path)
             else:
                 raise EnvError(
@@ -107,13 +94,13 @@ def _of_prefix(prefix: Path, with_site: bool) -> Iterator[Source]:
                 )
         for name in sorted(files):
             path = top / name
-            if name in _SKIPPED or (top == prefix / "bin" and name in LEFT_OUT):
+            if name in _SKIPPED or (top == prefix / "bin" and name in relocate.LEFT_OUT):
                 continue
-            target = link_target(path, prefix) if path.is_symlink() else None
+            target = relocate.link_target(path, prefix) if path.is_symlink() else None
             if target is not None:
                 yield Source(_link(path, prefix, target), path)
             elif path.is_file():
-                contents = moved(path, prefix, with_site)
+                contents = relocate.moved(path, prefix, with_site)
                 yield _file(path, path.relative_to(prefix).as_posix(), contents)
             else:
                 raise EnvError(f"{path} is no file, folder or link that leads to one: remove it")
@@ -125,7 +112,7 @@ def _of_site(prefix: Path, site: Path) -> Iterator[Source]:
     inside = site.relative_to(prefix).as_posix()
     seen: set[str] = set()
     for base in _base_sites(prefix):
-        refuse_editable(base)
+        relocate.refuse_editable(base)
         for found in distributions(path=[str(base)]):
             if _name(found) in own:
                 continue
@@ -151,10 +138,6 @@ def _base_sites(prefix: Path) -> list[Path]:
 
 def _name(found: Distribution) -> str:
     return found.metadata["Name"].lower().replace("_", "-")
-
-
-def _versions(site: Path) -> dict[str, str]:
-    return {_name(found): found.version for found in distributions(path=[str(site)])}
 
 
 def _link(path: Path, prefix: Path, target: str) -> ManifestEntry:
@@ -191,12 +174,9 @@ def _write(file: IO[bytes], manifest: Manifest, sources: list[Source]) -> None:
                 info.size = entry.size
                 # Compiled modules are taken for old where their source's time differs.
                 info.mtime = int(source.path.stat().st_mtime)
-                with _opened(source) as contents:
+                inside = source.contents
+                with source.path.open("rb") if inside is None else io.BytesIO(inside) as contents:
                     tar.addfile(info, contents)
-
-
-def _opened(source: Source) -> IO[bytes]:
-    return source.path.open("rb") if source.contents is None else io.BytesIO(source.contents)
 
 
 def _summary(

@@ -7,11 +7,10 @@ be moved (an editable install, a path file that points elsewhere) is refused wit
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from largebatch.launch.environments.errors import EnvError
+from largebatch.launch.environments.manifest import EnvError
 
 # Read by sh, which starts the python beside the script; to Python the first line is a string.
 SHEBANG: Final = b"""#!/bin/sh
@@ -24,11 +23,7 @@ LEFT_OUT: Final = ("activate.csh", "activate.fish", "Activate.ps1", "activate.nu
 
 
 def settings(prefix: Path) -> dict[str, str]:
-    """The lines of pyvenv.cfg.
-
-    Raises:
-        EnvError: this is no virtual environment.
-    """
+    """The lines of pyvenv.cfg; EnvError where there is none."""
     path = prefix / "pyvenv.cfg"
     if not path.is_file():
         raise EnvError(
@@ -78,10 +73,8 @@ def _script(path: Path, prefix: Path) -> bytes | None:
 
 
 def _path_file(path: Path, prefix: Path) -> bytes | None:
-    """A .pth file with its paths relative: Python takes them as below the folder it is in.
-
-    Raises:
-        EnvError: a path outside of the environment.
+    """A .pth file with its paths relative: Python takes them as below the folder it is in. EnvError
+    for a path outside of the environment.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     changed = []
@@ -100,27 +93,16 @@ def _path_file(path: Path, prefix: Path) -> bytes | None:
     return None if changed == lines else ("\n".join(changed) + "\n").encode()
 
 
-def editable(site: Path) -> Iterator[tuple[str, str]]:
-    """(distribution, its project's address) of each editable install in a site-packages."""
+def refuse_editable(site: Path) -> None:
+    """Refuse an environment with editable installs, with the command that installs them whole."""
+    found = {}  # the project's address by the distribution's name
     for record in sorted(site.glob("*.dist-info/direct_url.json")):
         origin = json.loads(record.read_text(encoding="utf-8"))
         if origin.get("dir_info", {}).get("editable"):
-            yield (
-                record.parent.name.split("-")[0],
-                str(origin.get("url", "")).removeprefix("file://"),
-            )
-
-
-def refuse_editable(site: Path) -> None:
-    """Refuse an environment with editable installs.
-
-    Raises:
-        EnvError: naming all of them, and the command that installs them whole.
-    """
-    found = list(editable(site))
+            address = str(origin.get("url", "")).removeprefix("file://")
+            found[record.parent.name.split("-")[0]] = address
     if found:
-        names = ", ".join(name for name, _ in found)
-        projects = " ".join(project for _, project in found)
+        names, projects = ", ".join(found), " ".join(found.values())
         raise EnvError(
             f"{names} {'is' if len(found) == 1 else 'are'} installed as editable, so that the code "
             f"is outside of the environment: pip install --no-deps --force-reinstall {projects}, "

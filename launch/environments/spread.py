@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from largebatch.launch.environments.archive import is_zstd
-from largebatch.launch.environments.errors import EnvError
+from largebatch.launch.environments.manifest import EnvError
 from largebatch.launch.environments.unpack import Damaged, is_there, manifest_of, unpack
 from largebatch.launch.hosts import node_name, places
 
@@ -68,9 +68,7 @@ class Report:
 
 def spread(archive: Path, to: Path | None, timeout_seconds: float) -> int:
     """Under mpiexec, by any number of ranks on each node; returns 0, or 1 where a node failed.
-
-    Raises:
-        EnvError: no mpi4py, no such archive, or an option out of range.
+    EnvError without mpi4py or such an archive, or for an option out of range.
     """
     if timeout_seconds <= 0:
         raise EnvError(f"--timeout must be > 0 seconds, got {timeout_seconds:g}")
@@ -104,7 +102,10 @@ def spread(archive: Path, to: Path | None, timeout_seconds: float) -> int:
         )
         world.Abort(1)
         raise
-    return _shared_code(world, code)
+    # All ranks have rank 0's exit code. They sleep until then: their cores may be wanted.
+    shared = bytearray([code])
+    _wait(world.Ibcast([shared, MPI.BYTE], root=0), inf)
+    return shared[0]
 
 
 def _order(archive: Path, to: Path | None) -> Order | EnvError:
@@ -127,9 +128,7 @@ def _order(archive: Path, to: Path | None) -> Order | EnvError:
 
 def _lead(leaders: Any, order: Order, nodes: list[str], patience: float) -> int:
     """Install on one node; on rank 0 print the summary. The exit code is rank 0's: 0 elsewhere.
-
-    Raises:
-        Lost: a node has not answered within `patience` seconds.
+    Lost where a node has not answered within `patience` seconds.
     """
     own = Report(nodes[leaders.rank])
     target = Path(order.target.replace("{node}", own.node))
@@ -143,8 +142,8 @@ def _lead(leaders: Any, order: Order, nodes: list[str], patience: float) -> int:
             own.failed = _format_error(error)
         missing = leaders.allreduce(int(not own.reused and not own.failed))
     if missing:
-        with _Unpacking(order, target, own) as unpacking:
-            own.stalled = not _broadcast(leaders, order, unpacking.take, patience)
+        with _unpacking(order, target, own) as take:
+            own.stalled = not _broadcast(leaders, order, take, patience)
     if not own.failed and not (target / "bin" / "python").exists():
         own.failed = f"the environment's base Python in {order.home} is not on this node"
     reports = _gather(leaders, own, patience)
@@ -168,43 +167,42 @@ def _check_space(target: Path, order: Order) -> None:
         )
 
 
-class _Unpacking:
-    """A thread that unpacks what `take` is given; idle where a node needs or can do nothing."""
+@contextmanager
+def _unpacking(
+    order: Order, target: Path, report: Report
+) -> Iterator[Callable[[memoryview], None]]:
+    """A thread unpacks what the function is given; nothing where a node needs or can do nothing."""
+    if report.reused or report.failed:
+        yield lambda chunk: None
+        return
+    reading, writing = os.pipe()
+    thread = threading.Thread(target=_unpack, args=(reading, order, target, report), daemon=True)
+    thread.start()
 
-    def __init__(self, order: Order, target: Path, report: Report) -> None:
-        self._order, self._target, self._report = order, target, report
-        self._idle = report.reused or bool(report.failed)
-
-    def __enter__(self) -> "_Unpacking":
-        if not self._idle:
-            reading, self._writing = os.pipe()
-            self._thread = threading.Thread(target=self._unpack, args=(reading,), daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if not self._idle:
-            os.close(self._writing)
-            self._thread.join()
-
-    def take(self, chunk: memoryview) -> None:
-        if self._idle or self._report.failed:
+    def take(rest: memoryview) -> None:
+        if report.failed:
             return  # a node that has failed still takes part in the broadcast
-        rest = chunk
         try:
             while rest:
-                rest = rest[os.write(self._writing, rest) :]
+                rest = rest[os.write(writing, rest) :]
         except BrokenPipeError:
-            self._thread.join()  # it has said why
+            thread.join()  # it has said why
 
-    def _unpack(self, reading: int) -> None:
-        with os.fdopen(reading, "rb") as source:
-            try:
-                unpack(source, self._order.zstd, self._target)
-            except (OSError, Damaged) as error:
-                self._report.failed = _format_error(error)
-            except Exception as error:
-                self._report.failed = f"{type(error).__name__}: {error}"
+    try:
+        yield take
+    finally:
+        os.close(writing)
+        thread.join()
+
+
+def _unpack(reading: int, order: Order, target: Path, report: Report) -> None:
+    with os.fdopen(reading, "rb") as source:
+        try:
+            unpack(source, order.zstd, target)
+        except (OSError, Damaged) as error:
+            report.failed = _format_error(error)
+        except Exception as error:
+            report.failed = f"{type(error).__name__}: {error}"
 
 
 def _broadcast(
@@ -256,10 +254,8 @@ def _wait(request: Any, seconds: float) -> bool:
 
 
 def _gather(leaders: Any, own: Report, patience: float) -> list[Report]:
-    """Every node's report, on rank 0.
-
-    Raises:
-        Lost: a node has sent none; or all have, and to some of them the archive stopped arriving.
+    """Every node's report, on rank 0. Lost where a node has sent none; or all have, and to some of
+    them the archive stopped arriving.
     """
     from mpi4py import MPI
 
@@ -285,15 +281,6 @@ def _gather(leaders: Any, own: Report, patience: float) -> list[Report]:
         if report.stalled:
             raise Lost(rank, f"has not got anything for {patience:g} s")
     return reports
-
-
-def _shared_code(world: Any, code: int) -> int:
-    """Rank 0's exit code, on all ranks. They sleep until then: their cores may be wanted."""
-    from mpi4py import MPI
-
-    shared = bytearray([code])
-    _wait(world.Ibcast([shared, MPI.BYTE], root=0), inf)
-    return shared[0]
 
 
 class _Progress:

@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from largebatch.launch.environments.archive import expanding
-from largebatch.launch.environments.errors import EnvError
-from largebatch.launch.environments.manifest import NAME, Manifest, ManifestEntry, same_sizes
+from largebatch.launch.environments.manifest import (
+    NAME,
+    EnvError,
+    Manifest,
+    ManifestEntry,
+    same_sizes,
+)
 
 _AT_ONCE: Final = 1 << 20
 _MOST_MANIFEST: Final = 1 << 30  # bytes: of ten million files
@@ -24,10 +29,8 @@ class Damaged(Exception):
 
 
 def manifest_of(archive: Path, zstd: bool) -> Manifest:
-    """The manifest of an archive: its first member; no more than that is read.
-
-    Raises:
-        EnvError: there is no such file, or it is no archive of `env pack`.
+    """The manifest of an archive, its first member; no more than that is read. EnvError where there
+    is no such file, or it is no archive of `env pack`.
     """
     try:
         with (
@@ -69,13 +72,8 @@ def is_there(target: Path, total: str) -> bool:
 
 
 def check_ours(target: Path, user: int | None = None) -> None:
-    """Refuse a folder that another user than root could fill, or exchange for another.
-
-    Args:
-        user: whose it is to be; None: of this process.
-
-    Raises:
-        PermissionError: naming the folder and why.
+    """Refuse, by a PermissionError, a folder that another than root and `user` (None: of this
+    process) could fill or exchange.
     """
     user = os.getuid() if user is None else user
     trusted = {user, 0}

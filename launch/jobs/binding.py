@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.text import spell_cores
 from largebatch.conf.cluster_config import DomainConfig, NodeConfig
 
 
@@ -32,13 +33,8 @@ class Binding:
 def bind(
     node: NodeConfig, *, oneccl: bool = False, copper: bool = False, daos: bool = False
 ) -> Binding | None:
-    """The cores of a node shared out; None where its topology is not given.
-
-    Args:
-        oneccl, copper, daos: who runs beside the ranks.
-
-    Raises:
-        ConfigError: cores that two would have, that the node has not, or too few of them.
+    """The cores of a node shared out among its ranks and who runs beside them; None where its
+    topology is not given. ConfigError for cores that two would have, the node has not, or too few.
     """
     if not node.domains:
         return None
@@ -149,11 +145,7 @@ def _given(node: NodeConfig) -> tuple[tuple[int, ...], ...]:
 
 
 def prove_disjoint(owners: Mapping[str, Sequence[int]], cores: Iterable[int]) -> None:
-    """Every core that somebody has is one of the node's, and nobody else's.
-
-    Raises:
-        ConfigError: naming the cores and who has them.
-    """
+    """Refuse a core that is not the node's, or that two of its owners have."""
     node, has = set(cores), dict[int, str]()
     shared: dict[tuple[str, str], list[int]] = {}
     for owner, theirs in owners.items():
@@ -175,11 +167,7 @@ def prove_disjoint(owners: Mapping[str, Sequence[int]], cores: Iterable[int]) ->
 
 
 def parse_cores(text: str) -> tuple[int, ...]:
-    """`0,52` or `42-47,94-99` as numbers, in their order.
-
-    Raises:
-        ConfigError: anything else.
-    """
+    """`0,52` or `42-47,94-99` as numbers, in their order; ConfigError for anything else."""
     cores: list[int] = []
     for part in str(text).split(",") if str(text) else []:
         found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
@@ -188,17 +176,6 @@ def parse_cores(text: str) -> tuple[int, ...]:
             raise ConfigError(f"cores are written as 0,52 or 42-47,94-99, got {text!r}")
         cores.extend(range(first, last + 1))
     return tuple(cores)
-
-
-def spell_cores(cores: Iterable[int]) -> str:
-    """Numbers as `42-47,94-99`."""
-    runs: list[list[int]] = []
-    for core in sorted(cores):
-        if runs and core == runs[-1][1] + 1:
-            runs[-1][1] = core
-        else:
-            runs.append([core, core])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def pals_list(binding: Binding) -> str:

@@ -14,11 +14,7 @@ from largebatch.conf.cluster_config import ClusterConfig, QueueConfig
 
 
 def check_queue(cluster: ClusterConfig) -> None:
-    """Refuse what the queue would refuse, or never start.
-
-    Raises:
-        ConfigError: naming the limit and what fits.
-    """
+    """Refuse what the queue would refuse, or never start, with the limit and what fits."""
     if cluster.scheduler == "none":
         if cluster.chain > 1 or cluster.spares:
             raise ConfigError(
@@ -123,11 +119,7 @@ def _shows(command: str, names: Sequence[str]) -> str:
 
 
 class Scheduler:
-    """The commands of PBS or Slurm, as they are on a login node.
-
-    Raises:
-        ConfigError: they are not here.
-    """
+    """The commands of PBS or Slurm on a login node; ConfigError where they are not here."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
         self._cluster, self._pbs = cluster, cluster.scheduler == "pbs"
@@ -139,11 +131,7 @@ class Scheduler:
             )
 
     def check_room(self) -> None:
-        """Refuse one job more than the queue holds of a user.
-
-        Raises:
-            ConfigError: naming the jobs that are there.
-        """
+        """Refuse one job more than the queue holds of a user."""
         queue, name = queue_of(self._cluster), self._cluster.queue
         most = None if queue is None else queue.jobs_per_user
         if most is None:

@@ -10,29 +10,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from largebatch.common.text import clock
+from largebatch.common.text import clock, spell_cores
 from largebatch.conf.cluster_config import ClusterConfig
 from largebatch.launch.doctor.preflight.command import seconds_for
-from largebatch.launch.jobs.binding import pals_list, slurm_mask, spell_cores
+from largebatch.launch.jobs import script_nodes
+from largebatch.launch.jobs.binding import pals_list, slurm_mask
 from largebatch.launch.jobs.job import Job, Lines, comment, quoted, word
-from largebatch.launch.jobs.script_nodes import (
-    everywhere,
-    nodes_lines,
-    rank_logs_lines,
-    waiting_lines,
-    watch_lines,
-)
 
 
 def script(job: Job) -> str:
-    """The whole script.
-
-    Raises:
-        ConfigError: cores that two would have.
-    """
+    """The whole script; ConfigError for cores that two would have."""
     sections = (
         _head, directives_lines, _begin, _modules, _environment, variables_lines, _limits,
-        nodes_lines, master_lines, _storage, cores_lines, _diagnostics, _chain, _run,
+        script_nodes.nodes_lines, master_lines, _storage, cores_lines, _diagnostics, _chain, _run,
     )  # fmt: skip
     return "\n".join(line for section in sections for line in section(job)) + "\n"
 
@@ -199,7 +189,7 @@ def _storage(job: Job) -> Lines:
         yield "# Python's files onto every node's own disk, by one rank a node: thousands of ranks"
         yield "# that import from a shared file system bring it to its knees."
         yield 'spread="/tmp/largebatch-$job_id"'
-        if everywhere(job)[1] != "$hostfile":
+        if script_nodes.everywhere(job)[1] != "$hostfile":
             yield 'cat "$hostfile" "$spares" > "$hostfile.all"'
         yield "one_a_node=("
         yield from (f"  {line}" for line in launcher_lines(job, one_a_node=True))
@@ -281,7 +271,7 @@ def _run(job: Job) -> Lines:
         yield from (f"  {line}" for line in launcher_lines(job))
         yield ")"
         if logged := cluster.nodes >= cluster.rank_logs_from_nodes:
-            yield from rank_logs_lines()
+            yield from script_nodes.rank_logs_lines()
             steps.insert(0, "logged")
         steps.insert(0, "launch")
         if cluster.preflight is not None:
@@ -292,13 +282,13 @@ def _run(job: Job) -> Lines:
             yield f"  {job.python} -m largebatch doctor --preflight {cluster.preflight} \\"
             yield f"  --timeout {seconds:.0f}{more} || exit"
     if cluster.watch_timeout is not None or cluster.restarts:
-        yield from watch_lines(job)
+        yield from script_nodes.watch_lines(job)
         steps.insert(0, "watch")
     yield ""
     words = " ".join(f'"${{{step}[@]}}"' for step in steps)
     # Only what is started here: a `python -m largebatch …` beside it is one rank.
     words = f"LARGEBATCH_RANKS={cluster.num_ranks} {words}" if job.on_ranks else words
-    yield from waiting_lines(job, words)
+    yield from script_nodes.waiting_lines(job, words)
     if cluster.environment == "copper":
         yield "stop_copper.sh"
     if cluster.daos is not None:
@@ -318,8 +308,10 @@ def launcher_lines(job: Job, one_a_node: bool = False) -> Lines:
     """The words that start the ranks, or one process on each node, some a line."""
     cluster, binding = job.cluster, None if one_a_node else job.binding
     each = 1 if one_a_node else cluster.node.ranks
-    nodes, hostfile = everywhere(job) if one_a_node else (str(cluster.nodes), "$hostfile")
-    ranks = nodes if one_a_node else str(cluster.num_ranks)
+    nodes, ranks, hostfile = str(cluster.nodes), str(cluster.num_ranks), "$hostfile"
+    if one_a_node:
+        nodes, hostfile = script_nodes.everywhere(job)
+        ranks = nodes
     if cluster.launcher == "pals":
         yield f'mpiexec --envall -n {ranks} --ppn {each} --hostfile "{hostfile}"'
         if cluster.collectives == "oneccl":

@@ -1,6 +1,6 @@
 """Of a job's script, its nodes and its life: which nodes run, who watches them, who waits."""
 
-from largebatch.launch.doctor.preflight.probe import TEMPLATE
+from largebatch.launch.doctor.preflight.nodes import TEMPLATE
 from largebatch.launch.jobs.job import Job, Lines
 
 

@@ -83,11 +83,7 @@ def _parser() -> ArgumentParser:
 
 
 def prepared(options: Namespace, words: Sequence[str], request: Sequence[str]) -> Job:
-    """The job as asked for, checked.
-
-    Raises:
-        ConfigError: in one sentence.
-    """
+    """The job as asked for, checked: ConfigError says what is wrong."""
     config = composed(options.overrides, options.config_dir)
     tell_replaced(options.config_dir)
     check_queue(config.cluster)
@@ -106,10 +102,8 @@ def prepared(options: Namespace, words: Sequence[str], request: Sequence[str]) -
 
 
 def composed(overrides: Sequence[str], config_dir: str | None = None) -> SubmitConfig:
-    """Compose `submit.yaml` with the overrides.
-
-    Raises:
-        ConfigError: an unknown cluster or key, a missing or impossible value.
+    """Compose `submit.yaml` with the overrides; ConfigError for an unknown cluster or key, a
+    missing or impossible value.
     """
     strange = [word for word in overrides if "=" not in word and not word.startswith("~")]
     if strange:
@@ -150,14 +144,12 @@ def completed(
     overrides: Sequence[str] = (),
     config_dir: str | None = None,
 ) -> tuple[list[str], str]:
-    """The command with what a job of its kind needs, and the folder of its record.
+    """The command with what a job of its kind needs, and the folder of its record; ConfigError
+    where it is none that a job can run.
 
     Args:
         overrides: a sweep hands those of the cluster on to its trials.
         config_dir: where the cluster is.
-
-    Raises:
-        ConfigError: a command that a job cannot run.
     """
     if not words or words[0] not in ("train", "sweep"):
         raise ConfigError(
@@ -255,11 +247,8 @@ def _handed_on(overrides: Sequence[str], words: Sequence[str]) -> tuple[list[str
 
 
 def check_plan(words: Sequence[str], ranks: int) -> None:
-    """Plan the run on that number of ranks, by `largebatch plan` in a process of its own: launch/
-    knows nothing of the loop's configuration.
-
-    Raises:
-        ConfigError: what it says.
+    """Refuse a run that cannot be planned on that number of ranks, by `largebatch plan` in a
+    process of its own: launch/ knows nothing of the loop's configuration.
     """
     plan = [sys.executable, "-m", "largebatch", "plan", "--no-picture", "--ranks", str(ranks)]
     done = subprocess.run([*plan, *words], capture_output=True, text=True)
@@ -269,11 +258,7 @@ def check_plan(words: Sequence[str], ranks: int) -> None:
 
 
 def check_files(cluster: ClusterConfig) -> None:
-    """What the job will want of the file system is there; it is the same one.
-
-    Raises:
-        ConfigError: naming the key and how to make what is missing.
-    """
+    """Refuse a job that will lack something of the file system; it is the same one."""
     if cluster.venv is not None:
         venv = Path(os.path.expandvars(cluster.venv)).expanduser()
         if not (venv / "bin" / "activate").is_file():
@@ -290,10 +275,8 @@ def check_files(cluster: ClusterConfig) -> None:
 
 
 def send(job: Job, text: str) -> int:
-    """Write the script and submit it, or run it here; returns the exit code.
-
-    Raises:
-        ConfigError: a folder that is taken, a queue that is full, a scheduler that refuses.
+    """Write the script and submit it, or run it here; returns the exit code. ConfigError for a
+    folder that is taken, a queue that is full, a scheduler that refuses.
     """
     folder = Path(job.config.folder)
     if folder.exists():

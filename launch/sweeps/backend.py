@@ -1,5 +1,6 @@
 """What runs the trials of a sweep, as its conductor sees it: a device, a slice of nodes, a job."""
 
+import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,13 +36,9 @@ class Ended(NamedTuple):
 
 
 class Backend(Protocol):
-    """Where trials run.
+    """Where trials run; those of one that `outlives` the sweep continue when it stops."""
 
-    Attributes:
-        outlives: whether trials continue when the sweep stops.
-    """
-
-    outlives: bool
+    outlives: bool = False
 
     def room(self, avoid: frozenset[str]) -> tuple[str, ...] | None:
         """Nodes for one more trial, none of them in `avoid`, or () where they are known only once
@@ -53,24 +50,31 @@ class Backend(Protocol):
 
     def adopt(self, attempt: Attempt, job: dict[str, Any]) -> bool:
         """Go on with what an earlier sweep began, where it is still there."""
+        del attempt, job
+        return False
 
     def show(self, trial: Trial) -> str:
         """What would be done to begin it, where that can be known."""
+        return shlex.join(trial.command)
 
     def ended(self) -> list[Ended]:
         """Attempts that have ended since the last call."""
 
     def is_dead(self, node: str) -> bool:
         """Whether the node does not even start a trivial command."""
+        del node
+        return False
 
     def leave_out(self, nodes: set[str]) -> None:
         """Begin nothing on them from now on."""
 
     def nodes(self) -> set[str]:
         """Those that trials may use, and that are not left out; empty where nobody knows yet."""
+        return set()
 
     def is_spent(self) -> bool:
         """Whether there is nothing left to run on."""
+        return False
 
     def stop(self) -> None:
         """SIGTERM to all that runs, so that it saves and ends."""

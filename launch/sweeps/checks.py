@@ -15,11 +15,7 @@ _LEAST: Final = {
 
 
 def checked(values: Mapping[str, Any]) -> SweepSettings:
-    """The values as settings.
-
-    Raises:
-        ConfigError: naming the key and what it takes.
-    """
+    """The values as settings; ConfigError names the key that is wrong and what it takes."""
     settings = SweepSettings(**values)
     if settings.shape not in SHAPES:
         raise ConfigError(f"{KEY}.shape must be one of {', '.join(SHAPES)}, got {settings.shape!r}")
@@ -65,13 +61,8 @@ def _count(value: Any, name: str, least: int) -> int:
 
 
 def cluster_of(settings: SweepSettings, config_dir: str | None = None) -> ClusterConfig | None:
-    """The cluster, its ranks a node as the settings say; None where none is named.
-
-    Args:
-        config_dir: where clusters of the user's are.
-
-    Raises:
-        ConfigError: an unknown cluster or key, an impossible value.
+    """The cluster, of conf/ or a folder of the user's, its ranks a node as the settings say; None
+    where none is named. ConfigError for an unknown cluster or key, an impossible value.
     """
     if settings.cluster is None:
         if settings.overrides:

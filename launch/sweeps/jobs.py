@@ -19,7 +19,7 @@ from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig
 from largebatch.launch.jobs.cluster import Scheduler, check_queue, queue_of
 from largebatch.launch.jobs.job import Job
 from largebatch.launch.jobs.script import directives_lines, script
-from largebatch.launch.sweeps.backend import Attempt, Ended
+from largebatch.launch.sweeps.backend import Attempt, Backend, Ended
 from largebatch.launch.sweeps.record import SweepRecord, Trial
 from largebatch.launch.sweeps.settings import KEY, SweepSettings
 from largebatch.records.heartbeat import process_start
@@ -54,16 +54,11 @@ def _local_id(pid: int) -> str:
     return f"{pid}.{process_start(pid)}"
 
 
-class Jobs:
-    """Jobs of a scheduler, as a `Backend`.
+class Jobs(Backend):
+    """Jobs of a scheduler, which outlive the sweep; ConfigError for a queue that does not take such
+    jobs, or a scheduler that is not here.
 
     The scheduler chooses their nodes: Slurm's can be kept off those left out, PBS's cannot.
-
-    Args:
-        folder: of the sweep.
-
-    Raises:
-        ConfigError: a queue that does not take such jobs, or a scheduler that is not here.
     """
 
     outlives = True
@@ -94,9 +89,6 @@ class Jobs:
             )
         self._scheduler = LocalJobs() if cluster.scheduler == "none" else Scheduler(cluster)
 
-    def nodes(self) -> set[str]:
-        return set()
-
     def room(self, avoid: frozenset[str]) -> tuple[str, ...] | None:
         del avoid
         return () if self._most is None or len(self._running) < self._most else None
@@ -113,11 +105,7 @@ class Jobs:
         self._running[trial.name] = attempt, job
 
     def show(self, trial: Trial) -> str:
-        """The command, the job's script and the trial's, as they would be submitted.
-
-        Raises:
-            ConfigError: a cluster without a scheduler.
-        """
+        """The command, the job's script and the trial's, as they would be submitted."""
         if self._cluster.scheduler == "none":
             raise ConfigError(
                 f"{KEY}.dry_run shows jobs of PBS or Slurm, and {self._cluster.name} has neither"
@@ -152,17 +140,10 @@ class Jobs:
             self._next_poll = time.monotonic() + POLL_SECONDS * self._settings.poll_seconds
         return ended
 
-    def is_dead(self, node: str) -> bool:
-        del node
-        return False
-
     def leave_out(self, nodes: set[str]) -> None:
         if self._cluster.scheduler == "slurm":
             self._left_out |= nodes
             self._options = [f"--exclude={','.join(sorted(self._left_out))}"]
-
-    def is_spent(self) -> bool:
-        return False
 
     def stop(self) -> None:
         """The jobs go on: the same command finds them again."""

@@ -20,9 +20,8 @@ from largebatch.distributed.walltime import end_of_job
 from largebatch.launch.sweeps.backend import Backend
 from largebatch.launch.sweeps.checks import checked, cluster_of
 from largebatch.launch.sweeps.node_health import NodeHealth
-from largebatch.launch.sweeps.progress import SweepProgress
 from largebatch.launch.sweeps.record import SweepRecord, Trial
-from largebatch.launch.sweeps.scheduler import Outcome, TrialScheduler
+from largebatch.launch.sweeps.scheduler import Outcome, SweepProgress, TrialScheduler
 from largebatch.launch.sweeps.settings import KEY, SweepSettings
 from largebatch.launch.sweeps.slices import Slices, nodes_here
 from largebatch.records.summary import objective
@@ -31,13 +30,8 @@ Compose = Callable[[list[str]], DictConfig]
 
 # What each trial gets anew, or what concerns the sweep alone.
 _NOT_PASSED_ON = (
-    "hydra.launcher",
-    "hydra/launcher",
-    "hydra.sweep",
-    "hydra/sweep",
-    "hydra.run",
-    "hydra.mode",
-)
+    "hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweep", "hydra.run", "hydra.mode",
+)  # fmt: skip
 
 
 class TrialLauncher:
@@ -108,9 +102,11 @@ class TrialLauncher:
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
         name = str(OmegaConf.select(config, "hydra.sweep.subdir"))
+        # As given: what a `${…}` in them stands for, a trial may not have yet.
+        overrides: Any = OmegaConf.to_container(self._config.hydra.overrides.hydra)
         of_all = [
             word
-            for word in _as_given(self._config.hydra.overrides.hydra)
+            for word in map(str, overrides or ())
             if not word.lstrip("+~").startswith(_NOT_PASSED_ON)
         ]
         own = [word for word in words if not word.startswith("hydra.sweep.")]
@@ -128,19 +124,10 @@ class TrialLauncher:
         return Trial(number, tuple(own), tuple(command), name, self._folder / name)
 
 
-def _as_given(words: Any) -> list[str]:
-    """Overrides without what their `${…}` stand for, which a trial may not have yet."""
-    return [str(word) for word in OmegaConf.to_container(words) or ()]
-
-
 def make_backend(
     settings: SweepSettings, cluster: ClusterConfig | None, record: SweepRecord, folder: Path
 ) -> Backend:
-    """Where trials run, by the settings' shape.
-
-    Raises:
-        ConfigError: it cannot be.
-    """
+    """Where trials run, by the settings' shape; ConfigError where it cannot be."""
     if settings.shape == "devices":
         try:
             import parsl  # noqa: F401 — a second of imports, and an extra that may not be there
@@ -164,13 +151,9 @@ def make_backend(
 
 def _plain(settings: SweepSettings) -> ClusterConfig:
     """No cluster named: an mpiexec that takes -n, -ppn and -f, as MPICH's and Intel's do."""
-    return ClusterConfig(
-        name="this",
-        scheduler="none",
-        launcher="mpich",
-        nodes=settings.nodes_per_trial,
-        node=NodeConfig(ranks=settings.ranks_per_node or 1),
-    )
+    node = NodeConfig(ranks=settings.ranks_per_node or 1)
+    nodes = settings.nodes_per_trial
+    return ClusterConfig(name="this", scheduler="none", launcher="mpich", nodes=nodes, node=node)
 
 
 def _returned(trial: Trial, outcome: Outcome) -> JobReturn:

@@ -20,7 +20,7 @@ from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, Final
+from typing import Final
 
 import parsl
 from parsl.config import Config
@@ -34,11 +34,11 @@ from parsl.launchers.base import Launcher
 from parsl.providers import LocalProvider
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.files import write_whole
 from largebatch.conf.cluster_config import ClusterConfig
 from largebatch.distributed.walltime import JOB_END
-from largebatch.launch.jobs.binding import Binding, bind, pals_list
-from largebatch.launch.sweeps.backend import Attempt, Ended
-from largebatch.launch.sweeps.record import Trial
+from largebatch.launch.jobs.binding import bind, pals_list
+from largebatch.launch.sweeps.backend import Attempt, Backend, Ended
 from largebatch.launch.sweeps.settings import KEY, SweepSettings
 from largebatch.launch.sweeps.slices import one_a_node, start_script
 from largebatch.launch.sweeps.tied import tied
@@ -124,18 +124,8 @@ def is_plain(path: str) -> bool:
     return re.fullmatch(r"[\w./+:@-]+", path, re.ASCII) is not None
 
 
-class Devices:
-    """Every device of the nodes; see `Backend`.
-
-    Args:
-        nodes: the allocation's.
-        folder: of the sweep.
-
-    Raises:
-        ConfigError: cores that two workers would have.
-    """
-
-    outlives = False
+class Devices(Backend):
+    """Every device of the allocation's nodes; ConfigError for cores that two workers would have."""
 
     def __init__(
         self,
@@ -155,11 +145,14 @@ class Devices:
         self._per_node: int = settings.workers_per_node or (
             (os.cpu_count() or 1) if node is None else node.ranks
         )
+        has_devices = node is not None and node.num_devices > 0
         binding = None
         if cluster is not None and cluster.node.domains:
             wanted = replace(cluster.node, ranks=self._per_node)
             binding = bind(wanted, copper=cluster.environment == "copper", daos=bool(cluster.daos))
-        self._set_threads(binding)
+        # Trials share a node's cores, unless the user has decided.
+        cores = binding.cores_per_rank if binding else (os.cpu_count() or 1) // self._per_node
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
         self._all = {short(node) for node in nodes}
         self._out: set[str] = set()
         self._lost: set[str] = set()
@@ -169,7 +162,7 @@ class Devices:
             label="devices",
             max_workers_per_node=self._per_node,
             cores_per_worker=1e-6,  # as many workers as devices, however many cores there are
-            available_accelerators=self._accelerators(node is not None and node.num_devices > 0),
+            available_accelerators=[*map(str, range(self._per_node))] if has_devices else [],
             cpu_affinity="none" if binding is None else pals_list(binding),
             prefetch_capacity=0,
             heartbeat_period=max(1, settings.lost_seconds // 4),
@@ -190,14 +183,6 @@ class Devices:
         self._kernel = parsl.DataFlowKernel(config)
         self._run = parsl.python_app(run_trial, data_flow_kernel=self._kernel)
         self._wait_for_a_pool()
-
-    def _set_threads(self, binding: Binding | None) -> None:
-        """Trials share a node's cores, unless the user has decided."""
-        cores = binding.cores_per_rank if binding else (os.cpu_count() or 1) // self._per_node
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
-
-    def _accelerators(self, devices: bool) -> list[str]:
-        return [str(device) for device in range(self._per_node)] if devices else []
 
     @staticmethod
     def _launcher(cluster: ClusterConfig | None, nodes: Sequence[str], folder: Path) -> Launcher:
@@ -243,9 +228,7 @@ class Devices:
             # What was begun may not have arrived yet: it goes by what held then.
             if not all(attempt.nodes for attempt in running):
                 return None
-            draft = self._avoid_file.with_suffix(".draft")
-            draft.write_text("\n".join(sorted(avoid)), encoding="utf-8")
-            draft.replace(self._avoid_file)
+            write_whole(self._avoid_file, "\n".join(sorted(avoid)), durable=False)
             self._avoided = avoid
         elsewhere = sum(not avoid.intersection(attempt.nodes) for attempt in running)
         # A pool does not say which node is its own.
@@ -256,13 +239,6 @@ class Devices:
         files = str(attempt.file("log")).removesuffix(".log")
         future = self._run(list(attempt.trial.command), files, str(self._folder), os.getcwd())
         self._running[attempt.trial.name] = attempt, future
-
-    def adopt(self, attempt: Attempt, job: dict[str, Any]) -> bool:
-        del attempt, job
-        return False  # they end with the sweep
-
-    def show(self, trial: Trial) -> str:
-        return shlex.join(trial.command)
 
     def ended(self) -> list[Ended]:
         ended = []

@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 from largebatch.common.errors import ConfigError
 from largebatch.common.files import lock, lock_or_warn
 from largebatch.common.text import shown
-from largebatch.records import Fields, find_fields
+from largebatch.records import find_fields
 from largebatch.records.fields import whole
 from largebatch.records.names import METRICS, SUMMARY
 from largebatch.records.outcomes import UNFINISHED
@@ -45,7 +45,7 @@ class Trial:
 
 def summary_of(folder: Path) -> dict[str, Any] | None:
     """The summary of a run that has ended; None where it has not."""
-    summary = _read_summary(folder)
+    summary = find_fields(folder / SUMMARY, [])  # one that cannot be read: the trial is made again
     if summary is None or summary.find("status", status) in (None, *UNFINISHED):
         return None
     return dict(summary.values)
@@ -53,15 +53,10 @@ def summary_of(folder: Path) -> dict[str, Any] | None:
 
 def samples_of(folder: Path) -> int | None:
     """Samples after which a run was interrupted; None where it was not."""
-    summary = _read_summary(folder)
+    summary = find_fields(folder / SUMMARY, [])
     if summary is None or summary.find("status", status) != "interrupted":
         return None
     return summary.find("samples", whole()) or 0
-
-
-def _read_summary(folder: Path) -> Fields | None:
-    """None where there is none that can be read: the trial is made again."""
-    return find_fields(folder / SUMMARY, [])
 
 
 def is_busy(folder: Path) -> bool:
@@ -140,11 +135,7 @@ class SweepRecord:
         self._take(line)
 
     def check_same(self, trial: Trial) -> None:
-        """Refuse to take the run in a trial's folder for the trial's, where it is another's.
-
-        Raises:
-            ConfigError: naming the folder and what differs.
-        """
+        """Refuse to take another trial's run in a trial's folder for its own, with what differs."""
         if not any((trial.folder / name).exists() for name in (METRICS, SUMMARY)):
             return
         known = self.words.get(trial.name) or words_of(trial.folder)

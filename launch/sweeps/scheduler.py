@@ -4,19 +4,21 @@ Who runs a trial is a `Backend` (a device, a slice of nodes, a job of its own); 
 decided is decided here, and is in the sweep's record before it happens.
 """
 
+import math
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final
+from typing import Any
 
+from rich.console import Console
+
+from largebatch.common.progress import BarOrLines, time_left
+from largebatch.common.signals import on_stop_signal
 from largebatch.launch.sweeps.backend import Attempt, Backend, Ended
 from largebatch.launch.sweeps.node_health import NodeHealth
-from largebatch.launch.sweeps.progress import SweepProgress
 from largebatch.launch.sweeps.record import (
     SweepRecord,
     Trial,
@@ -26,8 +28,6 @@ from largebatch.launch.sweeps.record import (
 )
 from largebatch.launch.sweeps.settings import SweepSettings
 from largebatch.records.outcomes import ExitCode
-
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
 
 
 @dataclass
@@ -39,13 +39,37 @@ class Outcome:
     why: str = ""
 
 
+class SweepProgress(BarOrLines):
+    """A bar on a terminal, else a line every tenth of the way. Silent within a study, which has its
+    own; what has to be said is said in any case.
+    """
+
+    def __init__(self, num_trials: int, silent: bool, console: Console | None = None) -> None:
+        console = console or Console(stderr=True, soft_wrap=True)
+        super().__init__(console, math.inf if silent else 0.0)
+        self._num_trials = num_trials
+        self._begin = time.monotonic()
+        self._found: int | None = None
+
+    def show(self, *, done: int, running: int, failed: int, nodes_out: int) -> None:
+        """Bring the display up to date."""
+        if self._found is None:  # what was there before says nothing of the pace
+            self._found = done
+        text = f"{done} of {self._num_trials} trials done, {running} running, {failed} failed"
+        text += f", {nodes_out} nodes left out" if nodes_out else ""
+        made, left = done - self._found, self._num_trials - done
+        if made > 0 and left > 0:
+            text += time_left(time.monotonic() - self._begin, made, left)
+        self.update(done / self._num_trials, text)
+
+    def tell(self, sentence: str) -> None:
+        """Say something above the bar."""
+        self.console.print(sentence, highlight=False, markup=False)
+
+
 @dataclass
 class TrialScheduler:
-    """One batch of trials.
-
-    Attributes:
-        end: of this job, in seconds since the epoch.
-    """
+    """One batch of trials; `end` is this job's, in seconds since the epoch."""
 
     trials: Sequence[Trial]
     backend: Backend
@@ -71,7 +95,7 @@ class TrialScheduler:
         """Every trial's outcome; of those that were stopped there is none."""
         for trial in self.trials:
             self._pass_by_or_queue(trial)
-        with self._listening(), self.progress:
+        with on_stop_signal(self._note), self.progress:
             while self._waiting or self._running:
                 for ended in self.backend.ended():
                     self._take(ended)
@@ -260,20 +284,9 @@ class TrialScheduler:
             self.backend.kill()
             self._signal = None
 
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """The first of `SIGNALS` stops the sweep, a second kills what has not ended by then."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            del frame
-            self._signal = number
-
-        before = {number: signal.signal(number, note) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _note(self, number: int) -> None:
+        """The first signal stops the sweep, a second kills what has not ended by then."""
+        self._signal = number
 
     def _show(self) -> None:
         self.progress.show(

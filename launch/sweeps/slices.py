@@ -12,32 +12,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from largebatch.common.errors import ConfigError
 from largebatch.conf.cluster_config import ClusterConfig, SubmitConfig
 from largebatch.distributed.walltime import JOB_END
 from largebatch.launch.jobs.job import Job
 from largebatch.launch.jobs.script import cores_lines, launcher_lines, master_lines, variables_lines
-from largebatch.launch.sweeps.backend import Attempt, Ended
-from largebatch.launch.sweeps.record import Trial
+from largebatch.launch.sweeps.backend import Attempt, Backend, Ended
 from largebatch.launch.sweeps.tied import tied
 
 PROBE_SECONDS: Final = 30.0
 
 
-class Slices:
-    """Nodes in slices of `nodes_per_trial`; see `Backend`.
-
-    Args:
-        nodes: the allocation's.
-        folder: of the sweep.
-
-    Raises:
-        ConfigError: fewer nodes than one trial needs.
-    """
-
-    outlives = False
+class Slices(Backend):
+    """The allocation's nodes in slices of `nodes_per_trial`; ConfigError where there are fewer."""
 
     def __init__(
         self, cluster: ClusterConfig, nodes: Sequence[str], nodes_per_trial: int, folder: Path
@@ -87,13 +76,6 @@ class Slices:
                 stderr=subprocess.STDOUT, env=environment, start_new_session=True,
             )  # fmt: skip
         self._running[attempt.trial.name] = attempt, process
-
-    def adopt(self, attempt: Attempt, job: dict[str, Any]) -> bool:
-        del attempt, job
-        return False  # they end with the sweep
-
-    def show(self, trial: Trial) -> str:
-        return shlex.join(trial.command)
 
     def ended(self) -> list[Ended]:
         ended = []
@@ -187,10 +169,7 @@ def _here() -> str:
 
 def nodes_here(hostfile: str | None) -> list[str]:
     """The allocation's nodes, each once: from the file, from what PBS or Slurm says, or this
-    machine alone.
-
-    Raises:
-        ConfigError: a file that is not there, or holds none.
+    machine alone. ConfigError for a file that is not there, or holds none.
     """
     named = hostfile or os.environ.get("LARGEBATCH_HOSTFILE") or os.environ.get("PBS_NODEFILE")
     if named is not None:

@@ -11,14 +11,12 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 import cloudpickle
@@ -30,9 +28,10 @@ from omegaconf import DictConfig, open_dict
 
 import largebatch.conf.resolvers  # noqa: F401 — registers them, in workers too
 from largebatch.common.errors import ConfigError, RunFailed
+from largebatch.common.signals import on_stop_signal
 from largebatch.distributed.ranks import die_with_parent
+from largebatch.launch.sweeps.composition import composed
 
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
 LOOK_SECONDS: Final = 0.2
 
 # With the paths of this process: what it can import, a worker can.
@@ -52,8 +51,7 @@ class Sweep:
 
     def job(self, number: int, overrides: Sequence[str]) -> DictConfig:
         """Compose the configuration of one job."""
-        loader = self.context.config_loader
-        config = loader.load_sweep_config(self.config, list(overrides))
+        config = composed(self.context, self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = f"{config.hydra.job.name}_{number}"
             config.hydra.job.num = number
@@ -77,10 +75,8 @@ class Sweep:
 
 
 class Worker:
-    """A process that runs jobs, tied to this one.
-
-    Attributes:
-        job: the place among the batch of the one it runs; None: idle.
+    """A process that runs jobs, tied to this one; `job` is the place among the batch of the one it
+    runs, None where it is idle.
     """
 
     def __init__(self, num_workers: int) -> None:
@@ -88,7 +84,7 @@ class Worker:
         self.connection, theirs = Pipe()
         threads = {"OMP_NUM_THREADS": str(max(1, num_cores() // num_workers))}
         start = _START.format(path=sys.path, descriptor=theirs.fileno())
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-c", start], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
             env=threads | os.environ | {"LARGEBATCH_PARENT": str(os.getpid())},
             start_new_session=True,  # Ctrl-C is the sweep's, which passes it on
@@ -107,20 +103,14 @@ class Worker:
                 found: JobReturn | KeyboardInterrupt = pickle.loads(self.connection.recv_bytes())
                 return found
         except (EOFError, OSError):
-            return self._process.wait()
-        return self._process.poll()
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def signal(self, number: int) -> None:
-        self._process.send_signal(number)
+            return self.process.wait()
+        return self.process.poll()
 
     def close(self) -> None:
         """End it, its job too."""
         self.connection.close()
-        self._process.kill()
-        self._process.wait()
+        self.process.kill()
+        self.process.wait()
 
 
 class Workers:
@@ -132,17 +122,25 @@ class Workers:
         self._signals: list[int] = []
         atexit.register(self.close)
 
-    def launch(self, sweep: Sweep, jobs: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
-        """Run the jobs; return their results, in their order.
+    def launch(
+        self,
+        sweep: Sweep,
+        jobs: Sequence[Sequence[str]],
+        first: int,
+        more: Callable[[int], Sequence[Sequence[str]]] = lambda place: (),
+    ) -> list[JobReturn]:
+        """Run the jobs; return their results, in their order. KeyboardInterrupt where a signal
+        ended the sweep, after its running jobs.
 
-        Raises:
-            KeyboardInterrupt: a signal ended the sweep, after its running jobs.
+        Args:
+            more: takes the place of a job that has succeeded, and returns jobs to run after all.
         """
         shared = cloudpickle.dumps((sweep, Singleton.get_state()))
+        jobs = list(jobs)
         waiting = deque(enumerate(jobs))
         returns: dict[int, JobReturn] = {}
         interrupted = False
-        with self._listening():
+        with on_stop_signal(self._signals.append):
             while waiting or self._busy():
                 if self._signals:
                     # A second one is for those that did not heed the first.
@@ -150,7 +148,7 @@ class Workers:
                     self._signals.clear()
                     interrupted = True
                     for worker in self._busy():
-                        worker.signal(number)
+                        worker.process.send_signal(number)
                 while waiting and not interrupted and (idle := self._idle()) is not None:
                     job, overrides = waiting.popleft()
                     idle.begin(job, pickle.dumps((shared, first + job, list(overrides))))
@@ -171,8 +169,12 @@ class Workers:
                         self._drop(worker)
                         if not interrupted:
                             returns[place] = _died(sweep, first + place, jobs[place], ended)
-                    else:
-                        returns[place] = ended
+                        continue
+                    returns[place] = ended
+                    if ended.status == JobStatus.COMPLETED and not interrupted:
+                        new = list(enumerate(more(place), len(jobs)))
+                        jobs += [overrides for _, overrides in new]
+                        waiting += new
         if len(returns) < len(jobs):
             self.close()
             raise KeyboardInterrupt
@@ -184,7 +186,7 @@ class Workers:
     def _idle(self) -> Worker | None:
         for worker in list(self._all):
             if worker.job is None:
-                if worker.is_alive():
+                if worker.process.poll() is None:
                     return worker
                 self._drop(worker)
         if len(self._all) == self._num:
@@ -201,31 +203,9 @@ class Workers:
         for worker in list(self._all):
             self._drop(worker)
 
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Note signals, which reach a process's main thread alone."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: FrameType | None) -> None:
-            del frame
-            self._signals.append(number)
-
-        before = {number: signal.signal(number, note) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
 
 def num_workers(n_jobs: int) -> int:
-    """Return how many workers `n_jobs` asks for: -1 a core each, -2 one core less, ….
-
-    Raises:
-        ConfigError: none.
-    """
+    """How many workers `n_jobs` asks for: -1 a core each, -2 one core less, …; none is refused."""
     asked = n_jobs if n_jobs > 0 else num_cores() + 1 + n_jobs
     if n_jobs == 0 or asked < 1:
         raise ConfigError(
@@ -267,12 +247,16 @@ def work(descriptor: int) -> None:
         connection.send_bytes(_pickled(_run(shared, number, overrides)))
 
 
+_sweeps: Final[dict[bytes, Sweep]] = {}
+
+
 def _run(shared: bytes, number: int, overrides: Sequence[str]) -> JobReturn | KeyboardInterrupt:
     try:
         setup_globals()
         sweep, singletons = pickle.loads(shared)
         Singleton.set_state(singletons)
-        done: JobReturn = sweep.run(number, overrides)
+        # One object for all jobs of a sweep: what it has composed stays with it.
+        done: JobReturn = _sweeps.setdefault(shared, sweep).run(number, overrides)
         return done
     except KeyboardInterrupt as error:
         return error

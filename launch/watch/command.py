@@ -61,14 +61,19 @@ def main(arguments: list[str]) -> int:
             return supervise(run, command, options)
         except ValueError as error:  # of a hostfile
             return _refuse(str(error))
-    problems: list[str] = []
-    if find_beat(run, problems) is None:
+    progress = Progress(run)
+    progress.look()
+    if progress.beat is None:
         return _refuse(
-            "; ".join(problems)
+            "; ".join(progress.problems)
             or f"{run} holds no heartbeat: no run has begun there, or it is another folder"
         )
+    for problem in progress.problems:
+        _say(problem)
     try:
-        return inquire(run, options) if options.now else observe(run, options)
+        if options.now:
+            return inquire(run, progress, progress.beat, options)
+        return observe(run, progress, progress.beat, options)
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except OSError as error:
@@ -90,20 +95,12 @@ def _parser() -> argparse.ArgumentParser:
         ("grace", 30.0, "between SIGTERM and SIGKILL"),
         ("wait", 60.0, "for the ranks to say where they stand"),
     ):
+        what += f" (default {default:g})"
         parser.add_argument(
-            f"--{name}",
-            type=_seconds,
-            default=default,
-            metavar="SECONDS",
-            help=f"{what} (default {default:g})",
+            f"--{name}", type=_seconds, default=default, metavar="SECONDS", help=what
         )
-    parser.add_argument(
-        "--restarts",
-        type=_count,
-        default=0,
-        metavar="N",
-        help="start COMMAND again so often, after it stood still or failed",
-    )
+    what = "start COMMAND again so often, after it stood still or failed"
+    parser.add_argument("--restarts", type=_count, default=0, metavar="N", help=what)
     for name, what in (
         ("hostfile", "that COMMAND reads: before a restart nodes that failed are taken out of it"),
         ("spares", "nodes that take their places, in a hostfile's lines"),
@@ -138,11 +135,7 @@ def _count(text: str) -> int:
 
 
 def supervise(run: Path, command: list[str], options: argparse.Namespace) -> int:
-    """Run a command, again where it stood still or failed; returns the exit code.
-
-    Raises:
-        ValueError: a hostfile that names no node.
-    """
+    """Run a command, again where it stood still or failed; returns the exit code."""
     _say(f"{run}: to be ended after {options.timeout:g} s without a step")
     if not any(run.name in word for word in command):
         _say(f"{run} is not named in the command: is it that run's hydra.run.dir?")
@@ -248,16 +241,10 @@ def _is_reported(run: Path, progress: Progress, options: argparse.Namespace) -> 
     return False
 
 
-def observe(run: Path, options: argparse.Namespace) -> int:
+def observe(run: Path, progress: Progress, beat: Beat, options: argparse.Namespace) -> int:
     """Watch a run that others have started; returns the exit code."""
-    progress = Progress(run)
-    progress.look()
-    for problem in progress.problems:
-        _say(problem)
     while True:
-        beat = progress.beat
-        if beat is None:  # it was there a moment ago
-            return _refuse(f"{run} holds no heartbeat that can be read")
+        beat = progress.beat or beat
         gone = is_gone(beat)
         progress.look()  # its last word may have come since
         if progress.has_ended:
@@ -296,15 +283,8 @@ def _end_from_outside(run: Path, beat: Beat, options: argparse.Namespace) -> Non
         )
 
 
-def inquire(run: Path, options: argparse.Namespace) -> int:
+def inquire(run: Path, progress: Progress, beat: Beat, options: argparse.Namespace) -> int:
     """Say where the ranks stand now."""
-    progress = Progress(run)
-    progress.look()
-    beat = progress.beat
-    for problem in progress.problems:
-        _say(problem)
-    if beat is None:  # it was there a moment ago
-        return _refuse(f"{run} holds no heartbeat that can be read")
     if progress.has_ended:
         _say(f"{run} has ended, at step {beat.step}")
         return 0

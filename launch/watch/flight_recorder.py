@@ -65,10 +65,8 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What records say together.
-
-    Attributes:
-        culprits: ranks to look at first: those that others wait for and that wait for nobody.
+    """What records say together; `culprits` are the ranks to look at first, those that others wait
+    for and that wait for nobody.
     """
 
     findings: list[Divergence]

@@ -46,9 +46,7 @@ Calls = dict[int, Call]
 """By number."""
 
 
-@cache  # ranks have most of them in common
-def _call(op: str, sizes: tuple[tuple[int, ...], ...], done: bool) -> Call:
-    return Call(op, sizes, done)
+_call = cache(Call)  # ranks have most of them in common
 
 
 @dataclass(frozen=True)
@@ -70,13 +68,8 @@ class FlightRecord:
 
 
 def record_of(held: Mapping[str, Any], rank: int, where: str | None = None) -> FlightRecord:
-    """A rank's answer, or torch's own dump, as a `FlightRecord`.
-
-    Args:
-        where: the file that it is from.
-
-    Raises:
-        RecordError: it is neither.
+    """A rank's answer, or torch's own dump, from the file `where`, as a `FlightRecord`; RecordError
+    where it is neither.
     """
     dump = Fields(held, where or f"rank {rank}")
     calls: dict[Group, Calls] = {}
@@ -131,10 +124,8 @@ def _members(dump: Fields) -> Iterable[tuple[str, Sequence[int]]]:
 
 
 def read(path: Path) -> FlightRecord:
-    """A rank's answer (`rank-N.json`), or a file of torch's, whose name ends in the rank.
-
-    Raises:
-        ValueError: the file is neither.
+    """A rank's answer (`rank-N.json`), or a file of torch's, whose name ends in the rank;
+    ValueError for another file.
     """
     digits = re.search(r"(\d+)(?:\.json)?$", path.name)
     if digits is None:

@@ -12,10 +12,7 @@ from largebatch.records.names import MOST_RANKS, REQUEST, WATCH
 
 def ask(run: Path, world_size: int | None, wait_seconds: float) -> Path:
     """Ask every rank where it stands; returns the folder of the answers, once all are there or the
-    time is over.
-
-    Args:
-        world_size: where it is not known, the first answer tells.
+    time is over. Where the world's size is not known, the first answer tells.
     """
     folder = _new_folder(run / WATCH)
     request = _request(run, f"answer {folder.name}")

@@ -3,32 +3,36 @@
 The records are the only memory: a study that was interrupted, or killed, resumes from them.
 """
 
-import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 from largebatch.common.errors import ConfigError
-from largebatch.common.files import lock, lock_or_warn, write_whole
+from largebatch.common.files import lock, lock_or_warn
 from largebatch.records import RecordError, read_fields
 from largebatch.records.fields import number, number_or_none, optional, whole
 from largebatch.records.names import CHECKPOINTS, METRICS, SUMMARY
 from largebatch.records.outcomes import UNFINISHED
 from largebatch.records.record import telling, words_of
 from largebatch.records.summary import status
-from largebatch.study.decisions import STUDY, write_decisions
+from largebatch.study.decisions import write_decisions
 from largebatch.study.protocol.progress import StudyProgress
 from largebatch.study.protocol.protocol import Protocol, StudyJob
 from largebatch.study.protocol.search import Result
 
-Launch = Callable[[Sequence[Sequence[str]]], None]
-"""Runs each list of overrides as a job, several at a time; raises where one failed."""
+LOCK: Final = ".lock"
+
+More = Callable[[int], list[list[str]]]
+"""Takes the place of a job that has ended, counted over all, and returns the jobs that follow."""
+Launch = Callable[[list[list[str]], More], None]
+"""Runs each list of overrides as a job, several at a time, and those that follow; raises where one
+failed."""
 
 
 @contextmanager
@@ -39,7 +43,7 @@ def owned(folder: Path) -> Iterator[None]:
         ConfigError: another study is running in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as handle:
+    with (folder / LOCK).open("w") as handle:
         if not lock_or_warn(handle.fileno(), folder):
             raise ConfigError(
                 f"another study is running in {folder}; wait for it, or choose another folder with "
@@ -48,67 +52,64 @@ def owned(folder: Path) -> Iterator[None]:
         yield
 
 
-def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse to add runs to those of a different study; else note what this one is.
-
-    `identity` maps names to what its runs share. Names that are new to the folder (another
-    optimizer) join it; those it knows must be as they were.
-
-    Raises:
-        ConfigError: naming what differs.
-    """
-    path = folder / STUDY
-    try:
-        known = read_fields(path).values
-    except FileNotFoundError:
-        known = {}
-    except RecordError as error:
-        raise ConfigError(
-            f"{error}: restore it, or delete it if the runs in {folder} are this study's"
-        ) from None
-    current = json.loads(json.dumps(identity))
-    for name in sorted(known.keys() & current.keys()):
-        if known[name] != current[name]:
-            raise ConfigError(
-                f"{folder} holds runs of another study: "
-                f"{_difference(name, known[name], current[name])}; choose another folder with "
-                "hydra.sweep.dir=…, or move it away"
-            )
-    write_whole(path, json.dumps({**known, **current}, indent=1) + "\n")
-
-
-def _difference(name: str, before: Any, now: Any) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                return _difference(f"{name}.{key}", before.get(key), now.get(key))
-    return f"{name} was {before!r}, now {now!r}"
-
-
 def conduct(
     protocol: Protocol, folder: Path, arguments: Sequence[str], launch: Launch
 ) -> dict[str, int]:
     """Run the protocol to its end in `folder`; returns how many runs were made and how many found.
 
+    A point is asked again as soon as its own trials are in, whatever else runs.
+
     Args:
         arguments: overrides that every job shares.
     """
     count = {"made": 0, "found": 0}
-    with StudyProgress(protocol, folder) as progress:
+    launched: list[StudyJob] = []
+
+    def next_jobs() -> list[list[str]]:
+        """What is asked and not there; what is there is told at once, and more is asked."""
+        new: list[StudyJob] = []
         while jobs := protocol.ask():
-            missing = [job for job in jobs if finished(folder, job) is None]
-            for job in missing:
-                make_room(folder / job.folder, [*arguments, *job.overrides])
-            if missing:
-                with progress.watching(missing):
-                    launch([[*arguments, *job.overrides] for job in missing])
             for job in jobs:
-                protocol.tell(job, result_of(folder, job))
-            write_decisions(folder, protocol.decisions())
-            count["made"] += len(missing)
-            count["found"] += len(jobs) - len(missing)
-            progress.show()
+                result = finished(folder, job)
+                if result is None:
+                    new.append(job)
+                else:
+                    count["found"] += 1
+                    protocol.tell(job, result)
+        for job in new:
+            make_room(folder / job.folder, [*arguments, *job.overrides])
+        launched.extend(new)
+        progress.launched(new)
+        write_decisions(folder, protocol.decisions())
+        return [[*arguments, *job.overrides] for job in new]
+
+    def more(place: int) -> list[list[str]]:
+        job = launched[place]
+        protocol.tell(job, result_of(folder, job))
+        count["made"] += 1
+        progress.ended(job)
+        return next_jobs()
+
+    with StudyProgress(protocol, folder) as progress:
+        while jobs := next_jobs():
+            first = len(launched) - len(jobs)
+            with progress.watching():
+                launch(jobs, lambda place, first=first: more(first + place))  # type: ignore[misc]
+        progress.show()
     return count
+
+
+def in_rounds(launch: Callable[[list[list[str]]], None]) -> Launch:
+    """Launch with what runs a batch of jobs to its end before it takes another."""
+
+    def launch_rounds(jobs: list[list[str]], more: More) -> None:
+        first = 0
+        while jobs:
+            launch(jobs)
+            ended, first = range(first, first + len(jobs)), first + len(jobs)
+            jobs = [new for place in ended for new in more(place)]
+
+    return launch_rounds
 
 
 def finished(folder: Path, job: StudyJob) -> Result | None:

@@ -88,6 +88,8 @@ class Search:
     most_trials: int = 64
     _results: dict[tuple[Setting, int], Result] = field(default_factory=dict)
     _asked: set[tuple[Setting, int]] = field(default_factory=set)
+    _cut: set[tuple[Setting, int]] = field(default_factory=set)
+    """Results of runs that gave up before `most_steps`: not the best, and no misses."""
 
     def ask(self) -> list[Trial]:
         """The trials to run next; none while some are out, or when the search is done."""
@@ -95,8 +97,16 @@ class Search:
 
     def tell(self, trial: Trial, result: Result) -> None:
         """The result of a trial that was asked."""
-        self._asked.remove((trial.setting, trial.seed))
-        self._results[trial.setting, trial.seed] = result
+        run = trial.setting, trial.seed
+        self._asked.remove(run)
+        self._results[run] = result
+        self._cut.discard(run)
+        if (
+            result.steps is None
+            and result.loss < math.inf
+            and trial.give_up_steps < self.most_steps
+        ):
+            self._cut.add(run)
 
     def awaits(self, trial: Trial) -> bool:
         """Whether the trial was asked and has not been told."""
@@ -113,7 +123,7 @@ class Search:
 
     @property
     def best(self) -> Setting | None:
-        """The best setting of the climb; of equals the one of least loss, then the lowest."""
+        """The best of the climb; of equals the one of least loss, then the nearest to the start."""
         return min(self._reached(), key=self._order, default=None)
 
     @property
@@ -174,8 +184,8 @@ class Search:
             return [(setting, self.select_seeds[0], give_up) for setting in climb]
         if self.climb_only:
             return []
-        others = self.select_seeds[1:]
-        if confirm := [m for setting in self._to_confirm() for m in self._missing(setting, others)]:
+        seeds = self.select_seeds
+        if confirm := [m for setting in self._to_confirm() for m in self._missing(setting, seeds)]:
             return confirm
         for setting in self._reportable():
             if missing := self._missing(setting, self.report_seeds):
@@ -188,7 +198,7 @@ class Search:
         return [
             (setting, seed, self.most_steps)
             for seed in seeds
-            if (setting, seed) not in self._results
+            if (setting, seed) not in self._results or (setting, seed) in self._cut
         ]
 
     def _climb(self) -> Iterator[Setting]:
@@ -215,12 +225,16 @@ class Search:
         if not rates:
             shift = self.shifts[place]
             yield Setting(best.grid_point + shift[value] - shift[best.values[place]], values)
-        elif not any(Setting(rate, values) in self._reached() for rate in rates):
-            yield from self._around(values, 1)
+            return
+        near = [
+            setting
+            for setting in self._reached()
+            if setting.values == values and self._climbed(setting) <= CUT * self.best_steps
+        ]
+        if near:
+            yield from self._walk(min(near, key=self._order), beyond=1)
         else:
-            own = min((s for s in self._reached() if s.values == values), key=self._order)
-            if self._climbed(own) <= CUT * self.best_steps:
-                yield from self._walk(own, beyond=1)
+            yield from self._around(values, 1)
 
     def _around(self, values: Values, farthest: int) -> Iterator[Setting]:
         """The next rates to both sides of those tried at `values`, all of which missed."""
@@ -239,27 +253,37 @@ class Search:
             side = [rate for rate in rates if (rate - top.grid_point) * way > 0]
             farthest = max((abs(rate - top.grid_point) for rate in side), default=0)
             walled = any(self._is_wall(Setting(rate, top.values), top) for rate in side)
-            if not walled and farthest < beyond:
-                yield Setting(top.grid_point + way * (farthest + 1), top.values)
+            next_rate = top.grid_point + way * (farthest + 1)
+            reachable = abs(next_rate - self.start.grid_point) <= FARTHEST
+            if not walled and farthest < beyond and reachable:
+                yield Setting(next_rate, top.values)
 
     def _is_wall(self, setting: Setting, top: Setting) -> bool:
         return self._climbed(setting) > WALL * self._climbed(top)
 
     def _to_confirm(self) -> list[Setting]:
-        """At most three settings near the best; where none reaches on all seeds, the next ones."""
+        """At most three settings near the best; where none reaches on all seeds, lower rates."""
+        if self.best is None:
+            return []
         near = [s for s in self._in_order() if self._climbed(s) <= WALL * self.best_steps]
-        confirmed = near[:MOST_CONFIRMED]
-        for setting in self._in_order()[len(confirmed) :]:
-            known = [self._is_confirmed(one) for one in confirmed]
-            if None in known or any(known):
+        near = near[:MOST_CONFIRMED]
+        if any(self._is_confirmed(setting) is not False for setting in near):
+            return near
+        lowest = min(setting.grid_point for setting in near)
+        for setting in self._down_from(Setting(lowest - 1, self.best.values)):
+            near.append(setting)
+            if self._is_confirmed(setting) is not False:
                 break
-            confirmed.append(setting)
-        return confirmed
+        return near
+
+    def _down_from(self, setting: Setting) -> list[Setting]:
+        lowest = self.start.grid_point - FARTHEST
+        return [Setting(rate, setting.values) for rate in range(setting.grid_point, lowest - 1, -1)]
 
     def _is_confirmed(self, setting: Setting) -> bool | None:
         """Whether all selecting seeds reach the target; None: not known yet."""
         if any(
-            result.steps is None
+            result.steps is None and (tried, seed) not in self._cut
             for (tried, seed), result in self._results.items()
             if tried == setting and seed in self.select_seeds
         ):
@@ -271,14 +295,11 @@ class Search:
         return all(self._steps(setting, seed) < math.inf for seed in seeds)
 
     def _reportable(self) -> list[Setting]:
-        """The setting that the selecting seeds choose, then its values' lower rates, descending."""
+        """The setting that the selecting seeds choose, then lower rates, descending."""
         eligible = [s for s in self._to_confirm() if self._is_confirmed(s)]
         if not eligible:
             return []
-        first = min(eligible, key=self._mean_log_steps)
-        rates = self._rates(first.values)
-        lower = [Setting(rate, first.values) for rate in rates if rate <= first.grid_point]
-        return lower[::-1]
+        return self._down_from(min(eligible, key=self._mean_log_steps))
 
     def _mean_log_steps(self, setting: Setting) -> tuple[float, Setting]:
         steps = [math.log(self._steps(setting, seed)) for seed in self.select_seeds]
@@ -304,6 +325,11 @@ class Search:
         result = self._results.get((setting, seed))
         return math.inf if result is None or result.steps is None else result.steps
 
-    def _order(self, setting: Setting) -> tuple[float, float, Setting]:
-        result = self._results[setting, self.select_seeds[0]]
-        return self._climbed(setting), result.loss, setting
+    def _order(self, setting: Setting) -> tuple[float, float, int, Setting]:
+        loss = self._results[setting, self.select_seeds[0]].loss
+        return (
+            self._climbed(setting),
+            loss,
+            abs(setting.grid_point - self.start.grid_point),
+            setting,
+        )

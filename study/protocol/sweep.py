@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobStatus
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from largebatch.common.errors import ConfigError, SweepFailed
 from largebatch.conf.config import typed
 from largebatch.study.protocol.conduct import (
-    check_identity,
+    Launch,
+    More,
     conduct,
+    in_rounds,
     owned,
     tie_workers_to_this_process,
 )
+from largebatch.study.protocol.identity import check_grid, check_identity
 from largebatch.study.protocol.protocol import Protocol
 from largebatch.study.report import StudyReport, print_report, write_report
 
@@ -49,26 +52,39 @@ def sweep(
     }
     protocol = Protocol(shared.study, optimizers, shared.budget.samples)
     folder = Path(str(config.hydra.sweep.dir))
-    num_launched = 0
-
-    def launch(jobs: Sequence[Sequence[str]]) -> None:
-        nonlocal num_launched
-        returned = launcher.launch(jobs, initial_job_idx=num_launched)
-        num_launched += len(jobs)
-        failures = [run._return_value for run in returned if run.status == JobStatus.FAILED]
-        if failures:
-            raise SweepFailed(failures, len(jobs))
-
     with owned(folder):
         check_identity(folder, _identity(composed, optimizers))
+        check_grid(folder, shared.study)
         tie_workers_to_this_process()
-        count = conduct(protocol, folder, arguments, launch)
+        count = conduct(protocol, folder, arguments, _launch_by(launcher))
         report = write_report(folder)
     print_report(report)
     found = f", {count['found']} were there" if count["found"] else ""
     print(f"study took {time.perf_counter() - begin:.0f} s ({count['made']} runs made{found})")
     print(f"report: {os.path.relpath(report.html)}")
     return report
+
+
+def _launch_by(launcher: Launcher) -> Launch:
+    """Run jobs, and those that follow from them as each ends where the launcher can, else a round
+    at a time.
+    """
+    num_launched = 0
+
+    def check(returned: Sequence[JobReturn]) -> None:
+        nonlocal num_launched
+        num_launched += len(returned)
+        failures = [run._return_value for run in returned if run.status == JobStatus.FAILED]
+        if failures:
+            raise SweepFailed(failures, len(returned))
+
+    def launch(jobs: list[list[str]], more: More) -> None:
+        check(launcher.launch_growing(jobs, num_launched, more))
+
+    def launch_round(jobs: list[list[str]]) -> None:
+        check(launcher.launch(jobs, initial_job_idx=num_launched))
+
+    return launch if hasattr(launcher, "launch_growing") else in_rounds(launch_round)
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:

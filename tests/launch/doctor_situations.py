@@ -7,7 +7,7 @@ from typing import Any
 
 from largebatch.distributed.ranks import Ranks
 from largebatch.launch.doctor.checks_binding import cpu_list
-from largebatch.launch.doctor.host import Disk, Host, HostFacts, collect
+from largebatch.launch.doctor.host import Folder, Host, HostFacts, collect
 
 FOLDER = Path(__file__).with_name("situations")
 MERGED = ("environment", "versions", "disk_of")
@@ -62,10 +62,11 @@ def facts_of_rank(situation: dict[str, Any], rank: int, size: int, root: Path) -
         2345,
     )
 
-    def disk(path: Path) -> Disk:
+    def disk(path: Path) -> Folder:
         special = situation.get("disk_of", {}).get(str(path), {})
         found = situation["disk"] | special
-        return Disk(found["exists"], found["writable"], int(found["free_gib"] * 2**30))
+        free = int(found["free_gib"] * 2**30)
+        return Folder(str(path), free, exists=found["exists"], writable=found["writable"])
 
     host = Host(
         environment=environment,

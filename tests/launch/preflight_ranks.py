@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from largebatch.distributed.ranks import Ranks, meet, process_group
 from largebatch.launch.doctor.findings import exit_code
-from largebatch.launch.doctor.host import Disk, Host, collect
+from largebatch.launch.doctor.host import Folder, Host, collect
 from largebatch.launch.doctor.preflight import collectives as preflight_collectives
 from largebatch.launch.doctor.preflight import speed as preflight_speed
 from largebatch.launch.doctor.preflight.collectives import Collectives
@@ -252,7 +252,7 @@ def fly_rank(
         is_here=lambda address: True,
         reverse_seconds=lambda address: 0.0,
         addresses=lambda: {"hsn0": "10.0.0.1"},
-        disk=lambda path: Disk(True, True, 1 << 40),
+        disk=lambda path: Folder(str(path), 1 << 40),
         clock=lambda: time.time() + fast_by,
     )
 

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.text import spell_cores
 from largebatch.conf.cluster_config import DomainConfig, NodeConfig
 from largebatch.launch.jobs.binding import (
     Binding,
@@ -13,7 +14,6 @@ from largebatch.launch.jobs.binding import (
     parse_cores,
     prove_disjoint,
     slurm_mask,
-    spell_cores,
 )
 from largebatch.launch.jobs.submit import composed
 

@@ -16,8 +16,7 @@ import env_small
 import pytest
 
 from largebatch.launch.environments.command import main
-from largebatch.launch.environments.errors import EnvError
-from largebatch.launch.environments.manifest import NAME, Manifest, ManifestEntry
+from largebatch.launch.environments.manifest import NAME, EnvError, Manifest, ManifestEntry
 from largebatch.launch.environments.pack import pack, site_packages
 from largebatch.launch.environments.unpack import Damaged, check_ours, is_there, manifest_of, unpack
 

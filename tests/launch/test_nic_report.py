@@ -22,9 +22,14 @@ from largebatch.launch.diagnose.nic.survey import (
     read_span,
     read_survey,
     rows_of,
-    span_of,
     survey,
 )
+
+
+def span_of(record: NodeRecord) -> tuple[float, float, float]:
+    """As `read_span` has it of the record's file."""
+    begin = float(record.times[0] - record.lengths[0])
+    return begin, float(record.times[-1]), float(np.median(record.lengths))
 
 
 def survey_of(records: list[NodeRecord], borders: Any) -> Survey:

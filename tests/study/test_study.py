@@ -112,7 +112,7 @@ def test_another_study_in_the_same_folder_is_refused(whole: tuple[Path, str]) ->
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("seed=1,2", "study.seeds"),
+        ("seed=1,2", "study.select_seeds"),
         ("target.loss=null", "target.loss"),
         ("study.start_batch=100", "study.start_batch"),
         ("study.optimizers=[sgd,lion]", "lion"),

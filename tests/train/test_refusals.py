@@ -8,6 +8,14 @@ import pytest
 
 # The overrides, and what the sentence must name: the key or value, and the way out.
 WRONG = {
+    "steps without a target": (
+        ["objective=steps", "target.loss=null"],
+        ["objective=steps", "target.loss", "objective=loss"],
+    ),
+    "near no target": (
+        ["evaluation.within=0.3", "target.loss=null"],
+        ["evaluation.within=0.3", "target.loss"],
+    ),
     "an unknown key": (["optim.lrr=0.1"], ["optim.lrr", "did you mean optim.lr?"]),
     "an unknown group": (["optm=lamb"], ["optm", "did you mean optim?"]),
     "an added unknown key": (["+colour=blue"], ["colour"]),

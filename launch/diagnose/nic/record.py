@@ -40,17 +40,13 @@ NEAR_END: Final = (
 
 
 class Recorder:
-    """Appends samples of `counters` to a file, which is its own as long as it lives.
-
-    Attributes:
-        unreadable: how many could not be read at the first sample, by the reason.
-
-    Raises:
-        ValueError: another recorder is at work on the file.
+    """Appends samples of `counters` to a file, which is its own as long as it lives; ValueError
+    where another recorder is at work on it. `unreadable` counts what the first sample could not
+    read, by the reason.
     """
 
     def __init__(self, path: Path, node: str, counters: Mapping[str, Path], every: float) -> None:
-        self.bytes_written = self.num_samples = 0
+        self.bytes_written = 0
         self.unreadable: dict[str, int] = {}
         self._paths = [os.fspath(path) for path in counters.values()]
         self._names = list(counters)
@@ -74,7 +70,6 @@ class Recorder:
         else:
             self._write(_change(round(now, 3), self._last, values))
         self._last = values
-        self.num_samples += 1
         return time.perf_counter() - begun
 
     def _read(self, path: str) -> int | None:
@@ -155,11 +150,7 @@ class NodeRecord:
 
 
 def read_record(path: Path) -> NodeRecord:
-    """Read the record of a node; a line of another format counts as lost.
-
-    Raises:
-        RecordError: the file holds no record.
-    """
+    """A node's record; a line of another format counts as lost. RecordError where there is none."""
     reader = _Reader(printable(path))
     with open_file(path) as file:
         while line := file.readline(MOST_LINE_BYTES):

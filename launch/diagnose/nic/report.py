@@ -13,17 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from largebatch.common.robust import (
-    MAD_TO_SIGMA,
-    SHORTEST,
-    SIGMAS,
-    Mask,
-    Series,
-    known_median,
-    raised,
-    spells,
-    spread,
-)
+from largebatch.common import robust
 from largebatch.common.text import and_more
 from largebatch.launch.diagnose.nic.counters import CounterKind, quantity
 from largebatch.launch.diagnose.nic.survey import Reading, Survey
@@ -47,8 +37,12 @@ class Episode:
     usual: float
     counter: str
 
+    @property
+    def where(self) -> str:
+        return "all nodes" if self.everywhere else and_more(self.nodes, MOST_NAMED)
+
     def __str__(self) -> str:
-        where = "all nodes together" if self.everywhere else and_more(self.nodes, MOST_NAMED)
+        where = f"{self.where}{' together' * self.everywhere}"
         usual = "their usual" if self.everywhere else "the others'"
         return (
             f"{self.kind.name} on {where}, {clock(self.begin)} to {clock(self.end)}: "
@@ -66,26 +60,28 @@ def unusual(survey: Survey | None) -> list[Episode]:
     for reading in survey.readings:
         if len(names) >= FEWEST_NODES:
             found += _apart(reading, names, borders)
-            found += _together(reading, names, borders)
-        else:
-            found += _alone(reading, names, borders)
+            middle = robust.known_median(reading.values)
+            found += _over_time(reading, tuple(names), middle, borders, True, reading.worst[0])
+            continue
+        for name, series, counter in zip(names, reading.values, reading.worst, strict=True):
+            found += _over_time(reading, (name,), series, borders, False, counter)
     return found
 
 
-def _apart(reading: Reading, names: Sequence[str], borders: Series) -> Iterator[Episode]:
+def _apart(reading: Reading, names: Sequence[str], borders: robust.Series) -> Iterator[Episode]:
     """Nodes above the others, in stretches of time or over all of it; at one time, one episode."""
     kind, values = reading.kind, reading.values
-    middle = known_median(values)
-    noise = MAD_TO_SIGMA * known_median(np.abs(values - middle))
+    middle = robust.known_median(values)
+    noise = robust.MAD_TO_SIGMA * robust.known_median(np.abs(values - middle))
     usual = float(np.median(reading.means))
     length, bins = float(borders[1] - borders[0]), len(borders) - 1
-    least = max(kind.floor, SIGMAS * counting_noise(kind, usual, length))
-    above = values > middle + np.maximum(least, SIGMAS * noise)
-    least = max(kind.floor, SIGMAS * counting_noise(kind, usual, length * bins))
-    most = usual + max(least, SIGMAS * spread(reading.means))
+    least = max(kind.floor, robust.SIGMAS * counting_noise(kind, usual, length))
+    above = values > middle + np.maximum(least, robust.SIGMAS * noise)
+    least = max(kind.floor, robust.SIGMAS * counting_noise(kind, usual, length * bins))
+    most = usual + max(least, robust.SIGMAS * robust.spread(reading.means))
     stretches: list[tuple[int, int, int]] = []  # first, last, row
     for row in range(len(names)):
-        found = spells(above[row], min(SHORTEST, bins))
+        found = robust.spells(above[row], min(robust.SHORTEST, bins))
         if reading.means[row] > most and not found:
             found = [(0, bins - 1)]
         stretches += [(first, last, row) for first, last in found]
@@ -108,7 +104,7 @@ def _overlapping(stretches: Sequence[tuple[int, int, int]]) -> list[list[tuple[i
     groups: list[list[tuple[int, int, int]]] = []
     end = -1
     for stretch in stretches:
-        if groups and stretch[0] <= end + SHORTEST:
+        if groups and stretch[0] <= end + robust.SHORTEST:
             groups[-1].append(stretch)
         else:
             groups.append([stretch])
@@ -116,46 +112,30 @@ def _overlapping(stretches: Sequence[tuple[int, int, int]]) -> list[list[tuple[i
     return groups
 
 
-def _together(reading: Reading, names: Sequence[str], borders: Series) -> Iterator[Episode]:
-    middle = known_median(reading.values)
-    yield from _over_time(reading, tuple(names), middle, borders, True, reading.worst[0])
-
-
-def _alone(reading: Reading, names: Sequence[str], borders: Series) -> Iterator[Episode]:
-    for row, name in enumerate(names):
-        series = reading.values[row]
-        yield from _over_time(reading, (name,), series, borders, False, reading.worst[row])
-
-
 def _over_time(
     reading: Reading,
     names: tuple[str, ...],
-    series: Series,
-    borders: Series,
+    series: robust.Series,
+    borders: robust.Series,
     everywhere: bool,
     counter: str,
 ) -> Iterator[Episode]:
     kind = reading.kind
     known = np.flatnonzero(np.isfinite(series))
-    mask: Mask = np.zeros(len(series), dtype=bool)
+    mask: robust.Mask = np.zeros(len(series), dtype=bool)
     mean = float(series[known].mean()) if len(known) else 0.0
-    least = max(kind.floor, SIGMAS * counting_noise(kind, mean, float(borders[1] - borders[0])))
-    mask[known], usual = raised(series[known], least)
+    noise = counting_noise(kind, mean, float(borders[1] - borders[0]))
+    least = max(kind.floor, robust.SIGMAS * noise)
+    mask[known], usual = robust.raised(series[known], least)
     if kind.always is not None and len(known) and np.median(series[known]) > kind.always:
         mask[known] |= series[known] > kind.always
         usual = 0.0 if usual > kind.always else usual
-    for first, last in spells(mask):
+    for first, last in robust.spells(mask):
         height = float(np.nanmean(series[first : last + 1]))
         yield Episode(
-            kind,
-            names,
-            everywhere,
-            float(borders[first]),
-            float(borders[last + 1]),
-            height,
-            usual,
+            kind, names, everywhere, float(borders[first]), float(borders[last + 1]), height, usual,
             counter,
-        )
+        )  # fmt: skip
 
 
 def counting_noise(kind: CounterKind, rate: float, seconds: float) -> float:

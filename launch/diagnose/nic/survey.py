@@ -166,12 +166,6 @@ def _time_of(text: bytes) -> list[float]:
         return []
 
 
-def span_of(record: NodeRecord) -> tuple[float, float, float]:
-    """As `read_span`."""
-    begin = float(record.times[0] - record.lengths[0])
-    return begin, float(record.times[-1]), float(np.median(record.lengths))
-
-
 def borders_of(spans: Sequence[tuple[float, float, float]]) -> Series:
     """Borders of common stretches of time, each longer than a sample takes."""
     first = min(span[0] for span in spans)

@@ -31,10 +31,8 @@ _SUMMED: Final = 128
 
 
 class Collectives:
-    """What training calls. A test overrides a method to break it on one rank.
-
-    Attributes:
-        group: among whose ranks; None: all.
+    """What training calls, among the ranks of `group` (None: all). A test overrides a method to
+    break it on one rank.
     """
 
     group: "dist.ProcessGroup | None" = None
@@ -97,10 +95,8 @@ class CollectiveTrial:
 
 
 def trials(mode: str, among: str = "", all_to_all: bool = False) -> list[CollectiveTrial]:
-    """What `mode` tries among all ranks, or in groups of them, small before large.
-
-    Args:
-        all_to_all: also this, which few optimizers use.
+    """What `mode` tries among all ranks, or in groups of them, small before large; `all_to_all`,
+    which few optimizers use, where it is asked for.
     """
     sizes = [(0, count) for count in TINY] + [(num_bytes, 0) for num_bytes in SIZES[mode]]
     if among:  # what differs is the way, not the arithmetic
@@ -118,10 +114,8 @@ def trials(mode: str, among: str = "", all_to_all: bool = False) -> list[Collect
 
 
 def members(among: str, rank: int, rows: Sequence[Sequence[int]]) -> list[int]:
-    """The ranks that `rank` tries collectives with; none where that is no group of its own.
-
-    Args:
-        rows: the ranks of each node.
+    """The ranks that `rank` tries collectives with, of `rows`, the ranks of each node; none where
+    that is no group of its own.
     """
     if not among:
         return sorted(rank for row in rows for rank in row)

@@ -18,18 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 from largebatch.common.text import first_line
 from largebatch.distributed.mailbox import StoreMailbox
 from largebatch.launch.doctor import checks
-from largebatch.launch.doctor.findings import Finding, found_from, merged
+from largebatch.launch.doctor.findings import Finding, error, found_from, merged
 from largebatch.launch.doctor.host import Host, HostFacts
-from largebatch.launch.doctor.preflight.speed import (
-    FEWEST_NODES,
-    NUM_BYTES,
-    ROUNDS,
-    Position,
-    partners,
-    rates,
-    seconds_with,
-    slow_nodes,
-)
+from largebatch.launch.doctor.preflight import speed
 from largebatch.launch.doctor.preflight.watch import PreflightWatch, Stage, format_ranks, hang, lost
 
 if TYPE_CHECKING:
@@ -91,8 +82,10 @@ def preflight(
     """
     seconds = timeout_seconds or seconds_for(mode, ranks.size)
     mailbox = StoreMailbox.connect(ranks, seconds)
-    run = _PreflightRun(facts, ranks, mode, seconds, mailbox, host or Host(), report, all_to_all)
-    return run.run(collectives, device)
+    return _PreflightRun(
+        facts, ranks, mode, seconds, mailbox, host or Host(), report, all_to_all, collectives,
+        device,
+    ).run()  # fmt: skip
 
 
 @dataclass
@@ -105,25 +98,33 @@ class _PreflightRun:
     host: Host
     report: Callable[[Verdict], int]
     all_to_all: bool
+    collectives: "Collectives | None"
+    device: "torch.device | None"
     arrived: dict[int, dict[str, Any]] = field(default_factory=dict)
     """On rank 0: what each rank has read and found by itself."""
     rows: list[list[int]] = field(default_factory=list)
     """The ranks of each node, and below the nodes' names."""
     nodes: list[str] = field(default_factory=list)
+    result: dict[str, Any] = field(
+        default_factory=lambda: {"wrong": [], "seconds": {}, "pairs": []}
+    )
+    """This rank's own: what was wrong, what failed, how long things took."""
 
-    def run(self, collectives: "Collectives | None", device: "torch.device | None") -> Verdict:
+    def run(self) -> Verdict:
         positions = self._arrive()
         if positions is None:
             return self._conclude(self._absent())
         self.rows, self.nodes = positions["rows"], positions["nodes"]
         with PreflightWatch(self.seconds, self._late) as watch:
-            result = self._try_all(watch, collectives, device)
+            self._try_all(watch)
             watch.next("telling rank 0")
-            self.mailbox.post("result", result)
+            self.mailbox.post("result", self.result)
         if not self.ranks.is_first:
             return self._conclude([])
         answers = self.mailbox.collect("result", self.seconds)
-        return self._conclude(self._judge(answers), self._measured(answers))
+        rates = self._rates(answers)
+        measured = {"collective_seconds": answers[0]["seconds"], "node_gb_per_second": rates}
+        return self._conclude(self._judge(answers, rates), measured)
 
     def _arrive(self) -> dict[str, Any] | None:
         """Send all facts to rank 0; return the ranks of each node, None where ranks are missing."""
@@ -141,53 +142,39 @@ class _PreflightRun:
         heard: dict[str, Any] | None = self.mailbox.hear("positions", 2 * self.seconds)
         return heard
 
-    def _try_all(
-        self,
-        watch: PreflightWatch,
-        collectives: "Collectives | None",
-        device: "torch.device | None",
-    ) -> dict[str, Any]:
-        """This rank's own result: what was wrong, what failed, how long things took."""
+    def _try_all(self, watch: PreflightWatch) -> None:
         from largebatch.distributed.ranks import pick_device, process_group
-        from largebatch.launch.doctor.preflight.collectives import (
-            GROUPS,
-            MOST_TO_ALL,
-            Collectives,
-            make_group,
-            members,
-            trials,
-        )
+        from largebatch.launch.doctor.preflight import collectives
 
-        result: dict[str, Any] = {"wrong": [], "seconds": {}, "pairs": []}
-        calls = collectives or Collectives()
+        calls = self.collectives or collectives.Collectives()
         with ExitStack() as stack:
             try:
                 watch.next("taking its device")
-                device = device or pick_device(None, self.ranks)
+                device = self.device or pick_device(None, self.ranks)
                 calls.settle(device)
                 watch.next("making the process group")
                 watch.enter()
                 stack.enter_context(process_group(self.mailbox.group_store(), self.ranks, device))
-                for among in GROUPS:
-                    ranks = members(among, self.ranks.rank, self.rows)
+                for among in collectives.GROUPS:
+                    ranks = collectives.members(among, self.ranks.rank, self.rows)
                     if among:
                         watch.next(f"making a group of {among}")
                         calls.settle(device)
                         watch.enter()
-                        calls.group = make_group(ranks) if ranks else None
-                    to_all = self.all_to_all and not among and self.ranks.size < MOST_TO_ALL
-                    for trial in trials(self.mode, among, to_all):
+                        calls.group = collectives.make_group(ranks) if ranks else None
+                    few = self.ranks.size < collectives.MOST_TO_ALL
+                    to_all = self.all_to_all and few and not among
+                    for trial in collectives.trials(self.mode, among, to_all):
                         watch.next(str(trial))
                         if ranks:
-                            self._try(trial, ranks, watch, calls, device, result)
+                            self._try(trial, ranks, watch, calls, device)
                 calls.group = None
-                self._race(watch, calls, device, result)
+                self._race(watch, calls, device)
             except Exception as error:  # whatever a backend raises is a result
                 # Before the group ends, which makes the others fail too.
-                result["failed_as"] = self.mailbox.count("failed")
+                self.result["failed_as"] = self.mailbox.count("failed")
                 message = f"{type(error).__name__}: {first_line(error)}"
-                result["failed"] = f"{watch.stage.name}: {message}"
-        return result
+                self.result["failed"] = f"{watch.stage.name}: {message}"
 
     def _try(
         self,
@@ -196,7 +183,6 @@ class _PreflightRun:
         watch: PreflightWatch,
         calls: "Collectives",
         device: "torch.device",
-        result: dict[str, Any],
     ) -> None:
         from largebatch.launch.doctor.preflight.collectives import mistake, problem, run
 
@@ -206,10 +192,10 @@ class _PreflightRun:
             watch.enter()
             calls.barrier()
             # All leave it at one moment, which is when clocks can be compared.
-            result["clock"] = self.host.clock()
+            self.result["clock"] = self.host.clock()
             before = self.mailbox.count("barrier", 0)
             if before < self.ranks.size:
-                result["wrong"].append(
+                self.result["wrong"].append(
                     f"barrier: open after {before:,} of {self.ranks.size:,} ranks"
                 )
             return
@@ -220,32 +206,25 @@ class _PreflightRun:
         found = run(trial, posed, calls)
         calls.settle(device)
         if self.ranks.is_first:
-            result["seconds"][str(trial)] = time.perf_counter() - started
+            self.result["seconds"][str(trial)] = time.perf_counter() - started
         if wrong := mistake(found, posed.right):
-            result["wrong"].append(f"{trial}: {wrong}")
+            self.result["wrong"].append(f"{trial}: {wrong}")
 
-    def _race(
-        self,
-        watch: PreflightWatch,
-        calls: "Collectives",
-        device: "torch.device",
-        result: dict[str, Any],
-    ) -> None:
+    def _race(self, watch: PreflightWatch, calls: "Collectives", device: "torch.device") -> None:
         """Exchanges between pairs of nodes, all pairs of a round at once."""
-        if len(self.nodes) < FEWEST_NODES:
+        if len(self.nodes) < speed.FEWEST_NODES:
             return
         node = next(n for n, row in enumerate(self.rows) if self.ranks.rank in row)
-        position = Position(node, self.rows[node].index(self.ranks.rank), self.rows)
-        for number, pairs in enumerate(partners(len(self.nodes), ROUNDS[self.mode]), 1):
+        local_rank = self.rows[node].index(self.ranks.rank)
+        for number, pairs in enumerate(speed.partners(len(self.nodes), speed.ROUNDS[self.mode]), 1):
             watch.next(f"timing nodes in pairs, round {number}")
             calls.settle(device)
             watch.enter()
             calls.barrier()
-            peer = position.peer(pairs)
-            taken = None if peer is None else seconds_with(
-                peer, NUM_BYTES[self.mode], device, calls
-            )  # fmt: skip
-            result["pairs"].append(taken)
+            peer = speed.peer_in(pairs, node, local_rank, self.rows)
+            num_bytes = speed.NUM_BYTES[self.mode]
+            taken = None if peer is None else speed.seconds_with(peer, num_bytes, device, calls)
+            self.result["pairs"].append(taken)
 
     def _late(self, stage: Stage) -> None:
         """This rank hangs: tell where, let rank 0 say who is to blame, and end the process."""
@@ -285,7 +264,9 @@ class _PreflightRun:
         ]
         return self._announce(other, Verdict(merged(found)))
 
-    def _judge(self, answers: Mapping[int, dict[str, Any]]) -> list[Finding]:
+    def _judge(
+        self, answers: Mapping[int, dict[str, Any]], rates: Mapping[str, float]
+    ) -> list[Finding]:
         missing = [rank for rank in range(self.ranks.size) if rank not in answers]
         found = self._failures(answers)
         if missing:
@@ -294,16 +275,15 @@ class _PreflightRun:
             if "clock" in result and "clock" in answers.get(0, {}):
                 offset = result["clock"] - answers[0]["clock"]
                 self.arrived[rank]["facts"]["clock_offset_seconds"] = offset
-        return [*found, *slow_nodes(self._rates(answers)), *self._of_arrived()]
+        return [*found, *speed.slow_nodes(rates), *self._of_arrived()]
 
     def _failures(self, answers: Mapping[int, dict[str, Any]]) -> list[Finding]:
         found = []
         wrong = {rank: result["wrong"][0] for rank, result in answers.items() if result["wrong"]}
         if wrong:
             found.append(
-                Finding(
+                error(
                     "collective-wrong",
-                    "error",
                     f"{wrong[min(wrong)]} ({format_ranks(sorted(wrong))} of {self.ranks.size:,} "
                     "ranks)",
                     "training would go on with wrong gradients, and nothing would say so",
@@ -317,9 +297,8 @@ class _PreflightRun:
             first = min(failed, key=lambda rank: failed[rank]["failed_as"])
             same = [rank for rank in failed if failed[rank]["failed"] == failed[first]["failed"]]
             found.append(
-                Finding(
+                error(
                     "collective-failed",
-                    "error",
                     f"rank {first} (the first of {len(failed):,}) at {failed[first]['failed']}",
                     "the run would fail there too; that others fail after it is often its echo",
                     "look up the message, and at the node; leave it out if it stays the first",
@@ -359,14 +338,8 @@ class _PreflightRun:
         timed = {rank: result["pairs"] for rank, result in answers.items() if result["pairs"]}
         if not timed or any("failed" in result for result in answers.values()):
             return {}
-        rounds = partners(len(self.nodes), ROUNDS[self.mode])
-        return rates(rounds, self.nodes, timed, self.rows, NUM_BYTES[self.mode])
-
-    def _measured(self, answers: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "collective_seconds": answers[0]["seconds"],
-            "node_gb_per_second": self._rates(answers),
-        }
+        rounds = speed.partners(len(self.nodes), speed.ROUNDS[self.mode])
+        return speed.rates(rounds, self.nodes, timed, self.rows, speed.NUM_BYTES[self.mode])
 
     def _conclude(self, findings: list[Finding], measured: dict[str, Any] | None = None) -> Verdict:
         """Rank 0's verdict, on every rank."""

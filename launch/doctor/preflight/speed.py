@@ -6,10 +6,9 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from largebatch.launch.doctor.findings import Finding
+from largebatch.launch.doctor.findings import Finding, warning
 
 if TYPE_CHECKING:
     import torch
@@ -41,21 +40,15 @@ def partners(num_nodes: int, rounds: int) -> list[list[tuple[int, int]]]:
     return found
 
 
-@dataclass(frozen=True)
-class Position:
-    """This rank among the ranks of each node: `rows[node][local rank]` is a rank."""
-
-    node: int
-    local_rank: int
-    rows: Sequence[Sequence[int]]
-
-    def peer(self, pairs: Sequence[tuple[int, int]]) -> int | None:
-        """The rank that this one is timed with in a round, if any."""
-        for one, other in pairs:
-            if self.node in (one, other):
-                row = self.rows[other if self.node == one else one]
-                return row[self.local_rank] if self.local_rank < len(row) else None
-        return None
+def peer_in(
+    pairs: Sequence[tuple[int, int]], node: int, local_rank: int, rows: Sequence[Sequence[int]]
+) -> int | None:
+    """The rank that `rows[node][local_rank]` is timed with in a round, if any."""
+    for one, other in pairs:
+        if node in (one, other):
+            row = rows[other if node == one else one]
+            return row[local_rank] if local_rank < len(row) else None
+    return None
 
 
 def seconds_with(
@@ -93,9 +86,8 @@ def slow_nodes(gb_per_second: Mapping[str, float]) -> list[Finding]:
     least = math.log(_FACTOR if len(gb_per_second) >= _MANY_NODES else _FACTOR_OF_FEW)
     bound = max(least, _DEVIATIONS * spread)
     return [
-        Finding(
+        warning(
             "node-slow",
-            "warning",
             f"{rate:.3g} GB/s with its best partner, where nodes have {usual:.3g} (median of "
             f"{len(gb_per_second)})",
             "every collective of every rank waits for this node",
@@ -114,10 +106,8 @@ def rates(
     rows: Sequence[Sequence[int]],
     num_bytes: int,
 ) -> dict[str, float]:
-    """GB/s each way that each node reached with its best partner, all its ranks together.
-
-    Args:
-        seconds: for each rank, its time in each round; None where it sat out.
+    """GB/s each way that each node reached with its best partner, all its ranks together. `seconds`
+    are those of each rank in each round; None where it sat out.
     """
     best: dict[str, float] = {}
     for number, pairs in enumerate(rounds):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from largebatch.common.text import and_more
-from largebatch.launch.doctor.findings import Finding
+from largebatch.launch.doctor.findings import Finding, error
 from largebatch.launch.hosts import places
 
 _LOOK_SECONDS: Final = 0.1
@@ -65,10 +65,7 @@ class PreflightWatch:
 def hang(
     stages: Mapping[int, Stage], size: int, node_of: Callable[[int], str], seconds: float
 ) -> list[Finding]:
-    """Who holds up whom: from where each rank says it is. Ranks without a word are not answering.
-
-    rank-silent, collective-not-entered, collective-hangs.
-    """
+    """Who holds up whom: from where each rank says it is. Ranks without a word do not answer."""
     silent = [rank for rank in range(size) if rank not in stages]
     found = [lost(silent, node_of, f"has not said a word for {seconds:g} s")] if silent else []
     if not stages:
@@ -81,9 +78,8 @@ def hang(
     who = f"{len(there):,} of {size:,} ranks ({format_ranks(there)})"
     if not place[1]:
         found.append(
-            Finding(
+            error(
                 "collective-not-entered",
-                "error",
                 f"{who} never made the call of {name}, and hold up all others for {seconds:g} s",
                 "the others wait for them without end",
                 "leave their nodes out, or look at what these ranks do (py-spy dump --pid PID)",
@@ -92,9 +88,8 @@ def hang(
         )
     elif not silent:
         found.append(
-            Finding(
+            error(
                 "collective-hangs",
-                "error",
                 f"{name}: all ranks have called it, and {who} have no answer after {seconds:g} s",
                 "the backend or the network between the nodes is at fault",
                 "try another algorithm (CCL_ALLREDUCE_SCALEOUT=direct, ring, rabenseifner), "
@@ -109,9 +104,8 @@ def lost(ranks: list[int], node_of: Callable[[int], str], what: str) -> Finding:
     """rank-silent: ranks that are not there at all."""
     nodes = tuple(dict.fromkeys(node_of(rank) for rank in ranks))
     verb = "rank" if len(ranks) == 1 else "each of the ranks"
-    return Finding(
+    return error(
         "rank-silent",
-        "error",
         f"{verb} {format_ranks(ranks)} ({places(nodes)}) {what}",
         "its node or process has died or cannot reach rank 0, and no collective will end",
         "leave the node out: --nodes N --hostfile-out FILE with a spare node in the allocation",
