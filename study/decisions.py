@@ -7,7 +7,7 @@ points are chosen by the runs themselves.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -54,6 +54,7 @@ class Decisions:
     Attributes:
         tuned: for each optimizer, the keys beside the rate that were searched.
         same_rules: rules whose rate is the tuned one itself, so that their runs are the same.
+        most_trials: that every optimizer may spend on a point's climb, by the study's settings.
     """
 
     select_seeds: tuple[int, ...] = ()
@@ -61,6 +62,7 @@ class Decisions:
     tuned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     points: Mapping[tuple[str, int], Decision] = field(default_factory=dict)
     same_rules: tuple[SameRule, ...] = ()
+    most_trials: int | None = None
 
 
 def write_decisions(folder: Path, decisions: Decisions) -> None:
@@ -87,7 +89,9 @@ def read_decisions(folder: Path, problems: list[str]) -> Decisions:
         record = read_fields(folder / STUDY)
         if "decisions" not in record:
             return Decisions()
-        return _decisions(record.inside("decisions"))
+        settings = record.find_inside("study")
+        most = settings.find("most_trials", whole(1))
+        return replace(_decisions(record.inside("decisions")), most_trials=most)
     except FileNotFoundError:
         return Decisions()
     except RecordError as error:

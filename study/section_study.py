@@ -37,6 +37,7 @@ class SectionStudy:
         pairs: each two curves, the later in order over the earlier.
         select_seeds: those that chose the rates and had no other say; none where the seeds that are
             reported chose them.
+        most_trials: that every optimizer was allowed for a point's climb; None: not on record.
     """
 
     section: Section
@@ -45,6 +46,7 @@ class SectionStudy:
     pairs: Sequence[Pair]
     rules: Sequence[RulePoint]
     select_seeds: tuple[int, ...]
+    most_trials: int | None
 
     @property
     def names(self) -> list[str]:
@@ -224,6 +226,7 @@ def _section_study(
     ]
     selecting = {seed for _, decisions in curves for seed in decisions.select_seeds}
     reported = {seed for name in order for point in points[name] for seed in point.steps_by_seed}
+    allowed = {decisions.most_trials for _, decisions in curves}
     return SectionStudy(
         replace(section, curves=[curve for curve, _ in curves]),
         {name: points[name] for name in order},
@@ -231,6 +234,7 @@ def _section_study(
         pairs(rows),
         rules,
         tuple(sorted(selecting - reported)),
+        allowed.pop() if len(allowed) == 1 else None,
     )
 
 

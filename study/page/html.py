@@ -178,8 +178,8 @@ def _section(
         _heading("Trials"),
         _table(
             trials_table(study),
-            "What each curve was given. Runs that were cut ended early, as they could only have "
-            "lost." + _untuned(study),
+            "What each curve was given" + _allowed(study) + ". Runs that were cut ended early, "
+            "as they could only have lost." + _untuned(study),
         ),
     ]
     return f"<section>{''.join(parts)}</section>"
@@ -191,6 +191,12 @@ _FITS_NOTE: Final = (
     "more samples than at the smallest batch. B_80, B_50: where 80% and 50% of that batch's sample "
     "efficiency are left."
 )
+
+
+def _allowed(study: SectionStudy) -> str:
+    if study.most_trials is None:
+        return ""
+    return f"; the climb at a point may take up to {study.most_trials} trials, for all alike"
 
 
 def _untuned(study: SectionStudy) -> str:

@@ -112,4 +112,5 @@ def record_study(
         "points": points,
         "same_rules": [],
     }
-    (root / "study.json").write_text(json.dumps({"decisions": decisions}))
+    known = {"study": {"most_trials": 64}, "decisions": decisions}
+    (root / "study.json").write_text(json.dumps(known))

@@ -218,6 +218,7 @@ def test_the_trials_of_each_optimizer_are_counted_on_the_page(tmp_path: Path) ->
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", table[: table.index("</table>")])
     assert cells[:6] == ["adamw", "81", "9", "3 to 3", "9", "9"]
     assert cells[6:8] == ["rate", "seeds 2 to 6"]
+    assert "may take up to 64 trials, for all alike" in table
 
 
 def test_every_picture_has_its_colours_from_the_page(tmp_path: Path) -> None:
