@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +16,37 @@ from largebatch.optim.math.tensors import compute_dtype, gradient_of, on_device,
 from largebatch.optim.options import require
 from largebatch.optim.sharding.layout import Name
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 Group = dict[str, Any]
 """A parameter group, as torch's optimizers have them."""
 
 
-def uncompiled(step: Callable[P, T]) -> Callable[P, T]:
-    """Keep a step out of torch.compile's graphs, whoever compiles: it runs as it always does.
-
-    Plans, owners and step counts are looked up by a parameter's identity, which a graph would hold
-    fixed from its first call on. Written above `torch.no_grad()`.
-    """
-    return _disable_dynamo(step)
-
-
 class GroupedOptimizer(Optimizer):
-    """Base of all optimizers: groups that may come late and without names, or lack an option."""
+    """Base of all optimizers: the frame of a step; groups that may come late and without names, or
+    lack an option.
+    """
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    # Not compiled, whoever compiles: plans, owners and step counts are looked up by a parameter's
+    # identity, which a graph would hold fixed from its first call on.
+    @_disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():  # for its backward pass
+                loss = closure()
+        self._make_step()
+        return loss
+
+    def _make_step(self) -> None:
+        """Update every parameter that has a gradient."""
+        raise NotImplementedError
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, as in torch; one without names takes some where the others have names."""
@@ -274,11 +287,3 @@ def refuse_what_only_has_parameters(name: str, params: object) -> None:
             f"{name} takes parameters, got the method {called!r}: call it, {name}("
             f"model.{called}(), …)."
         )
-
-
-def evaluate(closure: Callable[[], float] | None) -> float | None:
-    """The closure's loss; its backward pass needs gradients although the step does not."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()

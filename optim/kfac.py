@@ -20,14 +20,14 @@ which costs further passes; no block-tridiagonal form.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.base import Group, evaluate, uncompiled
+from largebatch.optim.base import Group
 from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.kronecker.damping import Damping
 from largebatch.optim.kronecker.factors import average, new_roots, roots_of
@@ -189,17 +189,7 @@ class KFAC(KroneckerOptimizer):
         """
         return dict(self._stats)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @uncompiled
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
-        loss = evaluate(closure)
+    def _make_step(self) -> None:
         self._find()
         self._share()
         self._agree_on_uses()
@@ -219,7 +209,6 @@ class KFAC(KroneckerOptimizer):
         self._move_others(skip)
         moved = [param for _, param in self._moved()]
         self._statistics.active = self._schedule.end(moved, skip)
-        return loss
 
     # The phases of a step -----------------------------------------------------------------------
 

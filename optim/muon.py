@@ -12,15 +12,15 @@ rate; torch's default is "original".
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import StateDict
 
-from largebatch.optim.base import GroupedOptimizer, uncompiled
+from largebatch.optim.base import GroupedOptimizer
 from largebatch.optim.loading import in_own_order
 from largebatch.optim.options import require, require_one_of
 from largebatch.optim.param_groups import EMBEDDING, ParamEntry, find_parameters, is_called
@@ -181,20 +181,7 @@ class Muon(GroupedOptimizer):
             state_dict = {**state_dict, "param_groups": filled}
         super().load_state_dict(state_dict)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @uncompiled
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _make_step(self) -> None:
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
@@ -205,7 +192,6 @@ class Muon(GroupedOptimizer):
                     self._step_matrix(param, group)
             elif params:
                 self._step_adamw(params, group)
-        return loss
 
     def _step_matrix(self, param: Tensor, group: Mapping[str, Any]) -> None:
         grad, state, momentum = param.grad, self.state[param], group["momentum"]

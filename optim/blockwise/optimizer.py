@@ -29,13 +29,13 @@ for where roots or bases are taken, which cannot be done without: see
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.base import Group, evaluate, uncompiled
+from largebatch.optim.base import Group
 from largebatch.optim.blockwise.block_work import (
     BlockAtWork,
     BlockTask,
@@ -120,17 +120,7 @@ class SecondOrderOptimizer(OwnedState):
 
     # The phases of a step -----------------------------------------------------------------------
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @uncompiled
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
-        loss = evaluate(closure)
+    def _make_step(self) -> None:
         self._reports.heed()
         self._refuse_sparse()
         self._counts.settle()
@@ -142,7 +132,6 @@ class SecondOrderOptimizer(OwnedState):
             self._descend(ours, gathered)
         self._stats = tuple(ours.stats for ours in directions)
         self._advance(gathered)
-        return loss
 
     def _gather(self, work_groups: list[BlockWorkGroup]) -> GatheredStep:
         """Bring the gradients to the owners of their blocks, before any state is touched."""
