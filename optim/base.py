@@ -79,6 +79,38 @@ class GroupedOptimizer(Optimizer):
             yield from ((group, *named) for named in zip(names, params, strict=True))
             first += len(params)
 
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Refuse options (the defaults, or one group's) out of range; subclasses add their own."""
+        lr = options["lr"]
+        if isinstance(lr, Tensor):  # its value may lie on a device and is not looked at
+            accepted = "a float or a tensor of one element"
+            require(lr.numel() == 1, "lr", accepted, f"shape {tuple(lr.shape)}")
+        else:
+            require(0 <= lr < math.inf, "lr", "in [0, inf)", lr)
+        if "betas" in options:
+            betas = options["betas"]
+            pair = isinstance(betas, tuple | list) and len(betas) == 2
+            in_range = pair and all(0 <= beta < 1 for beta in betas)
+            require(in_range, "betas", "two numbers in [0, 1)", betas)
+        if "momentum" in options:
+            require(0 <= options["momentum"] < 1, "momentum", "in [0, 1)", options["momentum"])
+        for name in ("eps", "weight_decay"):
+            if name in options:
+                require(0 <= options[name] < math.inf, name, "in [0, inf)", options[name])
+
+    def _refuse_sparse(self) -> None:
+        """Refuse a sparse gradient.
+
+        Raises:
+            RuntimeError: naming the parameter.
+        """
+        for _, name, param in self._named_params():
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} needs dense gradients, got a {param.grad.layout} "
+                    f"gradient for parameter {name!r}."
+                )
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore groups and state; an option that was not yet known then takes its default."""
         super().__setstate__(state)
@@ -128,22 +160,6 @@ class ShardedOptimizer(GroupedOptimizer):
             self.param_groups.pop()
             raise
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        """Refuse options (the defaults, or one group's) out of range; subclasses add their own."""
-        lr = options["lr"]
-        if isinstance(lr, Tensor):  # its value may lie on a device and is not looked at
-            accepted = "a float or a tensor of one element"
-            require(lr.numel() == 1, "lr", accepted, f"shape {tuple(lr.shape)}")
-        else:
-            require(0 <= lr < math.inf, "lr", "in [0, inf)", lr)
-        if "betas" in options:
-            betas = options["betas"]
-            in_range = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
-            require(in_range, "betas", "two numbers in [0, 1)", betas)
-        for name in ("eps", "weight_decay"):
-            if name in options:
-                require(0 <= options[name] < math.inf, name, "in [0, inf)", options[name])
-
     def _check_param(self, group: Group, name: Name, param: Tensor) -> None:
         """Refuse a parameter that cannot be treated."""
         if param.is_complex():
@@ -160,19 +176,6 @@ class ShardedOptimizer(GroupedOptimizer):
 
     def _check_groups(self) -> None:
         """Refuse options that differ between groups and may not."""
-
-    def _refuse_sparse(self) -> None:
-        """Refuse a sparse gradient.
-
-        Raises:
-            RuntimeError: naming the parameter.
-        """
-        for _, name, param in self._named_params():
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__} needs dense gradients, got a {param.grad.layout} "
-                    f"gradient for parameter {name!r}."
-                )
 
     # Loss scales and skipped steps --------------------------------------------------------------
 

@@ -138,7 +138,6 @@ class LARS(LayerwiseOptimizer):
         super()._check_options(options)
         momentum, nesterov = options["momentum"], options["nesterov"]
         trust_coefficient = options["trust_coefficient"]
-        require(0 <= momentum < 1, "momentum", "in [0, 1)", momentum)
         require(isinstance(nesterov, bool), "nesterov", "True or False", nesterov)
         require(momentum > 0 or not nesterov, "momentum", "in (0, 1) with nesterov", momentum)
         require(0 < trust_coefficient < math.inf, "trust_coefficient", "> 0", trust_coefficient)

@@ -116,7 +116,7 @@ class Muon(GroupedOptimizer):
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
             "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn, "betas": betas, "eps": eps,
         }  # fmt: skip
-        _check_options(defaults)
+        self._check_options(defaults)
         if isinstance(params, nn.Module):
             entries = find_parameters(params)
             self._by_adamw = _by_module(params, entries, adamw)
@@ -162,10 +162,27 @@ class Muon(GroupedOptimizer):
                 if items:
                     group = {**param_group, "params": items, "algorithm": algorithm}
                     super().add_param_group(group)
-                    _check_group(self.param_groups[-1])
+                    self._check_group(self.param_groups[-1])
         except Exception:  # also where the second of two is refused, by torch or here
             del self.param_groups[before:]
             raise
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        require_one_of(options, "nesterov", (True, False))
+        require_one_of(options, "adjust_lr_fn", ("match_rms_adamw", "original"))
+        steps = options["ns_steps"]
+        whole = isinstance(steps, int) and 1 <= steps < 100
+        require(whole, "ns_steps", "a whole number, 1 to 99", steps)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        self._check_options(group)
+        require_one_of(group, "algorithm", (MUON, ADAMW))
+        for param in group["params"]:
+            require(not param.is_complex(), "params", "real", param.dtype)
+            if group["algorithm"] == MUON:
+                accepted = "of two dimensions or more"
+                require(param.dim() >= 2, "params of Muon", accepted, param.dim())
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load as torch does; names decide, and what a saved group does not say stays as it is.
@@ -182,11 +199,9 @@ class Muon(GroupedOptimizer):
         super().load_state_dict(state_dict)
 
     def _make_step(self) -> None:
+        self._refuse_sparse()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
-            for param in params:
-                if param.grad.layout != torch.strided:
-                    raise RuntimeError(f"Muon needs dense gradients, got a {param.grad.layout} one")
             if group["algorithm"] == MUON:
                 for param in params:
                     self._step_matrix(param, group)
@@ -306,33 +321,3 @@ def _by_name(pairs: Sequence[tuple[str, Tensor]], patterns: Sequence[str]) -> di
 
 def _any_matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    _check_options(group)
-    require_one_of(group, "algorithm", (MUON, ADAMW))
-    for param in group["params"]:
-        require(not param.is_complex(), "params", "real", param.dtype)
-        if group["algorithm"] == MUON:
-            require(param.dim() >= 2, "params of Muon", "of two dimensions or more", param.dim())
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    lr = options["lr"]
-    if isinstance(lr, Tensor):
-        require(lr.numel() == 1, "lr", "a float or a tensor of one element", tuple(lr.shape))
-    else:
-        require(0 <= lr < math.inf, "lr", "in [0, inf)", lr)
-    require(0 <= options["weight_decay"] < math.inf, "weight_decay", "in [0, inf)",
-            options["weight_decay"])  # fmt: skip
-    require(0 <= options["momentum"] < 1, "momentum", "in [0, 1)", options["momentum"])
-    betas = options["betas"]
-    pair = isinstance(betas, tuple | list) and len(betas) == 2
-    require(pair and all(0 <= beta < 1 for beta in betas), "betas", "two numbers in [0, 1)", betas)
-    require(0 <= options["eps"] < math.inf, "eps", "in [0, inf)", options["eps"])
-    require_one_of(options, "nesterov", (True, False))
-    require_one_of(options, "adjust_lr_fn", ("match_rms_adamw", "original"))
-    steps = options["ns_steps"]
-    require(
-        isinstance(steps, int) and 1 <= steps < 100, "ns_steps", "a whole number, 1 to 99", steps
-    )

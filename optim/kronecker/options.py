@@ -12,7 +12,6 @@ from largebatch.optim.options import require, require_one_of
 
 def check_group(options: dict[str, Any]) -> None:
     """Refuse options of a group, or the defaults, that only K-FAC has, out of range."""
-    momentum = options["momentum"]
     for name in ("damping", "ridge"):
         require(0 <= options[name] < math.inf, name, "in [0, inf)", options[name])
     for name in ("final_damping", "damping_items", "kl_clip"):
@@ -24,7 +23,6 @@ def check_group(options: dict[str, Any]) -> None:
     if options["final_damping"] is not None:
         accepted = "> 0 where final_damping is given"
         require(options["damping"] > 0, "damping", accepted, options["damping"])
-    require(0 <= momentum < 1, "momentum", "in [0, 1)", momentum)
     factor_decay = options["factor_decay"]
     require(0 <= factor_decay < 1, "factor_decay", "in [0, 1)", factor_decay)
     for name in ("relative_damping", "nesterov", "maximize"):
