@@ -255,13 +255,22 @@ class ShardedOptimizer(GroupedOptimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _packed(self, packed: StateDict, saved: Mapping[Tensor, dict[str, Any]]) -> StateDict:
+    def _state_dict_of(self, states: Callable[[], Mapping[Tensor, dict[str, Any]]]) -> StateDict:
         """Return torch's state dict with these states of parameters in the place of its own."""
-        params = (param for group in self.param_groups for param in group["params"])
-        ids = (index for group in packed["param_groups"] for index in group["params"])
-        numbered = zip(params, ids, strict=True)
-        states = {index: saved[param] for param, index in numbered if param in saved}
-        return {**packed, "state": {**packed["state"], **states}}
+
+        def put(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
+            saved = states()
+            params = (param for group in self.param_groups for param in group["params"])
+            ids = (index for group in packed["param_groups"] for index in group["params"])
+            numbered = zip(params, ids, strict=True)
+            ours = {index: saved[param] for param, index in numbered if param in saved}
+            return {**packed, "state": {**packed["state"], **ours}}
+
+        hook = self.register_state_dict_post_hook(put, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def _translated(self, state_dict: StateDict) -> StateDict:
         """Return the state dict as this optimizer would have written it."""

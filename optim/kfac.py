@@ -35,7 +35,7 @@ from largebatch.optim.kronecker.layers import Layer
 from largebatch.optim.kronecker.optimizer import KroneckerOptimizer
 from largebatch.optim.kronecker.options import rule_of
 from largebatch.optim.kronecker.rules import RULES, Rule
-from largebatch.optim.kronecker.work_group import KroneckerWorkGroup, Move, stats_of
+from largebatch.optim.kronecker.work_group import KroneckerWorkGroup, LayerSums, Move, stats_of
 from largebatch.optim.math.adam import corrected
 from largebatch.optim.math.decompositions import Decomposition, decompose
 from largebatch.optim.math.grafting import WITH_SQUARES, grafted_step, next_squares
@@ -225,20 +225,14 @@ class KFAC(KroneckerOptimizer):
         if not now:
             return
         for work_group in self._work_groups:
-            totals = work_group.add_up(sums, items)
-            divisor = work_group.size * scalar(loss_scale, totals.items)
+            total, num_items = work_group.add_up(sums, items)
+            divisor = work_group.size * scalar(loss_scale, num_items)
+            scale = num_items / divisor.square()
             for layer in work_group.owned:
-                if layer in totals.sums and self._has_factors(layer):
+                if layer in total and self._has_factors(layer):
                     state, group = self.state[layer.weight], self._group_of[layer.weight]
-                    average(
-                        layer,
-                        state,
-                        totals.sums[layer],
-                        totals.items,
-                        totals.items / divisor.square(),
-                        group["factor_decay"],
-                        skip,
-                    )
+                    decay = group["factor_decay"]
+                    average(layer, state, total[layer], num_items, scale, decay, skip)
 
     def _refresh_roots(self, skip: Tensor | None) -> None:
         """New inverses for the layers whose turn it is.
@@ -271,7 +265,7 @@ class KFAC(KroneckerOptimizer):
         gradients: dict[Tensor, Tensor | None] = {
             param: self._gradient(param, skip) for param in work_group.params
         }
-        numbers = work_group.numbers()
+        numbers = LayerSums(work_group.layers, work_group.dtype, work_group.device)
         for layer in work_group.layers:
             for param in layer.params:
                 weight, gradient = local(param).to(work_group.dtype), gradients[param]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+from torch.optim.optimizer import ParamsT, StateDict
 
 from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.blockwise.blocks import Block
@@ -222,20 +222,15 @@ class OwnedState(ShardedOptimizer):
         What lies whole on its owner is then a DTensor, cut by rows: any world size can load it.
         """
         self._count_in_new_betas()
-
-        def save(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
-            states = dict(self._states())
-            return self._packed(packed, sharded(self._portables(self.state), states))
-
-        hook = self.register_state_dict_post_hook(save, prepend=True)
         state, known = self.state, self._group_of
         # Torch has no number for a parameter that has left the groups.
         here = {k: v for k, v in state.items() if k in known or not isinstance(k, Tensor)}
         self.state = defaultdict(dict, here)
         try:
-            return super().state_dict()
+            return self._state_dict_of(
+                lambda: sharded(self._portables(self.state), dict(self._states()))
+            )
         finally:
-            hook.remove()
             self.state = state
 
     def _take_up(self, found: Mapping[Tensor, dict[str, Any]]) -> None:

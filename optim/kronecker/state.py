@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, StateDict
+from torch.optim.optimizer import StateDict
 
 from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.blockwise.portable import Portable, States, gathered, sharded
@@ -116,19 +116,14 @@ class KroneckerState(ShardedOptimizer):
 
         What lies on the rank that works on a layer is then a DTensor: any world size can load it.
         """
-
         self._find()
         self._share()
 
-        def save(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
+        def states() -> Mapping[Tensor, dict[str, Any]]:
             found = {p: dict(self.state[p]) for p in self._names if p in self.state}
-            return self._packed(packed, sharded(self._portables(found), found))
+            return sharded(self._portables(found), found)
 
-        hook = self.register_state_dict_post_hook(save, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            hook.remove()
+        return self._state_dict_of(states)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load as torch does, hooks included, but keep state in FP32; as for `state_dict`.
