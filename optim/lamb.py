@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from largebatch.optim.base import Group
-from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer
+from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer, SyncedStep
 from largebatch.optim.layerwise.step_plan import ChunkGroup, StepPlan, descend, norms_of
-from largebatch.optim.layerwise.synced_step import SyncedStep
 from largebatch.optim.math.adam import average, chunk_directions, lr_correction
 from largebatch.optim.math.bias_correction import rebased
 from largebatch.optim.math.tensors import Tensors, scalar, write

@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import Group
-from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer
+from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer, SyncedStep
 from largebatch.optim.layerwise.step_plan import ChunkGroup, descend, norms_of
-from largebatch.optim.layerwise.synced_step import SyncedStep
 from largebatch.optim.math.tensors import Tensors, scalar, write
 from largebatch.optim.math.trust_ratio import UNBOUNDED, trust_ratio
 from largebatch.optim.options import require, require_one_of, resolved

@@ -20,7 +20,8 @@ What composes with what, in this order: unscale, agree on `found_inf`, clip by t
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -31,7 +32,6 @@ from torch.optim.optimizer import ParamsT, StateDict
 from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.layerwise.state_import import to_native
 from largebatch.optim.layerwise.step_plan import ChunkGroup, StepPlan, build_step_plan, norms_of
-from largebatch.optim.layerwise.synced_step import LayerStats, SyncedStep
 from largebatch.optim.layerwise.unbound import Unbound, refuse_redundancy
 from largebatch.optim.loading import as_kept, as_state, laid_out_as
 from largebatch.optim.math.tensors import (
@@ -45,6 +45,41 @@ from largebatch.optim.math.tensors import (
 from largebatch.optim.math.trust_ratio import ADAPT_UNDECAYED
 from largebatch.optim.options import require, require_one_of
 from largebatch.optim.sharding.layout import Layout, Name, layout_of, local
+
+
+@dataclass(frozen=True)
+class SyncedStep:
+    """Inputs of a step that all ranks decide alike, before any moment is touched."""
+
+    gradients: Mapping[Tensor, Tensor]
+    """The local part of each parameter's gradient, as it is, placed like the parameter."""
+    divisor: Tensor | None
+    """0-d: what every gradient is divided by, loss scale and clip together."""
+    skip: Tensor | None
+    """0-d bool: where true, nothing may change."""
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """The layers' norms and ratios of a step, vectors over `names`."""
+
+    names: list[Name]
+    moved: list[int]
+    adapts: list[bool]
+    """Whether a layer has a trust ratio, or 1 by choice."""
+    weight_norm: Tensor
+    update_norm: Tensor
+    trust_ratio: Tensor
+
+    def adapting(self) -> Iterator[Name]:
+        return (self.names[layer] for layer in self.moved if self.adapts[layer])
+
+    def by_layer(self) -> Iterator[tuple[Name, dict[str, Tensor]]]:
+        keys = ("weight_norm", "update_norm", "trust_ratio")
+        values = [*zip(*(getattr(self, key).unbind() for key in keys), strict=True)]
+        for layer in self.moved:
+            stats = dict(zip(keys, values[layer], strict=True))
+            yield self.names[layer], stats | {"adapts": torch.tensor(self.adapts[layer])}
 
 
 class LayerwiseOptimizer(ShardedOptimizer):
