@@ -7,13 +7,14 @@ them all. A sample is timed from an idle device to an idle device.
 import gc
 import json
 import os
+import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,46 +34,56 @@ FEWEST_ROUNDS: Final = 3
 MEMORY_BYTES: Final = 2**28
 """Moved by one sample of the memory's speed, far more than a cache holds."""
 
+Result = TypeVar("Result")
+
 Note = Callable[[float, str], None]
 """Takes the seconds spent so far, and what runs."""
 
 
 def run_rounds(
-    samplers: Mapping[str, Callable[[int], None]],
+    samplers: Mapping[str, Callable[[], Result]],
     seconds: float,
     note: Note,
     *,
     num_warm_up: int = NUM_WARM_UP,
     interval: int = 1,
-) -> int:
-    """Call all samplers in turn, round after round; return the number of rounds after the warm-up.
+    warm_up: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, list[Result]]:
+    """Call all samplers in turn, round after round; return what each has returned in each round.
 
     As many intervals of rounds as fit into `seconds`, warm-up included, but never less than
     FEWEST_ROUNDS rounds. On ranks, rank 0 decides for all.
 
     Args:
-        samplers: take the number of the round, below 0 in the warm-up.
+        warm_up: what is called before the first round; None: the samplers, and nothing is kept.
     """
     began = time.perf_counter()
-
-    def one_round(number: int) -> None:
-        stage = "warm-up" if number < 0 else f"round {number + 1}"
-        for name, sample in samplers.items():
-            note(time.perf_counter() - began, f"{stage}, {name}")
-            sample(number)
-
-    for number in range(-num_warm_up, 0):
-        one_round(number)
+    for _ in range(num_warm_up):
+        for name, call in (warm_up or samplers).items():
+            note(time.perf_counter() - began, f"warm-up, {name}")
+            call()
+    found: dict[str, list[Result]] = {name: [] for name in samplers}
     num_rounds, length = 0, 0.0
     while num_rounds < FEWEST_ROUNDS or as_on_rank_0(
         time.perf_counter() - began + length < seconds
     ):
         interval_began = time.perf_counter()
         for _ in range(interval):
-            one_round(num_rounds)
             num_rounds += 1
+            for name, sample in samplers.items():
+                note(time.perf_counter() - began, f"round {num_rounds}, {name}")
+                found[name].append(sample())
         length = time.perf_counter() - interval_began
-    return num_rounds
+    return found
+
+
+def against(times: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+    """Times of one row by those of another in the same rounds, for a record."""
+    ratios = [a / b for a, b in zip(times, reference, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {
+        "seconds": statistics.median(times), "ratio": middle, "ratio_quartiles": (low, high),
+    }  # fmt: skip
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

@@ -166,22 +166,23 @@ def run_rounds(
 ) -> dict[str, StepSamples]:
     """Rounds over whole intervals, after one interval that is only part of `early`, by row."""
     samples = {name: StepSamples() for name in steppers}
-    num_warm_up = max(NUM_WARM_UP, interval)
 
-    def sample(name: str, number: int) -> None:
-        if number < 0:
-            warm_up(steppers[name], samples[name], device, is_first=number == -num_warm_up)
-        else:
-            one_round(steppers[name], samples[name], device)
+    def of_rows(call: Callable[[SecondOrderStepper, StepSamples, torch.device], None]) -> Any:
+        return {name: partial(call, each, samples[name], device) for name, each in steppers.items()}
 
-    samplers = {name: partial(sample, name) for name in steppers}
-    harness.run_rounds(samplers, seconds, note, num_warm_up=num_warm_up, interval=interval)
+    harness.run_rounds(
+        of_rows(one_round),
+        seconds,
+        note,
+        num_warm_up=max(NUM_WARM_UP, interval),
+        interval=interval,
+        warm_up=of_rows(warm_up),
+    )
     return samples
 
 
-def warm_up(
-    stepper: SecondOrderStepper, samples: StepSamples, device: torch.device, is_first: bool
-) -> None:
+def warm_up(stepper: SecondOrderStepper, samples: StepSamples, device: torch.device) -> None:
+    is_first = not samples.early
     stepper.take()
     stepper.backward()
     wait_for_ranks()
