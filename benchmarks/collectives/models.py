@@ -63,11 +63,7 @@ def floor_lg(ranks: int) -> int:
     return ranks.bit_length() - 1
 
 
-def ceil_lg(ranks: int) -> int:
-    return (ranks - 1).bit_length()
-
-
-# ---- the parts of an all-reduce, and what is used alone
+# ---- the parts of an all-reduce
 
 
 def reduce_scatter(ranks: int, nbytes: float) -> Cost:
@@ -78,20 +74,6 @@ def reduce_scatter(ranks: int, nbytes: float) -> Cost:
 def all_gather(ranks: int, nbytes: float) -> Cost:
     """Ring: (p-1) alpha + n (p-1)/p beta, n what every rank has in the end. Thakur et al., 4.1."""
     return Cost(ranks - 1, nbytes * (ranks - 1) / ranks)
-
-
-def broadcast(ranks: int, nbytes: float) -> Cost:
-    """Binomial tree: ceil(lg p) (alpha + n beta). Thakur et al., 4.2."""
-    return Cost(ceil_lg(ranks), ceil_lg(ranks) * nbytes)
-
-
-def scatter_broadcast(ranks: int, nbytes: float) -> Cost:
-    """Binomial scatter, then ring all-gather: (ceil(lg p) + p - 1) alpha + 2 n (p-1)/p beta.
-
-    Van de Geijn's, for long messages. Thakur et al., 4.2.
-    """
-    scatter = Cost(ceil_lg(ranks), nbytes * (ranks - 1) / ranks)
-    return scatter + all_gather(ranks, nbytes)
 
 
 # ---- all-reduce

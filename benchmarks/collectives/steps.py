@@ -17,11 +17,12 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore, Store
+from torch._C._distributed_c10d import HashStore
 from torch.multiprocessing.spawn import start_processes
 
 from largebatch.benchmarks.harness import timed
 from largebatch.common.files import read_json
+from largebatch.distributed.mailbox import StoreMailbox
 from largebatch.distributed.ranks import Ranks, meet, pick_device, process_group
 
 PERIOD: Final = 16
@@ -144,7 +145,8 @@ def measure(ranks: Ranks, job: CollectiveJob) -> list[Measurement]:
     device = pick_device(job.device, ranks)
     store = meet(ranks) or HashStore()
     with process_group(store, ranks, device):
-        found: list[tuple[Measurement, TimedCall | None]] = []
+        found: list[tuple[Measurement, TimedCall]] = []
+        faults: list[str] = []
         for collective in job.collectives:
             for nbytes in job.sizes:
                 call = TimedCall(collective, nbytes, ranks, device)
@@ -153,26 +155,29 @@ def measure(ranks: Ranks, job: CollectiveJob) -> list[Measurement]:
                     dist.get_backend(), str(device.type),
                 )  # fmt: skip
                 call()
-                measurement.wrong = verdict(store, ranks, len(found), call.fault())
+                faults.append(call.fault())
                 del call.wanted  # what was checked need not be kept for the timing
-                found.append((measurement, None if measurement.wrong else call))
-        right = [(measurement, call) for measurement, call in found if call is not None]
+                found.append((measurement, call))
+        mailbox = StoreMailbox(ranks, store, "largebatch/collectives")
+        for (measurement, _), wrong in zip(found, verdicts(mailbox, faults), strict=True):
+            measurement.wrong = wrong
+        right = [(measurement, call) for measurement, call in found if not measurement.wrong]
         note(ranks, f"{len(right)} of {len(found)} collectives and sizes have the right values")
         time_calls(ranks, device, job.seconds, right)
         return [measurement for measurement, _ in found]
 
 
-def verdict(store: Store, ranks: Ranks, number: int, fault: str) -> str:
-    """What all ranks found of check `number`, in the words of a rank that found it wrong."""
-    if fault:
-        store.set(f"fault/{number}", f"rank {ranks.rank}: {fault}")
-        store.add(f"wrong/{number}", 1)
-    if store.add(f"checked/{number}", 1) == ranks.size:  # the last one
-        wrong = store.add(f"wrong/{number}", 0)
-        fault = store.get(f"fault/{number}").decode() if wrong else ""
-        others = f" (and {wrong - 1} more ranks)" if wrong > 1 else ""
-        store.set(f"verdict/{number}", fault + others)
-    agreed: str = store.get(f"verdict/{number}").decode()
+def verdicts(mailbox: StoreMailbox, faults: Sequence[str]) -> list[str]:
+    """What all ranks found of each check, in the words of the first that found it wrong."""
+    mailbox.post("faults", faults)
+    if mailbox.ranks.is_first:
+        told = []
+        for found in zip(*mailbox.collect("faults").values(), strict=True):
+            wrong = [f"rank {rank}: {fault}" for rank, fault in enumerate(found) if fault]
+            others = f" (and {len(wrong) - 1} more ranks)" if len(wrong) > 1 else ""
+            told.append(wrong[0] + others if wrong else "")
+        mailbox.announce("verdicts", told)
+    agreed: list[str] = mailbox.hear("verdicts", mailbox.store.timeout.total_seconds())
     return agreed
 
 
