@@ -69,6 +69,9 @@ class GroupedOptimizer(Optimizer):
         """Name a parameter that came without a name, given its index over all groups."""
         return f"param_{index}"
 
+    def _params(self) -> Iterator[Tensor]:
+        return (param for group in self.param_groups for param in group["params"])
+
     def _named_params(self) -> Iterator[tuple[Group, Name, nn.Parameter]]:
         """Yield each parameter with its group and its name, or its index where unnamed."""
         first = 0
@@ -237,8 +240,7 @@ class ShardedOptimizer(GroupedOptimizer):
             return {**final, "state": of_no_parameter(final)}
 
         def put_state(_: Optimizer) -> None:  # before the user's post-hooks
-            params = (param for group in self.param_groups for param in group["params"])
-            numbered = zip(params, ids, strict=True)
+            numbered = zip(self._params(), ids, strict=True)
             self._take_up({param: loaded[index] for param, index in numbered if index in loaded})
 
         hooks = (
@@ -260,9 +262,8 @@ class ShardedOptimizer(GroupedOptimizer):
 
         def put(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
             saved = states()
-            params = (param for group in self.param_groups for param in group["params"])
             ids = (index for group in packed["param_groups"] for index in group["params"])
-            numbered = zip(params, ids, strict=True)
+            numbered = zip(self._params(), ids, strict=True)
             ours = {index: saved[param] for param, index in numbered if param in saved}
             return {**packed, "state": {**packed["state"], **ours}}
 

@@ -33,8 +33,7 @@ from largebatch.optim.kronecker.damping import Damping
 from largebatch.optim.kronecker.factors import average, new_roots, roots_of
 from largebatch.optim.kronecker.layers import Layer
 from largebatch.optim.kronecker.optimizer import KroneckerOptimizer
-from largebatch.optim.kronecker.options import rule_of
-from largebatch.optim.kronecker.rules import RULES, Rule
+from largebatch.optim.kronecker.rules import RULES, Rule, rule_of
 from largebatch.optim.kronecker.work_group import KroneckerWorkGroup, LayerSums, Move, stats_of
 from largebatch.optim.math.adam import corrected
 from largebatch.optim.math.decompositions import Decomposition, decompose

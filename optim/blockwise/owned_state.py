@@ -39,7 +39,7 @@ from largebatch.optim.blockwise.work_group import (
 from largebatch.optim.loading import as_state
 from largebatch.optim.math.bias_correction import SUFFIX, ages_of
 from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES, Failures
-from largebatch.optim.sharding.layout import Name, is_dtensor
+from largebatch.optim.sharding.layout import Name, is_dtensor, layout_of
 from largebatch.optim.sharding.step_counts import StepCounts
 
 if TYPE_CHECKING:
@@ -110,13 +110,7 @@ class OwnedState(ShardedOptimizer):
 
     def _check_param(self, group: Group, name: Name, param: Tensor) -> None:
         super()._check_param(group, name, param)
-        if is_dtensor(param):
-            for placement in param.placements:
-                if placement.is_partial():
-                    raise ValueError(
-                        f"parameter {name!r} is placed as {placement}: its ranks hold summands of "
-                        "it, shard or replicate it instead"
-                    )
+        layout_of(param, name)  # which refuses ranks that hold summands
 
     def _work_groups(self) -> list[BlockWorkGroup]:
         """Return all parameters that may have a gradient; rebuilt where they have changed."""
@@ -156,9 +150,6 @@ class OwnedState(ShardedOptimizer):
                 stacklevel=4,
             )
         return layer
-
-    def _params(self) -> Iterator[Tensor]:
-        return (param for group in self.param_groups for param in group["params"])
 
     def _states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return ((param, self.state[param]) for param in self._params() if param in self.state)

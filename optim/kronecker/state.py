@@ -1,4 +1,8 @@
-"""The state of an optimizer that watches a model's layers: made, saved, loaded and copied."""
+"""The state of an optimizer that watches a model's layers: made, saved, loaded and copied.
+
+Factors and inverses that only a layer's owner has are sharded DTensors in a state dict, as in
+`largebatch.optim.blockwise.portable`, and can be loaded at any world size.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -8,13 +12,14 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from largebatch.optim.base import Group, ShardedOptimizer
-from largebatch.optim.blockwise.portable import Portable, States, gathered, sharded
+from largebatch.optim.blockwise.portable import Key, Portable, States, gathered, sharded
 from largebatch.optim.blockwise.state_memory import DROPPED
-from largebatch.optim.kronecker import saving
+from largebatch.optim.blockwise.work_group import BlockedLayer
 from largebatch.optim.kronecker.damping import FORMER_FORMS
 from largebatch.optim.kronecker.factors import make_factor_state, state_shapes
 from largebatch.optim.kronecker.layers import Layer
 from largebatch.optim.kronecker.work_group import KroneckerWorkGroup
+from largebatch.optim.loading import as_kept, as_state
 from largebatch.optim.math.tensors import compute_dtype, write
 from largebatch.optim.sharding.layout import Name, local
 from largebatch.optim.sharding.refresh_schedule import RefreshSchedule
@@ -153,7 +158,23 @@ class KroneckerState(ShardedOptimizer):
         self._elsewhere, self._seen = self._elsewhere.union(params), []
 
     def _portables(self, states: States) -> Iterator[Portable]:
-        return saving.portables(self._work_groups, self._forms(), states)
+        """Yield what is saved and loaded of the layers of each work group."""
+        forms = self._forms()
+        for work_group in self._work_groups:
+            held = [
+                layer for layer in work_group.layers if "factor_in" in states.get(layer.weight, {})
+            ]
+            if work_group.group is None or not held:
+                continue
+            shapes: dict[Key, tuple[int, ...]] = {}
+            owners: dict[Key, int] = {}
+            for layer in held:
+                for key, shape in state_shapes(layer, forms[layer]).items():
+                    shapes[layer.weight, key] = shape
+                    owners[layer.weight, key] = work_group.owners[layer]
+            placements = work_group.placements
+            blocked = [BlockedLayer(x.weight, x.name, placements[x.weight], ()) for x in held]
+            yield Portable(blocked, shapes, owners)
 
     def _ready(self, found: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
         """Loaded state as `step` expects it.
@@ -167,7 +188,7 @@ class KroneckerState(ShardedOptimizer):
             keys = {"step", DROPPED, *self._keys(param, self._group_of[param])}
             layer = layers.get(param)  # type: ignore[call-overload] # by identity
             form = "" if layer is None else forms[layer]
-            ready[param] = saving.checked(param, self._names[param], state, keys, layer, form)
+            ready[param] = checked(param, self._names[param], state, keys, layer, form)
         return gathered(self._portables(ready), ready)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,3 +208,45 @@ class KroneckerState(ShardedOptimizer):
         if own is not None:  # a copy; else groups and state alone are loaded
             self.__dict__.update(own)
             self._begin()
+
+
+def checked(
+    param: Tensor,
+    name: Name,
+    found: Mapping[str, Any],
+    keys: set[str],
+    layer: Layer | None,
+    form: str,
+) -> dict[str, Any]:
+    """Return a parameter's loaded state in the dtype and on the device that `step` expects.
+
+    Args:
+        keys: what there has to be, apart from the layer's own.
+
+    Raises:
+        ValueError: an entry that is missing or of another shape; one that is unknown is kept.
+    """
+    shapes = {} if layer is None else state_shapes(layer, form)
+    zeros = {"dropped_updates": torch.zeros(1)} if layer is not None else {}
+    found = {DROPPED: torch.zeros(()), **zeros, **found}  # of before these were counted
+    if (keys | shapes.keys()) - found.keys():
+        wrong = sorted(found.keys() ^ (keys | shapes.keys()))
+        raise ValueError(
+            f"state of parameter {name!r} must have the entries that its options make, got or "
+            f"lacks {', '.join(wrong[:4])}: was it saved by another optimizer, or with another "
+            "form, graft, rule or fallback?"
+        )
+    ready = {}
+    for key, value in found.items():
+        if key not in shapes:
+            known = key in keys and key != DROPPED
+            ready[key] = as_state(key, value, name, param) if known else as_kept(value, param)
+            continue
+        assert layer is not None
+        if tuple(value.shape) != shapes[key]:
+            raise ValueError(
+                f"state {key!r} of parameter {name!r} must have the shape {shapes[key]}, got "
+                f"{tuple(value.shape)}: was it saved with another max_factor_size?"
+            )
+        ready[key] = value.to(local(param).device, layer.dtype, copy=True)
+    return ready
