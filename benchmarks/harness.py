@@ -6,6 +6,7 @@ them all. A sample is timed from an idle device to an idle device.
 
 import gc
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -22,7 +23,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.benchmarks.arguments import Record
 from largebatch.common.files import read_json
@@ -121,6 +124,26 @@ def as_on_rank_0(here: bool) -> bool:
     return bool(answer)
 
 
+def in_processes(num: int, work: Callable[..., Any], *words: Any) -> list[Any]:
+    """Call `work(number, *words)` in processes of its own; return what each found, as JSON.
+
+    Args:
+        work: a function that can be pickled.
+    """
+    # A forked process need not import torch again; torch ends the others where one of them fails.
+    multiprocessing.set_forkserver_preload([__name__, work.__module__])
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(  # type: ignore[no-untyped-call] # torch's own is not annotated
+            _in_process, args=(work, words, folder), nprocs=num, start_method="forkserver"
+        )
+        return [read_json(Path(folder, f"{number}.json")) for number in range(num)]
+
+
+def _in_process(number: int, work: Callable[..., Any], words: Sequence[Any], folder: str) -> None:
+    found = json.dumps(work(number, *words))
+    Path(folder, f"{number}.json").write_text(found, encoding="utf-8")
+
+
 def on_ranks(
     num_ranks: int, num_threads: int, measure: Callable[..., Any], *words: Any
 ) -> list[Any]:
@@ -131,38 +154,61 @@ def on_ranks(
         measure: a function that can be pickled.
     """
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(  # type: ignore[no-untyped-call] # torch's own is not annotated
-            _as_rank,
-            args=(num_ranks, num_threads, measure, words, folder),
-            nprocs=num_ranks,
-            start_method="spawn",
-        )
-        return [read_json(Path(folder, f"{rank}.json")) for rank in range(num_ranks)]
+        store = f"file://{folder}/store"
+        return in_processes(num_ranks, _as_rank, num_ranks, num_threads, store, measure, words)
 
 
 def _as_rank(
     rank: int,
     num_ranks: int,
     num_threads: int,
+    store: str,
     measure: Callable[..., Any],
     words: Sequence[Any],
-    folder: str,
-) -> None:
+) -> Any:
     torch.set_num_threads(num_threads)
     # FSDP2 advises on in-place operations after a linear layer; no model here has one.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks
-    )
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=num_ranks)
     try:
         ranks = Ranks(rank=rank, size=num_ranks, local_rank=rank, local_size=num_ranks)
         found = measure(ranks, *words)
         gc.collect()  # models and their hooks hold one another, and the group that is to go
         dist.barrier()
-        Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+        return found
     finally:
         dist.destroy_process_group()
+
+
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own is not annotated
+    """Notes the collectives that this process begins."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.collectives: list[tuple[str, int, int]] = []
+        """Of each its name, the bytes that this rank puts in, and the ranks that it sends to where
+        that is its own choice, else 0."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            names = (argument.name for argument in func._schema.arguments)
+            named = dict(zip(names, args, strict=False))
+            # Those that reduce or broadcast in place have one name, others another for each side.
+            inputs = ("tensors", "input", "input_tensor", "input_tensors")
+            sent = sum(bytes_in(named.get(name)) for name in inputs)
+            partners = sum(1 for split in named.get("input_split_sizes", ()) if split)
+            name = func._schema.name.removeprefix("c10d::").rstrip("_")
+            self.collectives.append((name, sent, partners))
+        return func(*args, **(kwargs or {}))
+
+
+def bytes_in(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(bytes_in, value)) if isinstance(value, list | tuple) else 0
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -30,7 +29,7 @@ from largebatch.benchmarks.collectives.tables import (
     show_measured,
     show_projection,
 )
-from largebatch.distributed.ranks import Ranks, find_ranks, free_port
+from largebatch.distributed.ranks import Ranks, find_ranks
 
 if TYPE_CHECKING:
     from largebatch.benchmarks.collectives.steps import CollectiveJob, Measurement
@@ -199,12 +198,7 @@ def measure_all(options: argparse.Namespace, ranks: Ranks) -> "list[Measurement]
 
         most, wanted = torch.accelerator.device_count(), max(options.processes)
         check(wanted <= most, "--processes", f"up to {most}, a device each", wanted)
-    with tempfile.TemporaryDirectory() as folder:
-        return [
-            measurement
-            for size in options.processes
-            for measurement in steps.measure_in_processes(size, free_port(), job, Path(folder))
-        ]
+    return [row for size in options.processes for row in steps.measure_in_processes(size, job)]
 
 
 def check_memory(options: argparse.Namespace, ranks: Ranks) -> None:

@@ -5,25 +5,20 @@ form; what came out wrong is not timed. The verdict goes through the store, not 
 collectives that it is about.
 """
 
-import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
-from torch.multiprocessing.spawn import start_processes
 
-from largebatch.benchmarks.harness import timed
-from largebatch.common.files import read_json
+from largebatch.benchmarks.harness import in_processes, timed
 from largebatch.distributed.mailbox import StoreMailbox
-from largebatch.distributed.ranks import Ranks, meet, pick_device, process_group
+from largebatch.distributed.ranks import Ranks, free_port, meet, pick_device, process_group
 
 PERIOD: Final = 16
 """Rank r's element i is (i + r) mod 16: sums stay exact in FP32 for a million ranks, and a piece
@@ -225,26 +220,14 @@ def note(ranks: Ranks, text: str) -> None:
         print(f"{ranks.size} ranks: {text}", file=sys.stderr, flush=True)
 
 
-def work_as_rank(rank: int, size: int, port: int, job: CollectiveJob, path: str) -> None:
-    """What a process that was started for it does; the first rank leaves the list in `path`."""
+def work_as_rank(rank: int, size: int, port: int, job: CollectiveJob) -> list[dict[str, Any]]:
+    """What a process that was started for it does."""
     torch.set_num_threads(1)
     found = measure(Ranks("nproc", rank, size, rank, size, "127.0.0.1", port), job)
-    if rank == 0:
-        text = json.dumps([asdict(measurement) for measurement in found])
-        Path(path).write_text(text, encoding="utf-8")
+    return [asdict(measurement) for measurement in found]
 
 
-def measure_in_processes(
-    size: int, port: int, job: CollectiveJob, folder: Path
-) -> list[Measurement]:
+def measure_in_processes(size: int, job: CollectiveJob) -> list[Measurement]:
     """`measure` by `size` processes of this node, which are started for it and end with it."""
-    path = folder / f"ranks-{size}.json"
-    # A forked rank need not import torch again; torch ends the others where one of them fails.
-    multiprocessing.set_forkserver_preload([__name__])
-    start_processes(  # type: ignore[no-untyped-call] # torch's own is not annotated
-        work_as_rank,
-        args=(size, port, job, str(path)),
-        nprocs=size,
-        start_method="forkserver",
-    )
-    return [Measurement(**row) for row in read_json(path)]
+    first, *_ = in_processes(size, work_as_rank, size, free_port(), job)
+    return [Measurement(**row) for row in first]

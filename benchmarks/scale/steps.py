@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from largebatch.benchmarks.harness import Traffic
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import LAMB, SOAP, Shampoo
 from largebatch.optim.blockwise.work_group import make_layer, share_out, work_groups_of
@@ -62,14 +62,11 @@ def as_rank(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class MessageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own is not annotated
-    """Counts the collectives that begin, and the bytes of tensors made meanwhile that are alive."""
+class MessageWatch(Traffic):
+    """Also counts the bytes of tensors made meanwhile that are alive."""
 
     def __init__(self, *given: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.collectives: list[tuple[str, int, int]] = []
-        """Of each its name, the bytes that this rank puts in, and the ranks that it sends to where
-        that is its own choice, else 0."""
+        super().__init__()
         self.most_bytes = 0
         self._bytes: dict[int, int] = {}
         self._given = {tensor.untyped_storage()._cdata for tensor in given}
@@ -77,18 +74,11 @@ class MessageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch'
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.namespace == "c10d":
-            name = func._schema.name.removeprefix("c10d::").rstrip("_")
-            swaps = name == "alltoall_base"
-            given = args[1] if swaps else args[0]
-            given = given[0] if isinstance(given, list) else given
-            partners = sum(1 for split in args[4] if split) if swaps else 0
-            self.collectives.append((name, given.numel() * given.element_size(), partners))
-            return func(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(tensor, Tensor):
-                self._note(tensor)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.namespace != "c10d":
+            for tensor in result if isinstance(result, list | tuple) else [result]:
+                if isinstance(tensor, Tensor):
+                    self._note(tensor)
         return result
 
     def _note(self, tensor: Tensor) -> None:

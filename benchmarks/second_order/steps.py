@@ -15,11 +15,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.benchmarks import harness
 from largebatch.benchmarks.contenders import REFERENCE
-from largebatch.benchmarks.harness import NUM_WARM_UP, Note, timed, timed_on_ranks, wait_for_ranks
+from largebatch.benchmarks.harness import (
+    NUM_WARM_UP,
+    Note,
+    Traffic,
+    timed,
+    timed_on_ranks,
+    wait_for_ranks,
+)
 from largebatch.benchmarks.workloads import Decoding, Workload
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import KFAC, SOAP, Shampoo
@@ -109,35 +115,6 @@ class SecondOrderStepper:
         }
 
 
-class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own is not annotated
-    """Counts the collectives that this process begins, and the bytes that it puts into them."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.num_collectives = 0
-        self.num_bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.namespace == "c10d":
-            self.num_collectives += 1
-            named = {
-                argument.name: value
-                for argument, value in zip(func._schema.arguments, args, strict=False)
-            }
-            # Those that reduce or broadcast in place have one name, others another for each side.
-            for name in ("tensors", "input", "input_tensor", "input_tensors"):
-                self.num_bytes += bytes_in(named.get(name))
-        return func(*args, **(kwargs or {}))
-
-
-def bytes_in(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(map(bytes_in, value)) if isinstance(value, list | tuple) else 0
-
-
 @dataclass
 class StepSamples:
     """What was seen of one row, seconds where nothing else is said, one entry a round."""
@@ -190,7 +167,8 @@ def warm_up(stepper: SecondOrderStepper, samples: StepSamples, device: torch.dev
     with seen if dist.is_initialized() else nullcontext():  # it costs time in every operation
         samples.early.append(timed(stepper.step, device))
     if not is_first:
-        samples.traffic.append((seen.num_collectives, seen.num_bytes))
+        sent = sum(num_bytes for _, num_bytes, _ in seen.collectives)
+        samples.traffic.append((len(seen.collectives), sent))
 
 
 def one_round(stepper: SecondOrderStepper, samples: StepSamples, device: torch.device) -> None:
