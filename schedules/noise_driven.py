@@ -22,8 +22,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from largebatch.common.numbers import real_number, whole_number
 from largebatch.schedules.adaptive import AdaptiveRamp
+from largebatch.schedules.fields import count, real
 from largebatch.schedules.noise import NORMAL_QUANTILE
 from largebatch.schedules.ramps import GeometricBatch
 from largebatch.schedules.step_times import StepTimes
@@ -49,9 +49,9 @@ class NoiseRamp(AdaptiveRamp):
         ValueError: a value out of range, or a size that is no power of `factor` above start.
     """
 
-    size: int
-    factor: int = 2
-    votes: int = 3
+    size: int = count("batch.size", least=1)
+    factor: int = count("batch.factor", 2, least=2)
+    votes: int = count("batch.votes", 3, least=1)
     _rungs: tuple[int, ...] = field(init=False, repr=False)
     _count: int = field(init=False, repr=False, default=0)
     _boundary: int = field(init=False, repr=False, default=-1)
@@ -59,11 +59,9 @@ class NoiseRamp(AdaptiveRamp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.votes = whole_number(self.votes, "batch.votes", 1)
         ladder = GeometricBatch(
             start=self.start, factor=self.factor, ramp_samples=1, size=self.size
         )
-        self.factor, self.size = ladder.factor, ladder.size
         self._rungs = tuple(ladder.sizes())
 
     def sizes(self) -> Iterator[int]:
@@ -132,11 +130,7 @@ class SqrtNoise(NoiseRamp):
         exchange_rate: r, in samples a step.
     """
 
-    exchange_rate: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.exchange_rate = real_number(self.exchange_rate, "batch.exchange_rate", above=0.0)
+    exchange_rate: float = real("batch.exchange_rate", above=0.0)
 
     def desired(self, batch_size: int, readings: Readings) -> float:
         del batch_size
@@ -159,11 +153,10 @@ class NormTest(NoiseRamp):
         eta: η, above 0 and below 1.
     """
 
-    eta: float = math.sqrt(0.5)
+    eta: float = real("batch.eta", math.sqrt(0.5), above=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.eta = real_number(self.eta, "batch.eta", above=0.0)
         if self.eta >= 1:
             raise ValueError(
                 f"batch.eta must be below 1, got {self.eta:g}: the norm test is content at any "
@@ -189,11 +182,7 @@ class DiveBatch(NoiseRamp):
         delta: δ.
     """
 
-    delta: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.delta = real_number(self.delta, "batch.delta", above=0.0)
+    delta: float = real("batch.delta", 1.0, above=0.0)
 
     def desired(self, batch_size: int, readings: Readings) -> float:
         del batch_size

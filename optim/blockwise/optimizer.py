@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import Group
 from largebatch.optim.blockwise.block_work import (
@@ -50,13 +49,13 @@ from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.blockwise.step_stats import DROPPED_ROW, BlockStats, Tally
 from largebatch.optim.blockwise.work_group import BlockedLayer, BlockWorkGroup
 from largebatch.optim.math.adam import adam_direction, corrected
-from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES, full_precision
+from largebatch.optim.math.matrix_roots import full_precision
 from largebatch.optim.math.tensors import on_device, without_too_large, write
 from largebatch.optim.options import require, require_one_of
 from largebatch.optim.sharding.layout import Name, local
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    pass
 
 Here = Callable[[Tensor], Tensor]
 """The view of a piece in tensors that are laid out like this rank's part of a parameter."""
@@ -66,16 +65,6 @@ class SecondOrderOptimizer(OwnedState):
     """Base of optimizers that precondition blocks of matrices."""
 
     _stats: tuple[BlockStats, ...] = ()
-
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        process_group: "ProcessGroup | None" = None,
-        tolerated_failures: int = TOLERATED_FAILURES,
-    ) -> None:
-        require(tolerated_failures >= 0, "tolerated_failures", ">= 0", tolerated_failures)
-        super().__init__(params, defaults, process_group, tolerated_failures)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)

@@ -75,7 +75,6 @@ class KroneckerOptimizer(KroneckerState):
             count = options[name]
             whole = isinstance(count, int) and not isinstance(count, bool)
             require(whole and count >= 1, name, "a whole number >= 1", count)
-        require(tolerated_failures >= 0, "tolerated_failures", ">= 0", tolerated_failures)
         model, averaging = unwrapped(model)
         self._model, self._options = model, dict(options)
         self._process_group = process_group or averaging

@@ -83,7 +83,10 @@ class LayerStats:
 
 
 class LayerwiseOptimizer(ShardedOptimizer):
-    """Base of the layer-wise optimizers: their groups, their state, and the phases they share."""
+    """Base of the layer-wise optimizers: their groups, their state, and the phases they share.
+
+    They load state of the same algorithm in another library too (`layerwise.state_import`).
+    """
 
     # On the class too, because deepcopy and pickle keep an optimizer's groups and state only.
     _stats: Mapping[Any, LayerStats] = MappingProxyType({})
@@ -96,12 +99,12 @@ class LayerwiseOptimizer(ShardedOptimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         defaults = {"adapt": True, "norm_groups": None, "norm_dim": 0, **defaults}
+        self._bound: dict[Tensor, Layout] = {}
         self._unbound = Unbound()
         self._forget_plans()
         super().__init__(params, defaults)
 
     def _forget_plans(self) -> None:
-        self._bound: dict[Tensor, Layout] = {}
         self._plans: dict[Any, StepPlan] = {}
         self._scratch_kept: dict[torch.dtype, Tensor] = {}
 
@@ -115,7 +118,8 @@ class LayerwiseOptimizer(ShardedOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_unbound", Unbound())  # none comes with a copy
+        self.__dict__.setdefault("_bound", {})  # none comes with a copy
+        self.__dict__.setdefault("_unbound", Unbound())
         self._forget_plans()
 
     def _check_options(self, options: dict[str, Any]) -> None:
@@ -346,21 +350,6 @@ class LayerwiseOptimizer(ShardedOptimizer):
         the device.
         """
         return {name for stats in self._stats.values() for name in stats.adapting()}
-
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load as torch does, hooks included, but keep the state in FP32.
-
-        State of the same algorithm in another library is taken too: see
-        `largebatch.optim.layerwise.state_import`.
-
-        Raises:
-            ValueError: a state that does not fit these parameters or this algorithm.
-        """
-        bound, clip_norm = self._bound, self._clip_norm
-        try:
-            super().load_state_dict(state_dict)
-        finally:  # the parameters are the same ones, and lie where they did
-            self.bind_layouts(bound, clip_norm)
 
     def _translated(self, state_dict: StateDict) -> StateDict:
         return to_native(state_dict, self)

@@ -221,6 +221,7 @@ class Failures:
     """
 
     def __init__(self, tolerated: int = TOLERATED_FAILURES) -> None:
+        require(tolerated >= 0, "tolerated_failures", ">= 0", tolerated)
         self.tolerated = tolerated
         self.total: Counter[str] = Counter()
         self.exhausted: dict[tuple[str, object], int] = {}
