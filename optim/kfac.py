@@ -287,7 +287,7 @@ class KFAC(KroneckerOptimizer):
             grafts = self._group_of[layer.weight]["graft"] != "none"
             ratio = root(found["grafted"]) / root(found["update"]) if grafts else found["scale"]
             ratios[layer] = torch.where(found["update"] > 0, ratio, 1.0)
-        return Move(work_group, parts, numbers, ratios)
+        return Move(parts, numbers, ratios)
 
     def _gradient(self, param: Tensor, skip: Tensor | None) -> Tensor | None:
         """The local part of the gradient to descend along, unscaled, FP32 or wider.

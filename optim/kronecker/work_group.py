@@ -204,7 +204,6 @@ def _unpacked(layer: Layer, vector: Tensor) -> FactorSums:
 class Move:
     """What a work group's layers are to be moved by."""
 
-    work_group: KroneckerWorkGroup
     parts: Iterator[tuple[Tensor, Tensor]]
     """U of each parameter by its layer's scale, as far as it lies here; to be taken by every rank,
     group after group."""
