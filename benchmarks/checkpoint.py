@@ -96,7 +96,10 @@ def measure(
                 samples.setdefault(name, []).append(value)
             number += 1
     finally:
-        contest_over(ranks, here)
+        if ranks.size > 1:
+            dist.barrier()
+        if ranks.is_first:
+            shutil.rmtree(here)
     medians = {name: statistics.median(values[1:]) for name, values in samples.items()}  # warm
     total = contest.num_bytes * ranks.size
     return {
@@ -110,13 +113,6 @@ def measure(
         "gigabytes_per_second": {name: total / 1e9 / value for name, value in medians.items()},
         "projection": projection(total, ranks.size, medians),
     }
-
-
-def contest_over(ranks: Ranks, here: Path) -> None:
-    if ranks.size > 1:
-        dist.barrier()
-    if ranks.is_first:
-        shutil.rmtree(here)
 
 
 class Contest:

@@ -102,11 +102,7 @@ class GroupedOptimizer(Optimizer):
                 require(0 <= options[name] < math.inf, name, "in [0, inf)", options[name])
 
     def _refuse_sparse(self) -> None:
-        """Refuse a sparse gradient.
-
-        Raises:
-            RuntimeError: naming the parameter.
-        """
+        """Refuse a sparse gradient."""
         for _, name, param in self._named_params():
             if param.grad is not None and param.grad.layout != torch.strided:
                 raise RuntimeError(

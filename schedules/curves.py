@@ -36,11 +36,7 @@ class Curve(Checked, ABC):
         """
 
     def check(self, budget_samples: int) -> None:
-        """Refuse a run too short for the curve.
-
-        Raises:
-            ValueError: naming the key and the way out.
-        """
+        """Refuse a run too short for the curve."""
         check_fits(self.warmup_samples, "lr.warmup_samples", budget_samples)
 
     def after_warmup(self, samples: int, budget_samples: int) -> float:

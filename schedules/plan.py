@@ -266,11 +266,7 @@ class Plan(Checked):
         ]
 
     def check_divisible(self, data_parallel_size: int, micro_batch_size: int | None) -> None:
-        """Refuse batch sizes that ranks and micro-batches do not divide.
-
-        Raises:
-            ValueError: every such batch size, and the nearest ones that would do.
-        """
+        """Refuse batch sizes that ranks and micro-batches do not divide."""
         unit = data_parallel_size * (micro_batch_size or 1)
         strays = [size for size in self._ramp.sizes() if size % unit]
         if not strays:

@@ -51,11 +51,7 @@ class Ramp(Checked, ABC):
         return f"the ramp ends at {self.ends_at} samples"
 
     def check(self, budget_samples: int) -> None:
-        """Refuse a run in which no step takes the last batch size.
-
-        Raises:
-            ValueError: naming the key and the way out.
-        """
+        """Refuse a run in which no step takes the last batch size."""
         samples = 0
         while (change := self.next_change(samples)) is not None:
             batch_size = self.at(samples)
@@ -321,11 +317,7 @@ def _check_thresholds(stages: Sequence[Stage], spec: str, per: int) -> None:
 
 
 def check_rises(start: int, size: int) -> None:
-    """Refuse a ramp that ends no higher than it begins.
-
-    Raises:
-        ValueError: with the way out.
-    """
+    """Refuse a ramp that ends no higher than it begins."""
     if start >= size:
         raise ValueError(
             f"batch.start must be below batch.size, got {start} and {size}; "

@@ -118,21 +118,17 @@ class TimedCall:
         return max(1, min(MOST_CALLS, FULL_CALL_BYTES // self.nbytes))
 
 
+def _of_torch(name: str, older: str) -> Callable[[Tensor, Tensor], Any]:
+    """torch has renamed them, and warns of the old names."""
+    return getattr(dist, name, None) or getattr(dist, older)
+
+
 COLLECTIVES: Final[dict[str, Callable[[Tensor, Tensor], Any]]] = {
     "all_reduce": lambda taken, given: dist.all_reduce(taken),
-    "reduce_scatter": lambda taken, given: _of_torch("reduce_scatter")(taken, given),
-    "all_gather": lambda taken, given: _of_torch("all_gather")(taken, given),
+    "reduce_scatter": _of_torch("reduce_scatter_single", "reduce_scatter_tensor"),
+    "all_gather": _of_torch("all_gather_single", "all_gather_into_tensor"),
     "broadcast": lambda taken, given: dist.broadcast(taken, 0),
 }
-
-
-def _of_torch(name: str) -> Callable[[Tensor, Tensor], Any]:
-    """torch has renamed them, and warns of the old names."""
-    older = {"reduce_scatter": "reduce_scatter_tensor", "all_gather": "all_gather_into_tensor"}
-    function: Callable[[Tensor, Tensor], Any] = getattr(dist, f"{name}_single", None) or getattr(
-        dist, older[name]
-    )
-    return function
 
 
 def measure(ranks: Ranks, job: CollectiveJob) -> list[Measurement]:

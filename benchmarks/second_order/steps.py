@@ -38,30 +38,19 @@ if TYPE_CHECKING:
 LR: Final = 1e-5
 
 
-def adamw(model: nn.Module, interval: int, group: "ProcessGroup | None") -> Optimizer:
-    del interval, group  # every rank does all of it
-    return AdamW(model.parameters(), lr=LR, fused=True)
-
-
-def shampoo(model: nn.Module, interval: int, group: "ProcessGroup | None") -> Optimizer:
-    return Shampoo(model.parameters(), LR, precondition_interval=interval, process_group=group)
-
-
-def soap(model: nn.Module, interval: int, group: "ProcessGroup | None") -> Optimizer:
-    return SOAP(model.parameters(), LR, precondition_interval=interval, process_group=group)
-
-
-def kfac(model: nn.Module, interval: int, group: "ProcessGroup | None") -> Optimizer:
-    return KFAC(model, LR, inverse_interval=interval, process_group=group)
-
-
 # Of a model, the steps from roots to roots of a factor, and the ranks that share the work out.
 Make = Callable[[nn.Module, int, "ProcessGroup | None"], Optimizer]
 ROWS: Final[dict[str, Make]] = {
-    REFERENCE: adamw,
-    "Shampoo": shampoo,
-    "SOAP": soap,
-    "K-FAC": kfac,
+    REFERENCE: lambda model, interval, group: AdamW(model.parameters(), lr=LR, fused=True),
+    "Shampoo": lambda model, interval, group: Shampoo(
+        model.parameters(), LR, precondition_interval=interval, process_group=group
+    ),
+    "SOAP": lambda model, interval, group: SOAP(
+        model.parameters(), LR, precondition_interval=interval, process_group=group
+    ),
+    "K-FAC": lambda model, interval, group: KFAC(
+        model, LR, inverse_interval=interval, process_group=group
+    ),
 }
 
 

@@ -6,8 +6,8 @@ The host waits for the device where a layer is decomposed, and nowhere else.
 """
 
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -156,7 +156,8 @@ class KroneckerOptimizer(KroneckerState):
             param: placement_of(param, name, self._process_group)
             for param, name in self._names.items()
         }
-        self._ranks = distinct(placement.group for placement in self._placements.values())
+        groups = (placement.group for placement in self._placements.values())
+        self._ranks = [*dict.fromkeys(group for group in groups if group is not None)]
         known = {signature(layer): layer for layer in self._layers}
         found = find_layers(self._model, self._options["max_factor_size"], self._is_trained)
         found = [layer if self._together(layer) else without_bias(layer) for layer in found]
@@ -349,10 +350,3 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, "ProcessGroup | None"]:
         if not isinstance(inner, nn.Module):
             return model, process_group
         model = inner
-
-
-T = TypeVar("T", bound=Hashable)
-
-
-def distinct(things: Iterable[T | None]) -> list[T]:
-    return list(dict.fromkeys(thing for thing in things if thing is not None))

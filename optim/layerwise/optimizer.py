@@ -150,11 +150,7 @@ class LayerwiseOptimizer(ShardedOptimizer):
         self._max_grad_norm()
 
     def _max_grad_norm(self) -> float:
-        """The bound of the global norm, which all groups share.
-
-        Raises:
-            ValueError: they do not.
-        """
+        """The bound of the global norm, which all groups have to share."""
         values = {float(group["max_grad_norm"]) for group in self.param_groups}
         if len(values) > 1:
             raise ValueError(
