@@ -149,7 +149,7 @@ class RampupBatch(_EvenRamp):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rises(self.start, self.size)
-        if self.num_increments > _MOST_SIZES:
+        if self.num_rises > _MOST_SIZES:
             raise ValueError(
                 f"batch.increment must make at most {_MOST_SIZES} sizes, got {self.increment} from "
                 f"batch.start = {self.start} to batch.size = {self.size}"
@@ -166,12 +166,8 @@ class RampupBatch(_EvenRamp):
             )
 
     @property
-    def num_increments(self) -> int:
-        return (self.size - self.start) // self.increment
-
-    @property
     def num_rises(self) -> int:
-        return self.num_increments
+        return (self.size - self.start) // self.increment
 
     @property
     def ends_at(self) -> int:

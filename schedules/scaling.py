@@ -98,7 +98,8 @@ def legw(hyper: Hyper, base_batch: int, batch: int) -> Hyper:
     kappa times the epochs are the same number of warm-up steps at every batch size. Under a ramp
     the first batch size counts.
     """
-    return _longer_warmup(sqrt(hyper, base_batch, batch), batch / base_batch)
+    warmup_samples = round(hyper.warmup_samples * (batch / base_batch))
+    return replace(sqrt(hyper, base_batch, batch), warmup_samples=warmup_samples)
 
 
 def lamb_untuned(hyper: Hyper, base_batch: int, batch: int) -> Hyper:
@@ -300,10 +301,6 @@ def _averaged(hyper: Hyper, kappa: float) -> Hyper:
     if hyper.ema_decay is None:
         return hyper
     return replace(hyper, ema_decay=hyper.ema_decay**kappa)
-
-
-def _longer_warmup(hyper: Hyper, kappa: float) -> Hyper:
-    return replace(hyper, warmup_samples=round(hyper.warmup_samples * kappa))
 
 
 def _shortened(beta: float, kappa: float, name: str, base_batch: int) -> float:
