@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from largebatch.benchmarks.arguments import Record, add_options, check, device_named, run
+from largebatch.benchmarks.harness import Record, add_options, check, device_named, run
 from largebatch.conf.config import CheckpointConfig
 from largebatch.distributed.ranks import Ranks, find_ranks, meet, process_group
 from largebatch.optim.sharding.messages import broadcast_json

@@ -20,9 +20,8 @@ from rich.table import Table
 from torch.nn import Parameter
 
 from largebatch.benchmarks import harness
-from largebatch.benchmarks.arguments import add_options, run
 from largebatch.benchmarks.contenders import PEERS, REFERENCE, Contender, contenders
-from largebatch.benchmarks.harness import MEMORY_BYTES, Note, timed
+from largebatch.benchmarks.harness import MEMORY_BYTES, Note, add_options, run, timed
 
 FORMULAS: Final = {
     "ms": "median over the rounds of one optimizer.step(), device idle before and after",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 
-from largebatch.benchmarks.arguments import check
 from largebatch.benchmarks.collectives.advice import (
     AURORA_ADAPTERS,
     AURORA_NODES,
@@ -29,6 +28,7 @@ from largebatch.benchmarks.collectives.tables import (
     show_measured,
     show_projection,
 )
+from largebatch.benchmarks.harness import check, device_named
 from largebatch.distributed.ranks import Ranks, find_ranks
 
 if TYPE_CHECKING:
@@ -182,7 +182,6 @@ def cluster_measured(
 
 
 def measure_all(options: argparse.Namespace, ranks: Ranks) -> "list[Measurement]":
-    from largebatch.benchmarks.arguments import device_named
     from largebatch.benchmarks.collectives import steps
 
     device = device_named(options.device)

@@ -22,8 +22,15 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from largebatch.benchmarks import harness
-from largebatch.benchmarks.arguments import add_options, run
-from largebatch.benchmarks.harness import FEWEST_ROUNDS, MEMORY_BYTES, Note, plural, timed_on_ranks
+from largebatch.benchmarks.harness import (
+    FEWEST_ROUNDS,
+    MEMORY_BYTES,
+    Note,
+    add_options,
+    plural,
+    run,
+    timed_on_ranks,
+)
 from largebatch.benchmarks.noise.steps import ALONE, NUM_MICRO_BATCHES, ON_RANKS, NoiseStepper, Row
 from largebatch.benchmarks.workloads import Bytewise, Decoding, Workload, describe
 from largebatch.distributed.ranks import Ranks

@@ -20,9 +20,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from largebatch.benchmarks.arguments import Record, check
 from largebatch.benchmarks.collectives.models import Cost, Link, rabenseifner
-from largebatch.benchmarks.harness import say
+from largebatch.benchmarks.harness import Record, check, say
 from largebatch.benchmarks.scale.steps import (
     EXCHANGES,
     LAYOUTS,

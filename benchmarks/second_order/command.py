@@ -18,9 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from largebatch.benchmarks import harness
-from largebatch.benchmarks.arguments import Record, add_options, run
 from largebatch.benchmarks.contenders import REFERENCE
-from largebatch.benchmarks.harness import Note, make_table, plural, say
+from largebatch.benchmarks.harness import Note, Record, add_options, make_table, plural, run, say
 from largebatch.benchmarks.second_order.steps import (
     ROWS,
     SecondOrderStepper,
