@@ -106,9 +106,9 @@ def measure(shapes: Shapes, sizes: Sequence[int], link: Link) -> Record:
             found.append(exchange_row("LAMB, LARS: norms", layout, size, row, link))
             plan = planned(shapes, layout, size)
             plans.append({
-                "layout": layout, "ranks": size, **asdict(plan),
-                "all_torch_bytes": size * plan.torch_bytes,
-                "all_torch_seconds": size * plan.torch_seconds,
+                "layout": layout, "ranks": size, **plan,
+                "all_torch_bytes": size * plan["torch_bytes"],
+                "all_torch_seconds": size * plan["torch_seconds"],
             })  # fmt: skip
     return {
         "benchmark": "scale",

@@ -111,18 +111,17 @@ class Exchanged:
     """Of each all-reduce its bytes."""
 
 
-def parameters(shapes: Shapes, layout: str, size: int) -> dict[str, nn.Parameter]:
-    """Meta parameters of one rank: plain, or sharded within a node and replicated across."""
-    found: dict[str, nn.Parameter] = {}
+def parameters(
+    shapes: Shapes, layout: str, size: int, device: str = "meta"
+) -> dict[str, nn.Parameter]:
+    """Parameters of one rank: plain, or sharded within a node and replicated across."""
     mesh = None
     if layout == "hsdp":
         mesh = init_device_mesh("cpu", (size // PER_NODE, PER_NODE), mesh_dim_names=("r", "s"))
-    for name, shape in shapes.items():
-        found[name] = nn.Parameter(spread_out(shape, mesh))
-    return found
+    return {name: nn.Parameter(spread_out(shape, mesh, device)) for name, shape in shapes.items()}
 
 
-def spread_out(shape: tuple[int, ...], mesh: DeviceMesh | None, device: str = "meta") -> Tensor:
+def spread_out(shape: tuple[int, ...], mesh: DeviceMesh | None, device: str) -> Tensor:
     """A tensor of zeros, or of none, cut by rows within a node where there is a mesh."""
     if mesh is None:
         return torch.zeros(shape, device=device)
@@ -228,10 +227,7 @@ def summary(exchange: Redistribution, watch: MessageWatch, plan: float, host: fl
 def norms_reduced(shapes: Shapes, layout: str, size: int) -> Exchanged:
     """A step of LAMB with as many tensors, of two columns: what travels are numbers of layers."""
     with as_rank(0, size):
-        mesh = None
-        if layout == "hsdp":
-            mesh = init_device_mesh("cpu", (size // PER_NODE, PER_NODE), mesh_dim_names=("r", "s"))
-        params = [nn.Parameter(spread_out((PER_NODE, 2), mesh, "cpu")) for _ in shapes]
+        params = parameters(dict.fromkeys(shapes, (PER_NODE, 2)), layout, size, "cpu").values()
         begun = time.process_time()
         optimizer = LAMB(params, lr=0.1)
         for param in params:
@@ -249,27 +245,11 @@ def norms_reduced(shapes: Shapes, layout: str, size: int) -> Exchanged:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Planned:
-    """What planning a checkpoint takes, of model and LAMB's state; seconds of processor time."""
+def planned(shapes: Shapes, layout: str, size: int) -> dict[str, float]:
+    """What planning a checkpoint takes, of model and LAMB's state; seconds of processor time.
 
-    writers: int
-    first_seconds: float
-    """On rank 0, the first time."""
-    bystander_seconds: float
-    """On a rank that writes nothing, the first time."""
-    again_seconds: float
-    """On any rank, at a later save."""
-    agreed_bytes: int
-    """That a rank sends, for ranks to agree."""
-    torch_bytes: int
-    """That a rank sends to rank 0 where torch plans: one pickled plan."""
-    torch_seconds: float
-    """Of rank 0 for each such plan: unpickling, joining."""
-
-
-def planned(shapes: Shapes, layout: str, size: int) -> Planned:
-    """The planning of a checkpoint by the first of `size` ranks, and by one that writes nothing."""
+    By the first of `size` ranks, and by one that writes nothing; and by torch for each rank.
+    """
     with as_rank(0, size):
         params = parameters(shapes, layout, size)
         first = Ranks(rank=0, size=size)
@@ -289,10 +269,16 @@ def planned(shapes: Shapes, layout: str, size: int) -> Planned:
         last = time.process_time()
         assert whole is not None
         assert other is not None
-        return Planned(
-            len(writers), ended - begun, last - between + planned - begun, planned - begun, 2 * 8,
-            *by_torch(nested(params)),
-        )  # fmt: skip
+        torch_bytes, torch_seconds = by_torch(nested(params))
+        return {
+            "writers": len(writers),
+            "first_seconds": ended - begun,
+            "bystander_seconds": last - between + planned - begun,
+            "again_seconds": planned - begun,
+            "agreed_bytes": 2 * 8,
+            "torch_bytes": torch_bytes,
+            "torch_seconds": torch_seconds,
+        }
 
 
 def nested(params: dict[str, nn.Parameter]) -> dict[str, Any]:
