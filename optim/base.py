@@ -274,11 +274,7 @@ class ShardedOptimizer(GroupedOptimizer):
         return state_dict
 
     def _take_up(self, found: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Put loaded state of parameters in place; groups have been loaded before.
-
-        Raises:
-            ValueError: a state that does not fit.
-        """
+        """Put loaded state in place, or refuse what does not fit; groups are loaded already."""
         raise NotImplementedError
 
 

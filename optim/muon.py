@@ -300,11 +300,7 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def _by_name(pairs: Sequence[tuple[str, Tensor]], patterns: Sequence[str]) -> dict[Tensor, bool]:
-    """The same where only names are known.
-
-    Raises:
-        ValueError: a tensor that may be a kernel, or a stack of matrices.
-    """
+    """The same where only names are known; a tensor that may be a kernel is refused."""
     found = {p: p.dim() < 2 or _any_matches([name], patterns) for name, p in pairs}
     for name, param in pairs:
         if param.dim() > 2 and not found[param]:

@@ -228,10 +228,8 @@ class OwnedState(ShardedOptimizer):
         self.state.update(self._ready(found))
 
     def _ready(self, by_param: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
-        """Return the loaded state of each parameter as `step` expects it, by the loaded options.
-
-        Raises:
-            ValueError: a tensor that is missing or of another shape.
+        """Return the loaded state of each parameter as `step` expects it, by the loaded options;
+        refuse a tensor that is missing or of another shape.
         """
         self._work_groups()
         ready: dict[Tensor, dict[str, Any]] = {}

@@ -131,12 +131,7 @@ class KroneckerState(ShardedOptimizer):
         return self._state_dict_of(states)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load as torch does, hooks included, but keep state in FP32; as for `state_dict`.
-
-        Raises:
-            ValueError: a state that does not fit these parameters or these options; what was there
-                before remains.
-        """
+        """As of all these optimizers; and all ranks that share the work have to call it."""
         try:
             super().load_state_dict(state_dict)
         except Exception:
@@ -177,11 +172,7 @@ class KroneckerState(ShardedOptimizer):
             yield Portable(blocked, shapes, owners)
 
     def _ready(self, found: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
-        """Loaded state as `step` expects it.
-
-        Raises:
-            ValueError: it does not fit.
-        """
+        """Return loaded state as `step` expects it, or refuse what does not fit."""
         forms, layers = self._forms(), {layer.weight: layer for layer in self._forms()}
         ready = {}
         for param, state in found.items():
