@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.blockwise.blocks import Block
 from largebatch.optim.blockwise.failure_notice import FailureReports
-from largebatch.optim.blockwise.portable import Key, Portable, gathered, sharded
+from largebatch.optim.blockwise.portable import Portable, gathered, sharded
 from largebatch.optim.blockwise.state_memory import (
     AVERAGES,
     DROPPED,
@@ -279,13 +279,12 @@ class OwnedState(ShardedOptimizer):
             if layer.placement.group is not None and layer.blocks and param in state:
                 by_group.setdefault(layer.placement.group, []).append(layer)
         for layers in by_group.values():
-            shapes: dict[Key, tuple[int, ...]] = {}
-            owners: dict[Key, int] = {}
-            for layer in layers:
-                for key, shape in self._shapes_of(layer).items():
-                    shapes[layer.param, key] = shape
-                    owners[layer.param, key] = layer.owners[int(key[6 : key.index("/")])]
-            yield Portable(layers, shapes, owners)
+            entries = {
+                (layer.param, key): (shape, layer.owners[int(key[6 : key.index("/")])])
+                for layer in layers
+                for key, shape in self._shapes_of(layer).items()
+            }
+            yield Portable(layers, entries)
 
     def _shapes_of(self, layer: BlockedLayer) -> dict[str, tuple[int, ...]]:
         """The shapes of a layer's block states, by their keys in its state."""

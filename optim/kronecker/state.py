@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from largebatch.optim.base import Group, ShardedOptimizer
-from largebatch.optim.blockwise.portable import Key, Portable, States, gathered, sharded
+from largebatch.optim.blockwise.portable import Portable, States, gathered, sharded
 from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.blockwise.work_group import BlockedLayer
 from largebatch.optim.kronecker.damping import FORMER_FORMS
@@ -161,15 +161,14 @@ class KroneckerState(ShardedOptimizer):
             ]
             if work_group.group is None or not held:
                 continue
-            shapes: dict[Key, tuple[int, ...]] = {}
-            owners: dict[Key, int] = {}
-            for layer in held:
-                for key, shape in state_shapes(layer, forms[layer]).items():
-                    shapes[layer.weight, key] = shape
-                    owners[layer.weight, key] = work_group.owners[layer]
+            entries = {
+                (layer.weight, key): (shape, work_group.owners[layer])
+                for layer in held
+                for key, shape in state_shapes(layer, forms[layer]).items()
+            }
             placements = work_group.placements
             blocked = [BlockedLayer(x.weight, x.name, placements[x.weight], ()) for x in held]
-            yield Portable(blocked, shapes, owners)
+            yield Portable(blocked, entries)
 
     def _ready(self, found: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
         """Return loaded state as `step` expects it, or refuse what does not fit."""
