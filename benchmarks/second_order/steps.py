@@ -18,14 +18,6 @@ from torch.optim import AdamW, Optimizer
 
 from largebatch.benchmarks import harness
 from largebatch.benchmarks.contenders import REFERENCE
-from largebatch.benchmarks.harness import (
-    NUM_WARM_UP,
-    Note,
-    Traffic,
-    timed,
-    timed_on_ranks,
-    wait_for_ranks,
-)
 from largebatch.benchmarks.workloads import Decoding, Workload
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import KFAC, SOAP, Shampoo
@@ -128,7 +120,7 @@ def run_rounds(
     interval: int,
     device: torch.device,
     seconds: float,
-    note: Note,
+    note: harness.Note,
 ) -> dict[str, StepSamples]:
     """Rounds over whole intervals, after one interval that is only part of `early`, by row."""
     samples = {name: StepSamples() for name in steppers}
@@ -140,7 +132,7 @@ def run_rounds(
         of_rows(one_round),
         seconds,
         note,
-        num_warm_up=max(NUM_WARM_UP, interval),
+        num_warm_up=max(harness.NUM_WARM_UP, interval),
         interval=interval,
         warm_up=of_rows(warm_up),
     )
@@ -151,10 +143,10 @@ def warm_up(stepper: SecondOrderStepper, samples: StepSamples, device: torch.dev
     is_first = not samples.early
     stepper.take()
     stepper.backward()
-    wait_for_ranks()
-    seen = Traffic()
+    harness.wait_for_ranks()
+    seen = harness.Traffic()
     with seen if dist.is_initialized() else nullcontext():  # it costs time in every operation
-        samples.early.append(timed(stepper.step, device))
+        samples.early.append(harness.timed(stepper.step, device))
     if not is_first:
         sent = sum(num_bytes for _, num_bytes, _ in seen.collectives)
         samples.traffic.append((len(seen.collectives), sent))
@@ -162,8 +154,8 @@ def warm_up(stepper: SecondOrderStepper, samples: StepSamples, device: torch.dev
 
 def one_round(stepper: SecondOrderStepper, samples: StepSamples, device: torch.device) -> None:
     stepper.take()
-    backward, _ = timed_on_ranks(stepper.backward, device)
-    step, work = timed_on_ranks(stepper.step, device)
+    backward, _ = harness.timed_on_ranks(stepper.backward, device)
+    step, work = harness.timed_on_ranks(stepper.step, device)
     samples.work.append(work)
     samples.steps.append(step)
     samples.wholes.append(backward + step)
