@@ -22,15 +22,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from largebatch.benchmarks import harness
-from largebatch.benchmarks.harness import (
-    FEWEST_ROUNDS,
-    MEMORY_BYTES,
-    Note,
-    add_options,
-    plural,
-    run,
-    timed_on_ranks,
-)
+from largebatch.benchmarks.harness import FEWEST_ROUNDS, MEMORY_BYTES, Note, plural, timed_on_ranks
 from largebatch.benchmarks.noise.steps import ALONE, NUM_MICRO_BATCHES, ON_RANKS, NoiseStepper, Row
 from largebatch.benchmarks.workloads import Bytewise, Decoding, Workload, describe
 from largebatch.distributed.ranks import Ranks
@@ -64,8 +56,8 @@ Samples = dict[str, list[tuple[float, float]]]
 def main(arguments: Sequence[str]) -> int:
     """`largebatch bench noise`; 0, or 2 where an option cannot be."""
     parser = argparse.ArgumentParser(prog="largebatch bench noise", description=__doc__)
-    add_options(parser, 240.0)
-    return run(parser, arguments, partial(measure, ONE_PROCESS, RANKS), show)
+    harness.add_options(parser, 240.0)
+    return harness.run(parser, arguments, partial(measure, ONE_PROCESS, RANKS), show)
 
 
 def measure(
