@@ -6,6 +6,7 @@ and empty elsewhere. The keys are the same on every rank. In a state dict the la
 the ranks: see `largebatch.optim.blockwise.portable`.
 """
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -22,8 +23,7 @@ from largebatch.optim.blockwise.portable import Portable, gathered, sharded
 from largebatch.optim.blockwise.state_memory import (
     AVERAGES,
     DROPPED,
-    ParamState,
-    memory_in_words,
+    MATRICES,
     new_entry,
 )
 from largebatch.optim.blockwise.work_group import (
@@ -39,6 +39,7 @@ from largebatch.optim.blockwise.work_group import (
 from largebatch.optim.loading import as_state
 from largebatch.optim.math.bias_correction import SUFFIX, ages_of
 from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES, Failures
+from largebatch.optim.math.tensors import compute_dtype
 from largebatch.optim.sharding.layout import Name, is_dtensor, layout_of
 from largebatch.optim.sharding.step_counts import StepCounts
 
@@ -296,13 +297,25 @@ class OwnedState(ShardedOptimizer):
         }
 
     def __repr__(self) -> str:
-        """As torch's, and how much memory the state takes, over all ranks that share it."""
-        return f"{super().__repr__()}\n{memory_in_words(self._parts())}"
-
-    def _parts(self) -> Iterator[ParamState]:
-        """What the state of each parameter takes, known from its shape."""
+        """As torch's, and how much memory the state takes once each parameter has had a gradient,
+        over all ranks that share it; known from shapes.
+        """
+        weights = state = matrices = 0
+        partly: list[str] = []
         for group, name, param in self._named_params():
-            blocks = blocks_in(group, param.shape)
+            blocks, itemsize = blocks_in(group, param.shape), compute_dtype(param).itemsize
             shapes = [self._block_shapes(group, block) for block in blocks]
-            beside = param.numel() * len(self._elementwise_keys(bool(blocks), group))
-            yield ParamState(name, param, blocks, shapes, beside)
+            entries = [(key, math.prod(shape)) for each in shapes for key, shape in each.items()]
+            like_param = param.numel() * len(self._elementwise_keys(bool(blocks), group))
+            weights += param.numel() * param.element_size()
+            state += (sum(numel for _, numel in entries) + like_param) * itemsize
+            matrices += sum(n for key, n in entries if key.startswith(MATRICES)) * itemsize
+            if blocks and len(blocks[0].dims) < len(blocks[0].shape):
+                partly.append(f"{name} {tuple(param.shape)}")
+        text = (
+            f"{super().__repr__()}\n"
+            f"State of all parameters, over all ranks that share it: {state / 1e6:.3g} MB for "
+            f"{weights / 1e6:.3g} MB of them; factors and what is made of them: "
+            f"{matrices / 1e6:.3g} MB"
+        )
+        return text + (f"\nNo factor along a long dimension: {', '.join(partly)}" if partly else "")
