@@ -82,13 +82,14 @@ def measure(
 ) -> dict[str, Any]:
     """The record: provenance, formulas, and the lines of each inventory."""
     rows, left_out = contenders()
+    libraries = sorted({module.partition(".")[0] for _, _, (module, _), _ in PEERS})
     found, share = [], seconds / len(inventories)
     with harness.progress_bar() as begin:
         for inventory in inventories:
             samples = run_rounds(inventory, rows, device, share, begin(inventory.name, share))
             found.append(summarize(inventory, rows, samples))
     return harness.head_of("optim", device, FORMULAS) | {
-        "peers": {name: version_of(name) for name in peer_libraries()},
+        "peers": {name: version_of(name) for name in libraries},
         "left_out": left_out,
         "inventories": found,
     }
@@ -171,10 +172,6 @@ def line(
         "name": row.name, **told, "least_bytes": least_bytes, "bytes_per_second": speed,
         "share_of_memory": speed / memory_speed,
     }  # fmt: skip
-
-
-def peer_libraries() -> list[str]:
-    return sorted({module.partition(".")[0] for _, _, (module, _), _ in PEERS})
 
 
 def version_of(library: str) -> str | None:

@@ -18,8 +18,8 @@ Sources:
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Final, Self
+from dataclasses import dataclass, replace
+from typing import Final
 
 ELEMENT_BYTES: Final = 4  # the finest piece that a pipeline can send: an FP32 number
 
@@ -36,10 +36,6 @@ class Link:
         for name, value in vars(self).items():
             if not (0 <= value < math.inf):
                 raise ValueError(f"{name} must be a number of seconds of at least 0, got {value}")
-
-    def shared(self, ranks: int, adapters: int) -> Self:
-        """The link of each of `ranks` that send at once through `adapters` network interfaces."""
-        return type(self)(self.alpha, self.beta * max(1.0, ranks / adapters), self.gamma)
 
 
 @dataclass(frozen=True)
@@ -177,7 +173,8 @@ class Cluster:
     @property
     def shared_out(self) -> Link:
         """Of one rank, while all of its node send through the node's interfaces."""
-        return self.out.shared(self.ranks_per_node, self.adapters)
+        share = max(1.0, self.ranks_per_node / self.adapters)
+        return replace(self.out, beta=self.out.beta * share)
 
 
 def hierarchical(cluster: Cluster, nodes: int, nbytes: float, algorithm: str) -> tuple[Cost, Cost]:

@@ -21,10 +21,8 @@ needs no collective, but needs like ranks: on unlike hardware replicas would dri
 `process_group` the ranks of the group share the work and the memory of the factors; their gradients
 must be the same, as DDP leaves them, and results travel once.
 
-Promises as in `largebatch.optim.layerwise.optimizer`: `p.grad` is left as it was, arithmetic and
-state are FP32 at least, a step with `found_inf` changes nothing by one bit. The device is waited
-for where roots or bases are taken, which cannot be done without: see
-`largebatch.optim.math.decompositions`.
+Promises as in `largebatch.optim.layerwise.optimizer`. The device is waited for where roots or bases
+are taken, which cannot be done without: see `largebatch.optim.math.decompositions`.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,8 +1,7 @@
 """The base of K-FAC apart from its formula: a model's layers, their ranks, groups, and state.
 
-Promises as in `largebatch.optim.layerwise.optimizer`: `p.grad` is left as it was, state is FP32 at
-least, also after `load_state_dict`, a step with `found_inf` on any rank changes nothing by one bit.
-The host waits for the device where a layer is decomposed, and nowhere else.
+Promises as in `largebatch.optim.layerwise.optimizer`. The host waits for the device where a layer
+is decomposed, and nowhere else.
 """
 
 import math
