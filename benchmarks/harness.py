@@ -190,10 +190,8 @@ def as_on_rank_0(here: bool) -> bool:
 
 
 def in_processes(num: int, work: Callable[..., Any], *words: Any) -> list[Any]:
-    """Call `work(number, *words)` in processes of its own; return what each found, as JSON.
-
-    Args:
-        work: a function that can be pickled.
+    """Call `work(number, *words)`, which can be pickled, in processes of its own; return what each
+    found, as JSON.
     """
     # A forked process need not import torch again; torch ends the others where one of them fails.
     multiprocessing.set_forkserver_preload([__name__, work.__module__])
@@ -212,12 +210,7 @@ def _in_process(number: int, work: Callable[..., Any], words: Sequence[Any], fol
 def on_ranks(
     num_ranks: int, num_threads: int, measure: Callable[..., Any], *words: Any
 ) -> list[Any]:
-    """Call `measure(ranks, *words)` on gloo ranks of this machine; return what each found, as JSON.
-
-    Args:
-        num_threads: of torch, for each rank.
-        measure: a function that can be pickled.
-    """
+    """`in_processes` with gloo ranks of so many threads each: `measure(ranks, *words)`."""
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"
         return in_processes(num_ranks, _as_rank, num_ranks, num_threads, store, measure, words)

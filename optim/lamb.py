@@ -305,9 +305,6 @@ class LAMB(LayerwiseOptimizer):
         else:
             write(steps, torch._foreach_add(steps, 1), skip)
 
-    def _state_keys(self, group: Group) -> tuple[str, ...]:
-        return self._known_state
-
     def _fused_direction(
         self,
         chunks: ChunkGroup,

@@ -74,8 +74,7 @@ class Muon(GroupedOptimizer):
     Args:
         params: the model, whose modules tell embeddings and the output head (the model's own
             `get_output_embeddings()`, else its last linear layer that is in no block of an
-            nn.ModuleList); or (name, parameter) pairs, or
-            groups of them.
+            nn.ModuleList); or (name, parameter) pairs, or groups of them.
         adamw: patterns (`fnmatch`) of names that AdamW takes too. With names alone, `NAMES` and
             these, and the last matrix where it has as many rows as an embedding.
         groups: beside a model, groups of its parameters, as of `param_groups`; None: one.

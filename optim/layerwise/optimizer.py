@@ -278,7 +278,7 @@ class LayerwiseOptimizer(ShardedOptimizer):
 
     def _state_keys(self, group: Group) -> tuple[str, ...]:
         """The state tensors that are shaped like the parameter, zeros at first."""
-        raise NotImplementedError
+        return self._known_state
 
     def _scratch(self, chunks: ChunkGroup) -> Tensor:
         """Working memory with an element for each of the chunks', not to be shared with others.
