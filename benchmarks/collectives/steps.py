@@ -29,6 +29,7 @@ WARM_UP_CALLS: Final = 2
 MOST_CALLS: Final = 20
 FULL_CALL_BYTES: Final = 2**20  # from this size on, a sample is one call
 NOTE_SECONDS: Final = 10.0
+VERDICT_SECONDS: Final = 300.0  # as long as torch's stores wait for a value
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ class TimedCall:
 
 def _of_torch(name: str, older: str) -> Callable[[Tensor, Tensor], Any]:
     """torch has renamed them, and warns of the old names."""
-    return getattr(dist, name, None) or getattr(dist, older)
+    function: Callable[[Tensor, Tensor], Any] = getattr(dist, name, None) or getattr(dist, older)
+    return function
 
 
 COLLECTIVES: Final[dict[str, Callable[[Tensor, Tensor], Any]]] = {
@@ -168,7 +170,7 @@ def verdicts(mailbox: StoreMailbox, faults: Sequence[str]) -> list[str]:
             others = f" (and {len(wrong) - 1} more ranks)" if len(wrong) > 1 else ""
             told.append(wrong[0] + others if wrong else "")
         mailbox.announce("verdicts", told)
-    agreed: list[str] = mailbox.hear("verdicts", mailbox.store.timeout.total_seconds())
+    agreed: list[str] = mailbox.hear("verdicts", VERDICT_SECONDS)
     return agreed
 
 

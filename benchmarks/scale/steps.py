@@ -62,7 +62,7 @@ def as_rank(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class MessageWatch(Traffic):
+class MessageWatch(Traffic):  # type: ignore[no-untyped-call] # torch's own is not annotated
     """Also counts the bytes of tensors made meanwhile that are alive."""
 
     def __init__(self, *given: Tensor) -> None:

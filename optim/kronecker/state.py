@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from largebatch.optim.base import Group, ShardedOptimizer
-from largebatch.optim.blockwise.portable import Portable, States, gathered, sharded
+from largebatch.optim.blockwise.portable import Key, Portable, States, gathered, sharded
 from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.blockwise.work_group import BlockedLayer
 from largebatch.optim.kronecker.damping import FORMER_FORMS
@@ -161,7 +161,7 @@ class KroneckerState(ShardedOptimizer):
             ]
             if work_group.group is None or not held:
                 continue
-            entries = {
+            entries: dict[Key, tuple[tuple[int, ...], int]] = {
                 (layer.weight, key): (shape, work_group.owners[layer])
                 for layer in held
                 for key, shape in state_shapes(layer, forms[layer]).items()
