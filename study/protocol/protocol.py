@@ -18,8 +18,8 @@ from largebatch.study.protocol.search import (
     GRID_FACTOR,
     Result,
     Search,
-    Setting,
     SearchTrial,
+    Setting,
     Values,
 )
 from largebatch.study.protocol.tuned_keys import TunedKey, between, tuned_keys

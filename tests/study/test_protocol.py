@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_module
 from largebatch.conf.config import typed
 from largebatch.conf.sweep_config import StudyConfig
 from largebatch.study.protocol.protocol import Protocol, StudyJob
-from largebatch.study.protocol.search import Result, Setting, SearchTrial
+from largebatch.study.protocol.search import Result, SearchTrial, Setting
 
 Simulate = Callable[[str, int, float, int, int], Result]
 

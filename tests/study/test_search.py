@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from largebatch.study.protocol.search import CUT, FARTHEST, Result, Search, Setting, SearchTrial
+from largebatch.study.protocol.search import CUT, FARTHEST, Result, Search, SearchTrial, Setting
 
 Truth = Callable[[Setting, int], Result]
 """What a run at (setting, seed) would come to if nothing cut it short."""
