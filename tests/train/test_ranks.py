@@ -327,7 +327,8 @@ def test_the_timeout_of_a_group_ends_a_collective_that_hangs(tmp_path: Path) -> 
     )  # fmt: skip
     try:
         assert first.stdout is not None
-        said = first.stdout.readline().split()
+        lines = (line for line in first.stdout if not line.startswith("[Gloo]"))  # torch 2.10's own
+        said = next(lines).split()
         assert said[:2] == ["ended", "after"]
         assert 1.5 <= float(said[2]) <= 15
     finally:
