@@ -24,35 +24,14 @@ from weakref import WeakValueDictionary
 
 from largebatch.common.errors import ConfigError
 from largebatch.common.text import first_line
-from largebatch.distributed.addresses import answered, free_port, listen
-from largebatch.distributed.launchers import (
-    Ranks,
-    launcher_of,
-    marks_of,
-    ranks_from,
-    said_size,
-    whole,
-)
+from largebatch.distributed.addresses import answered, listen
+from largebatch.distributed.addresses import free_port as free_port
+from largebatch.distributed.launchers import Ranks as Ranks
+from largebatch.distributed.launchers import launcher_of, ranks_from, said_size, whole
 
 if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import Store, TCPStore
-
-__all__ = [
-    "Ranks",
-    "die_with_parent",
-    "find_ranks",
-    "free_port",
-    "launcher_of",
-    "marks_of",
-    "meet",
-    "open_store",
-    "pick_device",
-    "process_group",
-    "ranks_from",
-    "set_threads",
-    "started_ranks",
-]
 
 # With one of these a launcher shows a rank some of its node's devices.
 _MASKS: Final = ("ZE_AFFINITY_MASK", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")

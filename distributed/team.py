@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from largebatch.common import user_code
 from largebatch.common.errors import ConfigError, RanksEnded, RanksRefused
-from largebatch.distributed.ranks import MEETING, Ranks, find_ranks, marks_of, meet, started_ranks
+from largebatch.distributed.launchers import marks_of
+from largebatch.distributed.ranks import MEETING, Ranks, find_ranks, meet, started_ranks
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store

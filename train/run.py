@@ -277,10 +277,6 @@ def _logger(spec: RunSpec) -> SafeLogger:
     group = node.get("group") or spec.sweep
     return SafeLogger(
         partial(
-            build,
-            node | {"group": group},
-            "logger",
-            folder=spec.folder,
-            config=asdict(spec.config),
+            build, node | {"group": group}, "logger", folder=spec.folder, config=asdict(spec.config)
         )
     )

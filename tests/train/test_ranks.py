@@ -20,14 +20,8 @@ from processes import is_running
 from largebatch.common.errors import ConfigError
 from largebatch.distributed import addresses
 from largebatch.distributed.addresses import check_is_here, free_port
-from largebatch.distributed.ranks import (
-    Ranks,
-    meet,
-    pick_device,
-    process_group,
-    ranks_from,
-    started_ranks,
-)
+from largebatch.distributed.launchers import ranks_from
+from largebatch.distributed.ranks import Ranks, meet, pick_device, process_group, started_ranks
 from largebatch.train.command import check_single
 
 BIN = Path(sys.executable).parent

@@ -1,9 +1,8 @@
 """What a run is continued from: model, optimizer and the loop's own state after some step.
 
-A checkpoint is complete or it is not there (`checkpoint_files.py`), holds what an engine puts into
-it (`checkpoint_tensors.py`), and is made by all ranks; none is left waiting
-(`checkpoint_saving.py`). Here is when: after how many samples or minutes, how many stay, and what
-happens where one cannot be written.
+A checkpoint is complete or it is not there (`files.py`), holds what an engine puts into it
+(`tensors.py`), and is made by all ranks; none is left waiting (`saving.py`). Here is when: after
+how many samples or minutes, how many stay, and what happens where one cannot be written.
 """
 
 import json
@@ -60,7 +59,6 @@ class Checkpoints:
     Attributes:
         last: the one that was last saved or loaded, once it is known to be complete.
         failures: what went wrong, the same on all ranks.
-        seconds_waited: of training, for them, on this rank.
     """
 
     def __init__(
@@ -82,7 +80,6 @@ class Checkpoints:
         self._stuck: set[str] = set()
         self.last: Path | None = None
         self.failures: list[str] = []
-        self.seconds_waited = 0.0
 
     def due(self, samples_before: int, samples_now: int) -> bool:
         """Whether a step has passed a multiple of `every_samples`."""
@@ -110,7 +107,6 @@ class Checkpoints:
         final = self._folder / name_of(samples)
         if final == self.last:
             return
-        begun = time.perf_counter()
         self._begun_at = time.monotonic()
         try:
             draft = self._folder / of_first(self._ranks, lambda: self._make_draft(final))
@@ -135,7 +131,6 @@ class Checkpoints:
 
         saving = Saving(self._ranks, writing, publish_all, discard, background)
         self._under_way = final, saving
-        self.seconds_waited += time.perf_counter() - begun
         if not background:
             self.wait()
 
@@ -147,11 +142,9 @@ class Checkpoints:
         """
         if self._under_way is None:
             return
-        begun = time.perf_counter()
         final, saving = self._under_way
         what = saving.wait()
         self._under_way = None
-        self.seconds_waited += time.perf_counter() - begun
         if what:
             self._note(final, what)
         else:

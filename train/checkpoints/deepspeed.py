@@ -21,13 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from largebatch.train.checkpoints.files import (
-    UNIVERSAL,
-    File,
-    crc32_of,
-    publish,
-    read_state,
-)
+from largebatch.train.checkpoints.files import UNIVERSAL, File, crc32_of, publish, read_state
 from largebatch.train.checkpoints.reading import deepspeed_classes, weights_only
 
 _NOTES: Final = "optimizer.pt"

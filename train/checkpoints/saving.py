@@ -6,7 +6,6 @@ rank whose disk is full leaves nobody waiting, and so that it may happen while t
 
 import socket
 import threading
-import time
 from collections.abc import Callable
 from itertools import count
 from typing import Any, Final
@@ -45,8 +44,6 @@ class Saving:
         self._writing, self._publish, self._discard = writing, publish, discard
         self._post = Post(ranks)
         self._thread: threading.Thread | None = None
-        self.seconds = 0.0
-        """From the beginning of the writing to the end of this rank's part in it."""
         if background:
             self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
             self._thread.start()
@@ -65,11 +62,9 @@ class Saving:
         return self._post.outcome()
 
     def _work(self) -> None:
-        begun = time.perf_counter()
         self._post.send(self._written())
         if self._post.ranks.is_first:
             self._post.announce(self._published(self._post.collect()))
-        self.seconds = time.perf_counter() - begun
 
     def _written(self) -> RankFiles | str:
         try:

@@ -17,8 +17,7 @@ import numpy.typing as npt
 
 from largebatch.train.data.mapping import FileMap
 from largebatch.train.data.megatron import MAGIC, Index, check_index, open_index
-
-Indices = npt.NDArray[np.int64]
+from largebatch.train.data.sampler import Indices
 
 _FAMILY: Final = "largebatch tokens "
 FORMAT: Final = f"{_FAMILY}1"

@@ -17,9 +17,7 @@ from largebatch.distributed.ranks import Ranks
 from largebatch.optim.sharding.layout import local
 from largebatch.train.engines.precision import Precision
 from largebatch.train.engines.update import GradientLimits, StepMetrics, Update
-from largebatch.train.noise.small_gradients import (
-    SmallGradients,
-)
+from largebatch.train.noise.small_gradients import SmallGradients
 from largebatch.train.tasks import Batch, Task, loss_of, to_device
 
 if TYPE_CHECKING:

@@ -1,13 +1,14 @@
 """DDP: replicated parameters, and one gradient all-reduce a step."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from largebatch.distributed.ranks import Ranks
+from largebatch.train.engines.base import OfGradients
 from largebatch.train.engines.precision import Precision
 from largebatch.train.engines.update import Update
 from largebatch.train.noise.example_gradients import ExampleGradients
@@ -16,12 +17,6 @@ from largebatch.train.noise.small_gradients import (
     RankGradients,
     SmallGradients,
 )
-
-if TYPE_CHECKING:
-    pass
-
-
-from largebatch.train.engines.base import OfGradients
 
 _LATENCY_BYTES: Final = 400_000
 """What a node's interfaces carry while one message is under way: 2 µs (assumed) x 8 x 25 GB/s, an
