@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from largebatch.common import user_code
 from largebatch.common.errors import ConfigError, RanksEnded, RanksRefused
+from largebatch.common.text import say
 from largebatch.distributed.launchers import marks_of
 from largebatch.distributed.ranks import MEETING, Ranks, find_ranks, meet, started_ranks
 
@@ -236,7 +237,7 @@ class Team:
             timer.cancel()
 
     def _say(self, what: str) -> None:
-        print(f"largebatch: {what}; {self._alone()}", file=sys.stderr, flush=True)
+        say(f"{what}; {self._alone()}")
 
     def _place(self) -> str:
         return f"{self.ranks.master_addr}:{self.ranks.master_port}"

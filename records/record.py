@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple, Self, TextIO
 
 from largebatch.common.errors import ConfigError
 from largebatch.common.files import write_whole
+from largebatch.common.text import say
 from largebatch.records import Fields, RecordError, read_fields
 from largebatch.records.checkpoints import listed
 from largebatch.records.configuration import read_yaml
@@ -312,8 +312,3 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         self._lock.release()
-
-
-def say(what: str) -> None:
-    """One line on stderr."""
-    print(f"largebatch: {what}", file=sys.stderr, flush=True)

@@ -1,7 +1,6 @@
 """What a run is made of, built as its configuration says: task, model, engine, optimizer."""
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from largebatch.common.errors import ConfigError
 from largebatch.common.memory import check_memory
 from largebatch.common.numbers import real_number
+from largebatch.common.text import say
 from largebatch.conf.annotations import in_yaml
 from largebatch.conf.build import build, call, check_arguments, check_kind
 from largebatch.conf.config import TrainConfig
@@ -128,10 +128,7 @@ def build_model(
     with within_memory(ranks.local_size * (2 if trains_here else 1)):
         model = make()
     if why and ranks.is_first and sum(p.numel() for p in model.parameters()) > MOST_TRIED:
-        print(
-            f"largebatch: each rank builds the whole model before it is sharded ({why})",
-            file=sys.stderr,
-        )
+        say(f"each rank builds the whole model before it is sharded ({why})")
     return model, None
 
 
@@ -162,11 +159,10 @@ def prepare_model(
         if wants_checkpointing(config.activation_checkpointing, model, device):
             checkpoint_activations(model)
             if config.activation_checkpointing is None and ranks.is_first:
-                print(
-                    f"largebatch: attention has no fused backward pass on {device.type}, so each "
+                say(
+                    f"attention has no fused backward pass on {device.type}, so each "
                     "block is computed again in the backward pass, for memory; "
-                    "engine.activation_checkpointing=false leaves that off",
-                    file=sys.stderr,
+                    "engine.activation_checkpointing=false leaves that off"
                 )
     except ValueError as error:
         raise ConfigError(str(error)) from error

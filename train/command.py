@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from largebatch.common.errors import ConfigError, RanksEnded, RunFailed, SweepFailed
+from largebatch.common.text import say
 from largebatch.common.user_code import of_user
 from largebatch.distributed.ranks import Ranks, die_with_parent
 from largebatch.distributed.team import Team, find_team, started_team
@@ -49,19 +50,16 @@ def run_command(command: str, arguments: list[str]) -> int:
     except RanksEnded as ended:  # already reported
         return ended.code
     except ConfigError as error:
-        print(f"largebatch: {error}", file=sys.stderr)
+        say(error)
         return ExitCode.REFUSED
     except (RunFailed, SweepFailed) as error:  # each run has been reported by itself
         more = "" if error.refused else f"; the same command{again[0]} makes those again"
-        print(f"largebatch: {error}{more}", file=sys.stderr)
+        say(f"{error}{more}")
         return ExitCode.REFUSED if error.refused else ExitCode.FAILED
     except KeyboardInterrupt:
         if not again:  # no sweep
             raise
-        print(
-            f"largebatch: interrupted; the same command{again[0]} resumes from here",
-            file=sys.stderr,
-        )
+        say(f"interrupted; the same command{again[0]} resumes from here")
         return ExitCode.INTERRUPTED
     except Exception as error:
         return failed(error)
@@ -183,7 +181,7 @@ def job(composed: DictConfig, display: bool = False) -> SummaryRecord:
 
         print(outcome(summary, Path(shown_folder())), flush=True)
     if "error" in summary and display:  # a search that found nothing; other errors are raised
-        print(f"largebatch: {summary['error']}", file=sys.stderr)
+        say(summary["error"])
     return summary
 
 

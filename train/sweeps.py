@@ -6,7 +6,6 @@ the same command makes what is missing, whatever ended the last one.
 
 import math
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from largebatch.common.errors import ConfigError, RunFailed, SweepFailed
+from largebatch.common.text import say
 from largebatch.records import find_fields
 from largebatch.records.names import SUMMARY
 from largebatch.records.outcomes import UNFINISHED
@@ -50,7 +50,7 @@ def failure_of(error: Exception) -> RunFailed:
 
 def reported(error: RunFailed) -> RunFailed:
     """Print the failure at once: the sweep may last for hours yet."""
-    print(f"largebatch: {error}", file=sys.stderr, flush=True)
+    say(error)
     return error
 
 

@@ -6,13 +6,13 @@ how many samples or minutes, how many stay, and what happens where one cannot be
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.text import say
 from largebatch.conf.config import CheckpointConfig
 from largebatch.distributed.ranks import Ranks
 from largebatch.records.checkpoints import listed, samples_of
@@ -181,7 +181,7 @@ class Checkpoints:
         try:
             set_aside(later, "passed")
         except OSError as error:  # a save under this name tries again, and says what it costs
-            print(f"largebatch: {later.name} could not be set aside: {error}", file=sys.stderr)
+            say(f"{later.name} could not be set aside: {error}")
 
     def _retire(self) -> None:
         try:
@@ -201,7 +201,7 @@ class Checkpoints:
         """Say once of each checkpoint that it could not be deleted: it costs its space."""
         for name, why in stuck.items():
             if name not in self._stuck:
-                print(f"largebatch: {name} could not be deleted: {why}", file=sys.stderr)
+                say(f"{name} could not be deleted: {why}")
         self._stuck |= stuck.keys()
 
     def _note(self, final: Path, what: str) -> None:
@@ -211,5 +211,5 @@ class Checkpoints:
             raise CheckpointFailed(message)
         if self._ranks.is_first:
             left = "there is none yet" if self.last is None else f"{self.last.name} stays the last"
-            print(f"largebatch: {message}; {left}, training continues", file=sys.stderr)
+            say(f"{message}; {left}, training continues")
             self._failed(samples_of(final), message)

@@ -3,7 +3,6 @@
 Imports no torch: a refusal takes no longer than any other.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Final
 from omegaconf import OmegaConf
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.text import say
 from largebatch.conf.config import BudgetConfig
 from largebatch.conf.engine_config import engine_target
 from largebatch.conf.specs import convert
@@ -149,7 +149,7 @@ def _hole(folder: Path, state: Mapping[str, Any]) -> str | None:
         f"{METRICS} ends after step {kept.step}, and the checkpoint is of step "
         f"{progress['steps']}: the lines in between are lost, and these steps are not made again"
     )
-    print(f"largebatch: {folder}: {hole}", file=sys.stderr)
+    say(f"{folder}: {hole}")
     return hole
 
 
@@ -166,10 +166,7 @@ def last_good(folder: Path, verify: str = "auto") -> Path | None:
         what = problem(checkpoint, verify)
         if what is None:
             for reason in broken:
-                print(
-                    f"largebatch: passed by {reason}; going on from {checkpoint.name}",
-                    file=sys.stderr,
-                )
+                say(f"passed by {reason}; going on from {checkpoint.name}")
             return checkpoint
         broken.append(f"{checkpoint.name}: {what}")
     if broken:

@@ -5,7 +5,6 @@ Imports no torch, touches no data, model or run folder; matplotlib only to draw.
 
 import json
 import os
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.text import say
 from largebatch.conf.config import TrainConfig, typed
 from largebatch.distributed.ranks import find_ranks
 from largebatch.records.outcomes import ExitCode
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
         for error in refused:
             raise error
     except ConfigError as error:
-        print(f"largebatch: {error}", file=sys.stderr)
+        say(error)
         return ExitCode.REFUSED
     return 0
 

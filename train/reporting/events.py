@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from largebatch.common.text import say
 from largebatch.records.names import EVENTS
-from largebatch.records.record import finite, say
+from largebatch.records.record import finite
 
 
 class Events:
