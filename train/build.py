@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from largebatch.common.errors import ConfigError
+from largebatch.common.errors import ConfigError, refusing
 from largebatch.common.memory import check_memory
 from largebatch.common.numbers import real_number
 from largebatch.common.text import say
@@ -89,15 +89,13 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> BuiltParts
             "engine=deepspeed steps whatever the gradient: set guard.non_finite and guard.spike to "
             "rollback or stop, or use engine=ddp or fsdp"
         )
-    try:
+    with refusing():
         optimizer = engine.attach(optimizer, config.clip_norm)
         if config.engine.micro_batch_size == "auto":
             sizes = [split.global_batch_size for split in spec.plan.splits(ranks.size, None)]
             engine.set_micro_batch_size(
                 find_micro_batch_size(engine, optimizer, task, ranks, sizes)
             )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     noise = build_noise(spec, engine, optimizer)
     return BuiltParts(task, engine, optimizer, noise, num_parameters, data, groups)
 
@@ -139,12 +137,10 @@ def check_held(num_bytes: int, values: InitialValues, ranks: Ranks, device: torc
         ConfigError: with both sizes.
     """
     shards = num_bytes // ranks.size if device.type == "cpu" else 0
-    try:
+    with refusing():
         check_memory(
             (values.peak_bytes + shards) * ranks.local_size, "the model", "lower its sizes"
         )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def prepare_model(
@@ -155,7 +151,7 @@ def prepare_model(
     Raises:
         ConfigError: it cannot be.
     """
-    try:
+    with refusing():
         if wants_checkpointing(config.activation_checkpointing, model, device):
             checkpoint_activations(model)
             if config.activation_checkpointing is None and ranks.is_first:
@@ -164,8 +160,6 @@ def prepare_model(
                     "block is computed again in the backward pass, for memory; "
                     "engine.activation_checkpointing=false leaves that off"
                 )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     if config.compile:
         compile_blocks(model)
 
@@ -180,12 +174,10 @@ def build_throughput(spec: RunSpec, task: Task, ranks: Ranks, device: torch.devi
     known = peaks_of(name)
     flops = None
     if config.formula is not None or known or config.peak_tflops is not None:
-        try:
+        with refusing():
             flops = flops_of(
                 partial(build, spec.config.model, "model"), task, config.formula or "auto"
             )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
     peak = chosen(config.peak_tflops, name)
     others = tuple(other for other in known if other != peak)
     return Throughput(flops, ranks.size, peak, others, config.steps_left_out)
@@ -238,11 +230,9 @@ def build_optimizer(node: Mapping[str, Any], model: nn.Module, ranks: Ranks) -> 
     asked = node.get("groups") or {}
     groups = build_groups(asked, model)
     make = build({key: value for key, value in node.items() if key != "groups"}, "optim")
-    try:
+    with refusing():
         if "momentum" in make.keywords:  # torch's own take any that is not negative
             real_number(make.keywords["momentum"], "optim.momentum", least=0.0, most=1.0)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     if ranks.size > 1 and "process_group" in inspect.signature(make.func).parameters:
         make = partial(make.func, **{"process_group": dist.group.WORLD} | make.keywords)
     argument: Any = groups

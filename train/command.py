@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from largebatch.common.errors import ConfigError, RanksEnded, RunFailed, SweepFailed
+from largebatch.common.errors import ConfigError, RanksEnded, RunFailed, SweepFailed, refusing
 from largebatch.common.text import say
 from largebatch.common.user_code import of_user
 from largebatch.distributed.ranks import Ranks, die_with_parent
@@ -209,10 +209,8 @@ def train(team: Team, spec: RunSpec | None, display: bool = False) -> SummaryRec
     if spec.current is not None:
         os.chdir(spec.current)
     set_threads(ranks)
-    try:
+    with refusing():
         device = pick_device(spec.config.engine.device, ranks, spec.config.engine.ipex)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     always = spec.config.engine.needs_group
     group = process_group(team.store, ranks, device, always=always)
     with answering(spec.folder, ranks.rank, ranks.size), group, team.telling():

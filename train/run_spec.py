@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
-from largebatch.common.errors import ConfigError, format_config_error
+from largebatch.common.errors import ConfigError, format_config_error, refusing
 from largebatch.common.memory import RANK_BYTES, check_memory
 from largebatch.conf.build import build
 from largebatch.conf.config import ScalingConfig, TrainConfig, typed
@@ -101,11 +101,9 @@ def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
             f"engine.nproc={config.engine.nproc} starts its own ranks, but {ranks.launcher} has "
             f"started {ranks.size} already: leave it at 1"
         )
-    try:
+    with refusing():
         ranks_here = f"engine.nproc={config.engine.nproc}"
         check_memory(config.engine.nproc * RANK_BYTES, ranks_here, "start fewer ranks")
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     plan, source = checked_plan(config, max(ranks.size, config.engine.nproc))
     folder = Path(settings.runtime.output_dir)
     if config.mode is not None:
@@ -160,13 +158,11 @@ def checked_plan(config: TrainConfig, data_parallel_size: int) -> tuple[Plan, st
         ConfigError: they do not fit each other, or the number of ranks.
     """
     plan = make_plan(config)
-    try:
+    with refusing():
         micro_batch_size = config.engine.known_micro_batch_size
         plan.check_divisible(data_parallel_size, micro_batch_size)
         splits = plan.splits(data_parallel_size, micro_batch_size)
         source = noise_source(config.noise.small, data_parallel_size, splits, micro_batch_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     if source is None and isinstance(plan.ramp, NoiseRamp):
         raise ConfigError(
             "the ramp follows the noise scale, which noise.small=null does not measure: use "
@@ -219,7 +215,7 @@ def make_plan(config: TrainConfig) -> Plan:
         ConfigError: schedules that do not fit the budget or each other.
     """
     optim, scaling = config.optim, config.scaling
-    try:
+    with refusing():
         plan = Plan(
             ramp=build(config.batch, "batch", (Ramp, CoupledRamp)),
             curve=build(config.lr, "lr", Curve),
@@ -233,8 +229,6 @@ def make_plan(config: TrainConfig) -> Plan:
             tokens_per_sample=config.budget.tokens_per_sample,
         )
         return plan if config.mode is None else sweep_plan(plan, config.mode)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _rule(scaling: ScalingConfig) -> Rule:

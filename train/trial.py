@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from largebatch.common.errors import ConfigError
+from largebatch.common.errors import ConfigError, refusing
 from largebatch.common.memory import check_memory, ran_out
 from largebatch.common.text import one_line
 from largebatch.conf.build import is_known
@@ -27,10 +27,8 @@ def check_batches(plan: Plan, task: Task, ranks: Ranks) -> None:
     sample = sum(part.nbytes for part in task.train_batch(np.zeros(1, np.int64)))
     size = max(split.global_batch_size for split in plan.splits(ranks.size, None))
     held = size // ranks.size * ranks.local_size * (sample + 8)  # and their places, int64
-    try:
+    with refusing():
         check_memory(held, f"a global batch of {size} samples", "lower batch.size")
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def try_one_pass(task: Task, model: nn.Module) -> None:

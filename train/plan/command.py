@@ -13,7 +13,7 @@ from typing import Any, Final
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from largebatch.common.errors import ConfigError
+from largebatch.common.errors import ConfigError, refusing
 from largebatch.common.text import say
 from largebatch.conf.config import TrainConfig, typed
 from largebatch.distributed.ranks import find_ranks
@@ -73,7 +73,8 @@ def _show(composed: DictConfig, options: Namespace) -> None:
         raise ConfigError("a study is many runs, each with a plan of its own: leave study out")
     plan, ranks = make_plan(config), max(find_ranks().size, config.engine.nproc)
     if options.ranks is not None:
-        ranks = _ranks(options.ranks)
+        with refusing():
+            ranks = whole_number(options.ranks, "--ranks", 1)
     description = describe(plan, config, ranks)
     if options.json:
         print(json.dumps(description, indent=1))
@@ -94,13 +95,6 @@ def _show(composed: DictConfig, options: Namespace) -> None:
             print(f"picture: {os.path.relpath(options.picture)}")
 
 
-def _ranks(text: str) -> int:
-    try:
-        return whole_number(text, "--ranks", 1)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
 def _save(figure: Any, path: Path) -> None:
     from largebatch.common.figures import DPI
 
@@ -116,13 +110,11 @@ def describe(plan: Plan, config: TrainConfig, ranks: int) -> dict[str, Any]:
     Raises:
         ConfigError: batch sizes that the ranks and micro-batches do not divide.
     """
-    try:
+    with refusing():
         splits = {
             split.global_batch_size: split
             for split in plan.splits(ranks, config.engine.known_micro_batch_size)
         }
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
     def row(stage: PlannedStage) -> dict[str, Any]:
         split = splits[stage.batch_size]
