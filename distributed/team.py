@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from largebatch.common import user_code
@@ -92,12 +91,7 @@ class Team:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.ranks.size == 1 or error is None:
             self._came.set()
             if self.ranks.size > 1:

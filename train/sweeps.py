@@ -9,7 +9,6 @@ import os
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 from hydra.core.config_loader import ConfigLoader
@@ -125,12 +124,7 @@ class EveryRun(Launcher):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is None and self._failures:
             raise SweepFailed(self._failures, self._num_runs)
         passed = sum(_written_at(path) == at for path, at in self._ended.items())

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Final, Self
 
 import numpy as np
@@ -148,12 +147,7 @@ class TokenWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         # Removed while still locked: nobody else's draft can stand there.
         for ending in (".bin.part", ".idx.part") if self._megatron else (".bin.part",):
             self.path(ending).unlink(missing_ok=True)
