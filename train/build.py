@@ -2,25 +2,26 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from largebatch.common.errors import ConfigError, refusing
-from largebatch.common.memory import check_memory
+from largebatch.common.memory import check_memory, ran_out
 from largebatch.common.numbers import real_number
-from largebatch.common.text import say
+from largebatch.common.text import one_line, say
 from largebatch.conf.annotations import in_yaml
-from largebatch.conf.build import build, call, check_arguments, check_kind
+from largebatch.conf.build import build, call, check_arguments, check_kind, is_known
 from largebatch.conf.config import TrainConfig
 from largebatch.conf.engine_config import EngineConfig
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import param_groups
+from largebatch.schedules import Plan
 from largebatch.train.engines.base import Engine
 from largebatch.train.engines.initial_values import InitialValues, NotRecorded, record
 from largebatch.train.engines.micro_batch import find_micro_batch_size
@@ -40,22 +41,13 @@ from largebatch.train.reporting.peaks import chosen, peaks_of
 from largebatch.train.reporting.provenance import device_name
 from largebatch.train.reporting.throughput import Throughput
 from largebatch.train.run_spec import RunSpec
-from largebatch.train.tasks import Task, check_task
-from largebatch.train.trial import MOST_TRIED, check_batches, try_one_pass
+from largebatch.train.tasks import Task, check_task, loss_of
+
+MOST_TRIED: Final = 10_000_000
+"""Parameters of a model that is tried on the host first, which is milliseconds."""
 
 
-@dataclass
-class BuiltParts(Parts):
-    """The parts, and what the summary says of them."""
-
-    num_parameters: int = 0
-    data: Mapping[str, str] = field(default_factory=dict)
-    """The task's provenance."""
-    groups: list[dict[str, Any]] = field(default_factory=list)
-    """What tells the optimizer's groups from one another."""
-
-
-def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> BuiltParts:
+def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
     """Task, model, engine and optimizer as configured, the model the same on every rank.
 
     Raises:
@@ -97,7 +89,44 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> BuiltParts
                 find_micro_batch_size(engine, optimizer, task, ranks, sizes)
             )
     noise = build_noise(spec, engine, optimizer)
-    return BuiltParts(task, engine, optimizer, noise, num_parameters, data, groups)
+    return Parts(task, engine, optimizer, noise, num_parameters, data, groups)
+
+
+def check_batches(plan: Plan, task: Task, ranks: Ranks) -> None:
+    """Refuse batches whose samples alone are more than this node's memory.
+
+    Raises:
+        ConfigError: with the batch size.
+    """
+    sample = sum(part.nbytes for part in task.train_batch(np.zeros(1, np.int64)))
+    size = max(split.global_batch_size for split in plan.splits(ranks.size, None))
+    held = size // ranks.size * ranks.local_size * (sample + 8)  # and their places, int64
+    with refusing():
+        check_memory(held, f"a global batch of {size} samples", "lower batch.size")
+
+
+def try_one_pass(task: Task, model: nn.Module) -> None:
+    """Compute the loss of a few samples, and leave nothing behind: whether model and task fit.
+
+    Raises:
+        ConfigError: a model and a task of this package's do not; others' errors are their own.
+    """
+    batch = task.train_batch(np.arange(min(32, task.num_train), dtype=np.int64))
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            loss_of(task, model, batch)
+    except ConfigError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if ran_out(error) or not (is_known(type(task)) and is_known(type(model))):
+            raise
+        why = one_line(error)
+        raise ConfigError(
+            f"model and task do not fit each other ({why}): what task.* says of its data and "
+            "what model.* takes must be the same"
+        ) from error
+    model.train()
 
 
 def build_model(

@@ -4,7 +4,8 @@ Imports no torch: a refusal takes no longer than any other.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,9 +24,11 @@ from largebatch.records.names import CHECKPOINTS, CONFIG, METRICS
 from largebatch.records.record import RunEnded, check_unfinished, claim, kept_lines
 from largebatch.schedules import Plan
 from largebatch.train.checkpoints.files import UNIVERSAL, problem, read_state
-from largebatch.train.checkpoints.lengthening import check_past
 
 _BUDGET: Final = ("budget.samples", "budget.tokens")
+
+_PLACES: Final = 1024
+"""At which the plans of two budgets are compared, evenly spaced."""
 
 # What may differ between a run and its resumption: none of it decides the trajectory.
 _FREE: Final = (
@@ -265,3 +268,43 @@ def _decisive(config: Any) -> dict[str, Any]:
     if "engine._target_" in flat:
         flat["engine._target_"] = engine_target(str(flat["engine._target_"]))
     return {key: value for key, value in flat.items() if key.split(".")[0] not in _FREE}
+
+
+def check_past(plan: Plan, before: int, samples: int, decided: Mapping[str, Any]) -> None:
+    """Refuse a budget under which the batch sizes or learning rates until now would have been
+    others: a curve over the whole budget is another curve over a larger one.
+
+    Args:
+        before: the budget until now, in samples.
+        samples: that the run has seen.
+        decided: by then, by a ramp that follows the run.
+
+    Raises:
+        ConfigError: naming where they differ and the ways out.
+    """
+    if plan.budget_samples == before:
+        return
+    now = deepcopy(plan)  # `decided` goes into its ramp
+    now.load_state_dict(decided)
+    then, same = replace(now, budget_samples=before), 0
+    for place in range(_PLACES + 1):
+        seen = max(0, samples - 1) * place // _PLACES
+        one, other = then.at(seen), now.at(seen)
+        if one != other:
+            break
+        same = seen
+    else:
+        return
+    what, was, would = next(
+        (name, old, new)
+        for name, old, new in zip(one._fields, one, other, strict=True)
+        if old != new
+    )
+    earlier = f"; checkpoints of up to {same} samples can be lengthened" if same > 0 else ""
+    raise ConfigError(
+        f"budget.samples={plan.budget_samples} was {before}, and the schedule depends on it: after "
+        f"{seen} samples {what} was {was}, and would be {would}. Keep the budget, or begin another "
+        "run with hydra.run.dir=…; what can be lengthened is a run whose schedule until now does "
+        "not depend on its budget (lr=constant, lr=inverse_sqrt, or lr=wsd before its decay"
+        f"{earlier})"
+    )
