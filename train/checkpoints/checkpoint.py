@@ -8,6 +8,7 @@ how many samples or minutes, how many stay, and what happens where one cannot be
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +123,11 @@ class Checkpoints:
 
         def publish_all(parts: list[RankFiles]) -> None:
             files = add_up(part.files for part in parts)
-            files |= writing.finish([part.results for part in parts])
+            files |= writing.complete([part.results for part in parts])
             publish(draft, final, files, whole)
             self._retire()
 
-        def discard() -> None:
-            remove(draft)
-
-        saving = Saving(self._ranks, writing, publish_all, discard, background)
+        saving = Saving(self._ranks, writing, publish_all, partial(remove, draft), background)
         self._under_way = final, saving
         if not background:
             self.wait()
