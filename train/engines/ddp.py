@@ -10,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 from largebatch.distributed.ranks import Ranks
 from largebatch.train.engines.base import OfGradients
 from largebatch.train.engines.precision import Precision
-from largebatch.train.engines.update import Update
 from largebatch.train.noise.example_gradients import ExampleGradients
 from largebatch.train.noise.small_gradients import (
     MicroBatchGradients,
@@ -60,9 +59,6 @@ class DDP(OfGradients):
         bucket_mb: float | None = None,
     ) -> None:
         super().__init__(model.to(device), ranks, device, micro_batch_size, precision)
-        self._update = Update(
-            ranks.size, self._add_up if ranks.size > 1 else None, self.precision.loss_scale
-        )
         if ranks.size > 1:
             held = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
             self._replica = DistributedDataParallel(

@@ -20,7 +20,7 @@ from largebatch.common.text import one_line
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer
 from largebatch.optim.zero import bind
-from largebatch.train.engines.base import OfRanks
+from largebatch.train.engines.base import Engine
 from largebatch.train.engines.initial_values import InitialValues
 from largebatch.train.engines.precision import Precision
 from largebatch.train.engines.update import GradientLimits, StepMetrics
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from largebatch.train.checkpoints.tensors import CheckpointTensors
 
 
-class DeepSpeed(OfRanks):
+class DeepSpeed(Engine):
     """DeepSpeed's engine as one of ours. It steps whatever the gradient is.
 
     Args:

@@ -21,7 +21,6 @@ from largebatch.train.engines.base import OfGradients
 from largebatch.train.engines.initial_values import InitialValues
 from largebatch.train.engines.model_options import blocks
 from largebatch.train.engines.precision import Precision
-from largebatch.train.engines.update import Update
 from largebatch.train.noise.sharded_gradients import ShardedGradients
 from largebatch.train.noise.small_gradients import SmallGradients
 
@@ -71,9 +70,6 @@ class FSDP(OfGradients):
             model.to_empty(device=device)
             values.play(keep_shard, device)
         self.gradient_copies = replicas
-        self._update = Update(
-            replicas, self._add_up if ranks.size > 1 else None, self.precision.loss_scale
-        )
 
     def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
         cast(FSDPModule, self.model).set_requires_gradient_sync(is_last or self._accumulates_shards)
