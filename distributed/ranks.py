@@ -228,7 +228,8 @@ def meet(ranks: Ranks, timeout: timedelta = MEETING) -> "Store | None":
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed import DistError
 
-    _allow_sockets(ranks.size)
+    if lacking := allow_sockets(ranks.size):
+        raise ConfigError(lacking)
     try:
         store = open_store(ranks, timeout)
     except DistError as error:
@@ -273,22 +274,23 @@ def open_store(ranks: Ranks, timeout: timedelta) -> "TCPStore":
     return server
 
 
-def _allow_sockets(size: int) -> None:
-    """Let this process open the files that `size` ranks need: rank 0 keeps the store, to which each
-    connects twice, gloo is a full mesh. What a job's script asked of the system need not have
-    reached its ranks.
+def allow_sockets(size: int) -> str | None:
+    """Let this process open the files that `size` ranks need, or as many as it may: rank 0 keeps
+    the store, to which each connects twice, gloo is a full mesh. What a job's script asked of the
+    system need not have reached its ranks. Returns what is lacking, and the way out.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * size + _OTHER_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ConfigError(
-            f"{size} ranks need {needed} open files, and this process may open {hard}: "
-            f"`ulimit -n {needed}` before the launcher, or `mpiexec --rlimit NOFILE`, or fewer "
-            "ranks"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        return None
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed == needed:
+        return None
+    return (
+        f"{size} ranks need {needed} open files, and this process may open {hard}: "
+        f"`ulimit -n {needed}` before the launcher, or `mpiexec --rlimit NOFILE`, or fewer ranks"
+    )
 
 
 @contextmanager

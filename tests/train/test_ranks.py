@@ -334,15 +334,14 @@ def test_the_timeout_of_a_group_ends_a_collective_that_hangs(tmp_path: Path) -> 
 def test_a_rank_sees_to_its_sockets(tmp_path: Path) -> None:
     allow = (
         "import resource\n"
-        "from largebatch.distributed.ranks import _allow_sockets\n"
-        "from largebatch.conf.config import ConfigError\n"
+        "from largebatch.distributed.ranks import ConfigError, Ranks, allow_sockets, meet\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 2000))\n"
-        "_allow_sockets(500)\n"
+        "assert allow_sockets(500) is None\n"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
-        "_allow_sockets(10)\n"
+        "assert allow_sockets(10) is None\n"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
         "try:\n"
-        "    _allow_sockets(98304)\n"
+        "    meet(Ranks(size=98304))\n"
         "except ConfigError as error:\n"
         "    print(error)\n"
     )
