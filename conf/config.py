@@ -11,9 +11,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from largebatch.common.errors import ConfigError
-from largebatch.common.numbers import real_number, whole_number
+from largebatch.common.numbers import moment, real_number, whole_number
 from largebatch.conf.engine_config import EngineConfig
-from largebatch.conf.specs import choice, count, real, time_of_day, typed_as
+from largebatch.conf.specs import choice, count, real, spec, typed_as
 from largebatch.conf.sweep_config import LRFindConfig, StudyConfig
 from largebatch.schedules.scaling import RULES, check_hold, check_options
 
@@ -189,7 +189,7 @@ class TrainConfig:
     precision: str = choice("fp32", "fp32", "bf16", "fp16")
     clip_norm: float | None = real(None, above=0.0)
     resume: str | None = None
-    stop_at: float | None = time_of_day(None)
+    stop_at: float | None = spec(None, moment)
     stop_before_walltime: float = real(300.0, least=0.0)
     mode: LRFindConfig | None = None
     study: StudyConfig | None = None

@@ -21,7 +21,6 @@ from largebatch.records.names import CHECKPOINTS
 from largebatch.train.checkpoints.files import (
     FORMAT,
     RankFiles,
-    add_up,
     clear_drafts,
     draft_of,
     make_folder,
@@ -122,7 +121,7 @@ class Checkpoints:
         writing = self._tensors.begin_save(draft, staged=background)
 
         def publish_all(parts: list[RankFiles]) -> None:
-            files = add_up(part.files for part in parts)
+            files = {name: file for part in parts for name, file in part.files.items()}
             files |= writing.complete([part.results for part in parts])
             publish(draft, final, files, whole)
             self._retire()

@@ -371,11 +371,3 @@ def crc32_of(path: Path) -> int:
         while block := file.read(_BLOCK):
             crc32 = zlib.crc32(block, crc32)
     return crc32
-
-
-def add_up(parts: Iterable[Mapping[str, File]]) -> Files:
-    """What all ranks have written."""
-    files: Files = {}
-    for part in parts:
-        files |= part
-    return files
