@@ -65,12 +65,7 @@ def check_kind(built: Any, kind: Any, name: str, target: str) -> None:
 
 
 def find_target(path: Any, name: str) -> None:
-    """Refuse a target that is not there, with what is.
-
-    Raises:
-        ConfigError: no such module, or nothing of that name in it. What importing a module raises
-            passes through.
-    """
+    """Refuse a target that is not there, with what is. What importing a module raises passes."""
     parts = str(path).split(".")
     if not isinstance(path, str) or len(parts) < 2 or not all(map(str.isidentifier, parts)):
         raise ConfigError(
@@ -115,9 +110,6 @@ def call(make: Callable[..., Any], keys: Mapping[str, Any], name: str) -> Any:
 
     Args:
         keys: what the user has given it.
-
-    Raises:
-        ConfigError: it refuses a value.
     """
     known = (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError)
     try:

@@ -216,11 +216,7 @@ class TrainConfig:
             self.batch["tokens_per_sample"] = per
 
     def _check_sweep(self) -> None:
-        """Refuse what mode=lr_find has no use for.
-
-        Raises:
-            ConfigError: naming the key and the way out.
-        """
+        """Refuse what mode=lr_find has no use for."""
         if self.study is not None:
             raise ConfigError(
                 "a study searches its learning rates itself: leave out study, or mode=lr_find"
@@ -252,11 +248,7 @@ def in_samples(node: Node, name: str, tokens_per_sample: int) -> Node:
 
 
 def typed(config: DictConfig) -> TrainConfig:
-    """The composed configuration as a `TrainConfig`.
-
-    Raises:
-        ConfigError: a missing or unknown key, a wrong type or an impossible value.
-    """
+    """The composed configuration as a `TrainConfig`."""
     missing = [f"{group!s}._target_" for group in config if _has_no_target(config._get_node(group))]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} must be given, as KEY=VALUE")

@@ -16,11 +16,7 @@ _folders: list[Path] = []
 
 @contextmanager
 def first(folder: str | None) -> Iterator[None]:
-    """Have configurations composed from `folder` before the package's own; None: from these alone.
-
-    Raises:
-        ConfigError: there is no such folder.
-    """
+    """Compose configurations from `folder` before the package's own; None: from these alone."""
     if folder is not None and not Path(folder).is_dir():
         raise ConfigError(f"--config-dir must be a folder, got {folder!r}")
     before = _folders[:]

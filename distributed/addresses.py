@@ -36,9 +36,6 @@ def listen(addr: str, port: int, one_node: bool) -> socket.socket:
 def check_is_here(addr: str) -> tuple[socket.AddressFamily, str]:
     """Refuse, on rank 0, an address at which the others would not find it; returns its family and
     number.
-
-    Raises:
-        ConfigError: naming the address and this node.
     """
     way_out = (
         "MASTER_ADDR must be a name of rank 0's node; the suffix of the high-speed network is "

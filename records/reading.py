@@ -58,11 +58,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def parsed(data: bytes | str, where: str) -> Any:
-    """Parse JSON.
-
-    Raises:
-        RecordError: it is none.
-    """
+    """Parse JSON."""
     if not data.strip():
         raise RecordError(f"{where} is empty")
     try:

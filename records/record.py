@@ -27,11 +27,7 @@ from largebatch.records.reading import parsed
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that another run has written to.
-
-    Raises:
-        ConfigError: naming the folder and the way out.
-    """
+    """Refuse a folder that another run has written to."""
     if (folder / METRICS).exists() or (folder / SUMMARY).exists() or listed(folder):
         raise ConfigError(
             f"{folder} already holds a run; choose another with hydra.run.dir=…, move it away, or "
@@ -57,12 +53,8 @@ class RunEnded(ConfigError):
 
 
 def check_unfinished(folder: Path, budget_samples: int = 0) -> None:
-    """Refuse to resume a run that has ended. One that has spent its budget may be resumed with a
-    larger one.
-
-    Raises:
-        RunEnded: naming the folder and the way out.
-        ConfigError: the summary is damaged.
+    """Refuse, by `RunEnded`, to resume a run that has ended. One that has spent its budget may be
+    resumed with a larger one.
     """
     try:
         summary = read_fields(folder / SUMMARY)
@@ -147,11 +139,7 @@ def telling(words: Iterable[str]) -> set[str]:
 
 
 def claim(folder: Path, world: int = 1) -> RunLock:
-    """Make this process the owner of the run that is in `folder`, before anything in it is read.
-
-    Raises:
-        RunLocked: another process is at work in it.
-    """
+    """Make this process the owner of the run that is in `folder`, before anything in it is read."""
     file = (folder / METRICS).open("r+", encoding="utf-8")
     try:
         return RunLock(folder, file, world)

@@ -148,11 +148,7 @@ def read_status(run: Path) -> str | None:
 
 
 def has_ended(run: Path) -> bool:
-    """Say whether the run has ended for good.
-
-    Raises:
-        RecordError: the summary does not say it.
-    """
+    """Say whether the run has ended for good."""
     return read_status(run) not in (None, *UNFINISHED)
 
 

@@ -48,12 +48,7 @@ MOST_TRIED: Final = 10_000_000
 
 
 def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
-    """Task, model, engine and optimizer as configured, the model the same on every rank.
-
-    Raises:
-        ConfigError: a target that cannot be imported, does not take its arguments or refuses a
-        value.
-    """
+    """Task, model, engine and optimizer as configured, the model the same on every rank."""
     config = spec.config
     task: Task = build(config.task, "task")
     data = check_task(task)
@@ -93,11 +88,7 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
 
 
 def check_batches(plan: Plan, task: Task, ranks: Ranks) -> None:
-    """Refuse batches whose samples alone are more than this node's memory.
-
-    Raises:
-        ConfigError: with the batch size.
-    """
+    """Refuse batches whose samples alone are more than this node's memory."""
     sample = sum(part.nbytes for part in task.train_batch(np.zeros(1, np.int64)))
     size = max(split.global_batch_size for split in plan.splits(ranks.size, None))
     held = size // ranks.size * ranks.local_size * (sample + 8)  # and their places, int64
@@ -135,9 +126,6 @@ def build_model(
     """The model; on the meta device and beside its values where ranks each keep a shard of them.
 
     A model that is small enough to be tried on the host is whole there.
-
-    Raises:
-        ConfigError: it cannot be built, or is more than this node holds.
     """
     make: Callable[[], nn.Module] = partial(build, config.model, "model", nn.Module)
     why = ""
@@ -160,11 +148,7 @@ def build_model(
 
 
 def check_held(num_bytes: int, values: InitialValues, ranks: Ranks, device: torch.device) -> None:
-    """Refuse a model of whose values this node cannot hold what its ranks take on the host.
-
-    Raises:
-        ConfigError: with both sizes.
-    """
+    """Refuse a model of whose values this node cannot hold what its ranks take on the host."""
     shards = num_bytes // ranks.size if device.type == "cpu" else 0
     with refusing():
         check_memory(
@@ -175,11 +159,7 @@ def check_held(num_bytes: int, values: InitialValues, ranks: Ranks, device: torc
 def prepare_model(
     config: EngineConfig, model: nn.Module, device: torch.device, ranks: Ranks
 ) -> None:
-    """What is done to a model whatever the engine.
-
-    Raises:
-        ConfigError: it cannot be.
-    """
+    """What is done to a model whatever the engine."""
     with refusing():
         if wants_checkpointing(config.activation_checkpointing, model, device):
             checkpoint_activations(model)
@@ -194,11 +174,7 @@ def prepare_model(
 
 
 def build_throughput(spec: RunSpec, task: Task, ranks: Ranks, device: torch.device) -> Throughput:
-    """What rates are made with.
-
-    Raises:
-        ConfigError: a formula that is not known, or not for this model.
-    """
+    """What rates are made with."""
     config, name = spec.config.throughput, device_name(device)
     known = peaks_of(name)
     flops = None
@@ -213,11 +189,7 @@ def build_throughput(spec: RunSpec, task: Task, ranks: Ranks, device: torch.devi
 
 
 def build_noise(spec: RunSpec, engine: Engine, optimizer: Optimizer) -> GradientNoise | None:
-    """What measures the noise scale, where it is asked for.
-
-    Raises:
-        ConfigError: it cannot be measured so in this run.
-    """
+    """What measures the noise scale, where it is asked for."""
     if spec.noise_source is None:
         return None
     noise = spec.config.noise
@@ -281,11 +253,7 @@ def build_optimizer(node: Mapping[str, Any], model: nn.Module, ranks: Ranks) -> 
 
 
 def build_groups(asked: Mapping[str, Any], model: nn.Module) -> list[dict[str, Any]]:
-    """Build the groups that `optim.groups` asks for.
-
-    Raises:
-        ConfigError: a key that is no selector's, or one that matches nothing.
-    """
+    """Build the groups that `optim.groups` asks for."""
     check_arguments(param_groups, (model,), asked, "optim.groups")
     for name in ("weight_decay", "rows"):
         if name in asked:

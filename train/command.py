@@ -66,11 +66,7 @@ def run_command(command: str, arguments: list[str]) -> int:
 
 
 def lead(team: Team, command: str, arguments: list[str]) -> int:
-    """Compose the configuration as rank 0, and train; returns the exit code.
-
-    Raises:
-        ConfigError: the run is refused.
-    """
+    """Compose the configuration as rank 0, and train; returns the exit code."""
     if team.ranks.size > 1:
         check_single(team.ranks, command, arguments)
     run_hydra(task, command, arguments)
@@ -82,11 +78,7 @@ def lead(team: Team, command: str, arguments: list[str]) -> int:
 
 
 def check_single(ranks: Ranks, command: str, arguments: list[str]) -> None:
-    """Refuse a sweep by ranks that a launcher has started: they are for one run.
-
-    Raises:
-        ConfigError: it is one.
-    """
+    """Refuse a sweep by ranks that a launcher has started: they are for one run."""
     options = parse_options(arguments)
     words = [word.lstrip("+") for word in options.overrides]
     if f"hydra/sweeper={_TRIAL}" in words:  # one run, whose ranks a sweep has started

@@ -97,11 +97,7 @@ def close_record(folder: RunFolder, summary: SummaryRecord) -> None:
 
 
 def _opened(spec: RunSpec, task: Task, world: int) -> tuple[RunFolder, SafeLogger]:
-    """The run's folder and logger, on rank 0.
-
-    Raises:
-        ConfigError: the folder holds another run, or cannot be written.
-    """
+    """The run's folder and logger, on rank 0."""
     resumed, lock = None, None
     if spec.resumption is not None:
         resumed, lock = spec.resumption.samples, spec.resumption.lock

@@ -86,11 +86,7 @@ def received_spec(words: Mapping[str, Any]) -> RunSpec:
 
 
 def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
-    """The order of the run that Hydra has composed.
-
-    Raises:
-        ConfigError: in one sentence.
-    """
+    """The order of the run that Hydra has composed."""
     settings = HydraConfig.get()
     config = typed(composed)
     single = settings.mode == RunMode.RUN

@@ -79,11 +79,7 @@ class EveryRun(Launcher):
         """The launcher within has been set up."""
 
     def check(self, batch: Sequence[Sequence[str]]) -> None:
-        """Compose the runs of a batch, and refuse a folder that holds those of another sweep.
-
-        Raises:
-            ConfigError: naming the folder and what differs.
-        """
+        """Compose the runs of a batch, and refuse a folder that holds those of another sweep."""
         for number, overrides in enumerate(batch, self._num_checked):
             config = self._loader.load_sweep_config(self.config, list(overrides))
             with open_dict(config):

@@ -177,11 +177,7 @@ def universal_problem(checkpoint: Path, verify: str = "size") -> str | None:
 
 
 def those_of(run: Path) -> list[Path]:
-    """The checkpoints of a run, or the one that is named.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """The checkpoints of a run, or the one that is named."""
     if is_name(run.name) and run.is_dir():
         return [run]
     found = listed(run)

@@ -50,19 +50,11 @@ class PlainReader(FileSystemReader):
     """A reader of `.metadata` that is data and nothing else."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What describes the whole.
-
-        Raises:
-            ValueError: the file cannot be read, or names more than such a file does.
-        """
+        """What describes the whole."""
         return self.describe(self.read_bytes())
 
     def read_bytes(self) -> bytes:
-        """The file as it is.
-
-        Raises:
-            ValueError: it cannot be read.
-        """
+        """The file as it is."""
         path = Path(self.path) / DESCRIPTION
         try:
             return path.read_bytes()

@@ -101,11 +101,8 @@ def find_resumption(
 
 
 def _check_ended(folder: Path, plan: Plan | None, may_grow: bool) -> None:
-    """Refuse a run that has ended, but for one whose budget grows.
-
-    Raises:
-        RunEnded: with the budget that the plan has, so that a sweep may pass it by.
-        ConfigError: with another.
+    """Refuse a run that has ended, but for one whose budget grows: by `RunEnded` where the plan has
+    the same budget, so that a sweep may pass it by.
     """
     budget = 0 if plan is None else plan.budget_samples
     try:
@@ -118,11 +115,7 @@ def _check_ended(folder: Path, plan: Plan | None, may_grow: bool) -> None:
 
 
 def check_complete(folder: Path) -> None:
-    """Refuse a run whose record was left behind: it is not begun again unasked.
-
-    Raises:
-        ConfigError: naming what is missing and the way out.
-    """
+    """Refuse a run whose record was left behind: it is not begun again unasked."""
     checkpoints = listed(folder)
     missing = [name for name in (CONFIG, METRICS) if not (folder / name).exists()]
     if checkpoints and missing:
@@ -207,10 +200,6 @@ def check_same(folder: Path, config: str) -> int:
 
     Returns:
         The budget that the run began with, in samples; 0 where it does not say.
-
-    Raises:
-        ConfigError: naming the keys, or a record of the configuration that is damaged, and the
-            way out.
     """
     if not (folder / CONFIG).exists():
         return 0
@@ -278,9 +267,6 @@ def check_past(plan: Plan, before: int, samples: int, decided: Mapping[str, Any]
         before: the budget until now, in samples.
         samples: that the run has seen.
         decided: by then, by a ramp that follows the run.
-
-    Raises:
-        ConfigError: naming where they differ and the ways out.
     """
     if plan.budget_samples == before:
         return

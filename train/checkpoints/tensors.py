@@ -46,10 +46,8 @@ class Writing(Protocol):
         """
 
     def complete(self, results: Sequence[Any]) -> Files:
-        """On rank 0, with every rank's results: write what describes the whole; returns its files.
-
-        Raises:
-            OSError: the disk is full, or gone.
+        """On rank 0, with every rank's results: write what describes the whole, as `write`; returns
+        its files.
         """
 
 
@@ -78,11 +76,7 @@ class CheckpointTensors(Protocol):
 
 
 def fits(saved: dict[str, Any], kind: str) -> None:
-    """Refuse what another kind of engine has saved.
-
-    Raises:
-        ValueError: naming the way out.
-    """
+    """Refuse what another kind of engine has saved."""
     engines = {"dcp": "engine=ddp or fsdp", "deepspeed": "engine=deepspeed"}
     before = saved.get("kind", "dcp")
     if before != kind:

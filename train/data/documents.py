@@ -36,11 +36,7 @@ def is_json_lines(path: Path) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """Refuse what is no file.
-
-    Raises:
-        ValueError: with the files to give in its place, where it is a folder.
-    """
+    """Refuse what is no file."""
     if path.is_file():
         return
     if not path.is_dir():

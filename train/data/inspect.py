@@ -57,11 +57,7 @@ def beginning(tokens: TokenFile) -> str:
 
 
 def checked(tokens: TokenFile, progress: Progress) -> str:
-    """Read everything; returns what was found.
-
-    Raises:
-        ValueError: what is not as it should be.
-    """
+    """Read everything; returns what was found."""
     if tokens.index is not None:
         check_index(tokens.index, tokens.tokens.nbytes, whole=True)
     tokens.mapping.announce_all()

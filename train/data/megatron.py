@@ -104,9 +104,6 @@ def check_index(index: Index, num_bytes: int, whole: bool = False) -> None:
     Checked are the ends and 16 stretches of 4,096 sequences, which is every one of an index of up
     to 65,536: an index of a trillion tokens takes gigabytes, and every rank opens it. `whole` reads
     it all.
-
-    Raises:
-        ValueError: naming the sequence.
     """
     item = np.dtype(index.dtype).itemsize
     num_sequences = len(index.lengths)

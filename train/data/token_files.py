@@ -85,9 +85,6 @@ def find_files(path: str | Sequence[str], name: str) -> list[Path]:
 
     Args:
         name: of the key, for the refusal.
-
-    Raises:
-        ValueError: there are none.
     """
     if isinstance(path, Sequence) and not isinstance(path, str):
         if not path:

@@ -28,11 +28,7 @@ class Tokenizer(Protocol):
         """
 
     def separator(self, token: str | None) -> int:
-        """The id that ends a document: of `token`, or of the usual name.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """The id that ends a document: of `token`, or of the usual name."""
 
 
 class ByteTokenizer:

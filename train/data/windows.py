@@ -69,11 +69,7 @@ class Windows:
             )
 
     def probe(self) -> None:
-        """Read the first, the middle and the last window of each file, as `read` does.
-
-        Raises:
-            ValueError: as `read`.
-        """
+        """Read the first, the middle and the last window of each file, as `read` does."""
         first = 0
         for end in self.ends.tolist():
             if end > first:

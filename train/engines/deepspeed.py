@@ -172,11 +172,7 @@ class DeepSpeed(Engine):
 
 
 def import_deepspeed(ranks: Ranks, device: torch.device) -> Any:
-    """DeepSpeed, given what it looks for in the environment.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """DeepSpeed, given what it looks for in the environment."""
     if device.type == "cpu":  # elsewhere it finds the accelerator; on XPU it must not be set
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in (

@@ -40,10 +40,6 @@ class FSDP(OfGradients):
             shard.
 
         values: of the parameters, where `model` is on the meta device.
-
-    Raises:
-        ValueError: both, or numbers that do not divide nodes or ranks; or another word for
-            `accumulate`.
     """
 
     def __init__(

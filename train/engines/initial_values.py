@@ -224,11 +224,7 @@ def record(make: Callable[[], nn.Module]) -> tuple[nn.Module, InitialValues]:
 
 @contextmanager
 def _no_fork() -> Iterator[None]:
-    """Refuse random numbers that are a matter between brackets: no state afterwards tells of them.
-
-    Raises:
-        NotRecorded: there are such.
-    """
+    """Refuse random numbers between brackets by `NotRecorded`: no state afterwards tells of them."""
 
     def refuse(*args: Any, **more: Any) -> Any:
         raise NotRecorded("it seeds or draws random numbers by itself")

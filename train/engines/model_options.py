@@ -59,9 +59,6 @@ def within_memory(copies: int) -> Iterator[None]:
 
     Args:
         copies: how often the node will hold as much as the weights take.
-
-    Raises:
-        ValueError: at the parameter that is too much, before its values are drawn.
     """
     held = 0
 

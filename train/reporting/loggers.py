@@ -87,9 +87,6 @@ class Wandb:
         folder: the run's folder; its name is the run's.
         group: runs of one study or sweep share it.
         config: the resolved configuration.
-
-    Raises:
-        ConfigError: the package is not installed.
     """
 
     def __init__(

@@ -98,11 +98,7 @@ class Reporter(NullReporter):
         self._heartbeat.enter(name)
 
     def flush_to_disk(self) -> None:
-        """The lines so far, before a checkpoint that must not outlive them.
-
-        Raises:
-            OSError: the disk is full, or gone.
-        """
+        """The lines so far, before a checkpoint that must not outlive them."""
         self._folder.flush_to_disk()
 
     def checkpoint_failed(self, samples: int, reason: str) -> None:
