@@ -44,12 +44,7 @@ def lock_or_warn(descriptor: int, path: Path, wait: bool = False) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in a file of our own; for files from elsewhere see `largebatch.records`.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON.
-    """
+    """The JSON in a file of our own; for files from elsewhere see `largebatch.records`."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 

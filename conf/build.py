@@ -150,11 +150,7 @@ def _about_a_key(error: Exception, keys: Mapping[str, Any], name: str) -> str:
 def fit_arguments(
     target: Callable[..., Any], keywords: Mapping[str, Any], name: str
 ) -> dict[str, Any]:
-    """`keywords` as the annotations of `target` want them.
-
-    Raises:
-        ConfigError: one that cannot be; with its key, its value and what it must be.
-    """
+    """`keywords` as the annotations of `target` want them."""
     annotations = annotations_of(target)
     found = {}
     for key, value in keywords.items():

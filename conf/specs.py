@@ -77,11 +77,7 @@ def choice(default: str | None, *words: str) -> Any:
 
 
 def convert(config: "DictConfig | dict[str, Any]", schema: type, above: str = "") -> None:
-    """Convert the values of `config` in place to what the fields of the dataclass `schema` say.
-
-    Raises:
-        ValueError: a value that is refused; the sentence carries its full name.
-    """
+    """Convert the values of `config` in place to what the fields of the dataclass `schema` say."""
     hints = get_type_hints(schema)
     for declared in fields(schema):
         name = declared.name

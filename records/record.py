@@ -85,9 +85,6 @@ class Kept(NamedTuple):
 def kept_lines(folder: Path, samples: int) -> Kept:
     """The lines of steps until `samples` samples: later steps are made again, and half a line at
     the end is of a process that was killed.
-
-    Raises:
-        ConfigError: a line before that is damaged.
     """
     path, kept, size, damage = folder / METRICS, Kept(), 0, ""
     with path.open("rb") as file:
@@ -111,11 +108,7 @@ def kept_lines(folder: Path, samples: int) -> Kept:
 
 
 def words_of(folder: Path) -> list[str] | None:
-    """Return the overrides that the run in `folder` was made with; None where it does not say.
-
-    Raises:
-        ConfigError: their record is damaged.
-    """
+    """Return the overrides that the run in `folder` was made with; None where it does not say."""
     from omegaconf import ListConfig, OmegaConf
 
     path = folder / ".hydra" / "overrides.yaml"

@@ -84,11 +84,7 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: Sequen
 
 
 def parse_options(arguments: Sequence[str]) -> Namespace:
-    """Parse Hydra's options, wherever among the `overrides` they stand.
-
-    Raises:
-        ConfigError: one that there is not, or that lacks its value.
-    """
+    """Parse Hydra's options, wherever among the `overrides` they stand."""
     parser = get_args_parser()
 
     def refuse(message: str) -> None:

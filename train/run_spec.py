@@ -148,11 +148,7 @@ def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
 
 
 def checked_plan(config: TrainConfig, data_parallel_size: int) -> tuple[Plan, str | None]:
-    """The run's plan, and which small gradients its noise scale is measured with.
-
-    Raises:
-        ConfigError: they do not fit each other, or the number of ranks.
-    """
+    """The run's plan, and which small gradients its noise scale is measured with."""
     plan = make_plan(config)
     with refusing():
         micro_batch_size = config.engine.known_micro_batch_size
@@ -205,11 +201,7 @@ def _model(config: TrainConfig, choice: str) -> str:
 
 
 def make_plan(config: TrainConfig) -> Plan:
-    """The run's plan; with mode=lr_find that of the sweep at its last batch size.
-
-    Raises:
-        ConfigError: schedules that do not fit the budget or each other.
-    """
+    """The run's plan; with mode=lr_find that of the sweep at its last batch size."""
     optim, scaling = config.optim, config.scaling
     with refusing():
         plan = Plan(

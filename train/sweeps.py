@@ -59,11 +59,7 @@ def _written_at(path: Path) -> int:
 
 
 class EveryRun(Launcher):
-    """A launcher whose failures do not end the sweep: they are raised when all runs were tried.
-
-    Raises:
-        SweepFailed: at its end, where runs have failed.
-    """
+    """A launcher whose failures do not end the sweep: they are raised when all runs were tried."""
 
     def __init__(self, config: DictConfig, launcher: Launcher, loader: ConfigLoader) -> None:
         self.config, self._launcher, self._loader = config, launcher, loader

@@ -132,11 +132,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Until no save is under way; every rank calls it.
-
-        Raises:
-            CheckpointFailed: it could not be written, with `required`.
-        """
+        """Until no save is under way; every rank calls it."""
         if self._under_way is None:
             return
         final, saving = self._under_way

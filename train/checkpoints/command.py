@@ -190,11 +190,7 @@ def those_of(run: Path) -> list[Path]:
 
 
 def one_of(run: Path) -> Path:
-    """The checkpoint that is named, or the last good one of a run.
-
-    Raises:
-        ValueError: it is broken, or all are.
-    """
+    """The checkpoint that is named, or the last good one of a run."""
     checkpoints = those_of(run)
     for path in reversed(checkpoints):
         what = problem(path)

@@ -100,11 +100,7 @@ def load_own(engine: Any, folder: Path) -> None:
 
 
 def load_universal(engine: Any, universal: Path) -> None:
-    """Load a converted checkpoint into a DeepSpeed engine of any size; every rank calls it.
-
-    Raises:
-        ValueError: a rank would hold nothing of a group of parameters.
-    """
+    """Load a converted checkpoint into a DeepSpeed engine of any size; every rank calls it."""
     _check_groups(engine.optimizer)
     config = engine._config
     before, config.load_universal_checkpoint = config.load_universal_checkpoint, True
@@ -218,11 +214,7 @@ def _inner(shard: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_optimizer(checkpoint: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """The optimizer's own name of each of the converter's, and the options of its groups.
-
-    Raises:
-        ValueError: more moments than the converter knows, or state that is no moment.
-    """
+    """The optimizer's own name of each of the converter's, and the options of its groups."""
     with weights_only(checkpoint, *deepspeed_classes()):
         shard = torch.load(_shards(checkpoint)[0], map_location="cpu")
     inner = _inner(shard)

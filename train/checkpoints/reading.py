@@ -62,11 +62,7 @@ class PlainReader(FileSystemReader):
             raise ValueError(f"{path} cannot be read: {error}") from error
 
     def describe(self, data: bytes) -> Metadata:
-        """What the file's bytes describe.
-
-        Raises:
-            ValueError: they name more than such a file does.
-        """
+        """What the file's bytes describe."""
         path = Path(self.path) / DESCRIPTION
         try:
             found = AllowListUnpickler(io.BytesIO(data), _describes).load()

@@ -66,10 +66,6 @@ def find_resumption(
         config: the resolved configuration, as YAML.
         world: ranks of the run to come; None: whether a checkpoint fits them is not asked.
         plan: of the run to come; None: it has the budget that it had.
-
-    Raises:
-        ConfigError: the run has ended, or was made with another configuration, another process is
-            at work on it, or it has left checkpoints and none can be read.
     """
     if not (folder / METRICS).exists() and not listed(folder):
         return None

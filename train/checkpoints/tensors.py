@@ -39,11 +39,7 @@ class Writing(Protocol):
     """A save that has begun."""
 
     def write(self) -> RankFiles:
-        """Put this rank's files on disk.
-
-        Raises:
-            OSError: the disk is full, or gone.
-        """
+        """Put this rank's files on disk."""
 
     def complete(self, results: Sequence[Any]) -> Files:
         """On rank 0, with every rank's results: write what describes the whole, as `write`; returns

@@ -88,12 +88,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def tokenize(options: argparse.Namespace) -> str:
-    """Write the files that `options` describe; returns what to say of them.
-
-    Raises:
-        ValueError: what cannot be read or written, before anything has its final name.
-        OSError: an input that is not there, a disk that is full.
-    """
+    """Write the files that `options` describe; returns what to say of them."""
     for path in options.inputs:
         check_file(path)
     if options.eod is not None and not options.append_eod:

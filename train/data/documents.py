@@ -57,9 +57,6 @@ def pieces(path: Path, key: str) -> Iterator[TextPiece]:
 
     Args:
         key: of the text in a JSON line, or name of a table's column.
-
-    Raises:
-        ValueError: a line that holds no such text, by its number; a file that holds none at all.
     """
     with path.open("rb") as raw:
         head = bytes(raw.peek(16)[:16])

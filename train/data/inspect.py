@@ -20,9 +20,6 @@ def describe(path: Path, dtype: str | None, check: bool, progress: Progress) -> 
 
     Args:
         check: read them all, and the whole of an index.
-
-    Raises:
-        ValueError: they are foreign, cut short, inconsistent, or not what the sidecar says.
     """
     (file,) = find_files(str(path), "PATH")
     tokens = open_tokens(file, dtype)

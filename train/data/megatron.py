@@ -46,11 +46,7 @@ class Index:
 
 
 def open_index(path: Path) -> Index:
-    """The index at `path`, its counts checked against its size.
-
-    Raises:
-        ValueError: it is none, or not whole.
-    """
+    """The index at `path`, its counts checked against its size."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(HEADER.size)

@@ -119,9 +119,6 @@ def open_tokens(path: Path, dtype: str | None = None) -> TokenFile:
 
     Args:
         dtype: of plain tokens without a sidecar; others say themselves what they are.
-
-    Raises:
-        ValueError: in one sentence, naming the file that is foreign, cut short or inconsistent.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not there, or is no file")

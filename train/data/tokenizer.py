@@ -80,11 +80,7 @@ class JsonTokenizer:
 
 
 def find_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub.
-
-    Raises:
-        ValueError: there is none such, or the package for it is missing.
-    """
+    """`bytes`, a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub."""
     if name == "bytes":
         return ByteTokenizer()
     try:

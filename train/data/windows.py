@@ -40,11 +40,7 @@ class Windows:
         return int(self.ends[-1])
 
     def read(self, indices: Indices) -> npt.NDArray[np.int64]:
-        """The tokens of windows `indices`; shape (count, length + 1). Reads those alone.
-
-        Raises:
-            ValueError: an id that is not in the vocabulary, by its file and place.
-        """
+        """The tokens of windows `indices`; shape (count, length + 1). Reads those alone."""
         found = np.empty((len(indices), self.length + 1), np.int64)
         file_of = np.searchsorted(self.ends, indices, side="right")
         for number in np.unique(file_of):

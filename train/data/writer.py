@@ -35,9 +35,6 @@ class TokenWriter:
 
     Args:
         kind: "bin" or "megatron".
-
-    Raises:
-        ValueError: there is such a file already, or another process is writing it.
     """
 
     def __init__(self, prefix: Path, kind: str, dtype: str) -> None:
@@ -100,11 +97,7 @@ class TokenWriter:
         self._in_document = 0
 
     def finish(self, **more: Any) -> dict[str, Any]:
-        """Give the files their names; returns what the sidecar says, `more` included.
-
-        Raises:
-            ValueError: there are no tokens, or files of these names have appeared.
-        """
+        """Give the files their names; returns what the sidecar says, `more` included."""
         if not self.num_tokens:
             raise ValueError("the inputs hold no text: nothing is written")
         if self._index is not None:

@@ -37,9 +37,6 @@ class DeepSpeed(Engine):
         stage: of ZeRO, 0 to 3.
         zero: more of DeepSpeed's `zero_optimization`, by its own names.
         values: of the parameters, where `model` is on the meta device; of stage 3 alone.
-
-    Raises:
-        ValueError: another stage, or FP16, which DeepSpeed would sum in FP16.
     """
 
     can_skip = False

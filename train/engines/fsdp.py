@@ -94,11 +94,7 @@ class FSDP(OfGradients):
 
 
 def num_replicas(ranks: Ranks, shard_nodes: int | None, replicas: int | None) -> int:
-    """Groups of ranks that hold the whole model each.
-
-    Raises:
-        ValueError: both are given, or one that does not divide nodes or ranks.
-    """
+    """Groups of ranks that hold the whole model each."""
     if shard_nodes is not None and replicas is not None:
         raise ValueError(
             f"engine.shard_nodes={shard_nodes} and engine.replicas={replicas} say the same thing "

@@ -224,7 +224,7 @@ def record(make: Callable[[], nn.Module]) -> tuple[nn.Module, InitialValues]:
 
 @contextmanager
 def _no_fork() -> Iterator[None]:
-    """Refuse random numbers between brackets by `NotRecorded`: no state afterwards tells of them."""
+    """Refuse, by `NotRecorded`, random numbers between brackets: no later state tells of them."""
 
     def refuse(*args: Any, **more: Any) -> Any:
         raise NotRecorded("it seeds or draws random numbers by itself")

@@ -21,11 +21,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Keep each block's input alone, and compute the block again in the backward pass.
-
-    Raises:
-        ValueError: the model has no list of blocks.
-    """
+    """Keep each block's input alone, and compute the block again in the backward pass."""
     found = blocks(model)
     if not found:
         raise ValueError(

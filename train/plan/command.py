@@ -105,11 +105,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def describe(plan: Plan, config: TrainConfig, ranks: int) -> dict[str, Any]:
-    """The plan in plain numbers, as `--json` prints it.
-
-    Raises:
-        ConfigError: batch sizes that the ranks and micro-batches do not divide.
-    """
+    """The plan in plain numbers, as `--json` prints it."""
     with refusing():
         splits = {
             split.global_batch_size: split

@@ -90,9 +90,6 @@ def flops_of(
     Args:
         make_model: as the run makes it; its random numbers are given back.
         formula: one of `FORMULAS`; "auto": `palm` for our Transformer, `counted` for others.
-
-    Raises:
-        ValueError: an unknown formula, or one that cannot be had for this model.
     """
     if formula not in FORMULAS:
         raise ValueError(
