@@ -144,7 +144,7 @@ def single_run(composed: DictConfig) -> None:
 
 
 def job(composed: DictConfig, display: bool = False) -> SummaryRecord:
-    """One run of a composed configuration; returns its summary. Sweeps call it in worker processes."""
+    """One run of a composed configuration; returns its summary. Sweeps call it in workers."""
     team = find_team()
     die_with_parent()
     try:

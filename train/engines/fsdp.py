@@ -38,7 +38,6 @@ class FSDP(OfGradients):
         accumulate: where micro-batches are summed: "unsharded", whole gradients on every rank and
             one reduce-scatter a step, or "sharded", one for each micro-batch and the memory of a
             shard.
-
         values: of the parameters, where `model` is on the meta device.
     """
 
