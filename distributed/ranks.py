@@ -62,7 +62,7 @@ def started_ranks(
     port = listener.getsockname()[1]
     others = []
     for rank in range(1, nproc):
-        environment = _without("LARGEBATCH_RANKS") | {
+        environment = os.environ | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(nproc),
@@ -74,6 +74,7 @@ def started_ranks(
             # What this process can import, they can, wherever hydra.job.chdir has led it.
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
+        environment.pop("LARGEBATCH_RANKS", None)
         # Their standard output would interleave with rank 0's; errors still show.
         others.append(
             subprocess.Popen(
@@ -118,10 +119,6 @@ def how_it_ended(code: int) -> str:
         name = "a signal without a name"
     memory = ", as the system does when memory runs out" * (-code == signal.SIGKILL)
     return f"was killed by signal {-code} ({name}){memory}"
-
-
-def _without(name: str) -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key != name}
 
 
 def die_with_parent(environment: Mapping[str, str] = os.environ) -> None:

@@ -135,21 +135,16 @@ def read_summary(path: Path) -> Summary:
     return run
 
 
-def read_status(run: Path) -> str | None:
-    """Return how the run in a folder has ended; None where it has written no summary.
+def has_ended(run: Path) -> bool:
+    """Say whether the run has ended for good.
 
     Raises:
         RecordError: the summary does not say it.
     """
     try:
-        return read_fields(run / SUMMARY).take("status", status)
+        return read_fields(run / SUMMARY).take("status", status) not in UNFINISHED
     except FileNotFoundError:
-        return None
-
-
-def has_ended(run: Path) -> bool:
-    """Say whether the run has ended for good."""
-    return read_status(run) not in (None, *UNFINISHED)
+        return False
 
 
 def objective(summary: Mapping[str, Any]) -> float:

@@ -219,7 +219,7 @@ def read_optimizer(checkpoint: Path) -> tuple[dict[str, str], list[dict[str, Any
         shard = torch.load(_shards(checkpoint)[0], map_location="cpu")
     inner = _inner(shard)
     items = [item for state in inner["state"].values() for item in state.items()]
-    moments = {name for name, value in items if _is_moment(value)}
+    moments = {name for name, value in items if isinstance(value, Tensor) and value.dim() == 1}
     others = {name for name, value in items if value is not None} - moments - {"step"}
     if others or len(moments) > len(_SLOTS):
         raise ValueError(
@@ -234,10 +234,6 @@ def read_optimizer(checkpoint: Path) -> tuple[dict[str, str], list[dict[str, Any
         for group in inner["param_groups"]
     ]
     return names, groups
-
-
-def _is_moment(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 1
 
 
 def _lengths(shard: dict[str, Any]) -> list[int]:

@@ -177,11 +177,9 @@ class SharingPlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
         if not self._writes_replicas:
-            plan.items[:] = [i for i in plan.items if isinstance(self._object(i), DTensor)]
+            held = self.state_dict
+            plan.items[:] = [i for i in plan.items if isinstance(held[i.index.fqn], DTensor)]
         return plan
-
-    def _object(self, item: WriteItem) -> Any:
-        return self.state_dict[item.index.fqn]
 
     def stage(self, plan: SavePlan) -> None:
         """Copy to host memory what `plan` has this rank write.

@@ -31,10 +31,6 @@ class TextPiece(NamedTuple):
     """Of the file, by then: what a progress bar shows."""
 
 
-def is_json_lines(path: Path) -> bool:
-    return bare_name(path).suffix in _LINES
-
-
 def check_file(path: Path) -> None:
     """Refuse what is no file."""
     if path.is_file():
@@ -73,11 +69,10 @@ def pieces(path: Path, key: str) -> Iterator[TextPiece]:
 
 
 def _of_file(file: IO[bytes], path: Path, key: str) -> Iterator[TextPiece]:
-    separator = SEPARATED.get(bare_name(path).suffix)
-    if separator is not None:
-        texts = texts_of_rows(file, path, separator, key)
-        return _of_texts(texts, path)
-    return _of_lines(file, path, key) if is_json_lines(path) else _of_text(file)
+    suffix = bare_name(path).suffix
+    if suffix in SEPARATED:
+        return _of_texts(texts_of_rows(file, path, SEPARATED[suffix], key), path)
+    return _of_lines(file, path, key) if suffix in _LINES else _of_text(file)
 
 
 def _of_texts(texts: Iterable[str | None], path: Path) -> Iterator[TextPiece]:

@@ -169,7 +169,8 @@ class InitialValues:
             if view.on_meta:
                 return torch.empty_strided(view.shape, view.stride, dtype=view.dtype, device="meta")
             if view.storage not in live:
-                live[view.storage] = _memory(self._num_bytes[view.storage])
+                num_bytes = self._num_bytes[view.storage]
+                live[view.storage] = torch.empty(num_bytes, dtype=torch.uint8).untyped_storage()
             return view.of(live[view.storage])
 
         for i, call in enumerate(self._calls):
@@ -196,10 +197,6 @@ class InitialValues:
                 kept = tensor.clone()
                 kept = kept.to(device) if place.kind == "_buffers" else kept
                 getattr(place.module, place.kind)[place.name] = kept
-
-
-def _memory(num_bytes: int) -> torch.UntypedStorage:
-    return torch.empty(num_bytes, dtype=torch.uint8).untyped_storage()
 
 
 def record(make: Callable[[], nn.Module]) -> tuple[nn.Module, InitialValues]:

@@ -102,15 +102,11 @@ class Reporter(NullReporter):
         self._folder.flush_to_disk()
 
     def checkpoint_failed(self, samples: int, reason: str) -> None:
-        self.event(
-            {"kind": "checkpoint_failed", "step": self._steps, "samples": samples, "reason": reason}
-        )
+        self._events.write("checkpoint_failed", step=self._steps, samples=samples, reason=reason)
 
     def _logger_failed(self, reason: str) -> None:
-        self.event(
-            {"kind": "logger_failed", "step": self._steps, "samples": self._samples}
-            | {"reason": reason}
-        )
+        at = {"step": self._steps, "samples": self._samples}
+        self._events.write("logger_failed", **at, reason=reason)
 
     def rates(self) -> dict[str, Any]:
         """For the summary."""
