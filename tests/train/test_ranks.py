@@ -315,8 +315,8 @@ def test_the_timeout_of_a_group_ends_a_collective_that_hangs(tmp_path: Path) -> 
     (tmp_path / "hang.py").write_text(HANG)
     port = str(free_port())
     first, second = (
-        subprocess.Popen([sys.executable, "hang.py", rank, port], cwd=tmp_path,
-                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        forked.Popen([sys.executable, "hang.py", rank, port], cwd=tmp_path,
+                     stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         for rank in "01"
     )  # fmt: skip
     try:
