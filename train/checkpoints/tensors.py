@@ -39,7 +39,7 @@ class Writing(Protocol):
     """A save that has begun."""
 
     def write(self) -> RankFiles:
-        """Put this rank's files on disk."""
+        """Put this rank's files on disk, or raise OSError: it is full, or gone."""
 
     def complete(self, results: Sequence[Any]) -> Files:
         """On rank 0, with every rank's results: write what describes the whole, as `write`; returns
