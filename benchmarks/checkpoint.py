@@ -163,14 +163,11 @@ class Contest:
         assert last is not None
         forget([plain, *(last.iterdir() if self._ranks.is_first else ())])
         found[_READ] = self._timed(lambda: read_plain(plain))
-        found[_LOAD] = self._timed(lambda: self._load(last))
+        found[_LOAD] = self._timed(lambda: self._of_mode["sync"].load(last))
         return found
 
     def _save(self, mode: str, samples: int) -> None:
         self._of_mode[mode].save({"progress": {"samples": samples, "steps": samples}})
-
-    def _load(self, checkpoint: Path) -> None:
-        self._of_mode["sync"].load(checkpoint)
 
     def _timed(self, act: Callable[[], object], settled: bool = True) -> float:
         if self._device.type != "cpu":

@@ -3,7 +3,8 @@
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Final
 
@@ -13,6 +14,19 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ValidationErr
 
 class ConfigError(ValueError):
     """The user's configuration cannot be run; the message is one sentence for them."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turn a ValueError within it, which says what is wrong with the user's values, into a
+    ConfigError.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 class RanksEnded(RuntimeError):

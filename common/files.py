@@ -4,9 +4,10 @@ import errno
 import fcntl
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any, Final
+
+from largebatch.common.text import say
 
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 _reported: set[str] = set()
@@ -35,21 +36,15 @@ def lock_or_warn(descriptor: int, path: Path, wait: bool = False) -> bool:
     taken = lock(descriptor, wait)
     if taken is None and str(path) not in _reported:
         _reported.add(str(path))
-        print(
-            f"largebatch: the file system of {path} has no locks: going on without; two processes "
-            "that write there at once are not kept apart",
-            file=sys.stderr,
+        say(
+            f"the file system of {path} has no locks: going on without; two processes "
+            "that write there at once are not kept apart"
         )
     return taken is not False
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in a file of our own; for files from elsewhere see `largebatch.records`.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON.
-    """
+    """The JSON in a file of our own; for files from elsewhere see `largebatch.records`."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -43,11 +43,7 @@ def host_memory() -> int:
 
 
 def check_memory(num_bytes: int, what: str, way_out: str) -> None:
-    """Refuse what this node cannot hold.
-
-    Raises:
-        ValueError: with both sizes.
-    """
+    """Refuse what this node cannot hold."""
     here = host_memory()
     if num_bytes > here:
         raise ValueError(

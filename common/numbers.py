@@ -109,11 +109,7 @@ def check_fp32(number: float) -> float:
 
 
 def check_fits(length: int, name: str, budget_samples: int) -> None:
-    """Refuse a part of a run that is longer than the run.
-
-    Raises:
-        ValueError: with `name`, both lengths and the way out.
-    """
+    """Refuse a part of a run that is longer than the run."""
     if length > budget_samples:
         raise ValueError(
             f"{name} is {length}, longer than the run of {budget_samples}: lower it, "

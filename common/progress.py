@@ -1,6 +1,5 @@
 """How far something is, on stderr: a bar on a terminal, elsewhere lines or nothing."""
 
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -40,12 +39,7 @@ class BarOrLines:
             self._task = self._bar.add_task("", total=1.0)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

@@ -1,11 +1,17 @@
 """Text for people: made safe to show, lists cut short, durations and sizes in words."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 LONGEST: Final = 80  # characters of a value in a sentence
 _ENDS: Final = " …"
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
+
+
+def say(what: object) -> None:
+    """One line on stderr."""
+    print(f"largebatch: {what}", file=sys.stderr, flush=True)
 
 
 def printable(text: object) -> str:

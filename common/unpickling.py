@@ -9,20 +9,17 @@ from collections.abc import Callable
 from typing import IO, Any
 
 
-def no_name(module: str, name: str) -> bool:
-    """Allow numbers, texts and their collections, which need no name."""
-    del module, name
-    return False
-
-
 class AllowListUnpickler(pickle.Unpickler):
-    """Unpickle what names nothing but what is allowed.
+    """Unpickle what names nothing but what is allowed: without more, numbers, texts and their
+    collections, which need no name.
 
     Args:
         allowed: takes a module and a name in it, before the module is imported.
     """
 
-    def __init__(self, file: IO[bytes], allowed: Callable[[str, str], bool] = no_name) -> None:
+    def __init__(
+        self, file: IO[bytes], allowed: Callable[[str, str], bool] = lambda module, name: False
+    ) -> None:
         super().__init__(file)
         self._allowed = allowed
 

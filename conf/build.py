@@ -65,12 +65,7 @@ def check_kind(built: Any, kind: Any, name: str, target: str) -> None:
 
 
 def find_target(path: Any, name: str) -> None:
-    """Refuse a target that is not there, with what is.
-
-    Raises:
-        ConfigError: no such module, or nothing of that name in it. What importing a module raises
-            passes through.
-    """
+    """Refuse a target that is not there, with what is. What importing a module raises passes."""
     parts = str(path).split(".")
     if not isinstance(path, str) or len(parts) < 2 or not all(map(str.isidentifier, parts)):
         raise ConfigError(
@@ -115,9 +110,6 @@ def call(make: Callable[..., Any], keys: Mapping[str, Any], name: str) -> Any:
 
     Args:
         keys: what the user has given it.
-
-    Raises:
-        ConfigError: it refuses a value.
     """
     known = (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError)
     try:
@@ -158,11 +150,7 @@ def _about_a_key(error: Exception, keys: Mapping[str, Any], name: str) -> str:
 def fit_arguments(
     target: Callable[..., Any], keywords: Mapping[str, Any], name: str
 ) -> dict[str, Any]:
-    """`keywords` as the annotations of `target` want them.
-
-    Raises:
-        ConfigError: one that cannot be; with its key, its value and what it must be.
-    """
+    """`keywords` as the annotations of `target` want them."""
     annotations = annotations_of(target)
     found = {}
     for key, value in keywords.items():

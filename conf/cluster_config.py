@@ -35,11 +35,7 @@ ALGORITHMS = ("direct", "rabenseifner", "nreduce", "ring", "double_tree", "recur
 
 
 def seconds(value: Any, name: str) -> int:
-    """A wall time in seconds, from HH:MM:SS or from seconds.
-
-    Raises:
-        ConfigError: anything else, or none at all.
-    """
+    """A wall time in seconds, from HH:MM:SS or from seconds."""
     if isinstance(value, int) and value > 0:
         return value
     found = re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", str(value))
@@ -318,9 +314,5 @@ class SubmitConfig:
 
 
 def typed_submit(config: DictConfig) -> SubmitConfig:
-    """The composed configuration as a `SubmitConfig`.
-
-    Raises:
-        ConfigError: a missing or unknown key, a wrong type or an impossible value.
-    """
+    """The composed configuration as a `SubmitConfig`."""
     return typed_as(SubmitConfig, config)

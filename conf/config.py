@@ -11,9 +11,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from largebatch.common.errors import ConfigError
-from largebatch.common.numbers import real_number, whole_number
+from largebatch.common.numbers import moment, real_number, whole_number
 from largebatch.conf.engine_config import EngineConfig
-from largebatch.conf.specs import choice, count, real, time_of_day, typed_as
+from largebatch.conf.specs import choice, count, real, spec, typed_as
 from largebatch.conf.sweep_config import LRFindConfig, StudyConfig
 from largebatch.schedules.scaling import RULES, check_hold, check_options
 
@@ -190,7 +190,7 @@ class TrainConfig:
     precision: str = choice("fp32", "fp32", "bf16", "fp16")
     clip_norm: float | None = real(None, above=0.0)
     resume: str | None = None
-    stop_at: float | None = time_of_day(None)
+    stop_at: float | None = spec(None, moment)
     stop_before_walltime: float = real(300.0, least=0.0)
     mode: LRFindConfig | None = None
     study: StudyConfig | None = None
@@ -228,11 +228,7 @@ class TrainConfig:
             self.batch["tokens_per_sample"] = per
 
     def _check_sweep(self) -> None:
-        """Refuse what mode=lr_find has no use for.
-
-        Raises:
-            ConfigError: naming the key and the way out.
-        """
+        """Refuse what mode=lr_find has no use for."""
         if self.study is not None:
             raise ConfigError(
                 "a study searches its learning rates itself: leave out study, or mode=lr_find"
@@ -264,11 +260,7 @@ def in_samples(node: Node, name: str, tokens_per_sample: int) -> Node:
 
 
 def typed(config: DictConfig) -> TrainConfig:
-    """The composed configuration as a `TrainConfig`.
-
-    Raises:
-        ConfigError: a missing or unknown key, a wrong type or an impossible value.
-    """
+    """The composed configuration as a `TrainConfig`."""
     missing = [f"{group!s}._target_" for group in config if _has_no_target(config._get_node(group))]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} must be given, as KEY=VALUE")

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from largebatch.common.errors import ConfigError, format_config_error
-from largebatch.common.numbers import moment, real_number, whole_number
+from largebatch.common.numbers import real_number, whole_number
 
 T = TypeVar("T")
 _SCHEMAS: Final[dict[type, DictConfig]] = {}
@@ -24,10 +24,13 @@ Check = Callable[[Any, str], Any]
 """Takes a value and the key's name; raises ValueError."""
 
 
-def spec(default: Any, check: Check) -> Any:
-    """A field whose value is what `check` makes of it; None stays None where it is the default."""
-    optional = default is None
-    return field(default=default, metadata={"check": check, "optional": optional})
+def spec(default: Any, check: Check, optional: bool = False) -> Any:
+    """A field whose value is what `check` makes of it; None stays None where it is the default, or
+    with `optional`.
+    """
+    return field(
+        default=default, metadata={"check": check, "optional": optional or default is None}
+    )
 
 
 def count(default: int | None, *, least: int = 0, word: str | None = None) -> Any:
@@ -56,13 +59,7 @@ def real(
     optional: bool = False,
 ) -> Any:
     """A number within bounds; `optional` where it may be null and is not by default."""
-    made = partial(real_number, above=above, least=least)
-    return field(default=default, metadata={"check": made, "optional": optional or default is None})
-
-
-def time_of_day(default: float | None) -> Any:
-    """A date with a time of day, as seconds since 1970."""
-    return spec(default, moment)
+    return spec(default, partial(real_number, above=above, least=least), optional)
 
 
 def choice(default: str | None, *words: str) -> Any:
@@ -80,11 +77,7 @@ def choice(default: str | None, *words: str) -> Any:
 
 
 def convert(config: "DictConfig | dict[str, Any]", schema: type, above: str = "") -> None:
-    """Convert the values of `config` in place to what the fields of the dataclass `schema` say.
-
-    Raises:
-        ValueError: a value that is refused; the sentence carries its full name.
-    """
+    """Convert the values of `config` in place to what the fields of the dataclass `schema` say."""
     hints = get_type_hints(schema)
     for declared in fields(schema):
         name = declared.name

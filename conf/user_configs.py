@@ -1,6 +1,5 @@
 """`--config-dir`: the user's files, before the package's of the same name. Imports no torch."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -9,7 +8,7 @@ from pathlib import Path
 from yaml import YAMLError
 
 from largebatch.common.errors import ConfigError
-from largebatch.common.text import one_line
+from largebatch.common.text import one_line, say
 
 _folders: list[Path] = []
 """Read by the plugin that makes Hydra's search path, for as long as `first` lasts."""
@@ -17,11 +16,7 @@ _folders: list[Path] = []
 
 @contextmanager
 def first(folder: str | None) -> Iterator[None]:
-    """Have configurations composed from `folder` before the package's own; None: from these alone.
-
-    Raises:
-        ConfigError: there is no such folder.
-    """
+    """Compose configurations from `folder` before the package's own; None: from these alone."""
     if folder is not None and not Path(folder).is_dir():
         raise ConfigError(f"--config-dir must be a folder, got {folder!r}")
     before = _folders[:]
@@ -48,7 +43,7 @@ def tell_replaced(folder: str | None) -> None:
         if package.joinpath(*path.relative_to(root).parts).is_file()
     )
     if names:
-        print(f"largebatch: from {folder}, not the package: {', '.join(names)}", file=sys.stderr)
+        say(f"from {folder}, not the package: {', '.join(names)}")
 
 
 def unreadable_file(error: YAMLError | UnicodeDecodeError, folder: str | None) -> str:

@@ -14,11 +14,7 @@ Store = TypeVar("Store")
 
 
 def listen(addr: str, port: int, one_node: bool) -> socket.socket:
-    """A socket that listens at `addr` and nowhere else; port 0: at any that is free.
-
-    Raises:
-        ConfigError: the address is not of this node, or the port is taken.
-    """
+    """A socket that listens at `addr` and nowhere else; port 0: at any that is free."""
     family, host = check_is_here(addr)
     # A node's name may mean itself within the node, where no other node comes in.
     if not one_node and ipaddress.ip_address(host.partition("%")[0]).is_loopback:
@@ -36,9 +32,6 @@ def listen(addr: str, port: int, one_node: bool) -> socket.socket:
 def check_is_here(addr: str) -> tuple[socket.AddressFamily, str]:
     """Refuse, on rank 0, an address at which the others would not find it; returns its family and
     number.
-
-    Raises:
-        ConfigError: naming the address and this node.
     """
     way_out = (
         "MASTER_ADDR must be a name of rank 0's node; the suffix of the high-speed network is "

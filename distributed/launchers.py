@@ -113,11 +113,7 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
 def whole(
     environment: Mapping[str, str], name: str, default: int | None = None, most: int = 2**31
 ) -> int:
-    """A variable that holds a whole number.
-
-    Raises:
-        ConfigError: it is missing, or holds something else.
-    """
+    """A variable that holds a whole number."""
     text = environment.get(name)
     if text is None and default is not None:
         return default
@@ -205,11 +201,7 @@ T = TypeVar("T")
 
 
 def _agreed(world: Any, mpi: Any, check: Callable[[], T]) -> T:
-    """What `check` returns, once it has on every rank; one that is refused ends all.
-
-    Raises:
-        ConfigError: that of this rank, or that of the first rank with one.
-    """
+    """What `check` returns, once it has on every rank; one that is refused ends all."""
     own: ConfigError | None = None
     try:
         found = check()
@@ -237,11 +229,7 @@ def _from_rank(world: Any, mpi: Any, text: str, root: int) -> str:
 
 
 def _from_pals_alone(environment: Mapping[str, str]) -> Ranks:
-    """Without MPI: the size is not PALS's to say, and the master has to be known beforehand.
-
-    Raises:
-        ConfigError: nothing says the size.
-    """
+    """Without MPI: the size is not PALS's to say, and the master has to be known beforehand."""
     rank, (local_rank, local_size) = whole(environment, "PALS_RANKID"), _pals_local(environment)
     size = said_size(environment)
     if size is None or rank >= size:
@@ -303,11 +291,7 @@ def said_size(environment: Mapping[str, str], exact: bool = False) -> Any:
 
 
 def _from_slurm(environment: Mapping[str, str]) -> Ranks:
-    """srun says all but the master's port, which has to be exported before it.
-
-    Raises:
-        ConfigError: several ranks without MASTER_ADDR and MASTER_PORT.
-    """
+    """srun says all but the master's port, which has to be exported before it."""
     rank, size = whole(environment, "SLURM_PROCID"), whole(environment, "SLURM_STEP_NUM_TASKS")
     local_rank = whole(environment, "SLURM_LOCALID")
     # "2(x3),1": two tasks on each of three nodes, one on the fourth.

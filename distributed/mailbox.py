@@ -7,7 +7,6 @@ reads, and a rank that has not written by the deadline is known by its number.
 import json
 import math
 import os
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,9 +53,9 @@ class StoreMailbox:
         """
         from torch.distributed import DistError
 
-        from largebatch.distributed.ranks import open_store
+        from largebatch.distributed.ranks import allow_sockets, open_store
 
-        allow_sockets(ranks.size)
+        allow_sockets(ranks.size)  # the check `nofile-low` reports where that is too little
         try:
             # The run that follows in this process meets in the same store.
             store = open_store(ranks, timedelta(seconds=timeout_seconds))
@@ -159,16 +158,3 @@ class StoreMailbox:
                 f"rank {self.ranks.rank} has heard nothing from rank 0 at {self.ranks.master_addr}:"
                 f"{self.ranks.master_port} on {topic!r} for {seconds:g} s ({first_line(error)})"
             ) from error
-
-
-def allow_sockets(size: int) -> None:
-    """Raise the limit of open files to what `size` ranks need, as far as this process may.
-
-    The check `nofile-low` reports where that is too little.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * size + 256  # a rank that hangs connects a second time
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))

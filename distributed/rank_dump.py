@@ -32,9 +32,7 @@ from traceback import walk_stack
 from typing import Any, Final
 
 from largebatch.common.files import write_whole
-from largebatch.records.names import WATCH
-
-REQUEST: Final = "request"
+from largebatch.records.names import REQUEST, WATCH
 
 LEFT: Final = 124
 """Exit code of a rank that was asked to leave, as of a command whose time was over."""

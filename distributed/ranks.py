@@ -24,35 +24,14 @@ from weakref import WeakValueDictionary
 
 from largebatch.common.errors import ConfigError
 from largebatch.common.text import first_line
-from largebatch.distributed.addresses import answered, free_port, listen
-from largebatch.distributed.launchers import (
-    Ranks,
-    launcher_of,
-    marks_of,
-    ranks_from,
-    said_size,
-    whole,
-)
+from largebatch.distributed.addresses import answered, listen
+from largebatch.distributed.addresses import free_port as free_port
+from largebatch.distributed.launchers import Ranks as Ranks
+from largebatch.distributed.launchers import launcher_of, ranks_from, said_size, whole
 
 if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import Store, TCPStore
-
-__all__ = [
-    "Ranks",
-    "die_with_parent",
-    "find_ranks",
-    "free_port",
-    "launcher_of",
-    "marks_of",
-    "meet",
-    "open_store",
-    "pick_device",
-    "process_group",
-    "ranks_from",
-    "set_threads",
-    "started_ranks",
-]
 
 # With one of these a launcher shows a rank some of its node's devices.
 _MASKS: Final = ("ZE_AFFINITY_MASK", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
@@ -83,7 +62,7 @@ def started_ranks(
     port = listener.getsockname()[1]
     others = []
     for rank in range(1, nproc):
-        environment = _without("LARGEBATCH_RANKS") | {
+        environment = os.environ | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(nproc),
@@ -95,6 +74,7 @@ def started_ranks(
             # What this process can import, they can, wherever hydra.job.chdir has led it.
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
+        environment.pop("LARGEBATCH_RANKS", None)
         # Their standard output would interleave with rank 0's; errors still show.
         others.append(
             subprocess.Popen(
@@ -139,10 +119,6 @@ def how_it_ended(code: int) -> str:
         name = "a signal without a name"
     memory = ", as the system does when memory runs out" * (-code == signal.SIGKILL)
     return f"was killed by signal {-code} ({name}){memory}"
-
-
-def _without(name: str) -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key != name}
 
 
 def die_with_parent(environment: Mapping[str, str] = os.environ) -> None:
@@ -249,7 +225,8 @@ def meet(ranks: Ranks, timeout: timedelta = MEETING) -> "Store | None":
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed import DistError
 
-    _allow_sockets(ranks.size)
+    if lacking := allow_sockets(ranks.size):
+        raise ConfigError(lacking)
     try:
         store = open_store(ranks, timeout)
     except DistError as error:
@@ -294,22 +271,23 @@ def open_store(ranks: Ranks, timeout: timedelta) -> "TCPStore":
     return server
 
 
-def _allow_sockets(size: int) -> None:
-    """Let this process open the files that `size` ranks need: rank 0 keeps the store, to which each
-    connects twice, gloo is a full mesh. What a job's script asked of the system need not have
-    reached its ranks.
+def allow_sockets(size: int) -> str | None:
+    """Let this process open the files that `size` ranks need, or as many as it may: rank 0 keeps
+    the store, to which each connects twice, gloo is a full mesh. What a job's script asked of the
+    system need not have reached its ranks. Returns what is lacking, and the way out.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * size + _OTHER_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ConfigError(
-            f"{size} ranks need {needed} open files, and this process may open {hard}: "
-            f"`ulimit -n {needed}` before the launcher, or `mpiexec --rlimit NOFILE`, or fewer "
-            "ranks"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        return None
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed == needed:
+        return None
+    return (
+        f"{size} ranks need {needed} open files, and this process may open {hard}: "
+        f"`ulimit -n {needed}` before the launcher, or `mpiexec --rlimit NOFILE`, or fewer ranks"
+    )
 
 
 @contextmanager

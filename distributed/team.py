@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from largebatch.common import user_code
 from largebatch.common.errors import ConfigError, RanksEnded, RanksRefused
-from largebatch.distributed.ranks import MEETING, Ranks, find_ranks, marks_of, meet, started_ranks
+from largebatch.common.text import say
+from largebatch.distributed.launchers import marks_of
+from largebatch.distributed.ranks import MEETING, Ranks, find_ranks, meet, started_ranks
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -90,12 +91,7 @@ class Team:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.ranks.size == 1 or error is None:
             self._came.set()
             if self.ranks.size > 1:
@@ -235,7 +231,7 @@ class Team:
             timer.cancel()
 
     def _say(self, what: str) -> None:
-        print(f"largebatch: {what}; {self._alone()}", file=sys.stderr, flush=True)
+        say(f"{what}; {self._alone()}")
 
     def _place(self) -> str:
         return f"{self.ranks.master_addr}:{self.ranks.master_port}"

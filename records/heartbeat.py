@@ -11,7 +11,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 from largebatch.common.files import write_whole
@@ -95,12 +94,7 @@ class Heartbeat:
         self._write()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._write(state="ended" if kind is None else "failed", phase=None)
 
     def beat(self, step: int, samples: int) -> None:

@@ -73,11 +73,7 @@ class RunLock:
         return type(None), ()
 
     def check(self) -> None:
-        """Without a lock: check that nobody took the folder over while this process was paused.
-
-        Raises:
-            RunLocked: somebody has.
-        """
+        """Without a lock: check that nobody took the folder over while this process was paused."""
         if self._heart is not None and _read(self._path).get("run_id") != self.run_id:
             raise self._refusal()
 

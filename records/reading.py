@@ -36,12 +36,7 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """Read a small file whole.
-
-    Raises:
-        FileNotFoundError: there is none.
-        RecordError: it cannot be read, or is larger than any file of its kind.
-    """
+    """Read a small file whole."""
     try:
         with open_file(path) as file:
             # Room is made for as much as is asked for.
@@ -58,11 +53,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def parsed(data: bytes | str, where: str) -> Any:
-    """Parse JSON.
-
-    Raises:
-        RecordError: it is none.
-    """
+    """Parse JSON."""
     if not data.strip():
         raise RecordError(f"{where} is empty")
     try:

@@ -9,14 +9,13 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self, TextIO
 
 from largebatch.common.errors import ConfigError
 from largebatch.common.files import write_whole
+from largebatch.common.text import say
 from largebatch.records import Fields, RecordError, read_fields
 from largebatch.records.checkpoints import listed
 from largebatch.records.configuration import read_yaml
@@ -28,11 +27,7 @@ from largebatch.records.reading import parsed
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that another run has written to.
-
-    Raises:
-        ConfigError: naming the folder and the way out.
-    """
+    """Refuse a folder that another run has written to."""
     if (folder / METRICS).exists() or (folder / SUMMARY).exists() or listed(folder):
         raise ConfigError(
             f"{folder} already holds a run; choose another with hydra.run.dir=…, move it away, or "
@@ -58,12 +53,8 @@ class RunEnded(ConfigError):
 
 
 def check_unfinished(folder: Path, budget_samples: int = 0) -> None:
-    """Refuse to resume a run that has ended. One that has spent its budget may be resumed with a
-    larger one.
-
-    Raises:
-        RunEnded: naming the folder and the way out.
-        ConfigError: the summary is damaged.
+    """Refuse, by `RunEnded`, to resume a run that has ended. One that has spent its budget may be
+    resumed with a larger one.
     """
     try:
         summary = read_fields(folder / SUMMARY)
@@ -94,9 +85,6 @@ class Kept(NamedTuple):
 def kept_lines(folder: Path, samples: int) -> Kept:
     """The lines of steps until `samples` samples: later steps are made again, and half a line at
     the end is of a process that was killed.
-
-    Raises:
-        ConfigError: a line before that is damaged.
     """
     path, kept, size, damage = folder / METRICS, Kept(), 0, ""
     with path.open("rb") as file:
@@ -120,11 +108,7 @@ def kept_lines(folder: Path, samples: int) -> Kept:
 
 
 def words_of(folder: Path) -> list[str] | None:
-    """Return the overrides that the run in `folder` was made with; None where it does not say.
-
-    Raises:
-        ConfigError: their record is damaged.
-    """
+    """Return the overrides that the run in `folder` was made with; None where it does not say."""
     from omegaconf import ListConfig, OmegaConf
 
     path = folder / ".hydra" / "overrides.yaml"
@@ -148,11 +132,7 @@ def telling(words: Iterable[str]) -> set[str]:
 
 
 def claim(folder: Path, world: int = 1) -> RunLock:
-    """Make this process the owner of the run that is in `folder`, before anything in it is read.
-
-    Raises:
-        RunLocked: another process is at work in it.
-    """
+    """Make this process the owner of the run that is in `folder`, before anything in it is read."""
     file = (folder / METRICS).open("r+", encoding="utf-8")
     try:
         return RunLock(folder, file, world)
@@ -305,15 +285,5 @@ class RunFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._lock.release()
-
-
-def say(what: str) -> None:
-    """One line on stderr."""
-    print(f"largebatch: {what}", file=sys.stderr, flush=True)

@@ -1,26 +1,27 @@
 """What a run is made of, built as its configuration says: task, model, engine, optimizer."""
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from largebatch.common.errors import ConfigError
-from largebatch.common.memory import check_memory
+from largebatch.common.errors import ConfigError, refusing
+from largebatch.common.memory import check_memory, ran_out
 from largebatch.common.numbers import real_number
+from largebatch.common.text import one_line, say
 from largebatch.conf.annotations import in_yaml
-from largebatch.conf.build import build, call, check_arguments, check_kind
+from largebatch.conf.build import build, call, check_arguments, check_kind, is_known
 from largebatch.conf.config import TrainConfig
 from largebatch.conf.engine_config import EngineConfig
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import param_groups
+from largebatch.schedules import Plan
 from largebatch.train.engines.base import Engine
 from largebatch.train.engines.initial_values import InitialValues, NotRecorded, record
 from largebatch.train.engines.micro_batch import find_micro_batch_size
@@ -40,28 +41,14 @@ from largebatch.train.reporting.peaks import chosen, peaks_of
 from largebatch.train.reporting.provenance import device_name
 from largebatch.train.reporting.throughput import Throughput
 from largebatch.train.run_spec import RunSpec
-from largebatch.train.tasks import Task, check_task
-from largebatch.train.trial import MOST_TRIED, check_batches, try_one_pass
+from largebatch.train.tasks import Task, check_task, loss_of
+
+MOST_TRIED: Final = 10_000_000
+"""Parameters of a model that is tried on the host first, which is milliseconds."""
 
 
-@dataclass
-class BuiltParts(Parts):
-    """The parts, and what the summary says of them."""
-
-    num_parameters: int = 0
-    data: Mapping[str, str] = field(default_factory=dict)
-    """The task's provenance."""
-    groups: list[dict[str, Any]] = field(default_factory=list)
-    """What tells the optimizer's groups from one another."""
-
-
-def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> BuiltParts:
-    """Task, model, engine and optimizer as configured, the model the same on every rank.
-
-    Raises:
-        ConfigError: a target that cannot be imported, does not take its arguments or refuses a
-        value.
-    """
+def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
+    """Task, model, engine and optimizer as configured, the model the same on every rank."""
     config = spec.config
     task: Task = build(config.task, "task")
     data = check_task(task)
@@ -89,17 +76,48 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> BuiltParts
             "engine=deepspeed steps whatever the gradient: set guard.non_finite and guard.spike to "
             "rollback or stop, or use engine=ddp or fsdp"
         )
-    try:
+    with refusing():
         optimizer = engine.attach(optimizer, config.clip_norm)
         if config.engine.micro_batch_size == "auto":
             sizes = [split.global_batch_size for split in spec.plan.splits(ranks.size, None)]
             engine.set_micro_batch_size(
                 find_micro_batch_size(engine, optimizer, task, ranks, sizes)
             )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     noise = build_noise(spec, engine, optimizer)
-    return BuiltParts(task, engine, optimizer, noise, num_parameters, data, groups)
+    return Parts(task, engine, optimizer, noise, num_parameters, data, groups)
+
+
+def check_batches(plan: Plan, task: Task, ranks: Ranks) -> None:
+    """Refuse batches whose samples alone are more than this node's memory."""
+    sample = sum(part.nbytes for part in task.train_batch(np.zeros(1, np.int64)))
+    size = max(split.global_batch_size for split in plan.splits(ranks.size, None))
+    held = size // ranks.size * ranks.local_size * (sample + 8)  # and their places, int64
+    with refusing():
+        check_memory(held, f"a global batch of {size} samples", "lower batch.size")
+
+
+def try_one_pass(task: Task, model: nn.Module) -> None:
+    """Compute the loss of a few samples, and leave nothing behind: whether model and task fit.
+
+    Raises:
+        ConfigError: a model and a task of this package's do not; others' errors are their own.
+    """
+    batch = task.train_batch(np.arange(min(32, task.num_train), dtype=np.int64))
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            loss_of(task, model, batch)
+    except ConfigError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if ran_out(error) or not (is_known(type(task)) and is_known(type(model))):
+            raise
+        why = one_line(error)
+        raise ConfigError(
+            f"model and task do not fit each other ({why}): what task.* says of its data and "
+            "what model.* takes must be the same"
+        ) from error
+    model.train()
 
 
 def build_model(
@@ -108,9 +126,6 @@ def build_model(
     """The model; on the meta device and beside its values where ranks each keep a shard of them.
 
     A model that is small enough to be tried on the host is whole there.
-
-    Raises:
-        ConfigError: it cannot be built, or is more than this node holds.
     """
     make: Callable[[], nn.Module] = partial(build, config.model, "model", nn.Module)
     why = ""
@@ -128,79 +143,53 @@ def build_model(
     with within_memory(ranks.local_size * (2 if trains_here else 1)):
         model = make()
     if why and ranks.is_first and sum(p.numel() for p in model.parameters()) > MOST_TRIED:
-        print(
-            f"largebatch: each rank builds the whole model before it is sharded ({why})",
-            file=sys.stderr,
-        )
+        say(f"each rank builds the whole model before it is sharded ({why})")
     return model, None
 
 
 def check_held(num_bytes: int, values: InitialValues, ranks: Ranks, device: torch.device) -> None:
-    """Refuse a model of whose values this node cannot hold what its ranks take on the host.
-
-    Raises:
-        ConfigError: with both sizes.
-    """
+    """Refuse a model of whose values this node cannot hold what its ranks take on the host."""
     shards = num_bytes // ranks.size if device.type == "cpu" else 0
-    try:
+    with refusing():
         check_memory(
             (values.peak_bytes + shards) * ranks.local_size, "the model", "lower its sizes"
         )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def prepare_model(
     config: EngineConfig, model: nn.Module, device: torch.device, ranks: Ranks
 ) -> None:
-    """What is done to a model whatever the engine.
-
-    Raises:
-        ConfigError: it cannot be.
-    """
-    try:
+    """What is done to a model whatever the engine."""
+    with refusing():
         if wants_checkpointing(config.activation_checkpointing, model, device):
             checkpoint_activations(model)
             if config.activation_checkpointing is None and ranks.is_first:
-                print(
-                    f"largebatch: attention has no fused backward pass on {device.type}, so each "
+                say(
+                    f"attention has no fused backward pass on {device.type}, so each "
                     "block is computed again in the backward pass, for memory; "
-                    "engine.activation_checkpointing=false leaves that off",
-                    file=sys.stderr,
+                    "engine.activation_checkpointing=false leaves that off"
                 )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     if config.compile:
         compile_blocks(model)
 
 
 def build_throughput(spec: RunSpec, task: Task, ranks: Ranks, device: torch.device) -> Throughput:
-    """What rates are made with.
-
-    Raises:
-        ConfigError: a formula that is not known, or not for this model.
-    """
+    """What rates are made with."""
     config, name = spec.config.throughput, device_name(device)
     known = peaks_of(name)
     flops = None
     if config.formula is not None or known or config.peak_tflops is not None:
-        try:
+        with refusing():
             flops = flops_of(
                 partial(build, spec.config.model, "model"), task, config.formula or "auto"
             )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
     peak = chosen(config.peak_tflops, name)
     others = tuple(other for other in known if other != peak)
     return Throughput(flops, ranks.size, peak, others, config.steps_left_out)
 
 
 def build_noise(spec: RunSpec, engine: Engine, optimizer: Optimizer) -> GradientNoise | None:
-    """What measures the noise scale, where it is asked for.
-
-    Raises:
-        ConfigError: it cannot be measured so in this run.
-    """
+    """What measures the noise scale, where it is asked for."""
     if spec.noise_source is None:
         return None
     noise = spec.config.noise
@@ -242,11 +231,9 @@ def build_optimizer(node: Mapping[str, Any], model: nn.Module, ranks: Ranks) -> 
     asked = node.get("groups") or {}
     groups = build_groups(asked, model)
     make = build({key: value for key, value in node.items() if key != "groups"}, "optim")
-    try:
+    with refusing():
         if "momentum" in make.keywords:  # torch's own take any that is not negative
             real_number(make.keywords["momentum"], "optim.momentum", least=0.0, most=1.0)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     if ranks.size > 1 and "process_group" in inspect.signature(make.func).parameters:
         make = partial(make.func, **{"process_group": dist.group.WORLD} | make.keywords)
     argument: Any = groups
@@ -266,11 +253,7 @@ def build_optimizer(node: Mapping[str, Any], model: nn.Module, ranks: Ranks) -> 
 
 
 def build_groups(asked: Mapping[str, Any], model: nn.Module) -> list[dict[str, Any]]:
-    """Build the groups that `optim.groups` asks for.
-
-    Raises:
-        ConfigError: a key that is no selector's, or one that matches nothing.
-    """
+    """Build the groups that `optim.groups` asks for."""
     check_arguments(param_groups, (model,), asked, "optim.groups")
     for name in ("weight_decay", "rows"):
         if name in asked:

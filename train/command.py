@@ -15,7 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from largebatch.common.errors import ConfigError, RanksEnded, RunFailed, SweepFailed
+from largebatch.common.errors import ConfigError, RanksEnded, RunFailed, SweepFailed, refusing
+from largebatch.common.text import say
 from largebatch.common.user_code import of_user
 from largebatch.distributed.ranks import Ranks, die_with_parent
 from largebatch.distributed.team import Team, find_team, started_team
@@ -49,30 +50,23 @@ def run_command(command: str, arguments: list[str]) -> int:
     except RanksEnded as ended:  # already reported
         return ended.code
     except ConfigError as error:
-        print(f"largebatch: {error}", file=sys.stderr)
+        say(error)
         return ExitCode.REFUSED
     except (RunFailed, SweepFailed) as error:  # each run has been reported by itself
         more = "" if error.refused else f"; the same command{again[0]} makes those again"
-        print(f"largebatch: {error}{more}", file=sys.stderr)
+        say(f"{error}{more}")
         return ExitCode.REFUSED if error.refused else ExitCode.FAILED
     except KeyboardInterrupt:
         if not again:  # no sweep
             raise
-        print(
-            f"largebatch: interrupted; the same command{again[0]} resumes from here",
-            file=sys.stderr,
-        )
+        say(f"interrupted; the same command{again[0]} resumes from here")
         return ExitCode.INTERRUPTED
     except Exception as error:
         return failed(error)
 
 
 def lead(team: Team, command: str, arguments: list[str]) -> int:
-    """Compose the configuration as rank 0, and train; returns the exit code.
-
-    Raises:
-        ConfigError: the run is refused.
-    """
+    """Compose the configuration as rank 0, and train; returns the exit code."""
     if team.ranks.size > 1:
         check_single(team.ranks, command, arguments)
     run_hydra(task, command, arguments)
@@ -84,11 +78,7 @@ def lead(team: Team, command: str, arguments: list[str]) -> int:
 
 
 def check_single(ranks: Ranks, command: str, arguments: list[str]) -> None:
-    """Refuse a sweep by ranks that a launcher has started: they are for one run.
-
-    Raises:
-        ConfigError: it is one.
-    """
+    """Refuse a sweep by ranks that a launcher has started: they are for one run."""
     options = parse_options(arguments)
     words = [word.lstrip("+") for word in options.overrides]
     if f"hydra/sweeper={_TRIAL}" in words:  # one run, whose ranks a sweep has started
@@ -154,11 +144,7 @@ def single_run(composed: DictConfig) -> None:
 
 
 def job(composed: DictConfig, display: bool = False) -> SummaryRecord:
-    """One run of a composed configuration; returns its summary. Sweeps call it in worker processes.
-
-    Raises:
-        ConfigError: before anything is written.
-    """
+    """One run of a composed configuration; returns its summary. Sweeps call it in workers."""
     team = find_team()
     die_with_parent()
     try:
@@ -183,7 +169,7 @@ def job(composed: DictConfig, display: bool = False) -> SummaryRecord:
 
         print(outcome(summary, Path(shown_folder())), flush=True)
     if "error" in summary and display:  # a search that found nothing; other errors are raised
-        print(f"largebatch: {summary['error']}", file=sys.stderr)
+        say(summary["error"])
     return summary
 
 
@@ -211,10 +197,8 @@ def train(team: Team, spec: RunSpec | None, display: bool = False) -> SummaryRec
     if spec.current is not None:
         os.chdir(spec.current)
     set_threads(ranks)
-    try:
+    with refusing():
         device = pick_device(spec.config.engine.device, ranks, spec.config.engine.ipex)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     always = spec.config.engine.needs_group
     group = process_group(team.store, ranks, device, always=always)
     with answering(spec.folder, ranks.rank, ranks.size), group, team.telling():

@@ -39,11 +39,7 @@ def import_from_here() -> None:
 
 
 def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: Sequence[str]) -> None:
-    """Let Hydra compose the configuration and call `task` on it.
-
-    Raises:
-        ConfigError: in place of what Hydra would print over many lines.
-    """
+    """Let Hydra compose the configuration and call `task` on it."""
     import_from_here()
     options = parse_options(arguments)
     # Else Hydra takes a sweep with a mistake in it for one run, and words it as one.
@@ -88,11 +84,7 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: Sequen
 
 
 def parse_options(arguments: Sequence[str]) -> Namespace:
-    """Parse Hydra's options, wherever among the `overrides` they stand.
-
-    Raises:
-        ConfigError: one that there is not, or that lacks its value.
-    """
+    """Parse Hydra's options, wherever among the `overrides` they stand."""
     parser = get_args_parser()
 
     def refuse(message: str) -> None:

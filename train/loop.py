@@ -1,7 +1,7 @@
 """The way of a batch. Read `Loop.make_steps` first: one step from plan to record."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,16 +36,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class Parts:
-    """What a run is made of.
+    """What a run is made of, and what the summary says of that.
 
     Attributes:
         noise: measures the noise scale, where it is asked for.
+        data: the task's provenance.
+        groups: what tells the optimizer's groups from one another.
     """
 
     task: Task
     engine: Engine
     optimizer: Optimizer
     noise: GradientNoise | None = None
+    num_parameters: int = 0
+    data: Mapping[str, str] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass

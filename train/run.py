@@ -17,11 +17,11 @@ from largebatch.distributed.team import Team
 from largebatch.distributed.walltime import find_stop
 from largebatch.records.record import RunFolder, unwritable
 from largebatch.records.summary import SummaryRecord
-from largebatch.train.build import BuiltParts, build_parts, build_throughput
+from largebatch.train.build import build_parts, build_throughput
 from largebatch.train.checkpoints.data_identity import check_data, data_of
 from largebatch.train.evaluation import Evaluation, EvaluationGrid, evaluate
 from largebatch.train.guard import Guard
-from largebatch.train.loop import Loop
+from largebatch.train.loop import Loop, Parts
 from largebatch.train.lr_find.results import publish
 from largebatch.train.lr_find.search import LRFinder
 from largebatch.train.progress import RunProgress
@@ -97,11 +97,7 @@ def close_record(folder: RunFolder, summary: SummaryRecord) -> None:
 
 
 def _opened(spec: RunSpec, task: Task, world: int) -> tuple[RunFolder, SafeLogger]:
-    """The run's folder and logger, on rank 0.
-
-    Raises:
-        ConfigError: the folder holds another run, or cannot be written.
-    """
+    """The run's folder and logger, on rank 0."""
     resumed, lock = None, None
     if spec.resumption is not None:
         resumed, lock = spec.resumption.samples, spec.resumption.lock
@@ -119,7 +115,7 @@ class Run:
     """One rank's part in a run, from the parts to the summary."""
 
     spec: RunSpec
-    parts: BuiltParts
+    parts: Parts
     ranks: Ranks
     device: torch.device
     reporter: NullReporter
@@ -280,10 +276,6 @@ def _logger(spec: RunSpec) -> SafeLogger:
     group = node.get("group") or spec.sweep
     return SafeLogger(
         partial(
-            build,
-            node | {"group": group},
-            "logger",
-            folder=spec.folder,
-            config=asdict(spec.config),
+            build, node | {"group": group}, "logger", folder=spec.folder, config=asdict(spec.config)
         )
     )

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
-from largebatch.common.errors import ConfigError, format_config_error
+from largebatch.common.errors import ConfigError, format_config_error, refusing
 from largebatch.common.memory import RANK_BYTES, check_memory
 from largebatch.conf.build import build
 from largebatch.conf.config import ScalingConfig, TrainConfig, typed
@@ -86,11 +86,7 @@ def received_spec(words: Mapping[str, Any]) -> RunSpec:
 
 
 def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
-    """The order of the run that Hydra has composed.
-
-    Raises:
-        ConfigError: in one sentence.
-    """
+    """The order of the run that Hydra has composed."""
     settings = HydraConfig.get()
     config = typed(composed)
     single = settings.mode == RunMode.RUN
@@ -101,11 +97,9 @@ def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
             f"engine.nproc={config.engine.nproc} starts its own ranks, but {ranks.launcher} has "
             f"started {ranks.size} already: leave it at 1"
         )
-    try:
+    with refusing():
         ranks_here = f"engine.nproc={config.engine.nproc}"
         check_memory(config.engine.nproc * RANK_BYTES, ranks_here, "start fewer ranks")
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     plan, source = checked_plan(config, max(ranks.size, config.engine.nproc))
     folder = Path(settings.runtime.output_dir)
     if config.mode is not None:
@@ -154,19 +148,13 @@ def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
 
 
 def checked_plan(config: TrainConfig, data_parallel_size: int) -> tuple[Plan, str | None]:
-    """The run's plan, and which small gradients its noise scale is measured with.
-
-    Raises:
-        ConfigError: they do not fit each other, or the number of ranks.
-    """
+    """The run's plan, and which small gradients its noise scale is measured with."""
     plan = make_plan(config)
-    try:
+    with refusing():
         micro_batch_size = config.engine.known_micro_batch_size
         plan.check_divisible(data_parallel_size, micro_batch_size)
         splits = plan.splits(data_parallel_size, micro_batch_size)
         source = noise_source(config.noise.small, data_parallel_size, splits, micro_batch_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     if source is None and isinstance(plan.ramp, NoiseRamp):
         raise ConfigError(
             "the ramp follows the noise scale, which noise.small=null does not measure: use "
@@ -213,13 +201,9 @@ def _model(config: TrainConfig, choice: str) -> str:
 
 
 def make_plan(config: TrainConfig) -> Plan:
-    """The run's plan; with mode=lr_find that of the sweep at its last batch size.
-
-    Raises:
-        ConfigError: schedules that do not fit the budget or each other.
-    """
+    """The run's plan; with mode=lr_find that of the sweep at its last batch size."""
     optim, scaling = config.optim, config.scaling
-    try:
+    with refusing():
         plan = Plan(
             ramp=build(config.batch, "batch", (Ramp, CoupledRamp)),
             curve=build(config.lr, "lr", Curve),
@@ -233,8 +217,6 @@ def make_plan(config: TrainConfig) -> Plan:
             tokens_per_sample=config.budget.tokens_per_sample,
         )
         return plan if config.mode is None else sweep_plan(plan, config.mode)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _rule(scaling: ScalingConfig) -> Rule:

@@ -6,11 +6,9 @@ the same command makes what is missing, whatever ended the last one.
 
 import math
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 from hydra.core.config_loader import ConfigLoader
@@ -20,6 +18,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from largebatch.common.errors import ConfigError, RunFailed, SweepFailed
+from largebatch.common.text import say
 from largebatch.records import find_fields
 from largebatch.records.names import SUMMARY
 from largebatch.records.outcomes import UNFINISHED
@@ -50,7 +49,7 @@ def failure_of(error: Exception) -> RunFailed:
 
 def reported(error: RunFailed) -> RunFailed:
     """Print the failure at once: the sweep may last for hours yet."""
-    print(f"largebatch: {error}", file=sys.stderr, flush=True)
+    say(error)
     return error
 
 
@@ -60,11 +59,7 @@ def _written_at(path: Path) -> int:
 
 
 class EveryRun(Launcher):
-    """A launcher whose failures do not end the sweep: they are raised when all runs were tried.
-
-    Raises:
-        SweepFailed: at its end, where runs have failed.
-    """
+    """A launcher whose failures do not end the sweep: they are raised when all runs were tried."""
 
     def __init__(self, config: DictConfig, launcher: Launcher, loader: ConfigLoader) -> None:
         self.config, self._launcher, self._loader = config, launcher, loader
@@ -80,11 +75,7 @@ class EveryRun(Launcher):
         """The launcher within has been set up."""
 
     def check(self, batch: Sequence[Sequence[str]]) -> None:
-        """Compose the runs of a batch, and refuse a folder that holds those of another sweep.
-
-        Raises:
-            ConfigError: naming the folder and what differs.
-        """
+        """Compose the runs of a batch, and refuse a folder that holds those of another sweep."""
         for number, overrides in enumerate(batch, self._num_checked):
             config = self._loader.load_sweep_config(self.config, list(overrides))
             with open_dict(config):
@@ -125,12 +116,7 @@ class EveryRun(Launcher):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is None and self._failures:
             raise SweepFailed(self._failures, self._num_runs)
         passed = sum(_written_at(path) == at for path, at in self._ended.items())

@@ -132,7 +132,8 @@ def collectives_of(step: Callable[[], None]) -> int:
     """How many collectives this process takes part in during one step."""
     if not dist.is_initialized():
         return 0
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    # Of one cycle; without acc_events torch 2.10 warns that a second one would clear the first.
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
         step()
         dist.barrier()  # what is still on its way has begun
     counts: dict[str, int] = {event.key: event.count for event in seen.key_averages()}

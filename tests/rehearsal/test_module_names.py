@@ -6,11 +6,11 @@ sees a name that is wrong.
 
 import ast
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -142,7 +142,7 @@ def test_a_wrong_name_is_found_through_aliases(text: str) -> None:
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="it would make its runs here")
 def test_without_an_accelerator_make_test_gpu_says_so() -> None:
     (line,) = [li for li in (ROOT / "Makefile").read_text().splitlines() if "real_device.py" in li]
-    command = line.strip().replace("$(BIN)/python", sys.executable)
+    command = line.strip().replace("$(BIN)/python", forked.stand_in())
     done = subprocess.run(
         ["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

@@ -150,7 +150,7 @@ class HeldTensors(DistributedTensors):
 class Held:
     def __init__(self, writing: Writing, go: threading.Event) -> None:
         self._writing, self._go = writing, go
-        self.finish = writing.finish
+        self.complete = writing.complete
 
     def write(self) -> RankFiles:
         assert self._go.wait(30)
@@ -246,7 +246,7 @@ class LimitedTensors(DistributedTensors):
 class Limited:
     def __init__(self, writing: Writing) -> None:
         self._writing = writing
-        self.finish = writing.finish
+        self.complete = writing.complete
 
     def write(self) -> RankFiles:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -23,12 +23,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("engines")
 
 
+PLAIN = [Cell("ddp", 1, optimizer) for optimizer in OPTIMIZERS]
+FASTER = Cell("fsdp", 1, "adamw", words=("optim.lr=0.00402",))
+
+
 @cache
+def of_one(folder: Path) -> list[dict[str, Outcome]]:
+    """What one process finds that takes whole batches."""
+    return launch(work, [*PLAIN, FASTER], 1, folder)
+
+
 def alone(folder: Path) -> dict[str, list[float]]:
-    """The losses of one process that takes whole batches, by optimizer."""
-    plain = [Cell("ddp", 1, optimizer) for optimizer in OPTIMIZERS]
-    found = launch(work, plain, 1, folder)
-    return {cell.optimizer: successful([found[0][str(cell)]])[0]["losses"] for cell in plain}
+    """The losses of that process, by optimizer."""
+    found = of_one(folder)[0]
+    return {cell.optimizer: successful([found[str(cell)]])[0]["losses"] for cell in PLAIN}
 
 
 def check(world_size: int, these: list[Cell], folder: Path) -> None:
@@ -48,9 +56,13 @@ def check_figures(
     assert strays == {}
 
 
+NOISE = ("noise.small=rank", "noise.half_life_samples=512")
+WHOLE_EACH = Cell("hsdp", 4, "adamw", NOISE)
+
+
 @cache
 def covering(folder: Path) -> list[dict[str, Outcome]]:
-    return launch(work_and_reductions, COVERING, 2, folder)
+    return launch(work_and_reductions, [*COVERING, WHOLE_EACH], 2, folder)
 
 
 def test_engines_follow_the_trajectory_of_one_process(folder: Path) -> None:
@@ -86,9 +98,6 @@ def test_compiled_blocks_leave_the_trajectory(folder: Path) -> None:
     check(1, COMPILED, folder)
 
 
-NOISE = ("noise.small=rank", "noise.half_life_samples=512")
-
-
 @pytest.mark.matrix
 def test_the_noise_scale_is_the_same_under_every_sharding(folder: Path) -> None:
     """Of small gradients that are the same: a rank's, replicated, sharded, and both."""
@@ -104,9 +113,8 @@ def test_the_noise_scale_is_the_same_under_every_sharding(folder: Path) -> None:
 
 
 def test_the_noise_scale_is_refused_where_nothing_is_reduced(folder: Path) -> None:
-    alone_each = Cell("hsdp", 4, "adamw", NOISE)
-    found = launch(work, [alone_each], 2, folder)
-    assert "use fewer replicas, or engine=ddp" in found[0][str(alone_each)]["error"]
+    told = covering(folder)[0][str(WHOLE_EACH)]["error"]
+    assert "use fewer replicas, or engine=ddp" in told
 
 
 @pytest.mark.matrix
@@ -142,6 +150,4 @@ def test_what_deepspeed_does_not_take_is_refused_in_one_sentence(
 
 def test_a_trajectory_that_parts_is_found(folder: Path) -> None:
     """The bound is one that a real difference passes: half a percent more of the learning rate."""
-    other = Cell("fsdp", 1, "adamw", words=("optim.lr=0.00402",))
-    found = launch(work, [other], 1, folder)
-    assert figures(found, alone(folder)["adamw"], other) > 1e-4
+    assert figures(of_one(folder), alone(folder)["adamw"], FASTER) > 1e-4

@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 from largebatch.common.errors import ConfigError
 from largebatch.conf.config import GuardConfig
 from largebatch.conf.specs import typed_as
+from largebatch.records.names import EVENTS
 from largebatch.train.guard import Guard, GuardAction
-from largebatch.train.reporting.events import EVENTS, Events
+from largebatch.train.reporting.events import Events
 
 
 def line(step: int, norm: float, loss: float = 2.0, **more: Any) -> dict[str, Any]:

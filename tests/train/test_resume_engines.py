@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def kill_after(lines: int, folder: Path, way: Way) -> None:
     try:
         while num_lines(folder) < lines:
             assert process.poll() is None, "the run ended before it could be killed"
-            os.sched_yield()
+            time.sleep(0.005)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -86,6 +87,7 @@ def kill_while_saving(folder: Path, way: Way) -> None:
     try:
         while whole(folder) <= before or not drafts(folder):
             assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.0005)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -160,7 +162,7 @@ def test_a_killed_deepspeed_run_goes_on_in_another_world_through_universal_conve
     folder = tmp_path / "run"
     kill_after(30, folder, Way("deepspeed", 2, (f"engine.stage={stage}",)))
     command = [sys.executable, "-m", "largebatch", "checkpoint", "universal", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = forked.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     finish(folder, Way("deepspeed", 1, (f"engine.stage={stage}",)))
     check(folder, undisturbed)
@@ -180,7 +182,7 @@ def test_a_rank_that_is_killed_under_torchrun_is_started_again_and_goes_on(
     try:
         while num_lines(folder) < 25:
             assert agent.poll() is None
-            os.sched_yield()
+            time.sleep(0.005)
         killed = [pid for pid in children(agent.pid) if environment(pid).get("RANK") == "1"]
         assert len(killed) == 1
         os.kill(killed[0], signal.SIGKILL)

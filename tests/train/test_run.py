@@ -44,6 +44,10 @@ def test_a_run_leaves_its_configuration_lines_and_summary(
     versions = summary["provenance"]["versions"]
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert len(summary["provenance"]["data_hash"]) == 64
+    ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    head = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+    commit = summary["provenance"]["git_commit"] or ""
+    assert commit.removesuffix("+changes") == head  # both empty outside of a checkout
 
 
 def test_the_loss_is_the_mean_over_the_global_batch_before_the_update(

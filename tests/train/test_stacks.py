@@ -179,7 +179,8 @@ def test_a_torch_without_a_flight_recorder_is_said_to_be_one(
 ) -> None:
     import torch
 
-    monkeypatch.delattr(torch._C._distributed_c10d, "_dump_fr_trace")
+    for recorder in ("_dump_xccl_trace", "_dump_nccl_trace", "_dump_fr_trace"):
+        monkeypatch.delattr(torch._C._distributed_c10d, recorder, raising=False)
     assert "no Flight Recorder in this torch" in where_it_stands(0, 1)["trouble"]
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -26,10 +27,14 @@ WAYS = {
 
 def losses(folder: Path, launcher: list[str], optimizer: str, engine: list[str]) -> list[float]:
     """The loss at every step of a run of the bytes task."""
-    done = (forked if launcher[0] == sys.executable else subprocess).run(
-        [*launcher, "largebatch", "train", "task=bytes", f"optim={optimizer}", "batch.size=256",
-         f"optim.lr={HALF_OF_BEST[optimizer]}", f"budget.samples={256 * STEPS}", "target.loss=null",
-         "evaluation.growth=10", f"hydra.run.dir={folder}", *(f"engine.{key}" for key in engine)],
+    command = [
+        *launcher, "largebatch", "train", "task=bytes", f"optim={optimizer}", "batch.size=256",
+        f"optim.lr={HALF_OF_BEST[optimizer]}", f"budget.samples={256 * STEPS}", "target.loss=null",
+        "evaluation.growth=10", f"hydra.run.dir={folder}", *(f"engine.{key}" for key in engine),
+    ]  # fmt: skip
+    own = launcher[0] == sys.executable
+    done = (forked if own else subprocess).run(
+        command if own else forked.launched(command),
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
@@ -76,11 +81,10 @@ def test_two_ranks_follow_the_trajectory_of_one(
 
 
 def test_a_refused_configuration_ends_every_rank() -> None:
+    command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "-m", "largebatch", "train"]
     done = subprocess.run(
-        [str(BIN / "torchrun"), "--nproc-per-node", "2", "-m", "largebatch", "train",
-         "batch.size=255"],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        forked.launched([*command, "batch.size=255"]), capture_output=True, text=True, timeout=60
+    )
     assert done.returncode != 0
     assert done.stderr.count("largebatch: a batch size of 255 is not divisible by 2") == 1
 
@@ -97,7 +101,7 @@ def test_ranks_that_a_run_started_end_with_it(tmp_path: Path) -> None:
         path = tmp_path / "run" / METRICS
         while not path.exists() or path.stat().st_size == 0:
             assert process.poll() is None
-            os.sched_yield()
+            time.sleep(0.005)
         listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
         children = [int(word) for word in listed.split()]
         assert children
@@ -108,5 +112,5 @@ def test_ranks_that_a_run_started_end_with_it(tmp_path: Path) -> None:
         for _ in range(100):
             if not is_running(child):
                 break
-            subprocess.run(["sleep", "0.1"], check=True)
+            time.sleep(0.1)
         assert not is_running(child)

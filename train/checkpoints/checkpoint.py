@@ -1,19 +1,19 @@
 """What a run is continued from: model, optimizer and the loop's own state after some step.
 
-A checkpoint is complete or it is not there (`checkpoint_files.py`), holds what an engine puts into
-it (`checkpoint_tensors.py`), and is made by all ranks; none is left waiting
-(`checkpoint_saving.py`). Here is when: after how many samples or minutes, how many stay, and what
-happens where one cannot be written.
+A checkpoint is complete or it is not there (`files.py`), holds what an engine puts into it
+(`tensors.py`), and is made by all ranks; none is left waiting (`saving.py`). Here is when: after
+how many samples or minutes, how many stay, and what happens where one cannot be written.
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.text import say
 from largebatch.conf.config import CheckpointConfig
 from largebatch.distributed.ranks import Ranks
 from largebatch.records.checkpoints import listed, samples_of
@@ -21,7 +21,6 @@ from largebatch.records.names import CHECKPOINTS
 from largebatch.train.checkpoints.files import (
     FORMAT,
     RankFiles,
-    add_up,
     clear_drafts,
     draft_of,
     make_folder,
@@ -60,7 +59,6 @@ class Checkpoints:
     Attributes:
         last: the one that was last saved or loaded, once it is known to be complete.
         failures: what went wrong, the same on all ranks.
-        seconds_waited: of training, for them, on this rank.
     """
 
     def __init__(
@@ -82,7 +80,6 @@ class Checkpoints:
         self._stuck: set[str] = set()
         self.last: Path | None = None
         self.failures: list[str] = []
-        self.seconds_waited = 0.0
 
     def due(self, samples_before: int, samples_now: int) -> bool:
         """Whether a step has passed a multiple of `every_samples`."""
@@ -110,7 +107,6 @@ class Checkpoints:
         final = self._folder / name_of(samples)
         if final == self.last:
             return
-        begun = time.perf_counter()
         self._begun_at = time.monotonic()
         try:
             draft = self._folder / of_first(self._ranks, lambda: self._make_draft(final))
@@ -125,33 +121,23 @@ class Checkpoints:
         writing = self._tensors.begin_save(draft, staged=background)
 
         def publish_all(parts: list[RankFiles]) -> None:
-            files = add_up(part.files for part in parts)
-            files |= writing.finish([part.results for part in parts])
+            files = {name: file for part in parts for name, file in part.files.items()}
+            files |= writing.complete([part.results for part in parts])
             publish(draft, final, files, whole)
             self._retire()
 
-        def discard() -> None:
-            remove(draft)
-
-        saving = Saving(self._ranks, writing, publish_all, discard, background)
+        saving = Saving(self._ranks, writing, publish_all, partial(remove, draft), background)
         self._under_way = final, saving
-        self.seconds_waited += time.perf_counter() - begun
         if not background:
             self.wait()
 
     def wait(self) -> None:
-        """Until no save is under way; every rank calls it.
-
-        Raises:
-            CheckpointFailed: it could not be written, with `required`.
-        """
+        """Until no save is under way; every rank calls it."""
         if self._under_way is None:
             return
-        begun = time.perf_counter()
         final, saving = self._under_way
         what = saving.wait()
         self._under_way = None
-        self.seconds_waited += time.perf_counter() - begun
         if what:
             self._note(final, what)
         else:
@@ -188,7 +174,7 @@ class Checkpoints:
         try:
             set_aside(later, "passed")
         except OSError as error:  # a save under this name tries again, and says what it costs
-            print(f"largebatch: {later.name} could not be set aside: {error}", file=sys.stderr)
+            say(f"{later.name} could not be set aside: {error}")
 
     def _retire(self) -> None:
         try:
@@ -208,7 +194,7 @@ class Checkpoints:
         """Say once of each checkpoint that it could not be deleted: it costs its space."""
         for name, why in stuck.items():
             if name not in self._stuck:
-                print(f"largebatch: {name} could not be deleted: {why}", file=sys.stderr)
+                say(f"{name} could not be deleted: {why}")
         self._stuck |= stuck.keys()
 
     def _note(self, final: Path, what: str) -> None:
@@ -218,5 +204,5 @@ class Checkpoints:
             raise CheckpointFailed(message)
         if self._ranks.is_first:
             left = "there is none yet" if self.last is None else f"{self.last.name} stays the last"
-            print(f"largebatch: {message}; {left}, training continues", file=sys.stderr)
+            say(f"{message}; {left}, training continues")
             self._failed(samples_of(final), message)

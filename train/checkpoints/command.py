@@ -5,13 +5,12 @@ made of it.
 import argparse
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from largebatch.common.text import byte_size
+from largebatch.common.text import byte_size, say
 from largebatch.records import Fields, printable
 from largebatch.records.checkpoints import is_name, listed, samples_of
 from largebatch.records.fields import moment, text, whole
@@ -27,13 +26,12 @@ def main(arguments: list[str]) -> int:
     try:
         return act(options)
     except ModuleNotFoundError as error:
-        print(
-            f"largebatch: checkpoint {options.verb} needs {error.name}: pip install "
-            f"'largebatch[{'deepspeed' if error.name == 'deepspeed' else 'train'}]'",
-            file=sys.stderr,
+        say(
+            f"checkpoint {options.verb} needs {error.name}: pip install "
+            f"'largebatch[{'deepspeed' if error.name == 'deepspeed' else 'train'}]'"
         )
     except (OSError, ValueError) as error:
-        print(f"largebatch: {printable(error)}", file=sys.stderr)
+        say(printable(error))
     return ExitCode.REFUSED
 
 
@@ -125,7 +123,7 @@ def _about(checkpoint: Path) -> tuple[str, str, str, str, str]:
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
     world = saved.find("world", whole(1))
     for what in state.problems:
-        print(f"largebatch: {printable(what)}", file=sys.stderr)
+        say(printable(what))
     return _or_unknown(steps), stamp, size, engine, _or_unknown(world)
 
 
@@ -179,11 +177,7 @@ def universal_problem(checkpoint: Path, verify: str = "size") -> str | None:
 
 
 def those_of(run: Path) -> list[Path]:
-    """The checkpoints of a run, or the one that is named.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """The checkpoints of a run, or the one that is named."""
     if is_name(run.name) and run.is_dir():
         return [run]
     found = listed(run)
@@ -196,15 +190,11 @@ def those_of(run: Path) -> list[Path]:
 
 
 def one_of(run: Path) -> Path:
-    """The checkpoint that is named, or the last good one of a run.
-
-    Raises:
-        ValueError: it is broken, or all are.
-    """
+    """The checkpoint that is named, or the last good one of a run."""
     checkpoints = those_of(run)
     for path in reversed(checkpoints):
         what = problem(path)
         if what is None:
             return path
-        print(f"largebatch: passed by {path.name}: {what}", file=sys.stderr)
+        say(f"passed by {path.name}: {what}")
     raise ValueError(f"no checkpoint in {run} is whole")

@@ -19,9 +19,6 @@ def data_of(task: Task) -> dict[str, Any]:
 def check_data(checkpoint: Path, task: Task) -> None:
     """Refuse other data than that of the checkpoint: from there on the order would mean other
     samples, some of them seen before and some never.
-
-    Raises:
-        ConfigError: naming what differs and the way out.
     """
     before = read_state(checkpoint).get("data")
     if not isinstance(before, dict):

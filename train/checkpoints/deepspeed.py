@@ -21,13 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from largebatch.train.checkpoints.files import (
-    UNIVERSAL,
-    File,
-    crc32_of,
-    publish,
-    read_state,
-)
+from largebatch.train.checkpoints.files import UNIVERSAL, File, crc32_of, publish, read_state
 from largebatch.train.checkpoints.reading import deepspeed_classes, weights_only
 
 _NOTES: Final = "optimizer.pt"
@@ -106,11 +100,7 @@ def load_own(engine: Any, folder: Path) -> None:
 
 
 def load_universal(engine: Any, universal: Path) -> None:
-    """Load a converted checkpoint into a DeepSpeed engine of any size; every rank calls it.
-
-    Raises:
-        ValueError: a rank would hold nothing of a group of parameters.
-    """
+    """Load a converted checkpoint into a DeepSpeed engine of any size; every rank calls it."""
     _check_groups(engine.optimizer)
     config = engine._config
     before, config.load_universal_checkpoint = config.load_universal_checkpoint, True
@@ -224,16 +214,12 @@ def _inner(shard: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_optimizer(checkpoint: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """The optimizer's own name of each of the converter's, and the options of its groups.
-
-    Raises:
-        ValueError: more moments than the converter knows, or state that is no moment.
-    """
+    """The optimizer's own name of each of the converter's, and the options of its groups."""
     with weights_only(checkpoint, *deepspeed_classes()):
         shard = torch.load(_shards(checkpoint)[0], map_location="cpu")
     inner = _inner(shard)
     items = [item for state in inner["state"].values() for item in state.items()]
-    moments = {name for name, value in items if _is_moment(value)}
+    moments = {name for name, value in items if isinstance(value, Tensor) and value.dim() == 1}
     others = {name for name, value in items if value is not None} - moments - {"step"}
     if others or len(moments) > len(_SLOTS):
         raise ValueError(
@@ -248,10 +234,6 @@ def read_optimizer(checkpoint: Path) -> tuple[dict[str, str], list[dict[str, Any
         for group in inner["param_groups"]
     ]
     return names, groups
-
-
-def _is_moment(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 1
 
 
 def _lengths(shard: dict[str, Any]) -> list[int]:

@@ -22,9 +22,6 @@ _MODEL = "model."
 def export(checkpoint: Path, file: Path) -> int:
     """Write the weights, by their names in the model; returns how many bytes. In one process,
     which holds all of them in memory; the file appears whole or not at all.
-
-    Raises:
-        ValueError: the file is there already, or safetensors is not installed.
     """
     try:
         from safetensors.torch import save_file

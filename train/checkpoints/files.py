@@ -153,11 +153,7 @@ def elsewhere(run: Path, folder: str) -> Path:
 
 
 def check_elsewhere(run: Path, folder: str) -> None:
-    """Refuse a folder that the run's checkpoints could not go to.
-
-    Raises:
-        ConfigError: they are in another one, or it holds those of a run that is gone.
-    """
+    """Refuse a folder that the run's checkpoints could not go to."""
     link, meant = run / CHECKPOINTS, elsewhere(run, folder)
     if os.path.lexists(link):
         if os.path.realpath(link) != os.path.realpath(meant):
@@ -173,11 +169,7 @@ def check_elsewhere(run: Path, folder: str) -> None:
 
 
 def make_folder(run: Path, folder: str | None) -> None:
-    """Make the folder of a run's checkpoints, here or elsewhere, where it has none.
-
-    Raises:
-        OSError: it cannot be made.
-    """
+    """Make the folder of a run's checkpoints, here or elsewhere, where it has none."""
     if folder is not None and not os.path.lexists(run / CHECKPOINTS):
         meant = elsewhere(run, folder)
         meant.mkdir(parents=True, exist_ok=True)
@@ -371,11 +363,3 @@ def crc32_of(path: Path) -> int:
         while block := file.read(_BLOCK):
             crc32 = zlib.crc32(block, crc32)
     return crc32
-
-
-def add_up(parts: Iterable[Mapping[str, File]]) -> Files:
-    """What all ranks have written."""
-    files: Files = {}
-    for part in parts:
-        files |= part
-    return files

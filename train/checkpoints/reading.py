@@ -50,19 +50,11 @@ class PlainReader(FileSystemReader):
     """A reader of `.metadata` that is data and nothing else."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What describes the whole.
-
-        Raises:
-            ValueError: the file cannot be read, or names more than such a file does.
-        """
+        """What describes the whole."""
         return self.describe(self.read_bytes())
 
     def read_bytes(self) -> bytes:
-        """The file as it is.
-
-        Raises:
-            ValueError: it cannot be read.
-        """
+        """The file as it is."""
         path = Path(self.path) / DESCRIPTION
         try:
             return path.read_bytes()
@@ -70,11 +62,7 @@ class PlainReader(FileSystemReader):
             raise ValueError(f"{path} cannot be read: {error}") from error
 
     def describe(self, data: bytes) -> Metadata:
-        """What the file's bytes describe.
-
-        Raises:
-            ValueError: they name more than such a file does.
-        """
+        """What the file's bytes describe."""
         path = Path(self.path) / DESCRIPTION
         try:
             found = AllowListUnpickler(io.BytesIO(data), _describes).load()

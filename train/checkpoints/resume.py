@@ -3,15 +3,16 @@
 Imports no torch: a refusal takes no longer than any other.
 """
 
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from omegaconf import OmegaConf
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.text import say
 from largebatch.conf.config import BudgetConfig
 from largebatch.conf.engine_config import engine_target
 from largebatch.conf.specs import convert
@@ -23,9 +24,11 @@ from largebatch.records.names import CHECKPOINTS, CONFIG, METRICS
 from largebatch.records.record import RunEnded, check_unfinished, claim, kept_lines
 from largebatch.schedules import Plan
 from largebatch.train.checkpoints.files import UNIVERSAL, problem, read_state
-from largebatch.train.checkpoints.lengthening import check_past
 
 _BUDGET: Final = ("budget.samples", "budget.tokens")
+
+_PLACES: Final = 1024
+"""At which the plans of two budgets are compared, evenly spaced."""
 
 # What may differ between a run and its resumption: none of it decides the trajectory.
 _FREE: Final = (
@@ -63,10 +66,6 @@ def find_resumption(
         config: the resolved configuration, as YAML.
         world: ranks of the run to come; None: whether a checkpoint fits them is not asked.
         plan: of the run to come; None: it has the budget that it had.
-
-    Raises:
-        ConfigError: the run has ended, or was made with another configuration, another process is
-            at work on it, or it has left checkpoints and none can be read.
     """
     if not (folder / METRICS).exists() and not listed(folder):
         return None
@@ -98,11 +97,8 @@ def find_resumption(
 
 
 def _check_ended(folder: Path, plan: Plan | None, may_grow: bool) -> None:
-    """Refuse a run that has ended, but for one whose budget grows.
-
-    Raises:
-        RunEnded: with the budget that the plan has, so that a sweep may pass it by.
-        ConfigError: with another.
+    """Refuse a run that has ended, but for one whose budget grows: by `RunEnded` where the plan has
+    the same budget, so that a sweep may pass it by.
     """
     budget = 0 if plan is None else plan.budget_samples
     try:
@@ -115,11 +111,7 @@ def _check_ended(folder: Path, plan: Plan | None, may_grow: bool) -> None:
 
 
 def check_complete(folder: Path) -> None:
-    """Refuse a run whose record was left behind: it is not begun again unasked.
-
-    Raises:
-        ConfigError: naming what is missing and the way out.
-    """
+    """Refuse a run whose record was left behind: it is not begun again unasked."""
     checkpoints = listed(folder)
     missing = [name for name in (CONFIG, METRICS) if not (folder / name).exists()]
     if checkpoints and missing:
@@ -149,7 +141,7 @@ def _hole(folder: Path, state: Mapping[str, Any]) -> str | None:
         f"{METRICS} ends after step {kept.step}, and the checkpoint is of step "
         f"{progress['steps']}: the lines in between are lost, and these steps are not made again"
     )
-    print(f"largebatch: {folder}: {hole}", file=sys.stderr)
+    say(f"{folder}: {hole}")
     return hole
 
 
@@ -166,10 +158,7 @@ def last_good(folder: Path, verify: str = "auto") -> Path | None:
         what = problem(checkpoint, verify)
         if what is None:
             for reason in broken:
-                print(
-                    f"largebatch: passed by {reason}; going on from {checkpoint.name}",
-                    file=sys.stderr,
-                )
+                say(f"passed by {reason}; going on from {checkpoint.name}")
             return checkpoint
         broken.append(f"{checkpoint.name}: {what}")
     if broken:
@@ -207,10 +196,6 @@ def check_same(folder: Path, config: str) -> int:
 
     Returns:
         The budget that the run began with, in samples; 0 where it does not say.
-
-    Raises:
-        ConfigError: naming the keys, or a record of the configuration that is damaged, and the
-            way out.
     """
     if not (folder / CONFIG).exists():
         return 0
@@ -268,3 +253,40 @@ def _decisive(config: Any) -> dict[str, Any]:
     if "engine._target_" in flat:
         flat["engine._target_"] = engine_target(str(flat["engine._target_"]))
     return {key: value for key, value in flat.items() if key.split(".")[0] not in _FREE}
+
+
+def check_past(plan: Plan, before: int, samples: int, decided: Mapping[str, Any]) -> None:
+    """Refuse a budget under which the batch sizes or learning rates until now would have been
+    others: a curve over the whole budget is another curve over a larger one.
+
+    Args:
+        before: the budget until now, in samples.
+        samples: that the run has seen.
+        decided: by then, by a ramp that follows the run.
+    """
+    if plan.budget_samples == before:
+        return
+    now = deepcopy(plan)  # `decided` goes into its ramp
+    now.load_state_dict(decided)
+    then, same = replace(now, budget_samples=before), 0
+    for place in range(_PLACES + 1):
+        seen = max(0, samples - 1) * place // _PLACES
+        one, other = then.at(seen), now.at(seen)
+        if one != other:
+            break
+        same = seen
+    else:
+        return
+    what, was, would = next(
+        (name, old, new)
+        for name, old, new in zip(one._fields, one, other, strict=True)
+        if old != new
+    )
+    earlier = f"; checkpoints of up to {same} samples can be lengthened" if same > 0 else ""
+    raise ConfigError(
+        f"budget.samples={plan.budget_samples} was {before}, and the schedule depends on it: after "
+        f"{seen} samples {what} was {was}, and would be {would}. Keep the budget, or begin another "
+        "run with hydra.run.dir=…; what can be lengthened is a run whose schedule until now does "
+        "not depend on its budget (lr=constant, lr=inverse_sqrt, or lr=wsd before its decay"
+        f"{earlier})"
+    )

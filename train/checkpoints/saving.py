@@ -6,7 +6,6 @@ rank whose disk is full leaves nobody waiting, and so that it may happen while t
 
 import socket
 import threading
-import time
 from collections.abc import Callable
 from itertools import count
 from typing import Any, Final
@@ -43,10 +42,12 @@ class Saving:
         background: bool,
     ) -> None:
         self._writing, self._publish, self._discard = writing, publish, discard
-        self._post = Post(ranks)
+        self._ranks, self._turn = ranks, next(_numbers)
+        self._mailbox: StoreMailbox | None = None
+        if ranks.size > 1:
+            self._mailbox = StoreMailbox(ranks, _get_default_store(), "largebatch/checkpoint")
+        self._outcome = ""
         self._thread: threading.Thread | None = None
-        self.seconds = 0.0
-        """From the beginning of the writing to the end of this rank's part in it."""
         if background:
             self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
             self._thread.start()
@@ -62,20 +63,28 @@ class Saving:
         """What went wrong, the same on every rank; empty where nothing did. Every rank calls it."""
         if self._thread is not None:
             self._thread.join()
-        return self._post.outcome()
+        if self._mailbox is None or self._ranks.is_first:
+            return self._outcome
+        # A wait, not a poll: nothing else of this process needs the store now, and rank 0 answers,
+        # or is gone, and the store with it.
+        return str(self._mailbox.hear("outcome", _DAY_SECONDS, self._turn))
 
     def _work(self) -> None:
-        begun = time.perf_counter()
-        self._post.send(self._written())
-        if self._post.ranks.is_first:
-            self._post.announce(self._published(self._post.collect()))
-        self.seconds = time.perf_counter() - begun
+        part = self._written()
+        if self._mailbox is None:
+            self._outcome = self._published([part])
+            return
+        self._mailbox.post("part", part, self._turn)
+        if self._ranks.is_first:
+            parts = self._mailbox.collect("part", turn=self._turn).values()
+            self._outcome = self._published([_part(part) for part in parts])
+            self._mailbox.announce("outcome", self._outcome, self._turn)
 
     def _written(self) -> RankFiles | str:
         try:
             return self._writing.write()
         except Exception as error:
-            return f"{_reason(error)} (rank {self._post.ranks.rank} on {socket.gethostname()})"
+            return f"{_reason(error)} (rank {self._ranks.rank} on {socket.gethostname()})"
 
     def _published(self, parts: list[RankFiles | str]) -> str:
         whole = [part for part in parts if isinstance(part, RankFiles)]
@@ -108,43 +117,3 @@ def _part(answer: Any) -> RankFiles | str:
         return answer
     files, results = answer
     return RankFiles({name: File(*file) for name, file in files.items()}, results)
-
-
-class Post:
-    """Messages of one save: a part from each rank to rank 0, an outcome from it to all."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self._turn = next(_numbers)
-        self._mailbox: StoreMailbox | None = None
-        if ranks.size > 1:
-            self._mailbox = StoreMailbox(ranks, _get_default_store(), "largebatch/checkpoint")
-        self._own: list[RankFiles | str] = []
-        self._outcome = ""
-
-    def send(self, part: RankFiles | str) -> None:
-        """Send this rank's part, or why it has none."""
-        if self._mailbox is None:
-            self._own.append(part)
-        else:
-            self._mailbox.post("part", part, self._turn)
-
-    def collect(self) -> list[RankFiles | str]:
-        """Return every rank's part, in their order, once all are there; on rank 0."""
-        if self._mailbox is None:
-            return self._own
-        return [_part(part) for part in self._mailbox.collect("part", turn=self._turn).values()]
-
-    def announce(self, outcome: str) -> None:
-        """Send the outcome to all ranks; on rank 0."""
-        self._outcome = outcome
-        if self._mailbox is not None:
-            self._mailbox.announce("outcome", outcome, self._turn)
-
-    def outcome(self) -> str:
-        """Wait for the outcome."""
-        if self._mailbox is None or self.ranks.is_first:
-            return self._outcome
-        # A wait, not a poll: nothing else of this process needs the store now, and rank 0 answers,
-        # or is gone, and the store with it.
-        return str(self._mailbox.hear("outcome", _DAY_SECONDS, self._turn))

@@ -27,7 +27,6 @@ from largebatch.train.checkpoints.reading import refusal, weights_only
 from largebatch.train.checkpoints.torch_format import (
     DeferredWriter,
     MomentsPlanner,
-    PlannedWriting,
     SharingPlanner,
     ToldReader,
     leave_out,
@@ -40,17 +39,11 @@ class Writing(Protocol):
     """A save that has begun."""
 
     def write(self) -> RankFiles:
-        """Put this rank's files on disk.
+        """Put this rank's files on disk, or raise OSError: it is full, or gone."""
 
-        Raises:
-            OSError: the disk is full, or gone.
-        """
-
-    def finish(self, results: Sequence[Any]) -> Files:
-        """On rank 0, with every rank's results: write what describes the whole; returns its files.
-
-        Raises:
-            OSError: the disk is full, or gone.
+    def complete(self, results: Sequence[Any]) -> Files:
+        """On rank 0, with every rank's results: write what describes the whole, as `write`; returns
+        its files.
         """
 
 
@@ -79,11 +72,7 @@ class CheckpointTensors(Protocol):
 
 
 def fits(saved: dict[str, Any], kind: str) -> None:
-    """Refuse what another kind of engine has saved.
-
-    Raises:
-        ValueError: naming the way out.
-    """
+    """Refuse what another kind of engine has saved."""
     engines = {"dcp": "engine=ddp or fsdp", "deepspeed": "engine=deepspeed"}
     before = saved.get("kind", "dcp")
     if before != kind:
@@ -109,7 +98,7 @@ class DistributedTensors:
     def describe(self) -> dict[str, Any]:
         return {"kind": "dcp", "world": self._ranks.size}
 
-    def begin_save(self, draft: Path, staged: bool) -> "PlannedWriting":
+    def begin_save(self, draft: Path, staged: bool) -> DeferredWriter:
         writer, planner = DeferredWriter(draft, staged), SharingPlanner(self._ranks)
         tensors = self._tensors()
         planner.set_up_planner(tensors, is_coordinator=self._ranks.is_first)
@@ -117,11 +106,11 @@ class DistributedTensors:
         self._plan = agreed_plan(state, paths, self._ranks, self._plan)
         if self._plan is not None:
             writer.begin(self._plan, planner, self._ranks.is_first)
-            return PlannedWriting(writer)
+            return writer
         with quiet():
             alone = self._ranks.size == 1
             state_dict_saver.save(tensors, storage_writer=writer, planner=planner, no_dist=alone)
-        return PlannedWriting(writer)
+        return writer
 
     def load(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         fits(saved, "dcp")
@@ -212,6 +201,6 @@ class BytesWriting:
             written[name] = write_file(self._draft / name, data)
         return RankFiles(written)
 
-    def finish(self, results: Sequence[Any]) -> Files:
+    def complete(self, results: Sequence[Any]) -> Files:
         del results
         return {}

@@ -1,8 +1,8 @@
 """How `torch.distributed.checkpoint` is made to write later, a few large files, and to ask little.
 
-Its own `save` plans with all ranks and writes at once. Here each rank plans for itself
-(`checkpoint_plan`), or torch where that cannot be, and what it would have written waits in a
-`PlannedWriting`, staged or not.
+Its own `save` plans with all ranks and writes at once. Here each rank plans for itself (`plan.py`),
+or torch where that cannot be, and what it would have written waits in a `DeferredWriter`, staged or
+not.
 """
 
 import io
@@ -108,7 +108,7 @@ class DeferredWriter(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         self._metadata = metadata
 
-    def write_planned(self) -> RankFiles:
+    def write(self) -> RankFiles:
         """The work deferred by `write_data`."""
         if not self._plan.items:
             return RankFiles({}, [])
@@ -116,7 +116,7 @@ class DeferredWriter(FileSystemWriter):
         self._planner.forget()
         return RankFiles(dict(self.fs.written), [_row(result) for result in results])
 
-    def describe_whole(self, results: Sequence[list[list[Any]]]) -> Files:
+    def complete(self, results: Sequence[list[list[Any]]]) -> Files:
         """The work deferred by `finish`."""
         self.fs.written.clear()
         super().finish(self._metadata, [[_result(*row) for row in rows] for rows in results])
@@ -137,19 +137,6 @@ def _result(
     fqn: str, offset: list[int] | None, index: int | None, size_in_bytes: int, *place: Any
 ) -> WriteResult:
     return WriteResult(MetadataIndex(fqn, offset, index), size_in_bytes, _StorageInfo(*place))
-
-
-class PlannedWriting:
-    """A `DeferredWriter` that has planned."""
-
-    def __init__(self, writer: DeferredWriter) -> None:
-        self._writer = writer
-
-    def write(self) -> RankFiles:
-        return self._writer.write_planned()
-
-    def finish(self, results: Sequence[Any]) -> Files:
-        return self._writer.describe_whole(results)
 
 
 class CheckedFileSystem(FileSystem):
@@ -190,11 +177,9 @@ class SharingPlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
         if not self._writes_replicas:
-            plan.items[:] = [i for i in plan.items if isinstance(self._object(i), DTensor)]
+            held = self.state_dict
+            plan.items[:] = [i for i in plan.items if isinstance(held[i.index.fqn], DTensor)]
         return plan
-
-    def _object(self, item: WriteItem) -> Any:
-        return self.state_dict[item.index.fqn]
 
     def stage(self, plan: SavePlan) -> None:
         """Copy to host memory what `plan` has this rank write.

@@ -1,7 +1,6 @@
 """`largebatch data`: files of tokens, made from text and looked into."""
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -9,6 +8,7 @@ from typing import Final
 import numpy as np
 
 from largebatch.common.progress import progress_bar
+from largebatch.common.text import say
 from largebatch.records.outcomes import ExitCode
 from largebatch.train.data.documents import TextPiece, check_file, pieces
 from largebatch.train.data.inspect import describe
@@ -30,10 +30,10 @@ def main(arguments: list[str]) -> int:
                 text = describe(options.path, options.dtype, options.check, progress)
             print(text)
     except (ValueError, OSError) as error:
-        print(f"largebatch: {error}", file=sys.stderr)
+        say(error)
         return ExitCode.REFUSED
     except KeyboardInterrupt:
-        print("largebatch: interrupted; nothing is written", file=sys.stderr)
+        say("interrupted; nothing is written")
         return ExitCode.INTERRUPTED
     return 0
 
@@ -88,12 +88,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def tokenize(options: argparse.Namespace) -> str:
-    """Write the files that `options` describe; returns what to say of them.
-
-    Raises:
-        ValueError: what cannot be read or written, before anything has its final name.
-        OSError: an input that is not there, a disk that is full.
-    """
+    """Write the files that `options` describe; returns what to say of them."""
     for path in options.inputs:
         check_file(path)
     if options.eod is not None and not options.append_eod:

@@ -72,12 +72,7 @@ _TAR: Final = (257, b"ustar")
 
 
 def opened(raw: IO[bytes], path: Path) -> IO[bytes]:
-    """The bytes that the file `raw` at `path` holds, decompressed where it is compressed.
-
-    Raises:
-        ValueError: it is of a kind that holds no text, or not compressed as its name says, or what
-            decompresses it is not installed.
-    """
+    """The bytes that the file `raw` at `path` holds, decompressed where it is compressed."""
     found = compression_of(raw)
     named = {ending: known.name for known in COMPRESSIONS for ending in known.endings}
     wanted = named.get(path.suffix.lower())

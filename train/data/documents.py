@@ -25,28 +25,14 @@ _COLUMNS: Final = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"
 class TextPiece(NamedTuple):
     text: bytes
     ends_document: bool
-    bytes_read: int
-    """Of the file, by then: what a progress bar shows."""
     line: int | None
     """Number of its first line in the file; None where that has no lines."""
-
-
-class _Part(NamedTuple):
-    text: bytes
-    ends_document: bool
-    line: int | None
-
-
-def is_json_lines(path: Path) -> bool:
-    return bare_name(path).suffix in _LINES
+    bytes_read: int = 0
+    """Of the file, by then: what a progress bar shows."""
 
 
 def check_file(path: Path) -> None:
-    """Refuse what is no file.
-
-    Raises:
-        ValueError: with the files to give in its place, where it is a folder.
-    """
+    """Refuse what is no file."""
     if path.is_file():
         return
     if not path.is_dir():
@@ -67,9 +53,6 @@ def pieces(path: Path, key: str) -> Iterator[TextPiece]:
 
     Args:
         key: of the text in a JSON line, or name of a table's column.
-
-    Raises:
-        ValueError: a line that holds no such text, by its number; a file that holds none at all.
     """
     with path.open("rb") as raw:
         head = bytes(raw.peek(16)[:16])
@@ -81,29 +64,28 @@ def pieces(path: Path, key: str) -> Iterator[TextPiece]:
             found = _of_texts(texts, path)
         else:
             found = _of_file(opened(raw, path), path, key)
-        for part in found:
-            yield TextPiece(*part[:2], raw.tell(), part.line)
+        for piece in found:
+            yield piece._replace(bytes_read=raw.tell())
 
 
-def _of_file(file: IO[bytes], path: Path, key: str) -> Iterator[_Part]:
-    separator = SEPARATED.get(bare_name(path).suffix)
-    if separator is not None:
-        texts = texts_of_rows(file, path, separator, key)
-        return _of_texts(texts, path)
-    return _of_lines(file, path, key) if is_json_lines(path) else _of_text(file)
+def _of_file(file: IO[bytes], path: Path, key: str) -> Iterator[TextPiece]:
+    suffix = bare_name(path).suffix
+    if suffix in SEPARATED:
+        return _of_texts(texts_of_rows(file, path, SEPARATED[suffix], key), path)
+    return _of_lines(file, path, key) if suffix in _LINES else _of_text(file)
 
 
-def _of_texts(texts: Iterable[str | None], path: Path) -> Iterator[_Part]:
-    return (_Part(_utf8(text, path, None), True, None) for text in texts if text)
+def _of_texts(texts: Iterable[str | None], path: Path) -> Iterator[TextPiece]:
+    return (TextPiece(_utf8(text, path, None), True, None) for text in texts if text)
 
 
-def _of_text(file: IO[bytes]) -> Iterator[_Part]:
+def _of_text(file: IO[bytes]) -> Iterator[TextPiece]:
     line = 1
     text = _piece(file, b"")
     while text:
         text, rest = _at_character(text)
         following = _piece(file, rest)
-        yield _Part(text, not following, line)
+        yield TextPiece(text, not following, line)
         line += text.count(b"\n")
         text = following
 
@@ -126,7 +108,7 @@ def _at_character(text: bytes) -> tuple[bytes, bytes]:
     return (text, b"") if whole else (text[:start], text[start:])
 
 
-def _of_lines(file: IO[bytes], path: Path, key: str) -> Iterator[_Part]:
+def _of_lines(file: IO[bytes], path: Path, key: str) -> Iterator[TextPiece]:
     first = True
     for number, line in enumerate(file, start=1):
         if not line.strip():
@@ -152,7 +134,7 @@ def _of_lines(file: IO[bytes], path: Path, key: str) -> Iterator[_Part]:
                 "--key"
             )
         if value[key]:
-            yield _Part(_utf8(value[key], path, number), True, number)
+            yield TextPiece(_utf8(value[key], path, number), True, number)
 
 
 def _utf8(text: str, path: Path, line: int | None) -> bytes:

@@ -20,9 +20,6 @@ def describe(path: Path, dtype: str | None, check: bool, progress: Progress) -> 
 
     Args:
         check: read them all, and the whole of an index.
-
-    Raises:
-        ValueError: they are foreign, cut short, inconsistent, or not what the sidecar says.
     """
     (file,) = find_files(str(path), "PATH")
     tokens = open_tokens(file, dtype)
@@ -57,11 +54,7 @@ def beginning(tokens: TokenFile) -> str:
 
 
 def checked(tokens: TokenFile, progress: Progress) -> str:
-    """Read everything; returns what was found.
-
-    Raises:
-        ValueError: what is not as it should be.
-    """
+    """Read everything; returns what was found."""
     if tokens.index is not None:
         check_index(tokens.index, tokens.tokens.nbytes, whole=True)
     tokens.mapping.announce_all()

@@ -46,11 +46,7 @@ class Index:
 
 
 def open_index(path: Path) -> Index:
-    """The index at `path`, its counts checked against its size.
-
-    Raises:
-        ValueError: it is none, or not whole.
-    """
+    """The index at `path`, its counts checked against its size."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(HEADER.size)
@@ -104,9 +100,6 @@ def check_index(index: Index, num_bytes: int, whole: bool = False) -> None:
     Checked are the ends and 16 stretches of 4,096 sequences, which is every one of an index of up
     to 65,536: an index of a trillion tokens takes gigabytes, and every rank opens it. `whole` reads
     it all.
-
-    Raises:
-        ValueError: naming the sequence.
     """
     item = np.dtype(index.dtype).itemsize
     num_sequences = len(index.lengths)

@@ -38,11 +38,7 @@ class _Fork:
 
 
 def whole_weights(weights: Sequence[Fraction]) -> tuple[int, ...]:
-    """`weights` as whole numbers in the same proportions, as small as they can be.
-
-    Raises:
-        ValueError: they need more than MOST_WEIGHT together.
-    """
+    """`weights` as whole numbers in the same proportions, as small as they can be."""
     unit = lcm(*(weight.denominator for weight in weights))
     whole = [int(weight * unit) for weight in weights]
     divisor = gcd(*whole)

@@ -34,6 +34,8 @@ MOST_SAMPLES: Final = 1 << 62
 # Beside the streams of epochs, steps (randomness.py) and mixtures (mixture.py).
 _PERMUTED_STREAM: Final = 1 << 42
 
+_GAMMA: Final = np.uint64(0x9E3779B97F4A7C15)
+
 
 def mix(words: _Words) -> _Words:
     """SplitMix64's finalizer (Steele, Lea & Flood 2014): 64 well-mixed bits for each word."""
@@ -44,9 +46,8 @@ def mix(words: _Words) -> _Words:
 
 def random_words(seed: int, stream: int, positions: Indices) -> _Words:
     """Random 64-bit words at `positions` of the sequence named by (seed, stream)."""
-    gamma = np.uint64(0x9E3779B97F4A7C15)
-    key = mix(np.array([seed], np.uint64) * gamma + mix(np.array([stream + 1], np.uint64)))
-    return mix(key + (positions.astype(np.uint64) + np.uint64(1)) * gamma)
+    key = mix(np.array([seed], np.uint64) * _GAMMA + mix(np.array([stream + 1], np.uint64)))
+    return mix(key + (positions.astype(np.uint64) + np.uint64(1)) * _GAMMA)
 
 
 @lru_cache(maxsize=4)
@@ -58,8 +59,6 @@ def shuffled(num_samples: int, seed: int, epoch: int) -> Indices:
 
 ROUNDS: Final = 20
 """Even. A chi-squared test over all orders of six samples tells 12 from chance, and 20 no more."""
-
-_GAMMA: Final = np.uint64(0x9E3779B97F4A7C15)
 
 
 def permuted(places: Indices, num_samples: int, seed: int, stream: int, epochs: Indices) -> Indices:

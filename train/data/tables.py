@@ -29,12 +29,7 @@ def columnar(head: bytes, path: Path) -> str | None:
 
 
 def texts_of_columns(path: Path, kind: str, key: str) -> Iterator[str | None]:
-    """The values of column `key`, batch by batch.
-
-    Raises:
-        ValueError: no such column, one that is not of text, a file that is not whole, or the
-            package is missing.
-    """
+    """The values of column `key`, batch by batch."""
     try:
         arrow: Any = importlib.import_module("pyarrow")
         if kind == "parquet":
@@ -88,11 +83,7 @@ def _check_column(path: Path, names: Sequence[str], key: str) -> None:
 
 
 def texts_of_rows(file: IO[bytes], path: Path, separator: str, key: str) -> Iterator[str]:
-    """The values of column `key` in a file of separated values, whose first line names them.
-
-    Raises:
-        ValueError: no such column, or a line that cannot be read, by its number.
-    """
+    """The values of column `key` in a file of separated values, whose first line names them."""
     csv.field_size_limit(_LONGEST)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     rows = csv.DictReader(text, delimiter=separator)

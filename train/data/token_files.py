@@ -17,8 +17,7 @@ import numpy.typing as npt
 
 from largebatch.train.data.mapping import FileMap
 from largebatch.train.data.megatron import MAGIC, Index, check_index, open_index
-
-Indices = npt.NDArray[np.int64]
+from largebatch.train.data.sampler import Indices
 
 _FAMILY: Final = "largebatch tokens "
 FORMAT: Final = f"{_FAMILY}1"
@@ -86,9 +85,6 @@ def find_files(path: str | Sequence[str], name: str) -> list[Path]:
 
     Args:
         name: of the key, for the refusal.
-
-    Raises:
-        ValueError: there are none.
     """
     if isinstance(path, Sequence) and not isinstance(path, str):
         if not path:
@@ -123,9 +119,6 @@ def open_tokens(path: Path, dtype: str | None = None) -> TokenFile:
 
     Args:
         dtype: of plain tokens without a sidecar; others say themselves what they are.
-
-    Raises:
-        ValueError: in one sentence, naming the file that is foreign, cut short or inconsistent.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not there, or is no file")

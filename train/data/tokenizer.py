@@ -28,11 +28,7 @@ class Tokenizer(Protocol):
         """
 
     def separator(self, token: str | None) -> int:
-        """The id that ends a document: of `token`, or of the usual name.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """The id that ends a document: of `token`, or of the usual name."""
 
 
 class ByteTokenizer:
@@ -84,11 +80,7 @@ class JsonTokenizer:
 
 
 def find_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub.
-
-    Raises:
-        ValueError: there is none such, or the package for it is missing.
-    """
+    """`bytes`, a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub."""
     if name == "bytes":
         return ByteTokenizer()
     try:

@@ -40,11 +40,7 @@ class Windows:
         return int(self.ends[-1])
 
     def read(self, indices: Indices) -> npt.NDArray[np.int64]:
-        """The tokens of windows `indices`; shape (count, length + 1). Reads those alone.
-
-        Raises:
-            ValueError: an id that is not in the vocabulary, by its file and place.
-        """
+        """The tokens of windows `indices`; shape (count, length + 1). Reads those alone."""
         found = np.empty((len(indices), self.length + 1), np.int64)
         file_of = np.searchsorted(self.ends, indices, side="right")
         for number in np.unique(file_of):
@@ -69,11 +65,7 @@ class Windows:
             )
 
     def probe(self) -> None:
-        """Read the first, the middle and the last window of each file, as `read` does.
-
-        Raises:
-            ValueError: as `read`.
-        """
+        """Read the first, the middle and the last window of each file, as `read` does."""
         first = 0
         for end in self.ends.tolist():
             if end > first:

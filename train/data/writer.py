@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Final, Self
 
 import numpy as np
@@ -36,9 +35,6 @@ class TokenWriter:
 
     Args:
         kind: "bin" or "megatron".
-
-    Raises:
-        ValueError: there is such a file already, or another process is writing it.
     """
 
     def __init__(self, prefix: Path, kind: str, dtype: str) -> None:
@@ -101,11 +97,7 @@ class TokenWriter:
         self._in_document = 0
 
     def finish(self, **more: Any) -> dict[str, Any]:
-        """Give the files their names; returns what the sidecar says, `more` included.
-
-        Raises:
-            ValueError: there are no tokens, or files of these names have appeared.
-        """
+        """Give the files their names; returns what the sidecar says, `more` included."""
         if not self.num_tokens:
             raise ValueError("the inputs hold no text: nothing is written")
         if self._index is not None:
@@ -148,12 +140,7 @@ class TokenWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         # Removed while still locked: nobody else's draft can stand there.
         for ending in (".bin.part", ".idx.part") if self._megatron else (".bin.part",):
             self.path(ending).unlink(missing_ok=True)

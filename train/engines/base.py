@@ -1,12 +1,13 @@
 """How a step's gradient comes about on all ranks. An engine holds no policy: a few verbs.
 
-`DDP` is here; `FSDP` and `DeepSpeed` have files of their own. All give the same trajectory for one
-global batch, up to rounding.
+All give the same trajectory for one global batch, up to rounding.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,86 +18,24 @@ from largebatch.distributed.ranks import Ranks
 from largebatch.optim.sharding.layout import local
 from largebatch.train.engines.precision import Precision
 from largebatch.train.engines.update import GradientLimits, StepMetrics, Update
-from largebatch.train.noise.small_gradients import (
-    SmallGradients,
-)
+from largebatch.train.noise.small_gradients import SmallGradients
 from largebatch.train.tasks import Batch, Task, loss_of, to_device
 
 if TYPE_CHECKING:
     from largebatch.train.checkpoints.tensors import CheckpointTensors
 
 
-class Engine(Protocol):
-    """What a run asks of an engine."""
+class Engine(ABC):
+    """What a run asks of an engine, and what engines share: one rank's micro-batches, and talk
+    between ranks.
+    """
 
     model: nn.Module
     """The bare model, its parameters named as the user named them."""
-    data_parallel_size: int
-    device: torch.device
-    precision: Precision
     gradient_copies: int
     """Ranks that hold the same piece of the gradient: all of them where it is replicated."""
-    can_skip: bool
-    """Whether a step can be masked by its own gradient."""
-
-    def attach(self, optimizer: Optimizer, clip_norm: float | None) -> Optimizer:
-        """Take the optimizer in, once; returns the one whose groups hold from now on.
-
-        Raises:
-            ValueError: it cannot be used here, or its gradients not be clipped.
-        """
-
-    def micro_batch_size(self, global_batch_size: int) -> int:
-        """Samples in one backward pass on one rank."""
-
-    def set_micro_batch_size(self, micro_batch_size: int) -> None:
-        """From now on."""
-
-    def loss(self, task: Task, batch: Batch) -> Tensor:
-        """The mean loss over `batch`, on the device, in the run's precision."""
-
-    def forward_backward(self, task: Task, batch: Batch, global_batch_size: int) -> Tensor:
-        """Make the gradient of the global batch's mean loss, for `update` to use.
-
-        Args:
-            batch: this rank's samples, global_batch_size / data_parallel_size of them.
-
-        Returns:
-            This rank's part of the global mean loss: the parts of all ranks add up to it.
-        """
-
-    def update(self, optimizer: Optimizer, limits: GradientLimits) -> StepMetrics:
-        """One optimizer step within `limits`; the gradients are gone afterwards."""
-
-    def discard(self, optimizer: Optimizer) -> None:
-        """Throw away the gradient that was made: there is no update."""
-
-    def non_finite(self, steps_ago: int) -> list[str]:
-        """Parameters whose gradient was not finite in the last step (0) or the one before, on any
-        rank; empty where it is not known. Every rank calls it; waits for the device.
-        """
-
-    def sum_over_ranks(self, values: Tensor) -> "dist.Work | None":
-        """Begin adding up `values` in place over all ranks; wait on the result before reading."""
-
-    def as_first_rank(self, values: list[float]) -> list[float]:
-        """Rank 0's `values`, on every rank; waits for the device."""
-
-    def small_gradients(self, kind: str) -> SmallGradients:
-        """The gradient source for a "rank", "micro_batch" or "example".
-
-        Raises:
-            ValueError: there is none here.
-        """
-
-    def tensors(self, optimizer: Optimizer) -> "CheckpointTensors":
-        """Model and optimizer, as checkpoints hold them."""
-
-
-class OfRanks:
-    """What engines share: one rank's micro-batches, and talk between ranks."""
-
     can_skip = True
+    """Whether a step can be masked by its own gradient."""
 
     def __init__(
         self,
@@ -116,20 +55,36 @@ class OfRanks:
         self._replica = model
 
     def attach(self, optimizer: Optimizer, clip_norm: float | None) -> Optimizer:
+        """Take the optimizer in, once; returns the one whose groups hold from now on.
+
+        Raises:
+            ValueError: it cannot be used here, or its gradients not be clipped.
+        """
         del clip_norm  # `update` takes it at every step
         return optimizer
 
     def micro_batch_size(self, global_batch_size: int) -> int:
+        """Samples in one backward pass on one rank."""
         return self._micro_batch_size or global_batch_size // self.data_parallel_size
 
     def set_micro_batch_size(self, micro_batch_size: int) -> None:
+        """From now on."""
         self._micro_batch_size = micro_batch_size
 
     def loss(self, task: Task, batch: Batch) -> Tensor:
+        """The mean loss over `batch`, on the device, in the run's precision."""
         with self.precision.autocast():
             return loss_of(task, self.model, to_device(batch, self.device))
 
     def forward_backward(self, task: Task, batch: Batch, global_batch_size: int) -> Tensor:
+        """Make the gradient of the global batch's mean loss, for `update` to use.
+
+        Args:
+            batch: this rank's samples, global_batch_size / data_parallel_size of them.
+
+        Returns:
+            This rank's part of the global mean loss: the parts of all ranks add up to it.
+        """
         part = torch.zeros((), device=self.device)
         for micro_batch, is_last in self._micro_batches(batch, global_batch_size):
             share = micro_batch[0].shape[0] / global_batch_size
@@ -147,31 +102,62 @@ class OfRanks:
         for start in range(0, length, size):
             yield tuple(tensor[start : start + size] for tensor in batch), start + size >= length
 
+    @abstractmethod
     def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
         """Within it a backward pass sums over ranks where it is the last of its step."""
-        raise NotImplementedError
 
     def _backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)
 
+    @abstractmethod
+    def update(self, optimizer: Optimizer, limits: GradientLimits) -> StepMetrics:
+        """One optimizer step within `limits`; the gradients are gone afterwards."""
+
+    @abstractmethod
+    def discard(self, optimizer: Optimizer) -> None:
+        """Throw away the gradient that was made: there is no update."""
+
+    @abstractmethod
+    def non_finite(self, steps_ago: int) -> list[str]:
+        """Parameters whose gradient was not finite in the last step (0) or the one before, on any
+        rank; empty where it is not known. Every rank calls it; waits for the device.
+        """
+
     def sum_over_ranks(self, values: Tensor) -> "dist.Work | None":
+        """Begin adding up `values` in place over all ranks; wait on the result before reading."""
         if self.data_parallel_size == 1:
             return None
         work: dist.Work | None = dist.all_reduce(values, async_op=True)
         return work
 
     def as_first_rank(self, values: list[float]) -> list[float]:
+        """Rank 0's `values`, on every rank; waits for the device."""
         if self.data_parallel_size == 1:
             return values
         packed = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.broadcast(packed, 0)
         return packed.tolist()
 
+    @abstractmethod
+    def small_gradients(self, kind: str) -> SmallGradients:
+        """The gradient source for a "rank", "micro_batch" or "example".
 
-class OfGradients(OfRanks):
+        Raises:
+            ValueError: there is none here.
+        """
+
+    @abstractmethod
+    def tensors(self, optimizer: Optimizer) -> "CheckpointTensors":
+        """Model and optimizer, as checkpoints hold them."""
+
+
+class OfGradients(Engine):
     """Engines that leave the gradient in `p.grad`, on the way to one of torch's own optimizers."""
 
-    _update: Update
+    @cached_property
+    def _update(self) -> Update:
+        add_up = dist.all_reduce if self.data_parallel_size > 1 else None
+        return Update(self.gradient_copies, add_up, self.precision.loss_scale)
 
     def forward_backward(self, task: Task, batch: Batch, global_batch_size: int) -> Tensor:
         part = super().forward_backward(task, batch, global_batch_size)
@@ -183,9 +169,6 @@ class OfGradients(OfRanks):
     def _backward(self, loss: Tensor) -> None:
         scale = self.precision.loss_scale
         torch.autograd.backward(loss if scale is None else loss * scale.value)
-
-    def _add_up(self, value: Tensor) -> None:
-        dist.all_reduce(value)
 
     def update(self, optimizer: Optimizer, limits: GradientLimits) -> StepMetrics:
         return self._update(optimizer, limits)

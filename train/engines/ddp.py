@@ -1,27 +1,21 @@
 """DDP: replicated parameters, and one gradient all-reduce a step."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from largebatch.distributed.ranks import Ranks
+from largebatch.train.engines.base import OfGradients
 from largebatch.train.engines.precision import Precision
-from largebatch.train.engines.update import Update
 from largebatch.train.noise.example_gradients import ExampleGradients
 from largebatch.train.noise.small_gradients import (
     MicroBatchGradients,
     RankGradients,
     SmallGradients,
 )
-
-if TYPE_CHECKING:
-    pass
-
-
-from largebatch.train.engines.base import OfGradients
 
 _LATENCY_BYTES: Final = 400_000
 """What a node's interfaces carry while one message is under way: 2 µs (assumed) x 8 x 25 GB/s, an
@@ -65,9 +59,6 @@ class DDP(OfGradients):
         bucket_mb: float | None = None,
     ) -> None:
         super().__init__(model.to(device), ranks, device, micro_batch_size, precision)
-        self._update = Update(
-            ranks.size, self._add_up if ranks.size > 1 else None, self.precision.loss_scale
-        )
         if ranks.size > 1:
             held = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
             self._replica = DistributedDataParallel(

@@ -20,7 +20,7 @@ from largebatch.common.text import one_line
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer
 from largebatch.optim.zero import bind
-from largebatch.train.engines.base import OfRanks
+from largebatch.train.engines.base import Engine
 from largebatch.train.engines.initial_values import InitialValues
 from largebatch.train.engines.precision import Precision
 from largebatch.train.engines.update import GradientLimits, StepMetrics
@@ -30,16 +30,13 @@ if TYPE_CHECKING:
     from largebatch.train.checkpoints.tensors import CheckpointTensors
 
 
-class DeepSpeed(OfRanks):
+class DeepSpeed(Engine):
     """DeepSpeed's engine as one of ours. It steps whatever the gradient is.
 
     Args:
         stage: of ZeRO, 0 to 3.
         zero: more of DeepSpeed's `zero_optimization`, by its own names.
         values: of the parameters, where `model` is on the meta device; of stage 3 alone.
-
-    Raises:
-        ValueError: another stage, or FP16, which DeepSpeed would sum in FP16.
     """
 
     can_skip = False
@@ -172,11 +169,7 @@ class DeepSpeed(OfRanks):
 
 
 def import_deepspeed(ranks: Ranks, device: torch.device) -> Any:
-    """DeepSpeed, given what it looks for in the environment.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """DeepSpeed, given what it looks for in the environment."""
     if device.type == "cpu":  # elsewhere it finds the accelerator; on XPU it must not be set
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in (

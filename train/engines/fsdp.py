@@ -21,7 +21,6 @@ from largebatch.train.engines.base import OfGradients
 from largebatch.train.engines.initial_values import InitialValues
 from largebatch.train.engines.model_options import blocks
 from largebatch.train.engines.precision import Precision
-from largebatch.train.engines.update import Update
 from largebatch.train.noise.sharded_gradients import ShardedGradients
 from largebatch.train.noise.small_gradients import SmallGradients
 
@@ -39,12 +38,7 @@ class FSDP(OfGradients):
         accumulate: where micro-batches are summed: "unsharded", whole gradients on every rank and
             one reduce-scatter a step, or "sharded", one for each micro-batch and the memory of a
             shard.
-
         values: of the parameters, where `model` is on the meta device.
-
-    Raises:
-        ValueError: both, or numbers that do not divide nodes or ranks; or another word for
-            `accumulate`.
     """
 
     def __init__(
@@ -71,9 +65,6 @@ class FSDP(OfGradients):
             model.to_empty(device=device)
             values.play(keep_shard, device)
         self.gradient_copies = replicas
-        self._update = Update(
-            replicas, self._add_up if ranks.size > 1 else None, self.precision.loss_scale
-        )
 
     def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
         cast(FSDPModule, self.model).set_requires_gradient_sync(is_last or self._accumulates_shards)
@@ -102,11 +93,7 @@ class FSDP(OfGradients):
 
 
 def num_replicas(ranks: Ranks, shard_nodes: int | None, replicas: int | None) -> int:
-    """Groups of ranks that hold the whole model each.
-
-    Raises:
-        ValueError: both are given, or one that does not divide nodes or ranks.
-    """
+    """Groups of ranks that hold the whole model each."""
     if shard_nodes is not None and replicas is not None:
         raise ValueError(
             f"engine.shard_nodes={shard_nodes} and engine.replicas={replicas} say the same thing "

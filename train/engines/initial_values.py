@@ -169,7 +169,8 @@ class InitialValues:
             if view.on_meta:
                 return torch.empty_strided(view.shape, view.stride, dtype=view.dtype, device="meta")
             if view.storage not in live:
-                live[view.storage] = _memory(self._num_bytes[view.storage])
+                num_bytes = self._num_bytes[view.storage]
+                live[view.storage] = torch.empty(num_bytes, dtype=torch.uint8).untyped_storage()
             return view.of(live[view.storage])
 
         for i, call in enumerate(self._calls):
@@ -198,10 +199,6 @@ class InitialValues:
                 getattr(place.module, place.kind)[place.name] = kept
 
 
-def _memory(num_bytes: int) -> torch.UntypedStorage:
-    return torch.empty(num_bytes, dtype=torch.uint8).untyped_storage()
-
-
 def record(make: Callable[[], nn.Module]) -> tuple[nn.Module, InitialValues]:
     """The model that `make` builds, on the meta device, and its values.
 
@@ -224,11 +221,7 @@ def record(make: Callable[[], nn.Module]) -> tuple[nn.Module, InitialValues]:
 
 @contextmanager
 def _no_fork() -> Iterator[None]:
-    """Refuse random numbers that are a matter between brackets: no state afterwards tells of them.
-
-    Raises:
-        NotRecorded: there are such.
-    """
+    """Refuse, by `NotRecorded`, random numbers between brackets: no later state tells of them."""
 
     def refuse(*args: Any, **more: Any) -> Any:
         raise NotRecorded("it seeds or draws random numbers by itself")

@@ -119,11 +119,7 @@ def _too_much(size: int, total: int, device: torch.device, why: str) -> str:
 
 
 def memory_of(device: torch.device) -> Any:
-    """Torch's module that tells of the memory of `device`.
-
-    Raises:
-        ValueError: it is a CPU.
-    """
+    """Torch's module that tells of the memory of `device`."""
     if device.type == "cpu":
         raise ValueError(
             "engine.micro_batch_size=auto measures the memory of an accelerator: on a CPU give a "

@@ -21,11 +21,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Keep each block's input alone, and compute the block again in the backward pass.
-
-    Raises:
-        ValueError: the model has no list of blocks.
-    """
+    """Keep each block's input alone, and compute the block again in the backward pass."""
     found = blocks(model)
     if not found:
         raise ValueError(
@@ -59,9 +55,6 @@ def within_memory(copies: int) -> Iterator[None]:
 
     Args:
         copies: how often the node will hold as much as the weights take.
-
-    Raises:
-        ValueError: at the parameter that is too much, before its values are drawn.
     """
     held = 0
 

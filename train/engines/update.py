@@ -55,7 +55,7 @@ class Update:
     """
 
     copies: int
-    add_up: Callable[[Tensor], None] | None = None
+    add_up: Callable[[Tensor], object] | None = None
     loss_scale: LossScale | None = None
     _squares: deque[tuple[list[Tensor], Tensor]] = field(default_factory=lambda: deque(maxlen=2))
 

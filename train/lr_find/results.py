@@ -51,11 +51,7 @@ def row(folder: Path, summary: SummaryRecord) -> dict[str, Any]:
 
 
 def check_table(folder: Path) -> None:
-    """Refuse a sweep in `folder` beside a table that has no place for it.
-
-    Raises:
-        ConfigError: its columns are others.
-    """
+    """Refuse a sweep in `folder` beside a table that has no place for it."""
     path = folder.parent / TABLE
     try:
         with path.open(encoding="utf-8") as lines:

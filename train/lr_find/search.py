@@ -10,7 +10,6 @@ more than there are learning rates so shows the loss of the last. Imports no tor
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from statistics import median
 from typing import Final
 
@@ -37,14 +36,10 @@ def sweep_plan(plan: Plan, mode: LRFindConfig) -> Plan:
     )
     return replace(
         plan, ramp=ConstantBatch(size=size), curve=curve, budget_samples=(mode.points + 1) * size,
-        rule=partial(_as_planned, plan), hold=None, base_samples=None,
+        # What `plan` makes of it, whose length and trade count, not the sweep's.
+        rule=lambda hyper, base_batch, batch: plan.rescale(hyper, batch),
+        hold=None, base_samples=None,
     )  # fmt: skip
-
-
-def _as_planned(plan: Plan, hyper: Hyper, base_batch: int, batch: int) -> Hyper:
-    """A rule: what `plan` makes of it, whose length and trade count, not the sweep's."""
-    del base_batch
-    return plan.rescale(hyper, batch)
 
 
 def target_batch_size(plan: Plan) -> int:

@@ -198,16 +198,11 @@ def metric_of(
             )
         group, moment = groups[param], wide(state["exp_avg_sq"])
         metric[name] = before[name] if name in before else torch.empty_like(moment)
-        correction = _correction(group["betas"][1], state["step"])
+        # √(v̂ / v); on the device where steps are counted there.
+        correction = (1 - group["betas"][1] ** state["step"]) ** -0.5
         for v, into in _stretches(moment, metric[name]):
             torch.sqrt(v, out=into).mul_(correction).add_(group["eps"]).reciprocal_()
     return metric
-
-
-def _correction(beta: float, step: float | Tensor) -> float | Tensor:
-    """√(v̂ / v) after `step` steps; on the device where they are counted there."""
-    correction: float | Tensor = (1 - beta**step) ** -0.5
-    return correction
 
 
 def _stretches(one: Tensor, other: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

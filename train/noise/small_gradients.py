@@ -99,10 +99,6 @@ class PassingGradients(SmallGradients):
     def _each(self, split: BatchSplit) -> int:
         """How often every gradient goes by in a step, on one rank."""
 
-    def _factor(self, split: BatchSplit) -> float:
-        """What gradients that go by are multiplied with, against those of a small batch's mean."""
-        return 1 / self._each(split)
-
     def part(self, split: BatchSplit, loss_scale: float | Tensor = 1.0) -> Tensor:
         seen, self._seen = self._seen, {name: [] for name in self.layers}
         each = self._each(split)
@@ -125,8 +121,9 @@ class PassingGradients(SmallGradients):
         return torch.stack(seen).sum() / self._divisor(split, loss_scale)
 
     def _divisor(self, split: BatchSplit, loss_scale: float | Tensor) -> float | Tensor:
-        factor = self._factor(split) * loss_scale
-        return split.data_parallel_size * self._each(split) * factor * factor
+        each = self._each(split)
+        factor = 1 / each * loss_scale  # of what goes by, against a small batch's mean
+        return split.data_parallel_size * each * factor * factor
 
 
 class RankGradients(PassingGradients):

@@ -5,7 +5,6 @@ Imports no torch, touches no data, model or run folder; matplotlib only to draw.
 
 import json
 import os
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any, Final
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from largebatch.common.errors import ConfigError
+from largebatch.common.errors import ConfigError, refusing
+from largebatch.common.text import say
 from largebatch.conf.config import TrainConfig, typed
 from largebatch.distributed.ranks import find_ranks
 from largebatch.records.outcomes import ExitCode
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
         for error in refused:
             raise error
     except ConfigError as error:
-        print(f"largebatch: {error}", file=sys.stderr)
+        say(error)
         return ExitCode.REFUSED
     return 0
 
@@ -73,7 +73,8 @@ def _show(composed: DictConfig, options: Namespace) -> None:
         raise ConfigError("a study is many runs, each with a plan of its own: leave study out")
     plan, ranks = make_plan(config), max(find_ranks().size, config.engine.nproc)
     if options.ranks is not None:
-        ranks = _ranks(options.ranks)
+        with refusing():
+            ranks = whole_number(options.ranks, "--ranks", 1)
     description = describe(plan, config, ranks)
     if options.json:
         print(json.dumps(description, indent=1))
@@ -94,13 +95,6 @@ def _show(composed: DictConfig, options: Namespace) -> None:
             print(f"picture: {os.path.relpath(options.picture)}")
 
 
-def _ranks(text: str) -> int:
-    try:
-        return whole_number(text, "--ranks", 1)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
 def _save(figure: Any, path: Path) -> None:
     from largebatch.common.figures import DPI
 
@@ -111,18 +105,12 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def describe(plan: Plan, config: TrainConfig, ranks: int) -> dict[str, Any]:
-    """The plan in plain numbers, as `--json` prints it.
-
-    Raises:
-        ConfigError: batch sizes that the ranks and micro-batches do not divide.
-    """
-    try:
+    """The plan in plain numbers, as `--json` prints it."""
+    with refusing():
         splits = {
             split.global_batch_size: split
             for split in plan.splits(ranks, config.engine.known_micro_batch_size)
         }
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
     def row(stage: PlannedStage) -> dict[str, Any]:
         split = splits[stage.batch_size]

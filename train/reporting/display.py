@@ -1,7 +1,6 @@
 """What a single run shows: a bar while it goes, one line when it is over."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from largebatch.common.progress import progress_bar
@@ -23,12 +22,7 @@ class Display:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
     def __call__(self, line: dict[str, Any]) -> None:

@@ -6,11 +6,11 @@ It is a history: appended to, never cut, not even where a resumed run makes step
 import json
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from largebatch.records.record import finite, say
-
-EVENTS: Final = "events.jsonl"
+from largebatch.common.text import say
+from largebatch.records.names import EVENTS
+from largebatch.records.record import finite
 
 
 class Events:

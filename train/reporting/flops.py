@@ -18,6 +18,7 @@ travels with the number:
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -53,21 +54,17 @@ def palm(model: Transformer, length: int) -> float:
     return length * (6.0 * weights + 12.0 * len(model.blocks) * model.dim * length)
 
 
-def megatron(model: Transformer, length: int) -> float:
+def megatron(
+    model: Transformer, length: int, factor: float = 72.0, of_vocabulary: float = 12.0
+) -> float:
     """Of one sequence of `length` tokens."""
-    return _megatron(model, length, 72.0, 12.0)
-
-
-def megatron_recompute(model: Transformer, length: int) -> float:
-    """Of one sequence of `length` tokens, each block's forward pass counted twice."""
-    return _megatron(model, length, 96.0, 16.0)
-
-
-def _megatron(model: Transformer, length: int, factor: float, of_vocabulary: float) -> float:
     depth, dim = len(model.blocks), model.dim
     terms = 1.0 + length / (6.0 * dim) + model.vocabulary / (of_vocabulary * depth * dim)
     return factor * depth * length * dim**2 * terms
 
+
+megatron_recompute = partial(megatron, factor=96.0, of_vocabulary=16.0)
+"""Each block's forward pass counted twice."""
 
 CLOSED: Final[dict[str, Callable[[Transformer, int], float]]] = {
     "palm": palm,
@@ -93,9 +90,6 @@ def flops_of(
     Args:
         make_model: as the run makes it; its random numbers are given back.
         formula: one of `FORMULAS`; "auto": `palm` for our Transformer, `counted` for others.
-
-    Raises:
-        ValueError: an unknown formula, or one that cannot be had for this model.
     """
     if formula not in FORMULAS:
         raise ValueError(

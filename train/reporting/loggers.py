@@ -5,13 +5,12 @@ continues without it.
 """
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from largebatch.common.errors import ConfigError
-from largebatch.common.text import one_line
+from largebatch.common.text import one_line, say
 
 
 class Logger(Protocol):
@@ -72,7 +71,7 @@ class SafeLogger:
                 f"the logger has failed ({type(error).__name__}: {why}): the run continues, and "
                 "metrics.jsonl has every line"
             )
-            print(f"largebatch: {reason}", file=sys.stderr)
+            say(reason)
             self._logger = NoLogger()
             if self.failed is None:
                 self._waiting = reason
@@ -88,9 +87,6 @@ class Wandb:
         folder: the run's folder; its name is the run's.
         group: runs of one study or sweep share it.
         config: the resolved configuration.
-
-    Raises:
-        ConfigError: the package is not installed.
     """
 
     def __init__(

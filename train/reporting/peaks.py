@@ -63,11 +63,7 @@ def peaks_of(device_name: str) -> tuple[Peak, ...]:
 
 
 def chosen(peak_tflops: object, device_name: str) -> Peak | None:
-    """The peak to divide by: the one that is configured, or that of the device; None: not known.
-
-    Raises:
-        ValueError: a configured peak that is no number above 0.
-    """
+    """The peak to divide by: the one that is configured, or that of the device; None: not known."""
     if peak_tflops is not None:
         given = real_number(peak_tflops, "throughput.peak_tflops", above=0.0)
         of_it = next((p.source for p in peaks_of(device_name) if p.tflops == given), None)

@@ -44,7 +44,7 @@ def _own_version() -> str | None:
 @cache
 def _git_commit() -> str | None:
     """The checkout's commit, `+changes` where it has any; None for an installed wheel."""
-    here = Path(__file__).resolve().parents[1]
+    here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
     # `describe --dirty` would lock the index, and a full disk would leave the lock there.

@@ -2,8 +2,6 @@
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Self
 
 from largebatch.records.heartbeat import Heartbeat
@@ -57,20 +55,14 @@ class Reporter(NullReporter):
         self._heartbeat = Heartbeat(folder.path, world_size)
         self._begin = time.perf_counter() - folder.seconds
         self._steps = self._samples = 0
-        self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        self._open.enter_context(self._heartbeat)
+        self._heartbeat.__enter__()
         self._logger.tell(self._logger_failed)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._open.__exit__(kind, error, trace)
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._heartbeat.__exit__(kind, error, trace)
 
     def seconds(self) -> float:
         """Since training began, before an interruption too."""
@@ -106,23 +98,15 @@ class Reporter(NullReporter):
         self._heartbeat.enter(name)
 
     def flush_to_disk(self) -> None:
-        """The lines so far, before a checkpoint that must not outlive them.
-
-        Raises:
-            OSError: the disk is full, or gone.
-        """
+        """The lines so far, before a checkpoint that must not outlive them."""
         self._folder.flush_to_disk()
 
     def checkpoint_failed(self, samples: int, reason: str) -> None:
-        self.event(
-            {"kind": "checkpoint_failed", "step": self._steps, "samples": samples, "reason": reason}
-        )
+        self._events.write("checkpoint_failed", step=self._steps, samples=samples, reason=reason)
 
     def _logger_failed(self, reason: str) -> None:
-        self.event(
-            {"kind": "logger_failed", "step": self._steps, "samples": self._samples}
-            | {"reason": reason}
-        )
+        at = {"step": self._steps, "samples": self._samples}
+        self._events.write("logger_failed", **at, reason=reason)
 
     def rates(self) -> dict[str, Any]:
         """For the summary."""
