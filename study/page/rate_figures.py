@@ -40,7 +40,7 @@ def rate_figure(study: Study, section: SectionStudy, styles: Styles, width: floa
     number of decades, so a slope means the same in each.
     """
     names = section.names
-    columns = min(len(names), columns_of(width))
+    columns = columns_of(width, len(names))
     rows = math.ceil(len(names) / columns)
     handles = [
         handle("o", "best of those tried", markersize=5.5),
@@ -74,7 +74,7 @@ def basin_figure(study: Study, section: SectionStudy, styles: Styles, width: flo
     read off it.
     """
     sizes = section.batch_sizes
-    columns = min(len(sizes), columns_of(width))
+    columns = columns_of(width, len(sizes))
     rows = math.ceil(len(sizes) / columns)
     handles = [
         *curve_handles(styles, section.names),
