@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from largebatch.benchmarks.arguments import Record, add_options, check, device_named, run
+from largebatch.benchmarks.harness import Record, add_options, check, device_named, run
 from largebatch.conf.config import CheckpointConfig
 from largebatch.distributed.ranks import Ranks, find_ranks, meet, process_group
 from largebatch.optim.sharding.messages import broadcast_json
@@ -96,7 +96,10 @@ def measure(
                 samples.setdefault(name, []).append(value)
             number += 1
     finally:
-        contest_over(ranks, here)
+        if ranks.size > 1:
+            dist.barrier()
+        if ranks.is_first:
+            shutil.rmtree(here)
     medians = {name: statistics.median(values[1:]) for name, values in samples.items()}  # warm
     total = contest.num_bytes * ranks.size
     return {
@@ -110,13 +113,6 @@ def measure(
         "gigabytes_per_second": {name: total / 1e9 / value for name, value in medians.items()},
         "projection": projection(total, ranks.size, medians),
     }
-
-
-def contest_over(ranks: Ranks, here: Path) -> None:
-    if ranks.size > 1:
-        dist.barrier()
-    if ranks.is_first:
-        shutil.rmtree(here)
 
 
 class Contest:
@@ -234,26 +230,17 @@ def projection(total: int, size: int, seconds: dict[str, float]) -> list[dict[st
     """What `PROJECTED_BYTES` would take. No more than divisions: where all ranks together reach an
     aggregate bandwidth, and where each has to itself what a rank had here.
     """
-    rows = [
-        {"of": "saving", "at": name, "seconds": PROJECTED_BYTES / rate}
-        for name, rate in AGGREGATES.items()
+    here, share = total / seconds[_SYNC], PROJECTED_BYTES / PROJECTED_RANKS
+    own, staging = total / size / seconds[_SYNC], total / size / seconds[_STALL]
+    each = f"each of {PROJECTED_RANKS} ranks"
+    staged = f"{staging / 1e9:.2f} GB/s of staging on {each}"
+    rows = [("saving", name, PROJECTED_BYTES / rate) for name, rate in AGGREGATES.items()]
+    rows += [
+        ("saving", f"{here / 1e9:.2f} GB/s, as measured here", PROJECTED_BYTES / here),
+        ("saving", f"{own / 1e9:.2f} GB/s for {each}", share / own),
+        ("training waits, mode=async", staged, share / staging),
     ]
-    here = total / seconds[_SYNC]
-    rows.append(
-        {
-            "of": "saving",
-            "at": f"{here / 1e9:.2f} GB/s, as measured here",
-            "seconds": PROJECTED_BYTES / here,
-        }
-    )
-    rate = total / size / seconds[_SYNC]
-    share = PROJECTED_BYTES / PROJECTED_RANKS
-    at = f"{rate / 1e9:.2f} GB/s for each of {PROJECTED_RANKS} ranks"
-    rows.append({"of": "saving", "at": at, "seconds": share / rate})
-    rate = total / size / seconds[_STALL]
-    at = f"{rate / 1e9:.2f} GB/s of staging on each of {PROJECTED_RANKS} ranks"
-    rows.append({"of": "training waits, mode=async", "at": at, "seconds": share / rate})
-    return rows
+    return [{"of": of, "at": at, "seconds": needed} for of, at, needed in rows]
 
 
 def show(record: Record, console: Console) -> None:

@@ -3,37 +3,18 @@
 import importlib
 import sys
 from difflib import get_close_matches
-from typing import Final, NamedTuple
-
-
-class Benchmark(NamedTuple):
-    module: str
-    """Has `main(arguments) -> exit code`."""
-    summary: str
-
+from typing import Final
 
 BENCHMARKS: Final = {
-    "optim": Benchmark("largebatch.benchmarks.optim", "time of an optimizer step, beside peers"),
-    "noise": Benchmark(
-        "largebatch.benchmarks.noise.command", "what measuring the noise scale adds to a step"
-    ),
-    "collectives": Benchmark(
-        "largebatch.benchmarks.collectives.command",
-        "all-reduce and its like: values, alpha, beta, advice",
-    ),
-    "checkpoint": Benchmark(
-        "largebatch.benchmarks.checkpoint", "saving and loading, beside the disk and torch.save"
-    ),
-    "second_order": Benchmark(
-        "largebatch.benchmarks.second_order.command", "cost of Shampoo, SOAP and K-FAC beside AdamW"
-    ),
-    "scale": Benchmark(
-        "largebatch.benchmarks.scale.command", "what one rank of 38,400 sends, holds and works out"
-    ),
-    "statistics": Benchmark(
-        "largebatch.benchmarks.statistics.command", "how often a study's intervals cover"
-    ),
+    "optim": ("optim", "time of an optimizer step, beside peers"),
+    "noise": ("noise.command", "what measuring the noise scale adds to a step"),
+    "collectives": ("collectives.command", "all-reduce and its like: values, alpha, beta, advice"),
+    "checkpoint": ("checkpoint", "saving and loading, beside the disk and torch.save"),
+    "second_order": ("second_order.command", "cost of Shampoo, SOAP and K-FAC beside AdamW"),
+    "scale": ("scale.command", "what one rank of 38,400 sends, holds and works out"),
+    "statistics": ("statistics.command", "how often a study's intervals cover"),
 }
+"""By name: the module here with `main(arguments) -> exit code`, and a summary."""
 
 
 def main(arguments: list[str]) -> int:
@@ -47,7 +28,7 @@ def main(arguments: list[str]) -> int:
         print(f"largebatch bench: no benchmark {arguments[0]!r}{hint}", file=sys.stderr)
         if near:
             return 2
-    rows = "\n".join(f"  {name:12} {benchmark.summary}" for name, benchmark in BENCHMARKS.items())
+    rows = "\n".join(f"  {name:12} {summary}" for name, (_, summary) in BENCHMARKS.items())
     print(
         f"usage: largebatch bench NAME …\n\n{rows}\n\nlargebatch bench NAME --help says more",
         file=sys.stdout if wanted else sys.stderr,
@@ -57,7 +38,7 @@ def main(arguments: list[str]) -> int:
 
 def run(name: str, arguments: list[str]) -> int:
     try:
-        benchmark = importlib.import_module(BENCHMARKS[name].module)
+        benchmark = importlib.import_module(f"largebatch.benchmarks.{BENCHMARKS[name][0]}")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("largebatch"):
             raise

@@ -23,6 +23,7 @@ MOMENTUM_WORDS: Final = 5  # one buffer
 REFERENCE: Final = "torch AdamW fused"
 
 DECAYING_LAMB: Final = {"lr": 1e-5, "weight_decay": 0.01}
+CLIPPED_LAMB: Final = {**DECAYING_LAMB, "max_grad_norm": 1.0}
 DECAYING_LARS: Final = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 
 
@@ -42,7 +43,7 @@ def contenders() -> tuple[list[Contender], list[str]]:
         row("torch SGD fused", MOMENTUM_WORDS, torch.optim.SGD, lr=1e-5, momentum=0.9, fused=True),
         row("LAMB", ADAM_WORDS, LAMB, lr=1e-5, weight_decay=0.0),
         row("LAMB decay", ADAM_WORDS, LAMB, **DECAYING_LAMB),
-        row("LAMB decay+clip", ADAM_WORDS, LAMB, **DECAYING_LAMB, max_grad_norm=1.0),
+        row("LAMB decay+clip", ADAM_WORDS, LAMB, **CLIPPED_LAMB),
         row("LARS", MOMENTUM_WORDS, LARS, lr=1e-3),
         row("LARS decay", MOMENTUM_WORDS, LARS, **DECAYING_LARS),
         row("LARS decay+clip", MOMENTUM_WORDS, LARS, **DECAYING_LARS, max_grad_norm=1.0),
@@ -64,28 +65,20 @@ def row(name: str, words: int, optimizer: Callable[..., Optimizer], **options: A
 
 PEERS: Final[tuple[tuple[str, int, tuple[str, str], dict[str, Any]], ...]] = (
     (
-        "timm Lamb decay+clip",
-        ADAM_WORDS,
-        ("timm.optim", "Lamb"),
-        {**DECAYING_LAMB, "max_grad_norm": 1.0, "always_adapt": True},
+        "timm Lamb decay+clip", ADAM_WORDS, ("timm.optim", "Lamb"),
+        {**CLIPPED_LAMB, "always_adapt": True},
     ),
     (
-        "pytorch_optimizer Lamb decay+clip",
-        ADAM_WORDS,
-        ("pytorch_optimizer", "Lamb"),
-        {**DECAYING_LAMB, "max_grad_norm": 1.0, "pre_norm": True},
+        "pytorch_optimizer Lamb decay+clip", ADAM_WORDS, ("pytorch_optimizer", "Lamb"),
+        {**CLIPPED_LAMB, "pre_norm": True},
     ),
     ("torch_optimizer Lamb decay", ADAM_WORDS, ("torch_optimizer", "Lamb"), DECAYING_LAMB),
     (
-        "timm Lars decay",
-        MOMENTUM_WORDS,
-        ("timm.optim", "Lars"),
+        "timm Lars decay", MOMENTUM_WORDS, ("timm.optim", "Lars"),
         {**DECAYING_LARS, "always_adapt": True},
     ),
     (
-        "pytorch_optimizer LARS decay",
-        MOMENTUM_WORDS,
-        ("pytorch_optimizer", "LARS"),
+        "pytorch_optimizer LARS decay", MOMENTUM_WORDS, ("pytorch_optimizer", "LARS"),
         DECAYING_LARS,
     ),
-)
+)  # fmt: skip

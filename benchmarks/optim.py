@@ -8,8 +8,8 @@ memory's speed that the step's unavoidable traffic makes.
 import argparse
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
@@ -20,9 +20,8 @@ from rich.table import Table
 from torch.nn import Parameter
 
 from largebatch.benchmarks import harness
-from largebatch.benchmarks.arguments import add_options, run
 from largebatch.benchmarks.contenders import PEERS, REFERENCE, Contender, contenders
-from largebatch.benchmarks.harness import MEMORY_BYTES, Note, timed
+from largebatch.benchmarks.harness import MEMORY_BYTES, Note, add_options, run, timed
 
 FORMULAS: Final = {
     "ms": "median over the rounds of one optimizer.step(), device idle before and after",
@@ -70,28 +69,12 @@ def small_tensors(num_each: int = 200) -> Inventory:
     return Inventory("small tensors", ((64,), (32, 32), (16, 16, 3, 3)) * num_each)
 
 
-@dataclass(frozen=True)
-class StepLine:
-    """One optimizer on one inventory. A ratio is to the reference of the same round."""
-
-    name: str
-    seconds: float
-    ratio: float
-    ratio_quartiles: tuple[float, float]
-    least_bytes: int
-    bytes_per_second: float
-    share_of_memory: float
-
-
 def main(arguments: Sequence[str]) -> int:
     """`largebatch bench optim`; 0, or 2 where an option cannot be."""
     parser = argparse.ArgumentParser(prog="largebatch bench optim", description=__doc__)
     add_options(parser, 40.0)
-
-    def measured(device: torch.device, seconds: float) -> dict[str, Any]:
-        return measure((small_tensors(), transformer()), device, seconds)
-
-    return run(parser, arguments, measured, show)
+    inventories = small_tensors(), transformer()
+    return run(parser, arguments, partial(measure, inventories), show)
 
 
 def measure(
@@ -99,30 +82,17 @@ def measure(
 ) -> dict[str, Any]:
     """The record: provenance, formulas, and the lines of each inventory."""
     rows, left_out = contenders()
+    libraries = sorted({module.partition(".")[0] for _, _, (module, _), _ in PEERS})
     found, share = [], seconds / len(inventories)
     with harness.progress_bar() as begin:
         for inventory in inventories:
-            rounds = run_rounds(inventory, rows, device, share, begin(inventory.name, share))
-            found.append(summarize(inventory, rows, rounds))
+            samples = run_rounds(inventory, rows, device, share, begin(inventory.name, share))
+            found.append(summarize(inventory, rows, samples))
     return harness.head_of("optim", device, FORMULAS) | {
-        "peers": {name: version_of(name) for name in peer_libraries()},
+        "peers": {name: version_of(name) for name in libraries},
         "left_out": left_out,
         "inventories": found,
     }
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """Seconds of every sample: a list for each contender, one entry a round."""
-
-    steps: dict[str, list[float]]
-    scalings: list[float]
-    """Of reading and writing MEMORY_BYTES / 2 in place, as optimizers write."""
-    copies: list[float]
-    """Of copying MEMORY_BYTES / 2. That a CPU first reads what it overwrites is not counted."""
-
-    def __len__(self) -> int:
-        return len(self.copies)
 
 
 class Tensors:
@@ -149,8 +119,10 @@ def run_rounds(
     device: torch.device,
     seconds: float,
     note: Note,
-) -> Rounds:
-    """Sample one step of every optimizer a round, and the memory's speed.
+) -> dict[str, list[Any]]:
+    """Seconds of one step of every optimizer a round; and as "memory" two of them: of reading and
+    writing MEMORY_BYTES / 2 in place, as optimizers write, and of copying as much. That a CPU first
+    reads what it overwrites is not counted.
 
     Before each step, outside of what is timed, the gradients are written anew: some optimizers
     change them.
@@ -159,59 +131,47 @@ def run_rounds(
     optimizers = {row.name: row.make(tensors.params) for row in contenders}
     memory = torch.ones(MEMORY_BYTES // 8, device=device)
     target = torch.ones_like(memory)
-    rounds = Rounds({name: [] for name in optimizers}, [], [])
 
-    def step(name: str, number: int) -> None:
+    def step(name: str) -> float:
         tensors.write_grads()
-        seconds = timed(optimizers[name].step, device)
-        if number >= 0:
-            rounds.steps[name].append(seconds)
+        return timed(optimizers[name].step, device)
 
-    def move(number: int) -> None:
+    def move() -> tuple[float, float]:
         scaling = timed(lambda: memory.mul_(1.0), device)
-        copy = timed(lambda: target.copy_(memory), device)
-        if number >= 0:
-            rounds.scalings.append(scaling)
-            rounds.copies.append(copy)
+        return scaling, timed(lambda: target.copy_(memory), device)
 
-    samplers = {name: partial(step, name) for name in optimizers}
-    harness.run_rounds(samplers | {"memory": move}, seconds, note)
-    return rounds
+    samplers: dict[str, Callable[[], Any]] = {name: partial(step, name) for name in optimizers}
+    return harness.run_rounds(samplers | {"memory": move}, seconds, note)
 
 
-def summarize(inventory: Inventory, rows: Sequence[Contender], rounds: Rounds) -> dict[str, Any]:
+def summarize(
+    inventory: Inventory, rows: Sequence[Contender], samples: dict[str, list[Any]]
+) -> dict[str, Any]:
     """Medians and ratios over the samples of one inventory."""
-    memory_speed = MEMORY_BYTES / statistics.median(rounds.scalings)
+    scalings, copies = zip(*samples["memory"], strict=True)
+    memory_speed = MEMORY_BYTES / statistics.median(scalings)
     return {
         "name": inventory.name,
         "num_tensors": len(inventory.shapes),
         "num_parameters": inventory.num_parameters,
-        "num_rounds": len(rounds),
+        "num_rounds": len(copies),
         "memory_bytes_per_second": memory_speed,
-        "copy_bytes_per_second": MEMORY_BYTES / statistics.median(rounds.copies),
-        "optimizers": [asdict(line(row, inventory, rounds, memory_speed)) for row in rows],
+        "copy_bytes_per_second": MEMORY_BYTES / statistics.median(copies),
+        "optimizers": [line(row, inventory, samples, memory_speed) for row in rows],
     }
 
 
-def line(row: Contender, inventory: Inventory, rounds: Rounds, memory_speed: float) -> StepLine:
-    times = rounds.steps[row.name]
-    seconds = statistics.median(times)
-    ratios = [a / b for a, b in zip(times, rounds.steps[REFERENCE], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+def line(
+    row: Contender, inventory: Inventory, samples: dict[str, list[float]], memory_speed: float
+) -> dict[str, Any]:
+    """One optimizer on one inventory."""
+    told = harness.against(samples[row.name], samples[REFERENCE])
     least_bytes = 4 * row.words * inventory.num_parameters
-    return StepLine(
-        name=row.name,
-        seconds=seconds,
-        ratio=middle,
-        ratio_quartiles=(low, high),
-        least_bytes=least_bytes,
-        bytes_per_second=least_bytes / seconds,
-        share_of_memory=least_bytes / seconds / memory_speed,
-    )
-
-
-def peer_libraries() -> list[str]:
-    return sorted({module.partition(".")[0] for _, _, (module, _), _ in PEERS})
+    speed = least_bytes / told["seconds"]
+    return {
+        "name": row.name, **told, "least_bytes": least_bytes, "bytes_per_second": speed,
+        "share_of_memory": speed / memory_speed,
+    }  # fmt: skip
 
 
 def version_of(library: str) -> str | None:

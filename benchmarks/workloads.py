@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,32 +13,12 @@ from largebatch.train.tasks import Batch, Task
 from largebatch.train.tasks.bytes import Bytes
 
 
-class Workload(Protocol):
-    """What a step learns, with what model, from how much."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def batch_size(self) -> int:
-        """Global, in samples."""
-
-    def model(self) -> nn.Module: ...
-
-    def task(self) -> Task: ...
-
-
-def describe(workload: Workload) -> dict[str, str | int]:
-    """Name and number of parameters, for a record."""
-    num_parameters = sum(param.numel() for param in workload.model().parameters())
-    return {"name": workload.name, "num_parameters": num_parameters}
-
-
 @dataclass(frozen=True)
 class Bytewise:
     """The bundled byte model on its task."""
 
     batch_size: int
+    """Global, in samples."""
 
     @property
     def name(self) -> str:
@@ -71,6 +50,16 @@ class Decoding:
 
     def task(self) -> Task:
         return Symbols(self.places, self.vocabulary)
+
+
+Workload = Bytewise | Decoding
+"""What a step learns, with what model, from how much."""
+
+
+def describe(workload: Workload) -> dict[str, str | int]:
+    """Name and number of parameters, for a record."""
+    num_parameters = sum(param.numel() for param in workload.model().parameters())
+    return {"name": workload.name, "num_parameters": num_parameters}
 
 
 @cache

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +16,37 @@ from largebatch.optim.math.tensors import compute_dtype, gradient_of, on_device,
 from largebatch.optim.options import require
 from largebatch.optim.sharding.layout import Name
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 Group = dict[str, Any]
 """A parameter group, as torch's optimizers have them."""
 
 
-def uncompiled(step: Callable[P, T]) -> Callable[P, T]:
-    """Keep a step out of torch.compile's graphs, whoever compiles: it runs as it always does.
-
-    Plans, owners and step counts are looked up by a parameter's identity, which a graph would hold
-    fixed from its first call on. Written above `torch.no_grad()`.
-    """
-    return _disable_dynamo(step)
-
-
 class GroupedOptimizer(Optimizer):
-    """Base of all optimizers: groups that may come late and without names, or lack an option."""
+    """Base of all optimizers: the frame of a step; groups that may come late and without names, or
+    lack an option.
+    """
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    # Not compiled, whoever compiles: plans, owners and step counts are looked up by a parameter's
+    # identity, which a graph would hold fixed from its first call on.
+    @_disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():  # for its backward pass
+                loss = closure()
+        self._make_step()
+        return loss
+
+    def _make_step(self) -> None:
+        """Update every parameter that has a gradient."""
+        raise NotImplementedError
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, as in torch; one without names takes some where the others have names."""
@@ -56,6 +69,9 @@ class GroupedOptimizer(Optimizer):
         """Name a parameter that came without a name, given its index over all groups."""
         return f"param_{index}"
 
+    def _params(self) -> Iterator[Tensor]:
+        return (param for group in self.param_groups for param in group["params"])
+
     def _named_params(self) -> Iterator[tuple[Group, Name, nn.Parameter]]:
         """Yield each parameter with its group and its name, or its index where unnamed."""
         first = 0
@@ -65,6 +81,34 @@ class GroupedOptimizer(Optimizer):
                 names = range(first, first + len(params))
             yield from ((group, *named) for named in zip(names, params, strict=True))
             first += len(params)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Refuse options (the defaults, or one group's) out of range; subclasses add their own."""
+        lr = options["lr"]
+        if isinstance(lr, Tensor):  # its value may lie on a device and is not looked at
+            accepted = "a float or a tensor of one element"
+            require(lr.numel() == 1, "lr", accepted, f"shape {tuple(lr.shape)}")
+        else:
+            require(0 <= lr < math.inf, "lr", "in [0, inf)", lr)
+        if "betas" in options:
+            betas = options["betas"]
+            pair = isinstance(betas, tuple | list) and len(betas) == 2
+            in_range = pair and all(0 <= beta < 1 for beta in betas)
+            require(in_range, "betas", "two numbers in [0, 1)", betas)
+        if "momentum" in options:
+            require(0 <= options["momentum"] < 1, "momentum", "in [0, 1)", options["momentum"])
+        for name in ("eps", "weight_decay"):
+            if name in options:
+                require(0 <= options[name] < math.inf, name, "in [0, inf)", options[name])
+
+    def _refuse_sparse(self) -> None:
+        """Refuse a sparse gradient."""
+        for _, name, param in self._named_params():
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} needs dense gradients, got a {param.grad.layout} "
+                    f"gradient for parameter {name!r}."
+                )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore groups and state; an option that was not yet known then takes its default."""
@@ -115,22 +159,6 @@ class ShardedOptimizer(GroupedOptimizer):
             self.param_groups.pop()
             raise
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        """Refuse options (the defaults, or one group's) out of range; subclasses add their own."""
-        lr = options["lr"]
-        if isinstance(lr, Tensor):  # its value may lie on a device and is not looked at
-            accepted = "a float or a tensor of one element"
-            require(lr.numel() == 1, "lr", accepted, f"shape {tuple(lr.shape)}")
-        else:
-            require(0 <= lr < math.inf, "lr", "in [0, inf)", lr)
-        if "betas" in options:
-            betas = options["betas"]
-            in_range = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
-            require(in_range, "betas", "two numbers in [0, 1)", betas)
-        for name in ("eps", "weight_decay"):
-            if name in options:
-                require(0 <= options[name] < math.inf, name, "in [0, inf)", options[name])
-
     def _check_param(self, group: Group, name: Name, param: Tensor) -> None:
         """Refuse a parameter that cannot be treated."""
         if param.is_complex():
@@ -147,19 +175,6 @@ class ShardedOptimizer(GroupedOptimizer):
 
     def _check_groups(self) -> None:
         """Refuse options that differ between groups and may not."""
-
-    def _refuse_sparse(self) -> None:
-        """Refuse a sparse gradient.
-
-        Raises:
-            RuntimeError: naming the parameter.
-        """
-        for _, name, param in self._named_params():
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__} needs dense gradients, got a {param.grad.layout} "
-                    f"gradient for parameter {name!r}."
-                )
 
     # Loss scales and skipped steps --------------------------------------------------------------
 
@@ -221,8 +236,7 @@ class ShardedOptimizer(GroupedOptimizer):
             return {**final, "state": of_no_parameter(final)}
 
         def put_state(_: Optimizer) -> None:  # before the user's post-hooks
-            params = (param for group in self.param_groups for param in group["params"])
-            numbered = zip(params, ids, strict=True)
+            numbered = zip(self._params(), ids, strict=True)
             self._take_up({param: loaded[index] for param, index in numbered if index in loaded})
 
         hooks = (
@@ -239,24 +253,28 @@ class ShardedOptimizer(GroupedOptimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _packed(self, packed: StateDict, saved: Mapping[Tensor, dict[str, Any]]) -> StateDict:
+    def _state_dict_of(self, states: Callable[[], Mapping[Tensor, dict[str, Any]]]) -> StateDict:
         """Return torch's state dict with these states of parameters in the place of its own."""
-        params = (param for group in self.param_groups for param in group["params"])
-        ids = (index for group in packed["param_groups"] for index in group["params"])
-        numbered = zip(params, ids, strict=True)
-        states = {index: saved[param] for param, index in numbered if param in saved}
-        return {**packed, "state": {**packed["state"], **states}}
+
+        def put(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
+            saved = states()
+            ids = (index for group in packed["param_groups"] for index in group["params"])
+            numbered = zip(self._params(), ids, strict=True)
+            ours = {index: saved[param] for param, index in numbered if param in saved}
+            return {**packed, "state": {**packed["state"], **ours}}
+
+        hook = self.register_state_dict_post_hook(put, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def _translated(self, state_dict: StateDict) -> StateDict:
         """Return the state dict as this optimizer would have written it."""
         return state_dict
 
     def _take_up(self, found: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Put loaded state of parameters in place; groups have been loaded before.
-
-        Raises:
-            ValueError: a state that does not fit.
-        """
+        """Put loaded state in place, or refuse what does not fit; groups are loaded already."""
         raise NotImplementedError
 
 
@@ -274,11 +292,3 @@ def refuse_what_only_has_parameters(name: str, params: object) -> None:
             f"{name} takes parameters, got the method {called!r}: call it, {name}("
             f"model.{called}(), …)."
         )
-
-
-def evaluate(closure: Callable[[], float] | None) -> float | None:
-    """The closure's loss; its backward pass needs gradients although the step does not."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()

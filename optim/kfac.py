@@ -20,22 +20,21 @@ which costs further passes; no block-tridiagonal form.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.base import Group, evaluate, uncompiled
+from largebatch.optim.base import Group
 from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.kronecker.damping import Damping
 from largebatch.optim.kronecker.factors import average, new_roots, roots_of
 from largebatch.optim.kronecker.layers import Layer
 from largebatch.optim.kronecker.optimizer import KroneckerOptimizer
-from largebatch.optim.kronecker.options import rule_of
-from largebatch.optim.kronecker.rules import RULES, Rule
-from largebatch.optim.kronecker.work_group import KroneckerWorkGroup, Move, stats_of
+from largebatch.optim.kronecker.rules import RULES, Rule, rule_of
+from largebatch.optim.kronecker.work_group import KroneckerWorkGroup, LayerSums, Move, stats_of
 from largebatch.optim.math.adam import corrected
 from largebatch.optim.math.decompositions import Decomposition, decompose
 from largebatch.optim.math.grafting import WITH_SQUARES, grafted_step, next_squares
@@ -189,17 +188,7 @@ class KFAC(KroneckerOptimizer):
         """
         return dict(self._stats)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @uncompiled
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
-        loss = evaluate(closure)
+    def _make_step(self) -> None:
         self._find()
         self._share()
         self._agree_on_uses()
@@ -219,7 +208,6 @@ class KFAC(KroneckerOptimizer):
         self._move_others(skip)
         moved = [param for _, param in self._moved()]
         self._statistics.active = self._schedule.end(moved, skip)
-        return loss
 
     # The phases of a step -----------------------------------------------------------------------
 
@@ -236,20 +224,14 @@ class KFAC(KroneckerOptimizer):
         if not now:
             return
         for work_group in self._work_groups:
-            totals = work_group.add_up(sums, items)
-            divisor = work_group.size * scalar(loss_scale, totals.items)
+            total, num_items = work_group.add_up(sums, items)
+            divisor = work_group.size * scalar(loss_scale, num_items)
+            scale = num_items / divisor.square()
             for layer in work_group.owned:
-                if layer in totals.sums and self._has_factors(layer):
+                if layer in total and self._has_factors(layer):
                     state, group = self.state[layer.weight], self._group_of[layer.weight]
-                    average(
-                        layer,
-                        state,
-                        totals.sums[layer],
-                        totals.items,
-                        totals.items / divisor.square(),
-                        group["factor_decay"],
-                        skip,
-                    )
+                    decay = group["factor_decay"]
+                    average(layer, state, total[layer], num_items, scale, decay, skip)
 
     def _refresh_roots(self, skip: Tensor | None) -> None:
         """New inverses for the layers whose turn it is.
@@ -282,7 +264,7 @@ class KFAC(KroneckerOptimizer):
         gradients: dict[Tensor, Tensor | None] = {
             param: self._gradient(param, skip) for param in work_group.params
         }
-        numbers = work_group.numbers()
+        numbers = LayerSums(work_group.layers, work_group.dtype, work_group.device)
         for layer in work_group.layers:
             for param in layer.params:
                 weight, gradient = local(param).to(work_group.dtype), gradients[param]
@@ -305,7 +287,7 @@ class KFAC(KroneckerOptimizer):
             grafts = self._group_of[layer.weight]["graft"] != "none"
             ratio = root(found["grafted"]) / root(found["update"]) if grafts else found["scale"]
             ratios[layer] = torch.where(found["update"] > 0, ratio, 1.0)
-        return Move(work_group, parts, numbers, ratios)
+        return Move(parts, numbers, ratios)
 
     def _gradient(self, param: Tensor, skip: Tensor | None) -> Tensor | None:
         """The local part of the gradient to descend along, unscaled, FP32 or wider.

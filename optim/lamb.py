@@ -15,18 +15,17 @@ bundles of keywords, no more, listed in `VARIANTS` and, with their sources, in d
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import MappingProxyType
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
-from largebatch.optim.base import Group, evaluate, uncompiled
-from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer
+from largebatch.optim.base import Group
+from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer, SyncedStep
 from largebatch.optim.layerwise.step_plan import ChunkGroup, StepPlan, descend, norms_of
-from largebatch.optim.layerwise.synced_step import SyncedStep
 from largebatch.optim.math.adam import average, chunk_directions, lr_correction
 from largebatch.optim.math.bias_correction import rebased
 from largebatch.optim.math.tensors import Tensors, scalar, write
@@ -155,17 +154,7 @@ class LAMB(LayerwiseOptimizer):
         require_bounds(options, "weight_norm_bounds")
         require_bounds(options, "trust_bounds")
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @uncompiled
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
-        loss = evaluate(closure)
+    def _make_step(self) -> None:
         plan = self._plan()
         synced = self._sync(plan)
         self._make_state(plan)
@@ -184,7 +173,6 @@ class LAMB(LayerwiseOptimizer):
         for chunks, update in zip(plan.chunk_groups, updates, strict=True):
             self._descend(chunks, update, ratios, synced.skip)
         self._restart_overflown(plan, synced.skip)
-        return loss
 
     def _update(self, chunks: ChunkGroup, weights: Tensors, synced: SyncedStep) -> Tensors:
         """Advance t, m and v by one gradient, and return u."""
@@ -316,9 +304,6 @@ class LAMB(LayerwiseOptimizer):
             torch._foreach_add_(steps, 1)
         else:
             write(steps, torch._foreach_add(steps, 1), skip)
-
-    def _state_keys(self, group: Group) -> tuple[str, ...]:
-        return self._known_state
 
     def _fused_direction(
         self,

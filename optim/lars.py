@@ -16,18 +16,16 @@ dividing by almost nothing) nor Nesterov momentum, nor does it say what happens 
 """
 
 import math
-from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.base import Group, evaluate, uncompiled
-from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer
+from largebatch.optim.base import Group
+from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer, SyncedStep
 from largebatch.optim.layerwise.step_plan import ChunkGroup, descend, norms_of
-from largebatch.optim.layerwise.synced_step import SyncedStep
 from largebatch.optim.math.tensors import Tensors, scalar, write
 from largebatch.optim.math.trust_ratio import UNBOUNDED, trust_ratio
 from largebatch.optim.options import require, require_one_of, resolved
@@ -139,7 +137,6 @@ class LARS(LayerwiseOptimizer):
         super()._check_options(options)
         momentum, nesterov = options["momentum"], options["nesterov"]
         trust_coefficient = options["trust_coefficient"]
-        require(0 <= momentum < 1, "momentum", "in [0, 1)", momentum)
         require(isinstance(nesterov, bool), "nesterov", "True or False", nesterov)
         require(momentum > 0 or not nesterov, "momentum", "in (0, 1) with nesterov", momentum)
         require(0 < trust_coefficient < math.inf, "trust_coefficient", "> 0", trust_coefficient)
@@ -148,17 +145,7 @@ class LARS(LayerwiseOptimizer):
         require_one_of(options, "clip_to_lr", (False, True))
         require_one_of(options, "zero_norm", ("one", "no_decay"))
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @uncompiled
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
-        loss = evaluate(closure)
+    def _make_step(self) -> None:
         plan = self._plan()
         synced = self._sync(plan)
         self._make_state(plan)
@@ -174,7 +161,6 @@ class LARS(LayerwiseOptimizer):
         ratios = self._trust_ratios(plan, weight_norms, update_norms)
         for chunks in plan.chunk_groups:
             self._descend(chunks, ratios, synced)
-        return loss
 
     def _state_keys(self, group: Group) -> tuple[str, ...]:
         return self._known_state if group["momentum"] else ()

@@ -12,15 +12,15 @@ rate; torch's default is "original".
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import StateDict
 
-from largebatch.optim.base import GroupedOptimizer, uncompiled
+from largebatch.optim.base import GroupedOptimizer
 from largebatch.optim.loading import in_own_order
 from largebatch.optim.options import require, require_one_of
 from largebatch.optim.param_groups import EMBEDDING, ParamEntry, find_parameters, is_called
@@ -74,8 +74,7 @@ class Muon(GroupedOptimizer):
     Args:
         params: the model, whose modules tell embeddings and the output head (the model's own
             `get_output_embeddings()`, else its last linear layer that is in no block of an
-            nn.ModuleList); or (name, parameter) pairs, or
-            groups of them.
+            nn.ModuleList); or (name, parameter) pairs, or groups of them.
         adamw: patterns (`fnmatch`) of names that AdamW takes too. With names alone, `NAMES` and
             these, and the last matrix where it has as many rows as an embedding.
         groups: beside a model, groups of its parameters, as of `param_groups`; None: one.
@@ -116,7 +115,7 @@ class Muon(GroupedOptimizer):
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
             "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn, "betas": betas, "eps": eps,
         }  # fmt: skip
-        _check_options(defaults)
+        self._check_options(defaults)
         if isinstance(params, nn.Module):
             entries = find_parameters(params)
             self._by_adamw = _by_module(params, entries, adamw)
@@ -162,10 +161,27 @@ class Muon(GroupedOptimizer):
                 if items:
                     group = {**param_group, "params": items, "algorithm": algorithm}
                     super().add_param_group(group)
-                    _check_group(self.param_groups[-1])
+                    self._check_group(self.param_groups[-1])
         except Exception:  # also where the second of two is refused, by torch or here
             del self.param_groups[before:]
             raise
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        require_one_of(options, "nesterov", (True, False))
+        require_one_of(options, "adjust_lr_fn", ("match_rms_adamw", "original"))
+        steps = options["ns_steps"]
+        whole = isinstance(steps, int) and 1 <= steps < 100
+        require(whole, "ns_steps", "a whole number, 1 to 99", steps)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        self._check_options(group)
+        require_one_of(group, "algorithm", (MUON, ADAMW))
+        for param in group["params"]:
+            require(not param.is_complex(), "params", "real", param.dtype)
+            if group["algorithm"] == MUON:
+                accepted = "of two dimensions or more"
+                require(param.dim() >= 2, "params of Muon", accepted, param.dim())
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load as torch does; names decide, and what a saved group does not say stays as it is.
@@ -181,31 +197,15 @@ class Muon(GroupedOptimizer):
             state_dict = {**state_dict, "param_groups": filled}
         super().load_state_dict(state_dict)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @uncompiled
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _make_step(self) -> None:
+        self._refuse_sparse()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
-            for param in params:
-                if param.grad.layout != torch.strided:
-                    raise RuntimeError(f"Muon needs dense gradients, got a {param.grad.layout} one")
             if group["algorithm"] == MUON:
                 for param in params:
                     self._step_matrix(param, group)
             elif params:
                 self._step_adamw(params, group)
-        return loss
 
     def _step_matrix(self, param: Tensor, group: Mapping[str, Any]) -> None:
         grad, state, momentum = param.grad, self.state[param], group["momentum"]
@@ -299,11 +299,7 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def _by_name(pairs: Sequence[tuple[str, Tensor]], patterns: Sequence[str]) -> dict[Tensor, bool]:
-    """The same where only names are known.
-
-    Raises:
-        ValueError: a tensor that may be a kernel, or a stack of matrices.
-    """
+    """The same where only names are known; a tensor that may be a kernel is refused."""
     found = {p: p.dim() < 2 or _any_matches([name], patterns) for name, p in pairs}
     for name, param in pairs:
         if param.dim() > 2 and not found[param]:
@@ -320,33 +316,3 @@ def _by_name(pairs: Sequence[tuple[str, Tensor]], patterns: Sequence[str]) -> di
 
 def _any_matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    _check_options(group)
-    require_one_of(group, "algorithm", (MUON, ADAMW))
-    for param in group["params"]:
-        require(not param.is_complex(), "params", "real", param.dtype)
-        if group["algorithm"] == MUON:
-            require(param.dim() >= 2, "params of Muon", "of two dimensions or more", param.dim())
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    lr = options["lr"]
-    if isinstance(lr, Tensor):
-        require(lr.numel() == 1, "lr", "a float or a tensor of one element", tuple(lr.shape))
-    else:
-        require(0 <= lr < math.inf, "lr", "in [0, inf)", lr)
-    require(0 <= options["weight_decay"] < math.inf, "weight_decay", "in [0, inf)",
-            options["weight_decay"])  # fmt: skip
-    require(0 <= options["momentum"] < 1, "momentum", "in [0, 1)", options["momentum"])
-    betas = options["betas"]
-    pair = isinstance(betas, tuple | list) and len(betas) == 2
-    require(pair and all(0 <= beta < 1 for beta in betas), "betas", "two numbers in [0, 1)", betas)
-    require(0 <= options["eps"] < math.inf, "eps", "in [0, inf)", options["eps"])
-    require_one_of(options, "nesterov", (True, False))
-    require_one_of(options, "adjust_lr_fn", ("match_rms_adamw", "original"))
-    steps = options["ns_steps"]
-    require(
-        isinstance(steps, int) and 1 <= steps < 100, "ns_steps", "a whole number, 1 to 99", steps
-    )

@@ -143,7 +143,6 @@ class Shampoo(SecondOrderOptimizer):
         require(beta is None or 0 <= beta <= 1, "factor_beta", "in [0, 1] or None", beta)
         require(exponent is None or 0 < exponent < math.inf, "exponent", "> 0 or None", exponent)
         require(0 < options["ridge"] < 1, "ridge", "in (0, 1)", options["ridge"])
-        require(0 <= options["momentum"] < 1, "momentum", "in [0, 1)", options["momentum"])
         start = options["start_preconditioning_step"]
         whole = isinstance(start, int) and start >= 1
         require(whole, "start_preconditioning_step", "a whole number >= 1", start)

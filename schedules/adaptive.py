@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from largebatch.common.numbers import real_number, whole_number
+from largebatch.common.numbers import real_number
+from largebatch.schedules.fields import count
 from largebatch.schedules.ramps import Stage, StagesRamp, pairs
 
 
@@ -26,11 +27,11 @@ class AdaptiveRamp(StagesRamp):
         ValueError: a value out of range.
     """
 
-    start: int
+    start: int = count("batch.start", least=1)
     stages: list[Stage] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.start = whole_number(self.start, "batch.start", 1)
+        super().__post_init__()
         self.stages = [(0, self.start)]
 
     @property

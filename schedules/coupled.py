@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from largebatch.common.numbers import real_number, whole_number
 from largebatch.schedules.curves import Curve, StepDecay
+from largebatch.schedules.fields import Checked, count, real
 from largebatch.schedules.ramps import Ramp, Stage, StagesRamp, check_rises
 
 
@@ -37,19 +37,18 @@ class _Steps(StagesRamp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoupledRamp(ABC):
+class CoupledRamp(Checked, ABC):
     """From `start` to at most `size`, in samples.
 
     Raises:
         ValueError: a value out of range.
     """
 
-    start: int
-    size: int
+    start: int = count("batch.start", least=1)
+    size: int = count("batch.size", least=1)
 
     def __post_init__(self) -> None:
-        for name in ("start", "size"):
-            object.__setattr__(self, name, whole_number(getattr(self, name), f"batch.{name}", 1))
+        super().__post_init__()
         check_rises(self.start, self.size)
 
     @abstractmethod
@@ -78,13 +77,7 @@ class LateSwitch(CoupledRamp):
     had them all along. The curve stays as it is, the scaling rule co-scales.
     """
 
-    switch_fraction: float = 0.8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        name = "batch.switch_fraction"
-        fraction = real_number(self.switch_fraction, name, above=0.0, most=1.0)
-        object.__setattr__(self, "switch_fraction", fraction)
+    switch_fraction: float = real("batch.switch_fraction", 0.8, above=0.0, most=1.0)
 
     def resolve(self, curve: Curve, budget_samples: int) -> ResolvedRamp:
         switch = math.ceil(self.switch_fraction * budget_samples)
@@ -126,12 +119,7 @@ class Seesaw(CoupledRamp):
     are, whatever `factor`.
     """
 
-    factor: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        factor = real_number(self.factor, "batch.factor", above=1.0)
-        object.__setattr__(self, "factor", factor)
+    factor: float = real("batch.factor", 2.0, above=1.0)
 
     def resolve(self, curve: Curve, budget_samples: int) -> ResolvedRamp:
         if isinstance(curve, StepDecay):

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from largebatch.common.numbers import check_fits, real_number, whole_number
+from largebatch.schedules.fields import Checked, count, real
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve(ABC):
+class Curve(Checked, ABC):
     """A factor on the peak learning rate, in [0, 1] but for `GeometricSweep`.
 
     Attributes:
@@ -26,12 +27,7 @@ class Curve(ABC):
         ValueError: a value out of range.
     """
 
-    warmup_samples: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "warmup_samples", whole_number(self.warmup_samples, "lr.warmup_samples")
-        )
+    warmup_samples: int = count("lr.warmup_samples", 0)
 
     @abstractmethod
     def decay(self, done: int, total: int) -> float:
@@ -40,11 +36,7 @@ class Curve(ABC):
         """
 
     def check(self, budget_samples: int) -> None:
-        """Refuse a run too short for the curve.
-
-        Raises:
-            ValueError: naming the key and the way out.
-        """
+        """Refuse a run too short for the curve."""
         check_fits(self.warmup_samples, "lr.warmup_samples", budget_samples)
 
     def after_warmup(self, samples: int, budget_samples: int) -> float:
@@ -69,12 +61,7 @@ class Constant(Curve):
 
 @dataclass(frozen=True, kw_only=True)
 class _Decaying(Curve):
-    final_fraction: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fraction = real_number(self.final_fraction, "lr.final_fraction", least=0.0, most=1.0)
-        object.__setattr__(self, "final_fraction", fraction)
+    final_fraction: float = real("lr.final_fraction", 0.0, least=0.0, most=1.0)
 
     def _above_final(self, fraction: float) -> float:
         return self.final_fraction + (1.0 - self.final_fraction) * fraction
@@ -107,11 +94,7 @@ class Polynomial(_Decaying):
     schedule.
     """
 
-    power: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "power", real_number(self.power, "lr.power", above=0.0))
+    power: float = real("lr.power", 1.0, above=0.0)
 
     def decay(self, done: int, total: int) -> float:
         return self._above_final(math.pow(1.0 - done / total, self.power))
@@ -128,14 +111,12 @@ class StepDecay(Curve):
             `drop_fractions`.
     """
 
-    drop_factor: float = 0.1
+    drop_factor: float = real("lr.drop_factor", 0.1, above=0.0, most=1.0)
     drop_fractions: Sequence[float] = (0.5, 0.75)
     drop_samples: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        factor = real_number(self.drop_factor, "lr.drop_factor", above=0.0, most=1.0)
-        object.__setattr__(self, "drop_factor", factor)
         fractions = tuple(
             real_number(share, "lr.drop_fractions", above=0.0, most=1.0)
             for share in self.drop_fractions
@@ -179,14 +160,11 @@ class InverseSqrt(Curve):
             sqrt(warmup / samples).
     """
 
-    timescale_samples: int | None = None
+    timescale_samples: int | None = count("lr.timescale_samples", None, least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.timescale_samples is not None:
-            timescale = whole_number(self.timescale_samples, "lr.timescale_samples", 1)
-            object.__setattr__(self, "timescale_samples", timescale)
-        elif not self.warmup_samples:
+        if self.timescale_samples is None and not self.warmup_samples:
             raise ValueError(
                 "lr.timescale_samples must be given where lr.warmup_samples is 0, got null"
             )
@@ -211,17 +189,12 @@ class WSD(_Decaying):
             2405.18392).
     """
 
-    decay_fraction: float = 0.2
-    decay_samples: int | None = None
+    decay_fraction: float = real("lr.decay_fraction", 0.2, least=0.0, most=1.0)
+    decay_samples: int | None = count("lr.decay_samples", None)
     shape: str = "linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share = real_number(self.decay_fraction, "lr.decay_fraction", least=0.0, most=1.0)
-        object.__setattr__(self, "decay_fraction", share)
-        if self.decay_samples is not None:
-            samples = whole_number(self.decay_samples, "lr.decay_samples")
-            object.__setattr__(self, "decay_samples", samples)
         if self.shape not in SHAPES:
             raise ValueError(f"lr.shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
 
@@ -269,16 +242,9 @@ class GeometricSweep(Curve):
         sweep_samples: samples from the one to the other.
     """
 
-    first: float
-    last: float
-    sweep_samples: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("first", "last"):
-            object.__setattr__(self, name, real_number(getattr(self, name), name, above=0.0))
-        samples = whole_number(self.sweep_samples, "sweep_samples", 1)
-        object.__setattr__(self, "sweep_samples", samples)
+    first: float = real("first", above=0.0)
+    last: float = real("last", above=0.0)
+    sweep_samples: int = count("sweep_samples", least=1)
 
     def check(self, budget_samples: int) -> None:
         super().check(budget_samples)

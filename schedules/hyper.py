@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from largebatch.common.numbers import real_number, whole_number
+from largebatch.common.numbers import real_number
+from largebatch.schedules.fields import Checked, count, real
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hyper:
+class Hyper(Checked):
     """Hyperparameters tuned at one global batch size. None: the optimizer has no such
     hyperparameter.
 
@@ -24,26 +25,19 @@ class Hyper:
         ValueError: a value out of range.
     """
 
-    lr: float
+    lr: float = real("lr", above=0.0)
     betas: tuple[float, float] | None = (0.9, 0.999)
-    eps: float | None = 1e-8
-    weight_decay: float | None = 0.0
+    eps: float | None = real("eps", 1e-8, optional=True, least=0.0)
+    weight_decay: float | None = real("weight_decay", 0.0, optional=True, least=0.0)
     ema_decay: float | None = None
-    warmup_samples: int = 0
+    warmup_samples: int = count("warmup_samples", 0)
 
     def __post_init__(self) -> None:
-        values = {
-            "lr": real_number(self.lr, "lr", above=0.0),
-            "betas": None if self.betas is None else _betas(self.betas),
-            "warmup_samples": whole_number(self.warmup_samples, "warmup_samples"),
-        }
-        for name in ("eps", "weight_decay"):
-            value = getattr(self, name)
-            values[name] = None if value is None else real_number(value, name, least=0.0)
+        super().__post_init__()
+        if self.betas is not None:
+            object.__setattr__(self, "betas", _betas(self.betas))
         if self.ema_decay is not None:
-            values["ema_decay"] = _decay_rate(self.ema_decay, "ema_decay")
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, "ema_decay", _decay_rate(self.ema_decay, "ema_decay"))
 
     @classmethod
     def of_group(cls, group: Mapping[str, Any], lr: float) -> "Hyper":

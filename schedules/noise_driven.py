@@ -18,17 +18,21 @@ norm test and CABS, which can do without.
 
 import math
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
-from largebatch.common.numbers import real_number, whole_number
 from largebatch.schedules.adaptive import AdaptiveRamp
+from largebatch.schedules.fields import count, real
 from largebatch.schedules.noise import NORMAL_QUANTILE
 from largebatch.schedules.ramps import GeometricBatch
-from largebatch.schedules.step_times import StepTimes
 
 Readings = Mapping[str, float]
+
+NUM_KEPT = 15
+"""Times of one batch size: enough for a median, few enough to follow the machine."""
 
 
 @dataclass(kw_only=True)
@@ -49,9 +53,9 @@ class NoiseRamp(AdaptiveRamp):
         ValueError: a value out of range, or a size that is no power of `factor` above start.
     """
 
-    size: int
-    factor: int = 2
-    votes: int = 3
+    size: int = count("batch.size", least=1)
+    factor: int = count("batch.factor", 2, least=2)
+    votes: int = count("batch.votes", 3, least=1)
     _rungs: tuple[int, ...] = field(init=False, repr=False)
     _count: int = field(init=False, repr=False, default=0)
     _boundary: int = field(init=False, repr=False, default=-1)
@@ -59,11 +63,9 @@ class NoiseRamp(AdaptiveRamp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.votes = whole_number(self.votes, "batch.votes", 1)
         ladder = GeometricBatch(
             start=self.start, factor=self.factor, ramp_samples=1, size=self.size
         )
-        self.factor, self.size = ladder.factor, ladder.size
         self._rungs = tuple(ladder.sizes())
 
     def sizes(self) -> Iterator[int]:
@@ -132,11 +134,7 @@ class SqrtNoise(NoiseRamp):
         exchange_rate: r, in samples a step.
     """
 
-    exchange_rate: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.exchange_rate = real_number(self.exchange_rate, "batch.exchange_rate", above=0.0)
+    exchange_rate: float = real("batch.exchange_rate", above=0.0)
 
     def desired(self, batch_size: int, readings: Readings) -> float:
         del batch_size
@@ -159,11 +157,10 @@ class NormTest(NoiseRamp):
         eta: η, above 0 and below 1.
     """
 
-    eta: float = math.sqrt(0.5)
+    eta: float = real("batch.eta", math.sqrt(0.5), above=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.eta = real_number(self.eta, "batch.eta", above=0.0)
         if self.eta >= 1:
             raise ValueError(
                 f"batch.eta must be below 1, got {self.eta:g}: the norm test is content at any "
@@ -189,11 +186,7 @@ class DiveBatch(NoiseRamp):
         delta: δ.
     """
 
-    delta: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.delta = real_number(self.delta, "batch.delta", above=0.0)
+    delta: float = real("batch.delta", 1.0, above=0.0)
 
     def desired(self, batch_size: int, readings: Readings) -> float:
         del batch_size
@@ -216,6 +209,57 @@ class CABS(NoiseRamp):
         if not (trace > 0 and loss > 0):
             return math.nan
         return number(readings, "lr") * trace / loss
+
+
+class StepTimes:
+    """The last few measured times of each batch size.
+
+    Medians, because the first steps at a batch size may take a hundred times as long (compilation,
+    allocation): in a mean over a few boundaries that would stay for good once the batch has grown.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, deque[float]] = {}
+
+    def __contains__(self, batch_size: int) -> bool:
+        return batch_size in self._seconds
+
+    def add(self, batch_size: int, seconds: float) -> None:
+        """Take in the seconds a step of `batch_size` samples took."""
+        self._seconds.setdefault(batch_size, deque(maxlen=NUM_KEPT)).append(seconds)
+
+    def medians(self) -> dict[int, float]:
+        """Seconds a step by batch size."""
+        return {size: median(seconds) for size, seconds in self._seconds.items()}
+
+    def fit(self) -> tuple[float, float]:
+        """(a, b) of a step's seconds a + b · batch size, with the least squares of relative errors.
+
+        One batch size alone is taken to say a; b is then 0.
+        """
+        times = self.medians()
+        assert times
+        if len(times) == 1:
+            return next(iter(times.values())), 0.0
+        weights = {size: seconds**-2 for size, seconds in times.items()}
+        total = sum(weights.values())
+        mean_size = sum(weights[size] * size for size in times) / total
+        mean_seconds = sum(weights[size] * times[size] for size in times) / total
+        offsets = {size: size - mean_size for size in times}
+        covariance = sum(weights[size] * offsets[size] * times[size] for size in times)
+        variance = sum(weights[size] * offsets[size] ** 2 for size in times)
+        slope = covariance / variance
+        return mean_seconds - slope * mean_size, slope
+
+    def state_dict(self) -> list[Any]:
+        """What was measured, in plain numbers."""
+        return [[size, list(seconds)] for size, seconds in self._seconds.items()]
+
+    def load_state_dict(self, state: list[Any]) -> None:
+        """Resume from a `state_dict`."""
+        self._seconds = {
+            int(size): deque(map(float, seconds), maxlen=NUM_KEPT) for size, seconds in state
+        }
 
 
 @dataclass(kw_only=True)

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from largebatch.common.numbers import real_number, whole_number
 from largebatch.schedules.adaptive import AdaptiveRamp
 from largebatch.schedules.coupled import CoupledRamp
 from largebatch.schedules.curves import Curve
+from largebatch.schedules.fields import Checked, count, real
 from largebatch.schedules.hyper import Hyper
 from largebatch.schedules.ramps import Ramp
 from largebatch.schedules.scaling import OWN, Rule, find_rule, resolve_hold, scale
@@ -77,7 +77,7 @@ class BatchSplit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Checked):
     """Ramp, curve, rule and budget joined, a function of samples.
 
     Attributes:
@@ -105,29 +105,25 @@ class Plan:
 
     ramp: Ramp | CoupledRamp
     curve: Curve
-    budget_samples: int
-    base_lr: float
-    base_batch: int
+    budget_samples: int = count("budget.samples", least=1)
+    base_lr: float = real("optim.lr", above=0.0)
+    base_batch: int = count("scaling.base_batch", least=1)
     rule: str | Rule = "none"
     hold: str | None = OWN
     base_samples: int | None = None
     hyper: Hyper | None = None
-    tokens_per_sample: int = 1
+    tokens_per_sample: int = count("budget.tokens_per_sample", 1, least=1)
     _ramp: Ramp = field(init=False, repr=False, compare=False)
     _curve: Curve = field(init=False, repr=False, compare=False)
     _exponent: float | None = field(init=False, repr=False, compare=False)
     _hypers: dict[int, Hyper] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        budget = whole_number(self.budget_samples, "budget.samples", 1)
-        base_batch = whole_number(self.base_batch, "scaling.base_batch", 1)
-        per = whole_number(self.tokens_per_sample, "budget.tokens_per_sample", 1)
-        self._set(budget_samples=budget, base_batch=base_batch, tokens_per_sample=per)
-        self._set(base_lr=real_number(self.base_lr, "optim.lr", above=0.0))
+        super().__post_init__()
         self._set(_ramp=self.ramp, _curve=self.curve, _exponent=None, _hypers={})
         self._resolve()
-        self._curve.check(budget)
-        self._ramp.check(budget)
+        self._curve.check(self.budget_samples)
+        self._ramp.check(self.budget_samples)
         for size in self._ramp.sizes():
             self._hyper(size)  # what the rule does not reach is refused now
 
@@ -270,11 +266,7 @@ class Plan:
         ]
 
     def check_divisible(self, data_parallel_size: int, micro_batch_size: int | None) -> None:
-        """Refuse batch sizes that ranks and micro-batches do not divide.
-
-        Raises:
-            ValueError: every such batch size, and the nearest ones that would do.
-        """
+        """Refuse batch sizes that ranks and micro-batches do not divide."""
         unit = data_parallel_size * (micro_batch_size or 1)
         strays = [size for size in self._ramp.sizes() if size % unit]
         if not strays:

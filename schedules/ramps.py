@@ -14,6 +14,7 @@ from operator import itemgetter
 from typing import Final
 
 from largebatch.common.numbers import whole_number
+from largebatch.schedules.fields import Checked, count
 
 _MOST_SIZES: Final = 100_000
 
@@ -21,7 +22,7 @@ Stage = tuple[int, int]
 """Samples from which it holds, and the global batch size."""
 
 
-class Ramp(ABC):
+class Ramp(Checked, ABC):
     """Which global batch size the step takes that begins after `samples` samples."""
 
     @abstractmethod
@@ -50,11 +51,7 @@ class Ramp(ABC):
         return f"the ramp ends at {self.ends_at} samples"
 
     def check(self, budget_samples: int) -> None:
-        """Refuse a run in which no step takes the last batch size.
-
-        Raises:
-            ValueError: naming the key and the way out.
-        """
+        """Refuse a run in which no step takes the last batch size."""
         samples = 0
         while (change := self.next_change(samples)) is not None:
             batch_size = self.at(samples)
@@ -75,10 +72,7 @@ class ConstantBatch(Ramp):
         ValueError: size is no whole number of at least 1.
     """
 
-    size: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "size", whole_number(self.size, "batch.size", 1))
+    size: int = count("batch.size", least=1)
 
     def at(self, samples: int) -> int:
         del samples
@@ -147,16 +141,15 @@ class RampupBatch(_EvenRamp):
     [64, 64, 128, 192, 256]
     """
 
-    start: int
-    increment: int
-    ramp_samples: int
-    size: int
+    start: int = count("batch.start", least=1)
+    increment: int = count("batch.increment", least=1)
+    ramp_samples: int = count("batch.ramp_samples", least=1)
+    size: int = count("batch.size", least=1)
 
     def __post_init__(self) -> None:
-        for name in ("start", "increment", "ramp_samples", "size"):
-            object.__setattr__(self, name, whole_number(getattr(self, name), f"batch.{name}", 1))
+        super().__post_init__()
         check_rises(self.start, self.size)
-        if self.num_increments > _MOST_SIZES:
+        if self.num_rises > _MOST_SIZES:
             raise ValueError(
                 f"batch.increment must make at most {_MOST_SIZES} sizes, got {self.increment} from "
                 f"batch.start = {self.start} to batch.size = {self.size}"
@@ -173,12 +166,8 @@ class RampupBatch(_EvenRamp):
             )
 
     @property
-    def num_increments(self) -> int:
-        return (self.size - self.start) // self.increment
-
-    @property
     def num_rises(self) -> int:
-        return self.num_increments
+        return (self.size - self.start) // self.increment
 
     @property
     def ends_at(self) -> int:
@@ -205,16 +194,13 @@ class GeometricBatch(_EvenRamp):
         ValueError: a value out of range, or a size that is no power of `factor` above start.
     """
 
-    start: int
-    factor: int = 2
-    ramp_samples: int
-    size: int
+    start: int = count("batch.start", least=1)
+    factor: int = count("batch.factor", 2, least=2)
+    ramp_samples: int = count("batch.ramp_samples", least=1)
+    size: int = count("batch.size", least=1)
 
     def __post_init__(self) -> None:
-        least = {"start": 1, "factor": 2, "ramp_samples": 1, "size": 1}
-        for name, minimum in least.items():
-            value = whole_number(getattr(self, name), f"batch.{name}", minimum)
-            object.__setattr__(self, name, value)
+        super().__post_init__()
         check_rises(self.start, self.size)
         below = self.size_after(self.num_rises)
         if below != self.size:
@@ -281,15 +267,14 @@ class StagedBatch(StagesRamp):
 
     spec: str
     unit: str = "samples"
-    tokens_per_sample: int = 1
+    tokens_per_sample: int = count("budget.tokens_per_sample", 1, least=1)
     stages: tuple[Stage, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.unit not in UNITS:
             raise ValueError(f"batch.unit must be samples or tokens, got {self.unit!r}")
-        per = whole_number(self.tokens_per_sample, "budget.tokens_per_sample", 1)
-        if self.unit == "samples":
-            per = 1
+        per = 1 if self.unit == "samples" else self.tokens_per_sample
         entries = pairs(self.spec, "batch.spec", "0:768 250B:1536")
         stages = tuple(
             (whole_number(threshold, "a threshold of batch.spec") // per, size)
@@ -328,11 +313,7 @@ def _check_thresholds(stages: Sequence[Stage], spec: str, per: int) -> None:
 
 
 def check_rises(start: int, size: int) -> None:
-    """Refuse a ramp that ends no higher than it begins.
-
-    Raises:
-        ValueError: with the way out.
-    """
+    """Refuse a ramp that ends no higher than it begins."""
     if start >= size:
         raise ValueError(
             f"batch.start must be below batch.size, got {start} and {size}; "

@@ -98,7 +98,8 @@ def legw(hyper: Hyper, base_batch: int, batch: int) -> Hyper:
     kappa times the epochs are the same number of warm-up steps at every batch size. Under a ramp
     the first batch size counts.
     """
-    return _longer_warmup(sqrt(hyper, base_batch, batch), batch / base_batch)
+    warmup_samples = round(hyper.warmup_samples * (batch / base_batch))
+    return replace(sqrt(hyper, base_batch, batch), warmup_samples=warmup_samples)
 
 
 def lamb_untuned(hyper: Hyper, base_batch: int, batch: int) -> Hyper:
@@ -180,12 +181,9 @@ def scale(
     duration: float = 1.0,
     **options: Any,
 ) -> Hyper:
-    """What `hyper`, tuned at global batch size `base_batch`, becomes at `batch`.
+    """What `hyper`, tuned at the global batch size `base_batch`, becomes at `batch`, in samples.
 
     Args:
-        hyper: tuned at `base_batch`.
-        base_batch: global batch size, in samples.
-        batch: global batch size, in samples.
         rule: a name in `RULES`, or a function of your own like those there.
         hold: what stays of the weight decay, where w shrinks by lr * weight_decay a step:
             "per_step" that product; "per_sample" that product over the batch size; "timescale" the
@@ -216,12 +214,10 @@ def scale_lr(
     rule: str | Factor = "sqrt",
     **options: Any,
 ) -> float:
-    """The learning rate at global batch size `batch`, given the one tuned at `base_batch`.
+    """The learning rate at the global batch size `batch`, in samples, given the one tuned at
+    `base_batch`.
 
     Args:
-        base_lr: learning rate at `base_batch`.
-        base_batch: global batch size, in samples, at which `base_lr` was chosen.
-        batch: global batch size, in samples.
         rule: a name in `RULES`, or any function of kappa = batch / base_batch.
         options: the rule's own.
 
@@ -241,11 +237,7 @@ def scale_lr(
 
 
 def find_rule(rule: str | Rule) -> Rule:
-    """The function that `rule` names, or is.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """The function that `rule` names, or is; an unknown name is refused."""
     if not isinstance(rule, str):
         return rule
     if rule not in RULES:
@@ -254,11 +246,7 @@ def find_rule(rule: str | Rule) -> Rule:
 
 
 def resolve_hold(hold: str | None, rule: Rule) -> str | None:
-    """One of `HOLDS`, or None where weight decay stays; "rule" is what `rule` implies.
-
-    Raises:
-        ValueError: an unknown hold.
-    """
+    """One of `HOLDS`, or None where weight decay stays; "rule" is what `rule` implies."""
     check_hold(hold)
     if hold == OWN:
         return "per_sample" if rule is adam_sde else None
@@ -275,11 +263,7 @@ def options_of(rule: Rule) -> dict[str, bool]:
 
 
 def check_options(rule: Rule, options: dict[str, Any]) -> None:
-    """Refuse options that `rule` does not take, and the lack of one that it needs.
-
-    Raises:
-        ValueError: naming the option.
-    """
+    """Refuse options that `rule` does not take, and the lack of one that it needs."""
     known, name = options_of(rule), getattr(rule, "__name__", "custom")
     for option in options.keys() - known.keys():
         taken = ", ".join(known) or "no option"
@@ -290,11 +274,7 @@ def check_options(rule: Rule, options: dict[str, Any]) -> None:
 
 
 def check_hold(hold: str | None) -> None:
-    """Refuse a `hold` that there is not.
-
-    Raises:
-        ValueError: with those there are.
-    """
+    """Refuse a `hold` that there is not."""
     if hold is not None and hold not in (*HOLDS, OWN):
         known = ", ".join((*HOLDS, OWN))
         raise ValueError(f"scaling.hold must be null or one of {known}, got {hold!r}")
@@ -321,10 +301,6 @@ def _averaged(hyper: Hyper, kappa: float) -> Hyper:
     if hyper.ema_decay is None:
         return hyper
     return replace(hyper, ema_decay=hyper.ema_decay**kappa)
-
-
-def _longer_warmup(hyper: Hyper, kappa: float) -> Hyper:
-    return replace(hyper, warmup_samples=round(hyper.warmup_samples * kappa))
 
 
 def _shortened(beta: float, kappa: float, name: str, base_batch: int) -> float:

@@ -3,15 +3,14 @@
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+import torch
 from rich.console import Console
 
-from largebatch.benchmarks.arguments import check
 from largebatch.benchmarks.collectives.advice import (
     AURORA_ADAPTERS,
     AURORA_NODES,
@@ -22,6 +21,12 @@ from largebatch.benchmarks.collectives.advice import (
 )
 from largebatch.benchmarks.collectives.fit import Fit, Timing, fits
 from largebatch.benchmarks.collectives.models import ALL_REDUCE, Cluster, Link, binary
+from largebatch.benchmarks.collectives.steps import (
+    CollectiveJob,
+    Measurement,
+    measure,
+    measure_in_processes,
+)
 from largebatch.benchmarks.collectives.tables import (
     FACTORS,
     TABLES,
@@ -30,10 +35,8 @@ from largebatch.benchmarks.collectives.tables import (
     show_measured,
     show_projection,
 )
-from largebatch.distributed.ranks import Ranks, find_ranks, free_port
-
-if TYPE_CHECKING:
-    from largebatch.benchmarks.collectives.steps import CollectiveJob, Measurement
+from largebatch.benchmarks.harness import check, device_named
+from largebatch.distributed.ranks import Ranks, find_ranks
 
 NODES: Final = (2, 8, 32, 128, 512, 1000, 1024, 2048, 4096, 8192, AURORA_NODES)
 PROJECTED_BYTES: Final = (2**10, 2**20, 2**26, 2**30)
@@ -167,7 +170,7 @@ def given_link(options: argparse.Namespace) -> Link:
 
 
 def cluster_measured(
-    options: argparse.Namespace, measured: "Sequence[Measurement]", link: Link
+    options: argparse.Namespace, measured: Sequence[Measurement], link: Link
 ) -> tuple[Cluster, str]:
     """What a fitted link says of many nodes, and how far that can be trusted."""
     if all(row.local_ranks == 1 for row in measured if row.ranks > 1):
@@ -182,29 +185,17 @@ def cluster_measured(
     )
 
 
-def measure_all(options: argparse.Namespace, ranks: Ranks) -> "list[Measurement]":
-    from largebatch.benchmarks.arguments import device_named
-    from largebatch.benchmarks.collectives import steps
-
+def measure_all(options: argparse.Namespace, ranks: Ranks) -> list[Measurement]:
     device = device_named(options.device)
     if device.type == "cpu":
         check_memory(options, ranks)
-    job: CollectiveJob = steps.CollectiveJob(
-        options.collectives, options.sizes, options.seconds, device.type
-    )
+    job = CollectiveJob(options.collectives, options.sizes, options.seconds, device.type)
     if ranks.size > 1:
-        return steps.measure(ranks, job)
+        return measure(ranks, job)
     if device.type != "cpu":
-        import torch
-
         most, wanted = torch.accelerator.device_count(), max(options.processes)
         check(wanted <= most, "--processes", f"up to {most}, a device each", wanted)
-    with tempfile.TemporaryDirectory() as folder:
-        return [
-            measurement
-            for size in options.processes
-            for measurement in steps.measure_in_processes(size, free_port(), job, Path(folder))
-        ]
+    return [row for size in options.processes for row in measure_in_processes(size, job)]
 
 
 def check_memory(options: argparse.Namespace, ranks: Ranks) -> None:
@@ -220,9 +211,7 @@ def check_memory(options: argparse.Namespace, ranks: Ranks) -> None:
     )  # fmt: skip
 
 
-def report(
-    measured: "Sequence[Measurement]", options: argparse.Namespace, console: Console
-) -> None:
+def report(measured: Sequence[Measurement], options: argparse.Namespace, console: Console) -> None:
     """Tables and sentences to the console, files to --out."""
     show_measured(measured, console)
     found = fitted(measured)
@@ -237,7 +226,7 @@ def report(
     keep(options.out, parts)
 
 
-def fitted(measured: "Sequence[Measurement]") -> list[Fit]:
+def fitted(measured: Sequence[Measurement]) -> list[Fit]:
     """Of the all-reduce, one an algorithm, the best first; none where there is too little."""
     timings = [
         Timing(row.ranks, row.nbytes, median(row.seconds))

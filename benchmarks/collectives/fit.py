@@ -8,7 +8,7 @@ algorithm adds up a fixed share of what it sends; it is left inside beta.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -44,7 +44,7 @@ class Fit:
     beta_error: float
     spread: float
     """Of the relative errors: their median absolute value, scaled to a normal sigma."""
-    doubts: tuple[str, ...]
+    doubts: tuple[str, ...] = ()
     """Why the fit is poor; none where it is not."""
 
     @property
@@ -65,16 +65,13 @@ def fit_link(timings: Sequence[Timing], algorithm: str = "ring") -> Fit:
             f"got {len(taken)}: measure more sizes"
         )
     seconds = np.array([timing.seconds for timing in taken])
-    found: list[tuple[float, ...]] = []
     link = Link(1e-6, 1e-9)
     # The double tree's chunks depend on the link that is sought; two rounds settle them.
     for _ in range(3 if algorithm == "double_tree" else 1):
         costs = [ALL_REDUCE[algorithm](timing.ranks, timing.nbytes, link) for timing in taken]
-        found = [_fit(costs, seconds)]
-        link = Link(found[0][0], found[0][2])
-    ((alpha, alpha_error, beta, beta_error, spread),) = found
-    doubts = _doubts(taken, alpha, alpha_error, beta, beta_error, spread)
-    return Fit(algorithm, alpha, alpha_error, beta, beta_error, spread, doubts)
+        fit = Fit(algorithm, *_fit(costs, seconds))
+        link = fit.link
+    return replace(fit, doubts=_doubts(taken, fit))
 
 
 def fits(timings: Sequence[Timing]) -> list[Fit]:
@@ -126,20 +123,14 @@ def _huber(counts: Array, seconds: Array) -> tuple[Array, Array, float]:
     return values, np.sqrt(variance * np.diag(inverse)) / scale, spread
 
 
-def _doubts(
-    timings: Sequence[Timing],
-    alpha: float,
-    alpha_error: float,
-    beta: float,
-    beta_error: float,
-    spread: float,
-) -> tuple[str, ...]:
+def _doubts(timings: Sequence[Timing], fit: Fit) -> tuple[str, ...]:
     found = []
-    if spread > MOST_SPREAD:
-        found.append(f"half of the times are {spread / MAD_TO_SIGMA:.0%} or more off the model")
-    for name, value, error in (("alpha", alpha, alpha_error), ("beta", beta, beta_error)):
-        if error > MOST_ERROR * value:
-            found.append(f"{name} is not resolved from 0")
+    if fit.spread > MOST_SPREAD:
+        found.append(f"half of the times are {fit.spread / MAD_TO_SIGMA:.0%} or more off the model")
+    if fit.alpha_error > MOST_ERROR * fit.alpha:
+        found.append("alpha is not resolved from 0")
+    if fit.beta_error > MOST_ERROR * fit.beta:
+        found.append("beta is not resolved from 0")
     sizes = [timing.nbytes for timing in timings]
     if max(sizes) < 1000 * min(sizes):
         found.append("sizes span less than a factor of 1000, which tells alpha from beta")

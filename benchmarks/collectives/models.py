@@ -18,8 +18,8 @@ Sources:
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Final, Self
+from dataclasses import dataclass, replace
+from typing import Final
 
 ELEMENT_BYTES: Final = 4  # the finest piece that a pipeline can send: an FP32 number
 
@@ -36,10 +36,6 @@ class Link:
         for name, value in vars(self).items():
             if not (0 <= value < math.inf):
                 raise ValueError(f"{name} must be a number of seconds of at least 0, got {value}")
-
-    def shared(self, ranks: int, adapters: int) -> Self:
-        """The link of each of `ranks` that send at once through `adapters` network interfaces."""
-        return type(self)(self.alpha, self.beta * max(1.0, ranks / adapters), self.gamma)
 
 
 @dataclass(frozen=True)
@@ -63,11 +59,7 @@ def floor_lg(ranks: int) -> int:
     return ranks.bit_length() - 1
 
 
-def ceil_lg(ranks: int) -> int:
-    return (ranks - 1).bit_length()
-
-
-# ---- the parts of an all-reduce, and what is used alone
+# ---- the parts of an all-reduce
 
 
 def reduce_scatter(ranks: int, nbytes: float) -> Cost:
@@ -78,20 +70,6 @@ def reduce_scatter(ranks: int, nbytes: float) -> Cost:
 def all_gather(ranks: int, nbytes: float) -> Cost:
     """Ring: (p-1) alpha + n (p-1)/p beta, n what every rank has in the end. Thakur et al., 4.1."""
     return Cost(ranks - 1, nbytes * (ranks - 1) / ranks)
-
-
-def broadcast(ranks: int, nbytes: float) -> Cost:
-    """Binomial tree: ceil(lg p) (alpha + n beta). Thakur et al., 4.2."""
-    return Cost(ceil_lg(ranks), ceil_lg(ranks) * nbytes)
-
-
-def scatter_broadcast(ranks: int, nbytes: float) -> Cost:
-    """Binomial scatter, then ring all-gather: (ceil(lg p) + p - 1) alpha + 2 n (p-1)/p beta.
-
-    Van de Geijn's, for long messages. Thakur et al., 4.2.
-    """
-    scatter = Cost(ceil_lg(ranks), nbytes * (ranks - 1) / ranks)
-    return scatter + all_gather(ranks, nbytes)
 
 
 # ---- all-reduce
@@ -195,7 +173,8 @@ class Cluster:
     @property
     def shared_out(self) -> Link:
         """Of one rank, while all of its node send through the node's interfaces."""
-        return self.out.shared(self.ranks_per_node, self.adapters)
+        share = max(1.0, self.ranks_per_node / self.adapters)
+        return replace(self.out, beta=self.out.beta * share)
 
 
 def hierarchical(cluster: Cluster, nodes: int, nbytes: float, algorithm: str) -> tuple[Cost, Cost]:

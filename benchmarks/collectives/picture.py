@@ -13,11 +13,9 @@ from matplotlib.ticker import EngFormatter, NullLocator
 
 from largebatch.benchmarks.collectives.advice import project
 from largebatch.benchmarks.collectives.models import ALL_REDUCE, Cluster, binary
+from largebatch.common.figures import COLOURS, GREY, GRID
 
-# Okabe and Ito's palette: apart for the colour-blind.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: Final = ("-", "--", "-.", ":")
-GRID = "#e4e4e4"
 PANEL = 3.4  # inches
 MAP_BYTES = [2**power for power in range(10, 37)]
 
@@ -62,7 +60,7 @@ def projection_figure(
     curves.grid(True, color=GRID, linewidth=0.6)
     lines = [Line2D([], [], color=colours[name], label=name) for name in algorithms]
     lines += [
-        Line2D([], [], color="#777777", linestyle=DASHES[i % len(DASHES)], label=binary(nbytes))
+        Line2D([], [], color=GREY, linestyle=DASHES[i % len(DASHES)], label=binary(nbytes))
         for i, nbytes in enumerate(sizes)
     ]
     curves.legend(handles=lines, fontsize=7, frameon=False, ncols=2)

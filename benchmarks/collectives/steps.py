@@ -5,24 +5,20 @@ form; what came out wrong is not timed. The verdict goes through the store, not 
 collectives that it is about.
 """
 
-import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore, Store
-from torch.multiprocessing.spawn import start_processes
+from torch._C._distributed_c10d import HashStore
 
-from largebatch.benchmarks.harness import timed
-from largebatch.common.files import read_json
-from largebatch.distributed.ranks import Ranks, meet, pick_device, process_group
+from largebatch.benchmarks.harness import in_processes, timed
+from largebatch.distributed.mailbox import StoreMailbox
+from largebatch.distributed.ranks import Ranks, free_port, meet, pick_device, process_group
 
 PERIOD: Final = 16
 """Rank r's element i is (i + r) mod 16: sums stay exact in FP32 for a million ranks, and a piece
@@ -33,6 +29,7 @@ WARM_UP_CALLS: Final = 2
 MOST_CALLS: Final = 20
 FULL_CALL_BYTES: Final = 2**20  # from this size on, a sample is one call
 NOTE_SECONDS: Final = 10.0
+VERDICT_SECONDS: Final = 300.0  # as long as torch's stores wait for a value
 
 
 @dataclass(frozen=True)
@@ -122,21 +119,18 @@ class TimedCall:
         return max(1, min(MOST_CALLS, FULL_CALL_BYTES // self.nbytes))
 
 
+def _of_torch(name: str, older: str) -> Callable[[Tensor, Tensor], Any]:
+    """torch has renamed them, and warns of the old names."""
+    function: Callable[[Tensor, Tensor], Any] = getattr(dist, name, None) or getattr(dist, older)
+    return function
+
+
 COLLECTIVES: Final[dict[str, Callable[[Tensor, Tensor], Any]]] = {
     "all_reduce": lambda taken, given: dist.all_reduce(taken),
-    "reduce_scatter": lambda taken, given: _of_torch("reduce_scatter")(taken, given),
-    "all_gather": lambda taken, given: _of_torch("all_gather")(taken, given),
+    "reduce_scatter": _of_torch("reduce_scatter_single", "reduce_scatter_tensor"),
+    "all_gather": _of_torch("all_gather_single", "all_gather_into_tensor"),
     "broadcast": lambda taken, given: dist.broadcast(taken, 0),
 }
-
-
-def _of_torch(name: str) -> Callable[[Tensor, Tensor], Any]:
-    """torch has renamed them, and warns of the old names."""
-    older = {"reduce_scatter": "reduce_scatter_tensor", "all_gather": "all_gather_into_tensor"}
-    function: Callable[[Tensor, Tensor], Any] = getattr(dist, f"{name}_single", None) or getattr(
-        dist, older[name]
-    )
-    return function
 
 
 def measure(ranks: Ranks, job: CollectiveJob) -> list[Measurement]:
@@ -144,7 +138,8 @@ def measure(ranks: Ranks, job: CollectiveJob) -> list[Measurement]:
     device = pick_device(job.device, ranks)
     store = meet(ranks) or HashStore()
     with process_group(store, ranks, device):
-        found: list[tuple[Measurement, TimedCall | None]] = []
+        found: list[tuple[Measurement, TimedCall]] = []
+        faults: list[str] = []
         for collective in job.collectives:
             for nbytes in job.sizes:
                 call = TimedCall(collective, nbytes, ranks, device)
@@ -153,26 +148,29 @@ def measure(ranks: Ranks, job: CollectiveJob) -> list[Measurement]:
                     dist.get_backend(), str(device.type),
                 )  # fmt: skip
                 call()
-                measurement.wrong = verdict(store, ranks, len(found), call.fault())
+                faults.append(call.fault())
                 del call.wanted  # what was checked need not be kept for the timing
-                found.append((measurement, None if measurement.wrong else call))
-        right = [(measurement, call) for measurement, call in found if call is not None]
+                found.append((measurement, call))
+        mailbox = StoreMailbox(ranks, store, "largebatch/collectives")
+        for (measurement, _), wrong in zip(found, verdicts(mailbox, faults), strict=True):
+            measurement.wrong = wrong
+        right = [(measurement, call) for measurement, call in found if not measurement.wrong]
         note(ranks, f"{len(right)} of {len(found)} collectives and sizes have the right values")
         time_calls(ranks, device, job.seconds, right)
         return [measurement for measurement, _ in found]
 
 
-def verdict(store: Store, ranks: Ranks, number: int, fault: str) -> str:
-    """What all ranks found of check `number`, in the words of a rank that found it wrong."""
-    if fault:
-        store.set(f"fault/{number}", f"rank {ranks.rank}: {fault}")
-        store.add(f"wrong/{number}", 1)
-    if store.add(f"checked/{number}", 1) == ranks.size:  # the last one
-        wrong = store.add(f"wrong/{number}", 0)
-        fault = store.get(f"fault/{number}").decode() if wrong else ""
-        others = f" (and {wrong - 1} more ranks)" if wrong > 1 else ""
-        store.set(f"verdict/{number}", fault + others)
-    agreed: str = store.get(f"verdict/{number}").decode()
+def verdicts(mailbox: StoreMailbox, faults: Sequence[str]) -> list[str]:
+    """What all ranks found of each check, in the words of the first that found it wrong."""
+    mailbox.post("faults", faults)
+    if mailbox.ranks.is_first:
+        told = []
+        for found in zip(*mailbox.collect("faults").values(), strict=True):
+            wrong = [f"rank {rank}: {fault}" for rank, fault in enumerate(found) if fault]
+            others = f" (and {len(wrong) - 1} more ranks)" if len(wrong) > 1 else ""
+            told.append(wrong[0] + others if wrong else "")
+        mailbox.announce("verdicts", told)
+    agreed: list[str] = mailbox.hear("verdicts", VERDICT_SECONDS)
     return agreed
 
 
@@ -220,26 +218,14 @@ def note(ranks: Ranks, text: str) -> None:
         print(f"{ranks.size} ranks: {text}", file=sys.stderr, flush=True)
 
 
-def work_as_rank(rank: int, size: int, port: int, job: CollectiveJob, path: str) -> None:
-    """What a process that was started for it does; the first rank leaves the list in `path`."""
+def work_as_rank(rank: int, size: int, port: int, job: CollectiveJob) -> list[dict[str, Any]]:
+    """What a process that was started for it does."""
     torch.set_num_threads(1)
     found = measure(Ranks("nproc", rank, size, rank, size, "127.0.0.1", port), job)
-    if rank == 0:
-        text = json.dumps([asdict(measurement) for measurement in found])
-        Path(path).write_text(text, encoding="utf-8")
+    return [asdict(measurement) for measurement in found]
 
 
-def measure_in_processes(
-    size: int, port: int, job: CollectiveJob, folder: Path
-) -> list[Measurement]:
+def measure_in_processes(size: int, job: CollectiveJob) -> list[Measurement]:
     """`measure` by `size` processes of this node, which are started for it and end with it."""
-    path = folder / f"ranks-{size}.json"
-    # A forked rank need not import torch again; torch ends the others where one of them fails.
-    multiprocessing.set_forkserver_preload([__name__])
-    start_processes(  # type: ignore[no-untyped-call] # torch's own is not annotated
-        work_as_rank,
-        args=(size, port, job, str(path)),
-        nprocs=size,
-        start_method="forkserver",
-    )
-    return [Measurement(**row) for row in read_json(path)]
+    first, *_ = in_processes(size, work_as_rank, size, free_port(), job)
+    return [Measurement(**row) for row in first]

@@ -11,17 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from largebatch.benchmarks.collectives.fit import Fit
 from largebatch.benchmarks.collectives.models import Cluster, binary
+from largebatch.benchmarks.collectives.steps import Measurement
 from largebatch.distributed.ranks import Ranks
-
-if TYPE_CHECKING:
-    from largebatch.benchmarks.collectives.steps import Measurement
+from largebatch.train.reporting.provenance import provenance
 
 FACTORS: Final[dict[str, Callable[[int], float]]] = {
     "all_reduce": lambda ranks: 2 * (ranks - 1) / ranks,
@@ -37,13 +37,13 @@ COLUMNS: Final = (
 TABLES: Final = ("collectives.csv", "projection.csv")
 
 
-def bandwidths(row: "Measurement") -> tuple[float, float]:
+def bandwidths(row: Measurement) -> tuple[float, float]:
     """Algorithm and bus bandwidth in bytes a second."""
     algorithm = row.nbytes / median(row.seconds)
     return algorithm, algorithm * FACTORS[row.collective](row.ranks)
 
 
-def show_measured(measured: "Sequence[Measurement]", console: Console) -> None:
+def show_measured(measured: Sequence[Measurement], console: Console) -> None:
     table = Table(title=f"{measured[0].backend} on {measured[0].device}, FP32, median of rounds")
     for name in ("collective", "ranks", "bytes", "µs", "algbw GB/s", "busbw GB/s", "values"):
         table.add_column(name, justify="left" if name in ("collective", "values") else "right")
@@ -135,11 +135,8 @@ def keep(folder: Path | None, parts: dict[str, Any]) -> None:
     print(f"largebatch: tables and pictures are in {folder}")
 
 
-def keep_measured(folder: Path, measured: "Sequence[Measurement]", found: Sequence[Fit]) -> None:
-    import torch
-
+def keep_measured(folder: Path, measured: Sequence[Measurement], found: Sequence[Fit]) -> None:
     from largebatch.benchmarks.collectives.picture import measured_figure
-    from largebatch.train.reporting.provenance import provenance
 
     right = [row for row in measured if row.seconds]
     with (folder / "collectives.csv").open("x", newline="", encoding="utf-8") as file:

@@ -11,8 +11,8 @@ import argparse
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
+from operator import sub, truediv
 from typing import Any, Final
 
 import torch
@@ -22,7 +22,6 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from largebatch.benchmarks import harness
-from largebatch.benchmarks.arguments import add_options, run
 from largebatch.benchmarks.harness import FEWEST_ROUNDS, MEMORY_BYTES, Note, plural, timed_on_ranks
 from largebatch.benchmarks.noise.steps import ALONE, NUM_MICRO_BATCHES, ON_RANKS, NoiseStepper, Row
 from largebatch.benchmarks.workloads import Bytewise, Decoding, Workload, describe
@@ -50,47 +49,15 @@ FORMULAS: Final = {
 }
 
 
-@dataclass(frozen=True)
-class NoiseSamples:
-    """Seconds of every sample: a list for each row, one entry a round."""
-
-    steps: dict[str, list[float]]
-    work: dict[str, list[float]]
-    """Of processor time, of all threads of this process."""
-    reads: list[float]
-    """Of adding up MEMORY_BYTES, on all ranks at a time."""
-
-    def __len__(self) -> int:
-        return len(self.reads)
-
-
-@dataclass(frozen=True)
-class NoiseLine:
-    """One row at one workload; ratio, extra seconds and collectives are to its reference."""
-
-    name: str
-    seconds: float
-    ratio: float
-    ratio_quartiles: tuple[float, float]
-    work_ratio: float
-    extra_seconds: float
-    own_seconds: float
-    own_share: float
-    """Of the reference's processor time."""
-    floor_seconds: float
-    extra_collectives: int
-    extra_floats: int
+Samples = dict[str, list[tuple[float, float]]]
+"""Of each row, round by round: seconds, and those of processor time, of all threads."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """`largebatch bench noise`; 0, or 2 where an option cannot be."""
     parser = argparse.ArgumentParser(prog="largebatch bench noise", description=__doc__)
-    add_options(parser, 240.0)
-
-    def measured(device: torch.device, seconds: float) -> dict[str, Any]:
-        return measure(ONE_PROCESS, RANKS, device, seconds)
-
-    return run(parser, arguments, measured, show)
+    harness.add_options(parser, 240.0)
+    return harness.run(parser, arguments, partial(measure, ONE_PROCESS, RANKS), show)
 
 
 def measure(
@@ -128,16 +95,15 @@ def compare(
     own = {name: stepper.own_work(FEWEST_ROUNDS) for name, stepper in steppers.items()}
     for stepper in steppers.values():
         stepper.finish()
-    read_speed = MEMORY_BYTES / statistics.median(samples.reads)
+    read_speed = MEMORY_BYTES / statistics.median(seconds for seconds, _ in samples["memory"])
     return describe(workload) | {
         "num_ranks": ranks.size,
-        "num_rounds": len(samples),
+        "num_rounds": len(samples["memory"]),
         "num_threads": torch.get_num_threads(),
         "read_bytes_per_second": read_speed,
         "collectives": collectives,
         "rows": [
-            asdict(line(row, samples, steppers, collectives, own[row.name], read_speed))
-            for row in rows
+            line(row, samples, steppers, collectives, own[row.name], read_speed) for row in rows
         ],
     }
 
@@ -153,25 +119,13 @@ def compare_on_ranks(workload: Workload, seconds: float) -> dict[str, Any]:
 
 def run_rounds(
     steppers: dict[str, NoiseStepper], device: torch.device, seconds: float, note: Note
-) -> NoiseSamples:
-    """Sample one step of every row a round, and the memory's speed."""
+) -> Samples:
+    """Sample one step of every row a round, and one read of MEMORY_BYTES as "memory"."""
     memory = torch.ones(MEMORY_BYTES // 4, device=device)
-    samples = NoiseSamples({name: [] for name in steppers}, {name: [] for name in steppers}, [])
-
-    def step(name: str, number: int) -> None:
-        times = timed_on_ranks(steppers[name].step, device)
-        if number >= 0:
-            samples.steps[name].append(times[0])
-            samples.work[name].append(times[1])
-
-    def read(number: int) -> None:
-        seconds, _ = timed_on_ranks(memory.sum, device)
-        if number >= 0:
-            samples.reads.append(seconds)
-
-    samplers = {name: partial(step, name) for name in steppers}
-    harness.run_rounds(samplers | {"memory": read}, seconds, note)
-    return samples
+    work: dict[str, Callable[[], object]] = {name: each.step for name, each in steppers.items()}
+    work["memory"] = memory.sum
+    samplers = {name: partial(timed_on_ranks, each, device) for name, each in work.items()}
+    return harness.run_rounds(samplers, seconds, note)
 
 
 def collectives_of(step: Callable[[], None]) -> int:
@@ -187,30 +141,27 @@ def collectives_of(step: Callable[[], None]) -> int:
 
 def line(
     row: Row,
-    samples: NoiseSamples,
+    samples: Samples,
     steppers: dict[str, NoiseStepper],
     collectives: dict[str, int],
     own_seconds: float,
     read_speed: float,
-) -> NoiseLine:
-    own, without = samples.steps[row.name], samples.steps[row.reference]
-    pairs = list(zip(own, without, strict=True))
-    low, middle, high = statistics.quantiles([a / b for a, b in pairs], n=4, method="inclusive")
-    work = zip(samples.work[row.name], samples.work[row.reference], strict=True)
+) -> dict[str, Any]:
+    """One row at one workload, beside its reference."""
+    own, own_work = zip(*samples[row.name], strict=True)
+    without, work = zip(*samples[row.reference], strict=True)
     stepper, reference = steppers[row.name], steppers[row.reference]
-    return NoiseLine(
-        name=row.name,
-        seconds=statistics.median(own),
-        ratio=middle,
-        ratio_quartiles=(low, high),
-        work_ratio=statistics.median(a / b for a, b in work),
-        extra_seconds=statistics.median(a - b for a, b in pairs),
-        own_seconds=own_seconds,
-        own_share=own_seconds / statistics.median(samples.work[row.reference]),
-        floor_seconds=stepper.least_bytes / read_speed,
-        extra_collectives=collectives[row.name] - collectives[row.reference],
-        extra_floats=stepper.num_summed - reference.num_summed,
-    )
+    return {
+        "name": row.name,
+        **harness.against(own, without),
+        "work_ratio": statistics.median(map(truediv, own_work, work)),
+        "extra_seconds": statistics.median(map(sub, own, without)),
+        "own_seconds": own_seconds,
+        "own_share": own_seconds / statistics.median(work),
+        "floor_seconds": stepper.least_bytes / read_speed,
+        "extra_collectives": collectives[row.name] - collectives[row.reference],
+        "extra_floats": stepper.num_summed - reference.num_summed,
+    }
 
 
 def show(record: dict[str, Any], console: Console) -> None:

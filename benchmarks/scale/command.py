@@ -20,14 +20,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from largebatch.benchmarks.arguments import Record, check
 from largebatch.benchmarks.collectives.models import Cost, Link, rabenseifner
+from largebatch.benchmarks.harness import Record, check, say
 from largebatch.benchmarks.scale.steps import (
     EXCHANGES,
     LAYOUTS,
     PER_NODE,
     Exchanged,
-    Planned,
     Shapes,
     exchanged,
     matrices,
@@ -106,7 +105,11 @@ def measure(shapes: Shapes, sizes: Sequence[int], link: Link) -> Record:
             row = norms_reduced(shapes, layout, size)
             found.append(exchange_row("LAMB, LARS: norms", layout, size, row, link))
             plan = planned(shapes, layout, size)
-            plans.append({"layout": layout, "ranks": size, **asdict(plan), **by_torch(plan, size)})
+            plans.append({
+                "layout": layout, "ranks": size, **plan,
+                "all_torch_bytes": size * plan["torch_bytes"],
+                "all_torch_seconds": size * plan["torch_seconds"],
+            })  # fmt: skip
     return {
         "benchmark": "scale",
         "matrices": len(shapes),
@@ -127,7 +130,9 @@ def exchange_row(name: str, layout: str, size: int, row: Exchanged, link: Link) 
     cost = sum((rabenseifner(over, sent) for sent in row.reduced), Cost())
     for sent, partners in row.partners:
         cost += Cost(partners, sent)
-    counted = {key: value for key, value in asdict(row).items() if key not in BY_CALL}
+    counted = {
+        key: value for key, value in asdict(row).items() if key not in ("partners", "reduced")
+    }
     return {
         "optimizer": name, "layout": layout, "ranks": size, **counted,
         "messages": cost.messages, "wire_seconds": cost.seconds(link),
@@ -135,22 +140,9 @@ def exchange_row(name: str, layout: str, size: int, row: Exchanged, link: Link) 
     }  # fmt: skip
 
 
-BY_CALL: Final = ("partners", "reduced")
-
-
-def by_torch(plan: Planned, size: int) -> dict[str, float]:
-    return {
-        "all_torch_bytes": size * plan.torch_bytes,
-        "all_torch_seconds": size * plan.torch_seconds,
-    }
-
-
 def show(record: Record, console: Console) -> None:
-    def say(*lines: str) -> None:
-        for line in lines:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     say(
+        console,
         f"{record['matrices']} matrices of {record['parameters'] / 1e9:.2f} B elements in FP32; "
         f"alpha {record['alpha']:g} s, beta {record['beta']:g} s, both assumed",
         *(f"{name}: {words}" for name, words in record["heads"].items()),
@@ -168,6 +160,7 @@ def show(record: Record, console: Console) -> None:
         for row in record["exchanges"]
     ]))  # fmt: skip
     say(
+        console,
         "Muon has no row: it takes whole matrices on the rank that has them, and sends nothing.",
         "",
         *(f"{name}: {words}" for name, words in record["plan_heads"].items()),

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from largebatch.benchmarks.harness import Traffic
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import LAMB, SOAP, Shampoo
 from largebatch.optim.blockwise.work_group import make_layer, share_out, work_groups_of
@@ -62,14 +62,11 @@ def as_rank(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class MessageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own is not annotated
-    """Counts the collectives that begin, and the bytes of tensors made meanwhile that are alive."""
+class MessageWatch(Traffic):  # type: ignore[no-untyped-call] # torch's own is not annotated
+    """Also counts the bytes of tensors made meanwhile that are alive."""
 
     def __init__(self, *given: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.collectives: list[tuple[str, int, int]] = []
-        """Of each its name, the bytes that this rank puts in, and the ranks that it sends to where
-        that is its own choice, else 0."""
+        super().__init__()
         self.most_bytes = 0
         self._bytes: dict[int, int] = {}
         self._given = {tensor.untyped_storage()._cdata for tensor in given}
@@ -77,18 +74,11 @@ class MessageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch'
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.namespace == "c10d":
-            name = func._schema.name.removeprefix("c10d::").rstrip("_")
-            swaps = name == "alltoall_base"
-            given = args[1] if swaps else args[0]
-            given = given[0] if isinstance(given, list) else given
-            partners = sum(1 for split in args[4] if split) if swaps else 0
-            self.collectives.append((name, given.numel() * given.element_size(), partners))
-            return func(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(tensor, Tensor):
-                self._note(tensor)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.namespace != "c10d":
+            for tensor in result if isinstance(result, list | tuple) else [result]:
+                if isinstance(tensor, Tensor):
+                    self._note(tensor)
         return result
 
     def _note(self, tensor: Tensor) -> None:
@@ -121,18 +111,17 @@ class Exchanged:
     """Of each all-reduce its bytes."""
 
 
-def parameters(shapes: Shapes, layout: str, size: int) -> dict[str, nn.Parameter]:
-    """Meta parameters of one rank: plain, or sharded within a node and replicated across."""
-    found: dict[str, nn.Parameter] = {}
+def parameters(
+    shapes: Shapes, layout: str, size: int, device: str = "meta"
+) -> dict[str, nn.Parameter]:
+    """Parameters of one rank: plain, or sharded within a node and replicated across."""
     mesh = None
     if layout == "hsdp":
         mesh = init_device_mesh("cpu", (size // PER_NODE, PER_NODE), mesh_dim_names=("r", "s"))
-    for name, shape in shapes.items():
-        found[name] = nn.Parameter(spread_out(shape, mesh))
-    return found
+    return {name: nn.Parameter(spread_out(shape, mesh, device)) for name, shape in shapes.items()}
 
 
-def spread_out(shape: tuple[int, ...], mesh: DeviceMesh | None, device: str = "meta") -> Tensor:
+def spread_out(shape: tuple[int, ...], mesh: DeviceMesh | None, device: str) -> Tensor:
     """A tensor of zeros, or of none, cut by rows within a node where there is a mesh."""
     if mesh is None:
         return torch.zeros(shape, device=device)
@@ -238,10 +227,7 @@ def summary(exchange: Redistribution, watch: MessageWatch, plan: float, host: fl
 def norms_reduced(shapes: Shapes, layout: str, size: int) -> Exchanged:
     """A step of LAMB with as many tensors, of two columns: what travels are numbers of layers."""
     with as_rank(0, size):
-        mesh = None
-        if layout == "hsdp":
-            mesh = init_device_mesh("cpu", (size // PER_NODE, PER_NODE), mesh_dim_names=("r", "s"))
-        params = [nn.Parameter(spread_out((PER_NODE, 2), mesh, "cpu")) for _ in shapes]
+        params = parameters(dict.fromkeys(shapes, (PER_NODE, 2)), layout, size, "cpu").values()
         begun = time.process_time()
         optimizer = LAMB(params, lr=0.1)
         for param in params:
@@ -259,27 +245,11 @@ def norms_reduced(shapes: Shapes, layout: str, size: int) -> Exchanged:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Planned:
-    """What planning a checkpoint takes, of model and LAMB's state; seconds of processor time."""
+def planned(shapes: Shapes, layout: str, size: int) -> dict[str, float]:
+    """What planning a checkpoint takes, of model and LAMB's state; seconds of processor time.
 
-    writers: int
-    first_seconds: float
-    """On rank 0, the first time."""
-    bystander_seconds: float
-    """On a rank that writes nothing, the first time."""
-    again_seconds: float
-    """On any rank, at a later save."""
-    agreed_bytes: int
-    """That a rank sends, for ranks to agree."""
-    torch_bytes: int
-    """That a rank sends to rank 0 where torch plans: one pickled plan."""
-    torch_seconds: float
-    """Of rank 0 for each such plan: unpickling, joining."""
-
-
-def planned(shapes: Shapes, layout: str, size: int) -> Planned:
-    """The planning of a checkpoint by the first of `size` ranks, and by one that writes nothing."""
+    By the first of `size` ranks, and by one that writes nothing; and by torch for each rank.
+    """
     with as_rank(0, size):
         params = parameters(shapes, layout, size)
         first = Ranks(rank=0, size=size)
@@ -299,10 +269,16 @@ def planned(shapes: Shapes, layout: str, size: int) -> Planned:
         last = time.process_time()
         assert whole is not None
         assert other is not None
-        return Planned(
-            len(writers), ended - begun, last - between + planned - begun, planned - begun, 2 * 8,
-            *by_torch(nested(params)),
-        )  # fmt: skip
+        torch_bytes, torch_seconds = by_torch(nested(params))
+        return {
+            "writers": len(writers),
+            "first_seconds": ended - begun,
+            "bystander_seconds": last - between + planned - begun,
+            "again_seconds": planned - begun,
+            "agreed_bytes": 2 * 8,
+            "torch_bytes": torch_bytes,
+            "torch_seconds": torch_seconds,
+        }
 
 
 def nested(params: dict[str, nn.Parameter]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import argparse
 import gc
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from functools import partial
+from operator import truediv
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -17,9 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from largebatch.benchmarks import harness
-from largebatch.benchmarks.arguments import add_options, run
 from largebatch.benchmarks.contenders import REFERENCE
-from largebatch.benchmarks.harness import Note, make_table, plural, say
+from largebatch.benchmarks.harness import Note, Record, add_options, make_table, plural, run, say
 from largebatch.benchmarks.second_order.steps import (
     ROWS,
     SecondOrderStepper,
@@ -74,51 +74,11 @@ RANK_FORMULAS: Final = {
 }
 
 
-@dataclass(frozen=True)
-class SecondOrderLine:
-    """One optimizer at one interval. Ratios are to the reference of the same rounds."""
-
-    name: str
-    interval: int
-    num_rounds: int
-    seconds: float
-    ratio: float
-    mean_ratio: float
-    work_ratio: float
-    worst_seconds: float
-    worst_by_median: float
-    early_worst_seconds: float
-    whole_seconds: float
-    whole_ratio: float
-    whole_worst_by_median: float
-
-
-@dataclass(frozen=True)
-class RankLine:
-    """One optimizer on `num_ranks` ranks; a list has an entry for each rank."""
-
-    name: str
-    num_ranks: int
-    num_rounds: int
-    step_seconds: list[float]
-    work_seconds: list[float]
-    worst_seconds: list[float]
-    state_bytes: list[int]
-    replicated_bytes: int
-    """Of what every rank has."""
-    num_collectives: list[float]
-    sent_bytes: list[float]
-
-
 def main(arguments: Sequence[str]) -> int:
     """`largebatch bench second_order`; 0, or 2 where an option cannot be."""
     parser = argparse.ArgumentParser(prog="largebatch bench second_order", description=__doc__)
     add_options(parser, 180.0, " in one process", "; more where whole intervals take longer")
-
-    def measured(device: torch.device, seconds: float) -> dict[str, Any]:
-        return measure(PARTS, device, seconds)
-
-    return run(parser, arguments, measured, show)
+    return run(parser, arguments, partial(measure, PARTS), show)
 
 
 def measure(parts: Sequence[Part], device: torch.device, seconds: float) -> dict[str, Any]:
@@ -140,19 +100,18 @@ def measure(parts: Sequence[Part], device: torch.device, seconds: float) -> dict
 
 def by_interval(part: Part, device: torch.device, seconds: float, begin: Begin) -> dict[str, Any]:
     """All rows at every interval, in this process."""
-    lines: list[SecondOrderLine] = []
+    lines: list[Record] = []
     spend = seconds / len(INTERVALS)
     for interval in INTERVALS:
         note = begin(f"{part.workload.name}, interval {interval}", spend)
-        seen = compare(Ranks(), part.workload, interval, device, spend, note)
-        lines += [line(name, interval, seen.samples) for name in ROWS]
-    threads = {"num_threads": torch.get_num_threads()}
-    return describe(part.workload) | threads | {"rows": [asdict(each) for each in lines]}
+        samples, _ = compare(Ranks(), part.workload, interval, device, spend, note)
+        lines += [line(name, interval, samples) for name in ROWS]
+    return describe(part.workload) | {"num_threads": torch.get_num_threads(), "rows": lines}
 
 
 def by_world_size(parts: Sequence[Part], seconds: float, begin: Begin) -> list[dict[str, Any]]:
     """All rows on every number of ranks, for each part."""
-    lines: list[list[RankLine]] = [[] for _ in parts]
+    lines: list[list[Record]] = [[] for _ in parts]
     for num_ranks in WORLD_SIZES:
         begin(plural(num_ranks, "rank"), None)
         words = (parts, INTERVAL_ON_RANKS, seconds / len(WORLD_SIZES))
@@ -160,8 +119,7 @@ def by_world_size(parts: Sequence[Part], seconds: float, begin: Begin) -> list[d
         for place, rows in enumerate(lines):
             rows += [rank_line(name, [every[place][name] for every in found]) for name in ROWS]
     return [
-        describe(part.workload) | {"rows": [asdict(each) for each in rows]}
-        for part, rows in zip(parts, lines, strict=True)
+        describe(part.workload) | {"rows": rows} for part, rows in zip(parts, lines, strict=True)
     ]
 
 
@@ -171,19 +129,10 @@ def compare_parts(
     """What one rank says of each row, for each part."""
     found = []
     for workload, share in parts:
-        seen = compare(ranks, workload, interval, torch.device("cpu"), seconds * share)
-        found.append({name: of_rank(name, seen) for name in ROWS})
-        del seen
+        samples, state = compare(ranks, workload, interval, torch.device("cpu"), seconds * share)
+        found.append({name: of_rank(name, samples[name], state[name]) for name in ROWS})
         gc.collect()  # models and their hooks hold one another
     return found
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Of all rows in one process."""
-
-    samples: dict[str, StepSamples]
-    state_bytes: dict[str, dict[str, int]]
 
 
 def compare(
@@ -193,40 +142,39 @@ def compare(
     device: torch.device,
     seconds: float,
     note: Note = lambda elapsed, what: None,
-) -> Seen:
-    """All rows, in this process."""
+) -> tuple[dict[str, StepSamples], dict[str, dict[str, int]]]:
+    """Samples, and bytes of state, of all rows in this process."""
     steppers = {
         name: SecondOrderStepper(make, interval, workload, ranks, device)
         for name, make in ROWS.items()
     }
     samples = run_rounds(steppers, interval, device, seconds, note)
-    return Seen(samples, {name: stepper.state_bytes() for name, stepper in steppers.items()})
+    return samples, {name: stepper.state_bytes() for name, stepper in steppers.items()}
 
 
-def line(name: str, interval: int, samples: Mapping[str, StepSamples]) -> SecondOrderLine:
+def line(name: str, interval: int, samples: Mapping[str, StepSamples]) -> Record:
+    """One optimizer at one interval, beside the reference of the same rounds."""
     own, reference = samples[name], samples[REFERENCE]
     seconds = statistics.median(own.steps)
-    ratios = [a / b for a, b in zip(own.steps, reference.steps, strict=True)]
-    return SecondOrderLine(
-        name=name,
-        interval=interval,
-        num_rounds=len(own),
-        seconds=seconds,
-        ratio=statistics.median(ratios),
-        mean_ratio=sum(own.steps) / sum(reference.steps),
-        work_ratio=sum(own.work) / sum(reference.work),
-        worst_seconds=max(own.steps),
-        worst_by_median=max(own.steps) / seconds,
-        early_worst_seconds=max(own.early),
-        whole_seconds=statistics.mean(own.wholes),
-        whole_ratio=sum(own.wholes) / sum(reference.wholes),
-        whole_worst_by_median=max(own.wholes) / statistics.median(own.wholes),
-    )
+    return {
+        "name": name,
+        "interval": interval,
+        "num_rounds": len(own),
+        "seconds": seconds,
+        "ratio": statistics.median(map(truediv, own.steps, reference.steps)),
+        "mean_ratio": sum(own.steps) / sum(reference.steps),
+        "work_ratio": sum(own.work) / sum(reference.work),
+        "worst_seconds": max(own.steps),
+        "worst_by_median": max(own.steps) / seconds,
+        "early_worst_seconds": max(own.early),
+        "whole_seconds": statistics.mean(own.wholes),
+        "whole_ratio": sum(own.wholes) / sum(reference.wholes),
+        "whole_worst_by_median": max(own.wholes) / statistics.median(own.wholes),
+    }
 
 
-def of_rank(name: str, seen: Seen) -> dict[str, Any]:
+def of_rank(name: str, own: StepSamples, state_bytes: Mapping[str, int]) -> Record:
     """What one rank says of one row."""
-    own = seen.samples[name]
     collectives, sent = zip(*own.traffic, strict=True)
     return {
         "name": name,
@@ -236,26 +184,23 @@ def of_rank(name: str, seen: Seen) -> dict[str, Any]:
         "worst_seconds": max(own.steps),
         "num_collectives": statistics.mean(collectives),
         "sent_bytes": statistics.mean(sent),
-        "state": seen.state_bytes[name],
+        "state": state_bytes,
     }
 
 
-def rank_line(name: str, ranks: Sequence[Mapping[str, Any]]) -> RankLine:
-    """What all ranks say of one row."""
+def rank_line(name: str, ranks: Sequence[Record]) -> Record:
+    """What all ranks say of one row; a list has an entry for each."""
     states = [rank["state"] for rank in ranks]
-    on_each = [key for key, size in states[0].items() if all(state[key] for state in states)]
-    return RankLine(
-        name=name,
-        num_ranks=len(ranks),
-        num_rounds=ranks[0]["num_rounds"],
-        step_seconds=[rank["step_seconds"] for rank in ranks],
-        work_seconds=[rank["work_seconds"] for rank in ranks],
-        worst_seconds=[rank["worst_seconds"] for rank in ranks],
-        state_bytes=[sum(state.values()) for state in states],
-        replicated_bytes=sum(states[0][key] for key in on_each),
-        num_collectives=[rank["num_collectives"] for rank in ranks],
-        sent_bytes=[rank["sent_bytes"] for rank in ranks],
-    )
+    on_each = [key for key in states[0] if all(state[key] for state in states)]
+    by_rank = ("step_seconds", "work_seconds", "worst_seconds", "num_collectives", "sent_bytes")
+    return {
+        "name": name,
+        "num_ranks": len(ranks),
+        "num_rounds": ranks[0]["num_rounds"],
+        "state_bytes": [sum(state.values()) for state in states],
+        "replicated_bytes": sum(states[0][key] for key in on_each),
+        **{key: [rank[key] for rank in ranks] for key in by_rank},
+    }
 
 
 def show(record: dict[str, Any], console: Console) -> None:

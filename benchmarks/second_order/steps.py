@@ -15,11 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.benchmarks import harness
 from largebatch.benchmarks.contenders import REFERENCE
-from largebatch.benchmarks.harness import NUM_WARM_UP, Note, timed, timed_on_ranks, wait_for_ranks
 from largebatch.benchmarks.workloads import Decoding, Workload
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import KFAC, SOAP, Shampoo
@@ -32,30 +30,19 @@ if TYPE_CHECKING:
 LR: Final = 1e-5
 
 
-def adamw(model: nn.Module, interval: int, group: "ProcessGroup | None") -> Optimizer:
-    del interval, group  # every rank does all of it
-    return AdamW(model.parameters(), lr=LR, fused=True)
-
-
-def shampoo(model: nn.Module, interval: int, group: "ProcessGroup | None") -> Optimizer:
-    return Shampoo(model.parameters(), LR, precondition_interval=interval, process_group=group)
-
-
-def soap(model: nn.Module, interval: int, group: "ProcessGroup | None") -> Optimizer:
-    return SOAP(model.parameters(), LR, precondition_interval=interval, process_group=group)
-
-
-def kfac(model: nn.Module, interval: int, group: "ProcessGroup | None") -> Optimizer:
-    return KFAC(model, LR, inverse_interval=interval, process_group=group)
-
-
 # Of a model, the steps from roots to roots of a factor, and the ranks that share the work out.
 Make = Callable[[nn.Module, int, "ProcessGroup | None"], Optimizer]
 ROWS: Final[dict[str, Make]] = {
-    REFERENCE: adamw,
-    "Shampoo": shampoo,
-    "SOAP": soap,
-    "K-FAC": kfac,
+    REFERENCE: lambda model, interval, group: AdamW(model.parameters(), lr=LR, fused=True),
+    "Shampoo": lambda model, interval, group: Shampoo(
+        model.parameters(), LR, precondition_interval=interval, process_group=group
+    ),
+    "SOAP": lambda model, interval, group: SOAP(
+        model.parameters(), LR, precondition_interval=interval, process_group=group
+    ),
+    "K-FAC": lambda model, interval, group: KFAC(
+        model, LR, inverse_interval=interval, process_group=group
+    ),
 }
 
 
@@ -109,35 +96,6 @@ class SecondOrderStepper:
         }
 
 
-class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own is not annotated
-    """Counts the collectives that this process begins, and the bytes that it puts into them."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.num_collectives = 0
-        self.num_bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.namespace == "c10d":
-            self.num_collectives += 1
-            named = {
-                argument.name: value
-                for argument, value in zip(func._schema.arguments, args, strict=False)
-            }
-            # Those that reduce or broadcast in place have one name, others another for each side.
-            for name in ("tensors", "input", "input_tensor", "input_tensors"):
-                self.num_bytes += bytes_in(named.get(name))
-        return func(*args, **(kwargs or {}))
-
-
-def bytes_in(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(map(bytes_in, value)) if isinstance(value, list | tuple) else 0
-
-
 @dataclass
 class StepSamples:
     """What was seen of one row, seconds where nothing else is said, one entry a round."""
@@ -162,40 +120,42 @@ def run_rounds(
     interval: int,
     device: torch.device,
     seconds: float,
-    note: Note,
+    note: harness.Note,
 ) -> dict[str, StepSamples]:
     """Rounds over whole intervals, after one interval that is only part of `early`, by row."""
     samples = {name: StepSamples() for name in steppers}
-    num_warm_up = max(NUM_WARM_UP, interval)
 
-    def sample(name: str, number: int) -> None:
-        if number < 0:
-            warm_up(steppers[name], samples[name], device, is_first=number == -num_warm_up)
-        else:
-            one_round(steppers[name], samples[name], device)
+    def of_rows(call: Callable[[SecondOrderStepper, StepSamples, torch.device], None]) -> Any:
+        return {name: partial(call, each, samples[name], device) for name, each in steppers.items()}
 
-    samplers = {name: partial(sample, name) for name in steppers}
-    harness.run_rounds(samplers, seconds, note, num_warm_up=num_warm_up, interval=interval)
+    harness.run_rounds(
+        of_rows(one_round),
+        seconds,
+        note,
+        num_warm_up=max(harness.NUM_WARM_UP, interval),
+        interval=interval,
+        warm_up=of_rows(warm_up),
+    )
     return samples
 
 
-def warm_up(
-    stepper: SecondOrderStepper, samples: StepSamples, device: torch.device, is_first: bool
-) -> None:
+def warm_up(stepper: SecondOrderStepper, samples: StepSamples, device: torch.device) -> None:
+    is_first = not samples.early
     stepper.take()
     stepper.backward()
-    wait_for_ranks()
-    seen = Traffic()
+    harness.wait_for_ranks()
+    seen = harness.Traffic()
     with seen if dist.is_initialized() else nullcontext():  # it costs time in every operation
-        samples.early.append(timed(stepper.step, device))
+        samples.early.append(harness.timed(stepper.step, device))
     if not is_first:
-        samples.traffic.append((seen.num_collectives, seen.num_bytes))
+        sent = sum(num_bytes for _, num_bytes, _ in seen.collectives)
+        samples.traffic.append((len(seen.collectives), sent))
 
 
 def one_round(stepper: SecondOrderStepper, samples: StepSamples, device: torch.device) -> None:
     stepper.take()
-    backward, _ = timed_on_ranks(stepper.backward, device)
-    step, work = timed_on_ranks(stepper.step, device)
+    backward, _ = harness.timed_on_ranks(stepper.backward, device)
+    step, work = harness.timed_on_ranks(stepper.step, device)
     samples.work.append(work)
     samples.steps.append(step)
     samples.wholes.append(backward + step)

@@ -21,21 +21,18 @@ needs no collective, but needs like ranks: on unlike hardware replicas would dri
 `process_group` the ranks of the group share the work and the memory of the factors; their gradients
 must be the same, as DDP leaves them, and results travel once.
 
-Promises as in `largebatch.optim.layerwise.optimizer`: `p.grad` is left as it was, arithmetic and
-state are FP32 at least, a step with `found_inf` changes nothing by one bit. The device is waited
-for where roots or bases are taken, which cannot be done without: see
-`largebatch.optim.math.decompositions`.
+Promises as in `largebatch.optim.layerwise.optimizer`. The device is waited for where roots or bases
+are taken, which cannot be done without: see `largebatch.optim.math.decompositions`.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.base import Group, evaluate, uncompiled
+from largebatch.optim.base import Group
 from largebatch.optim.blockwise.block_work import (
     BlockAtWork,
     BlockTask,
@@ -50,13 +47,13 @@ from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.blockwise.step_stats import DROPPED_ROW, BlockStats, Tally
 from largebatch.optim.blockwise.work_group import BlockedLayer, BlockWorkGroup
 from largebatch.optim.math.adam import adam_direction, corrected
-from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES, full_precision
+from largebatch.optim.math.matrix_roots import full_precision
 from largebatch.optim.math.tensors import on_device, without_too_large, write
 from largebatch.optim.options import require, require_one_of
 from largebatch.optim.sharding.layout import Name, local
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    pass
 
 Here = Callable[[Tensor], Tensor]
 """The view of a piece in tensors that are laid out like this rank's part of a parameter."""
@@ -66,16 +63,6 @@ class SecondOrderOptimizer(OwnedState):
     """Base of optimizers that precondition blocks of matrices."""
 
     _stats: tuple[BlockStats, ...] = ()
-
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        process_group: "ProcessGroup | None" = None,
-        tolerated_failures: int = TOLERATED_FAILURES,
-    ) -> None:
-        require(tolerated_failures >= 0, "tolerated_failures", ">= 0", tolerated_failures)
-        super().__init__(params, defaults, process_group, tolerated_failures)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
@@ -120,17 +107,7 @@ class SecondOrderOptimizer(OwnedState):
 
     # The phases of a step -----------------------------------------------------------------------
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @uncompiled
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
-        loss = evaluate(closure)
+    def _make_step(self) -> None:
         self._reports.heed()
         self._refuse_sparse()
         self._counts.settle()
@@ -142,7 +119,6 @@ class SecondOrderOptimizer(OwnedState):
             self._descend(ours, gathered)
         self._stats = tuple(ours.stats for ours in directions)
         self._advance(gathered)
-        return loss
 
     def _gather(self, work_groups: list[BlockWorkGroup]) -> GatheredStep:
         """Bring the gradients to the owners of their blocks, before any state is touched."""

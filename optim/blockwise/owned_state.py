@@ -6,6 +6,7 @@ and empty elsewhere. The keys are the same on every rank. In a state dict the la
 the ranks: see `largebatch.optim.blockwise.portable`.
 """
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -13,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+from torch.optim.optimizer import ParamsT, StateDict
 
 from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.blockwise.blocks import Block
 from largebatch.optim.blockwise.failure_notice import FailureReports
-from largebatch.optim.blockwise.portable import Key, Portable, gathered, sharded
+from largebatch.optim.blockwise.portable import Portable, gathered, sharded
 from largebatch.optim.blockwise.state_memory import (
     AVERAGES,
     DROPPED,
-    ParamState,
-    memory_in_words,
+    MATRICES,
     new_entry,
 )
 from largebatch.optim.blockwise.work_group import (
@@ -39,7 +39,8 @@ from largebatch.optim.blockwise.work_group import (
 from largebatch.optim.loading import as_state
 from largebatch.optim.math.bias_correction import SUFFIX, ages_of
 from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES, Failures
-from largebatch.optim.sharding.layout import Name, is_dtensor
+from largebatch.optim.math.tensors import compute_dtype
+from largebatch.optim.sharding.layout import Name, is_dtensor, layout_of
 from largebatch.optim.sharding.step_counts import StepCounts
 
 if TYPE_CHECKING:
@@ -110,13 +111,7 @@ class OwnedState(ShardedOptimizer):
 
     def _check_param(self, group: Group, name: Name, param: Tensor) -> None:
         super()._check_param(group, name, param)
-        if is_dtensor(param):
-            for placement in param.placements:
-                if placement.is_partial():
-                    raise ValueError(
-                        f"parameter {name!r} is placed as {placement}: its ranks hold summands of "
-                        "it, shard or replicate it instead"
-                    )
+        layout_of(param, name)  # which refuses ranks that hold summands
 
     def _work_groups(self) -> list[BlockWorkGroup]:
         """Return all parameters that may have a gradient; rebuilt where they have changed."""
@@ -156,9 +151,6 @@ class OwnedState(ShardedOptimizer):
                 stacklevel=4,
             )
         return layer
-
-    def _params(self) -> Iterator[Tensor]:
-        return (param for group in self.param_groups for param in group["params"])
 
     def _states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return ((param, self.state[param]) for param in self._params() if param in self.state)
@@ -222,30 +214,23 @@ class OwnedState(ShardedOptimizer):
         What lies whole on its owner is then a DTensor, cut by rows: any world size can load it.
         """
         self._count_in_new_betas()
-
-        def save(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
-            states = dict(self._states())
-            return self._packed(packed, sharded(self._portables(self.state), states))
-
-        hook = self.register_state_dict_post_hook(save, prepend=True)
         state, known = self.state, self._group_of
         # Torch has no number for a parameter that has left the groups.
         here = {k: v for k, v in state.items() if k in known or not isinstance(k, Tensor)}
         self.state = defaultdict(dict, here)
         try:
-            return super().state_dict()
+            return self._state_dict_of(
+                lambda: sharded(self._portables(self.state), dict(self._states()))
+            )
         finally:
-            hook.remove()
             self.state = state
 
     def _take_up(self, found: Mapping[Tensor, dict[str, Any]]) -> None:
         self.state.update(self._ready(found))
 
     def _ready(self, by_param: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
-        """Return the loaded state of each parameter as `step` expects it, by the loaded options.
-
-        Raises:
-            ValueError: a tensor that is missing or of another shape.
+        """Return the loaded state of each parameter as `step` expects it, by the loaded options;
+        refuse a tensor that is missing or of another shape.
         """
         self._work_groups()
         ready: dict[Tensor, dict[str, Any]] = {}
@@ -295,13 +280,12 @@ class OwnedState(ShardedOptimizer):
             if layer.placement.group is not None and layer.blocks and param in state:
                 by_group.setdefault(layer.placement.group, []).append(layer)
         for layers in by_group.values():
-            shapes: dict[Key, tuple[int, ...]] = {}
-            owners: dict[Key, int] = {}
-            for layer in layers:
-                for key, shape in self._shapes_of(layer).items():
-                    shapes[layer.param, key] = shape
-                    owners[layer.param, key] = layer.owners[int(key[6 : key.index("/")])]
-            yield Portable(layers, shapes, owners)
+            entries = {
+                (layer.param, key): (shape, layer.owners[int(key[6 : key.index("/")])])
+                for layer in layers
+                for key, shape in self._shapes_of(layer).items()
+            }
+            yield Portable(layers, entries)
 
     def _shapes_of(self, layer: BlockedLayer) -> dict[str, tuple[int, ...]]:
         """The shapes of a layer's block states, by their keys in its state."""
@@ -313,13 +297,25 @@ class OwnedState(ShardedOptimizer):
         }
 
     def __repr__(self) -> str:
-        """As torch's, and how much memory the state takes, over all ranks that share it."""
-        return f"{super().__repr__()}\n{memory_in_words(self._parts())}"
-
-    def _parts(self) -> Iterator[ParamState]:
-        """What the state of each parameter takes, known from its shape."""
+        """As torch's, and how much memory the state takes once each parameter has had a gradient,
+        over all ranks that share it; known from shapes.
+        """
+        weights = state = matrices = 0
+        partly: list[str] = []
         for group, name, param in self._named_params():
-            blocks = blocks_in(group, param.shape)
+            blocks, itemsize = blocks_in(group, param.shape), compute_dtype(param).itemsize
             shapes = [self._block_shapes(group, block) for block in blocks]
-            beside = param.numel() * len(self._elementwise_keys(bool(blocks), group))
-            yield ParamState(name, param, blocks, shapes, beside)
+            entries = [(key, math.prod(shape)) for each in shapes for key, shape in each.items()]
+            like_param = param.numel() * len(self._elementwise_keys(bool(blocks), group))
+            weights += param.numel() * param.element_size()
+            state += (sum(numel for _, numel in entries) + like_param) * itemsize
+            matrices += sum(n for key, n in entries if key.startswith(MATRICES)) * itemsize
+            if blocks and len(blocks[0].dims) < len(blocks[0].shape):
+                partly.append(f"{name} {tuple(param.shape)}")
+        text = (
+            f"{super().__repr__()}\n"
+            f"State of all parameters, over all ranks that share it: {state / 1e6:.3g} MB for "
+            f"{weights / 1e6:.3g} MB of them; factors and what is made of them: "
+            f"{matrices / 1e6:.3g} MB"
+        )
+        return text + (f"\nNo factor along a long dimension: {', '.join(partly)}" if partly else "")

@@ -27,25 +27,20 @@ class Portable:
     """The block states of layers that are spread over one process group.
 
     Args:
-        shapes: of every block state, none of them 0-d.
-        owners: of every block state.
+        entries: shape and owner of every block state, none of them 0-d.
     """
 
     def __init__(
-        self,
-        layers: Iterable[BlockedLayer],
-        shapes: Mapping[Key, tuple[int, ...]],
-        owners: Mapping[Key, int],
+        self, layers: Iterable[BlockedLayer], entries: Mapping[Key, tuple[tuple[int, ...], int]]
     ) -> None:
         by_param = {layer.param: layer for layer in layers}
-        self.keys, self._shapes = [*shapes], shapes
+        self.keys = [*entries]
+        self._shapes = {key: shape for key, (shape, _) in entries.items()}
         self._meshes = {param: mesh_of(layer) for param, layer in by_param.items()}
         tensors = []
-        for param, key in self.keys:
-            placement = mesh_placement(
-                shapes[param, key], *self._meshes[param], by_param[param].name
-            )
-            tensors.append(whole(placement, owners[param, key]))
+        for (param, _), (shape, owner) in entries.items():
+            placement = mesh_placement(shape, *self._meshes[param], by_param[param].name)
+            tensors.append(whole(placement, owner))
         wide = any(layer.dtype == torch.float64 for layer in by_param.values())
         first = next(iter(by_param.values()))
         self._redistribution = Redistribution(

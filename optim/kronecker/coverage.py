@@ -25,8 +25,7 @@ def coverage(names: Mapping[Tensor, Name], layers: Collection[Layer]) -> tuple[s
         f"{part:.0%} of their elements"
     )
     if without:
-        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
-        sentence += f"; its fallback moves {', '.join(without[:3])}{more}"
+        sentence += f"; its fallback moves {first_three(without)}"
     return sentence, part if weights else 1.0
 
 
@@ -45,25 +44,27 @@ def say_coverage(names: Mapping[Tensor, Name], layers: Collection[Layer]) -> Non
 
 def warn_of_blind(layers: Collection[Layer]) -> None:
     """Warn of layers that have gradients and that no forward pass was seen through."""
-    if not layers:
-        return
-    names = [repr(layer.name) for layer in layers]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    warnings.warn(
-        f"KFAC has seen no pass through {', '.join(names[:3])}{more}, which have gradients, and "
-        "does not precondition them: call the layers as modules, and the model that KFAC was given "
-        "(a copy, or a model compiled and called before, is not watched)",
-        stacklevel=4,
-    )
+    if layers:
+        names = first_three([repr(layer.name) for layer in layers])
+        warnings.warn(
+            f"KFAC has seen no pass through {names}, which have gradients, and does not "
+            "precondition them: call the layers as modules, and the model that KFAC was given (a "
+            "copy, or a model compiled and called before, is not watched)",
+            stacklevel=4,
+        )
 
 
 def warn_of_uses_elsewhere(layers: Collection[Layer]) -> None:
     """Warn of layers that lose their curvature because their weights are used without them too."""
-    names = [repr(layer.name) for layer in layers]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    names = first_three([repr(layer.name) for layer in layers])
     warnings.warn(
-        f"KFAC leaves {', '.join(names[:3])}{more} to its fallback: the model uses it without its "
+        f"KFAC leaves {names} to its fallback: the model uses it without its "
         "module too, as in functional.linear(x, embedding.weight), so that its gradient is of all "
         "uses and its curvature would be of the module's alone",
         stacklevel=4,
     )
+
+
+def first_three(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"

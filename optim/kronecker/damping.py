@@ -44,17 +44,12 @@ class Damping:
     ridge: float
 
 
-def mean_eigenvalue(factor: Tensor, diagonal: bool) -> Tensor:
-    """Of each group's factor, shape (groups,)."""
-    return (factor if diagonal else factor.diagonal(dim1=1, dim2=2)).mean(dim=1)
-
-
 def split(
     damping: Damping, factor_in: Tensor, factor_out: Tensor, diagonal: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """s_A, s_G and λ of each group, shape (groups,)."""
-    mean_in, mean_out = (
-        mean_eigenvalue(factor, kept)
+    mean_in, mean_out = (  # eigenvalues
+        (factor if kept else factor.diagonal(dim1=1, dim2=2)).mean(dim=1)
         for factor, kept in zip((factor_in, factor_out), diagonal, strict=True)
     )
     if damping.relative:
@@ -122,13 +117,9 @@ def decomposed(
     return roots | {"condition": (conditions[0] * conditions[1]).max()}
 
 
+@full_precision()
 def precondition(roots: Roots, gradient: Tensor) -> Tensor:
     """(A ⊗ G + λ)⁻¹ on gradients laid out as matrices, (groups, out, in)."""
-    with full_precision():
-        return _preconditioned(roots, gradient)
-
-
-def _preconditioned(roots: Roots, gradient: Tensor) -> Tensor:
     if "shift" not in roots:
         return _apply(roots["inverse_in"], _apply(roots["inverse_out"], gradient).mT).mT
     basis_in, basis_out = roots.get("basis_in"), roots.get("basis_out")

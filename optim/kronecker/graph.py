@@ -6,7 +6,6 @@ that it reaches nevertheless has been used without its module, as by `F.linear(x
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,15 +14,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from largebatch.optim.kronecker.layers import Layer
 
-MARK, WITHIN = "largebatch: call of a layer", "largebatch: layer"
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A call of a layer, on the node that returned its output."""
-
-    before: Node | None
-    """What its input came from."""
+# On the node that returned the output of a layer's call: what its input came from, or None.
+MARK = "largebatch: call of a layer"
+WITHIN = "largebatch: layer"
 
 
 def mark(layer: Layer, x: Tensor, output: Tensor, leaf: Node) -> None:
@@ -34,7 +27,7 @@ def mark(layer: Layer, x: Tensor, output: Tensor, leaf: Node) -> None:
     """
     node = get_gradient_edge(before_views(output)).node
     before = get_gradient_edge(x).node if x.requires_grad else None
-    notes(node)[MARK] = Mark(before)
+    notes(node)[MARK] = before
     # A compiled graph is one node, which the call is a part of, as may be what came before.
     for part in (leaf, *(n for n in (node, before) if n is not None and _is_compiled(n))):
         notes(part).setdefault(WITHIN, set()).add(layer)
@@ -50,10 +43,10 @@ def used_elsewhere(outputs: Iterable[Tensor], layers: Collection[Layer]) -> set[
         if node in seen:
             continue
         seen.add(node)
-        called: Mark | None = notes(node).get(MARK)
-        within: set[Layer] = notes(node).get(WITHIN, set())
-        if called is not None and called.before is not node:
-            following = [called.before]
+        known = notes(node)
+        within: set[Layer] = known.get(WITHIN, set())
+        if MARK in known and known[MARK] is not node:
+            following = [known[MARK]]
         else:
             following = [after for after, _ in node.next_functions]
         for after in following:

@@ -1,12 +1,12 @@
 """The base of K-FAC apart from its formula: a model's layers, their ranks, groups, and state.
 
-Promises as in `largebatch.optim.layerwise.optimizer`: `p.grad` is left as it was, state is FP32 at
-least, also after `load_state_dict`, a step with `found_inf` on any rank changes nothing by one bit.
-The host waits for the device where a layer is decomposed, and nowhere else.
+Promises as in `largebatch.optim.layerwise.optimizer`. The host waits for the device where a layer
+is decomposed, and nowhere else.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -16,21 +16,21 @@ from torch.optim.optimizer import ParamsT
 from largebatch.optim.base import Group
 from largebatch.optim.blockwise.failure_notice import FailureReports
 from largebatch.optim.blockwise.portable import gathered, sharded
-from largebatch.optim.kronecker import saving
 from largebatch.optim.kronecker.coverage import (
     coverage,
     say_coverage,
     warn_of_blind,
     warn_of_uses_elsewhere,
 )
+from largebatch.optim.kronecker.damping import FORMS
 from largebatch.optim.kronecker.factors import FACTOR_STATE
 from largebatch.optim.kronecker.layers import Layer, find_layers, signature, without_bias
-from largebatch.optim.kronecker.options import check_group, check_whole
 from largebatch.optim.kronecker.state import KroneckerState
 from largebatch.optim.kronecker.statistics import FactorStatistics
 from largebatch.optim.kronecker.work_group import KroneckerWorkGroup, make_work_groups
+from largebatch.optim.math.grafting import GRAFTINGS
 from largebatch.optim.math.matrix_roots import Failures
-from largebatch.optim.options import require
+from largebatch.optim.options import require, require_one_of
 from largebatch.optim.sharding.layout import Name, is_dtensor, local
 from largebatch.optim.sharding.placement import Placement, placement_of
 from largebatch.optim.sharding.refresh_schedule import RefreshSchedule
@@ -69,8 +69,11 @@ class KroneckerOptimizer(KroneckerState):
                 f"KFAC takes the model, whose layers it watches, got {type(model).__name__}: write "
                 "KFAC(model, lr=…), or KFAC(model, lr=…, params=…) for some of its parameters"
             )
-        check_whole(options)
-        require(tolerated_failures >= 0, "tolerated_failures", ">= 0", tolerated_failures)
+        require_one_of(options, "fisher", ("empirical", "true"))
+        for name in ("factor_interval", "inverse_interval", "max_factor_size"):
+            count = options[name]
+            whole = isinstance(count, int) and not isinstance(count, bool)
+            require(whole and count >= 1, name, "a whole number >= 1", count)
         model, averaging = unwrapped(model)
         self._model, self._options = model, dict(options)
         self._process_group = process_group or averaging
@@ -105,7 +108,23 @@ class KroneckerOptimizer(KroneckerState):
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
-        check_group(options)
+        for name in ("damping", "ridge"):
+            require(0 <= options[name] < math.inf, name, "in [0, inf)", options[name])
+        for name in ("final_damping", "damping_items", "kl_clip"):
+            value = options[name]
+            require(value is None or 0 < value < math.inf, name, "in (0, inf) or None", value)
+        if (options["final_damping"] is None) != (options["damping_items"] is None):
+            given = "final_damping" if options["damping_items"] is None else "damping_items"
+            raise ValueError(f"final_damping and damping_items go together, got {given} alone")
+        if options["final_damping"] is not None:
+            accepted = "> 0 where final_damping is given"
+            require(options["damping"] > 0, "damping", accepted, options["damping"])
+        factor_decay = options["factor_decay"]
+        require(0 <= factor_decay < 1, "factor_decay", "in [0, 1)", factor_decay)
+        for name in ("relative_damping", "nesterov", "maximize"):
+            require_one_of(options, name, (False, True))
+        require_one_of(options, "form", FORMS)
+        require_one_of(options, "graft", GRAFTINGS)
 
     def _check_groups(self) -> None:
         clips = {group["kl_clip"] for group in self.param_groups}
@@ -136,7 +155,8 @@ class KroneckerOptimizer(KroneckerState):
             param: placement_of(param, name, self._process_group)
             for param, name in self._names.items()
         }
-        self._ranks = distinct(placement.group for placement in self._placements.values())
+        groups = (placement.group for placement in self._placements.values())
+        self._ranks = [*dict.fromkeys(group for group in groups if group is not None)]
         known = {signature(layer): layer for layer in self._layers}
         found = find_layers(self._model, self._options["max_factor_size"], self._is_trained)
         found = [layer if self._together(layer) else without_bias(layer) for layer in found]
@@ -174,7 +194,7 @@ class KroneckerOptimizer(KroneckerState):
         interval = self._options["inverse_interval"]
         known = {layer.weight for layer in self._layers if copied or layer in forms}
         found = {param: state for param, state in self.state.items() if param in known}
-        found = sharded(saving.portables(self._work_groups, forms, found), found)
+        found = sharded(self._portables(found), found)
         self._work_groups, self._shared = (
             make_work_groups(self._layers, self._placements, interval),
             shared,
@@ -329,10 +349,3 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, "ProcessGroup | None"]:
         if not isinstance(inner, nn.Module):
             return model, process_group
         model = inner
-
-
-T = TypeVar("T", bound=Hashable)
-
-
-def distinct(things: Iterable[T | None]) -> list[T]:
-    return list(dict.fromkeys(thing for thing in things if thing is not None))

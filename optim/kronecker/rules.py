@@ -18,6 +18,7 @@ from torch import Tensor
 
 from largebatch.optim.math.adam import adam_direction, corrected
 from largebatch.optim.math.tensors import root
+from largebatch.optim.options import require
 
 State = Mapping[str, Tensor]
 Group = Mapping[str, Any]
@@ -68,3 +69,11 @@ RULES: Mapping[str, Rule] = {
     "adam": Rule(("exp_avg", "exp_avg_sq"), adam),
     "plain": Rule((), plain),
 }
+
+
+def rule_of(name: str, rule: str | Rule) -> Rule:
+    """The rule that an option means."""
+    if isinstance(rule, Rule):
+        return rule
+    require(rule in RULES, name, f"a Rule or one of {', '.join(RULES)}", repr(rule))
+    return RULES[rule]

@@ -1,20 +1,25 @@
-"""The state of an optimizer that watches a model's layers: made, saved, loaded and copied."""
+"""The state of an optimizer that watches a model's layers: made, saved, loaded and copied.
+
+Factors and inverses that only a layer's owner has are sharded DTensors in a state dict, as in
+`largebatch.optim.blockwise.portable`, and can be loaded at any world size.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, StateDict
+from torch.optim.optimizer import StateDict
 
 from largebatch.optim.base import Group, ShardedOptimizer
-from largebatch.optim.blockwise.portable import Portable, States, gathered, sharded
+from largebatch.optim.blockwise.portable import Key, Portable, States, gathered, sharded
 from largebatch.optim.blockwise.state_memory import DROPPED
-from largebatch.optim.kronecker import saving
+from largebatch.optim.blockwise.work_group import BlockedLayer
 from largebatch.optim.kronecker.damping import FORMER_FORMS
 from largebatch.optim.kronecker.factors import make_factor_state, state_shapes
 from largebatch.optim.kronecker.layers import Layer
 from largebatch.optim.kronecker.work_group import KroneckerWorkGroup
+from largebatch.optim.loading import as_kept, as_state
 from largebatch.optim.math.tensors import compute_dtype, write
 from largebatch.optim.sharding.layout import Name, local
 from largebatch.optim.sharding.refresh_schedule import RefreshSchedule
@@ -116,27 +121,17 @@ class KroneckerState(ShardedOptimizer):
 
         What lies on the rank that works on a layer is then a DTensor: any world size can load it.
         """
-
         self._find()
         self._share()
 
-        def save(_: Optimizer, packed: StateDict) -> StateDict:  # before the user's post-hooks
+        def states() -> Mapping[Tensor, dict[str, Any]]:
             found = {p: dict(self.state[p]) for p in self._names if p in self.state}
-            return self._packed(packed, sharded(self._portables(found), found))
+            return sharded(self._portables(found), found)
 
-        hook = self.register_state_dict_post_hook(save, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            hook.remove()
+        return self._state_dict_of(states)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load as torch does, hooks included, but keep state in FP32; as for `state_dict`.
-
-        Raises:
-            ValueError: a state that does not fit these parameters or these options; what was there
-                before remains.
-        """
+        """As of all these optimizers; and all ranks that share the work have to call it."""
         try:
             super().load_state_dict(state_dict)
         except Exception:
@@ -158,21 +153,32 @@ class KroneckerState(ShardedOptimizer):
         self._elsewhere, self._seen = self._elsewhere.union(params), []
 
     def _portables(self, states: States) -> Iterator[Portable]:
-        return saving.portables(self._work_groups, self._forms(), states)
+        """Yield what is saved and loaded of the layers of each work group."""
+        forms = self._forms()
+        for work_group in self._work_groups:
+            held = [
+                layer for layer in work_group.layers if "factor_in" in states.get(layer.weight, {})
+            ]
+            if work_group.group is None or not held:
+                continue
+            entries: dict[Key, tuple[tuple[int, ...], int]] = {
+                (layer.weight, key): (shape, work_group.owners[layer])
+                for layer in held
+                for key, shape in state_shapes(layer, forms[layer]).items()
+            }
+            placements = work_group.placements
+            blocked = [BlockedLayer(x.weight, x.name, placements[x.weight], ()) for x in held]
+            yield Portable(blocked, entries)
 
     def _ready(self, found: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
-        """Loaded state as `step` expects it.
-
-        Raises:
-            ValueError: it does not fit.
-        """
+        """Return loaded state as `step` expects it, or refuse what does not fit."""
         forms, layers = self._forms(), {layer.weight: layer for layer in self._forms()}
         ready = {}
         for param, state in found.items():
             keys = {"step", DROPPED, *self._keys(param, self._group_of[param])}
             layer = layers.get(param)  # type: ignore[call-overload] # by identity
             form = "" if layer is None else forms[layer]
-            ready[param] = saving.checked(param, self._names[param], state, keys, layer, form)
+            ready[param] = checked(param, self._names[param], state, keys, layer, form)
         return gathered(self._portables(ready), ready)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -192,3 +198,45 @@ class KroneckerState(ShardedOptimizer):
         if own is not None:  # a copy; else groups and state alone are loaded
             self.__dict__.update(own)
             self._begin()
+
+
+def checked(
+    param: Tensor,
+    name: Name,
+    found: Mapping[str, Any],
+    keys: set[str],
+    layer: Layer | None,
+    form: str,
+) -> dict[str, Any]:
+    """Return a parameter's loaded state in the dtype and on the device that `step` expects.
+
+    Args:
+        keys: what there has to be, apart from the layer's own.
+
+    Raises:
+        ValueError: an entry that is missing or of another shape; one that is unknown is kept.
+    """
+    shapes = {} if layer is None else state_shapes(layer, form)
+    zeros = {"dropped_updates": torch.zeros(1)} if layer is not None else {}
+    found = {DROPPED: torch.zeros(()), **zeros, **found}  # of before these were counted
+    if (keys | shapes.keys()) - found.keys():
+        wrong = sorted(found.keys() ^ (keys | shapes.keys()))
+        raise ValueError(
+            f"state of parameter {name!r} must have the entries that its options make, got or "
+            f"lacks {', '.join(wrong[:4])}: was it saved by another optimizer, or with another "
+            "form, graft, rule or fallback?"
+        )
+    ready = {}
+    for key, value in found.items():
+        if key not in shapes:
+            known = key in keys and key != DROPPED
+            ready[key] = as_state(key, value, name, param) if known else as_kept(value, param)
+            continue
+        assert layer is not None
+        if tuple(value.shape) != shapes[key]:
+            raise ValueError(
+                f"state {key!r} of parameter {name!r} must have the shape {shapes[key]}, got "
+                f"{tuple(value.shape)}: was it saved with another max_factor_size?"
+            )
+        ready[key] = value.to(local(param).device, layer.dtype, copy=True)
+    return ready

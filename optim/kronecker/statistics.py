@@ -40,7 +40,7 @@ what the model returned for it; else it has served the penalty alone.
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -59,7 +59,6 @@ from largebatch.optim.kronecker.graph import (
     mark,
     used_elsewhere,
 )
-from largebatch.optim.kronecker.hooks import Hook, remove
 from largebatch.optim.kronecker.layers import (
     FactorSums,
     ForwardRecord,
@@ -349,3 +348,37 @@ def exactly(device: torch.device) -> Iterator[None]:
     """No gradients, no autocast, and no matrix product of less than FP32's precision."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False), full_precision():
         yield
+
+
+def remove(handles: Mapping[Layer | None, Iterable[RemovableHandle]]) -> None:
+    for some in handles.values():
+        for handle in some:
+            handle.remove()
+
+
+class Hook:
+    """A hook that keeps neither the statistics alive nor goes along with a copied model.
+
+    Args:
+        method: of the statistics, where it is for no layer.
+    """
+
+    def __init__(
+        self, statistics: FactorStatistics | None, method: str, layer: Layer | None = None
+    ) -> None:
+        self._statistics = None if statistics is None else weakref.ref(statistics)
+        self._method, self._layer = method, layer
+
+    @_disable_dynamo  # in a compiled model it runs between two graphs
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        statistics = None if self._statistics is None else self._statistics()
+        if statistics is None:
+            return
+        if self._layer is not None:
+            kwargs, output = rest
+            statistics.see_forward(self._layer, args[0] if args else kwargs["input"], output)
+        else:
+            getattr(statistics, self._method)(*rest)
+
+    def __reduce__(self) -> tuple[type["Hook"], tuple[None, str]]:
+        return Hook, (None, "")

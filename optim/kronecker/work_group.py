@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -16,19 +15,6 @@ from largebatch.optim.sharding.placement import Placement
 from largebatch.optim.sharding.rounds import whole
 from largebatch.optim.sharding.work_assignment import assign
 from largebatch.optim.sharding.work_group import WorkGroup
-
-if TYPE_CHECKING:
-    pass
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What the passes of all ranks of a work group add up to."""
-
-    sums: Mapping[Layer, FactorSums]
-    items: Tensor
-    """0-d."""
-
 
 NUMBERS = ("weight", "grafted", "gradient", "update", "product", "scale", "condition")
 
@@ -81,10 +67,14 @@ class KroneckerWorkGroup(WorkGroup[Layer]):
         ]
         super().__init__(layers, tensors, local(self.params[0]).device)
 
-    def add_up(self, sums: Mapping[Layer, FactorSums], items: int) -> Totals:
-        """The sums of all ranks, in one collective; of symmetric ones a triangle travels."""
+    def add_up(
+        self, sums: Mapping[Layer, FactorSums], items: int
+    ) -> tuple[Mapping[Layer, FactorSums], Tensor]:
+        """The sums and the items, 0-d, of all ranks; in one collective, and of symmetric sums a
+        triangle travels.
+        """
         if self.group is None:
-            return Totals(sums, torch.full((), float(items), device=self.device))
+            return sums, torch.full((), float(items), device=self.device)
         parts = [torch.full((1,), float(items), dtype=self.dtype, device=self.device)]
         for layer in self.layers:
             found = sums.get(layer)
@@ -101,10 +91,7 @@ class KroneckerWorkGroup(WorkGroup[Layer]):
             if layer in self.owned:
                 total[layer] = _unpacked(layer, vector[at:end])
             at = end
-        return Totals(total, vector[0])
-
-    def numbers(self) -> LayerSums:
-        return LayerSums(self.layers, self.dtype, self.device)
+        return total, vector[0]
 
     def precondition(
         self,
@@ -217,7 +204,6 @@ def _unpacked(layer: Layer, vector: Tensor) -> FactorSums:
 class Move:
     """What a work group's layers are to be moved by."""
 
-    work_group: KroneckerWorkGroup
     parts: Iterator[tuple[Tensor, Tensor]]
     """U of each parameter by its layer's scale, as far as it lies here; to be taken by every rank,
     group after group."""

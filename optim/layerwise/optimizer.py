@@ -20,7 +20,8 @@ What composes with what, in this order: unscale, agree on `found_inf`, clip by t
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -31,7 +32,6 @@ from torch.optim.optimizer import ParamsT, StateDict
 from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.layerwise.state_import import to_native
 from largebatch.optim.layerwise.step_plan import ChunkGroup, StepPlan, build_step_plan, norms_of
-from largebatch.optim.layerwise.synced_step import LayerStats, SyncedStep
 from largebatch.optim.layerwise.unbound import Unbound, refuse_redundancy
 from largebatch.optim.loading import as_kept, as_state, laid_out_as
 from largebatch.optim.math.tensors import (
@@ -47,8 +47,46 @@ from largebatch.optim.options import require, require_one_of
 from largebatch.optim.sharding.layout import Layout, Name, layout_of, local
 
 
+@dataclass(frozen=True)
+class SyncedStep:
+    """Inputs of a step that all ranks decide alike, before any moment is touched."""
+
+    gradients: Mapping[Tensor, Tensor]
+    """The local part of each parameter's gradient, as it is, placed like the parameter."""
+    divisor: Tensor | None
+    """0-d: what every gradient is divided by, loss scale and clip together."""
+    skip: Tensor | None
+    """0-d bool: where true, nothing may change."""
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """The layers' norms and ratios of a step, vectors over `names`."""
+
+    names: list[Name]
+    moved: list[int]
+    adapts: list[bool]
+    """Whether a layer has a trust ratio, or 1 by choice."""
+    weight_norm: Tensor
+    update_norm: Tensor
+    trust_ratio: Tensor
+
+    def adapting(self) -> Iterator[Name]:
+        return (self.names[layer] for layer in self.moved if self.adapts[layer])
+
+    def by_layer(self) -> Iterator[tuple[Name, dict[str, Tensor]]]:
+        keys = ("weight_norm", "update_norm", "trust_ratio")
+        values = [*zip(*(getattr(self, key).unbind() for key in keys), strict=True)]
+        for layer in self.moved:
+            stats = dict(zip(keys, values[layer], strict=True))
+            yield self.names[layer], stats | {"adapts": torch.tensor(self.adapts[layer])}
+
+
 class LayerwiseOptimizer(ShardedOptimizer):
-    """Base of the layer-wise optimizers: their groups, their state, and the phases they share."""
+    """Base of the layer-wise optimizers: their groups, their state, and the phases they share.
+
+    They load state of the same algorithm in another library too (`layerwise.state_import`).
+    """
 
     # On the class too, because deepcopy and pickle keep an optimizer's groups and state only.
     _stats: Mapping[Any, LayerStats] = MappingProxyType({})
@@ -61,12 +99,12 @@ class LayerwiseOptimizer(ShardedOptimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         defaults = {"adapt": True, "norm_groups": None, "norm_dim": 0, **defaults}
+        self._bound: dict[Tensor, Layout] = {}
         self._unbound = Unbound()
         self._forget_plans()
         super().__init__(params, defaults)
 
     def _forget_plans(self) -> None:
-        self._bound: dict[Tensor, Layout] = {}
         self._plans: dict[Any, StepPlan] = {}
         self._scratch_kept: dict[torch.dtype, Tensor] = {}
 
@@ -80,7 +118,8 @@ class LayerwiseOptimizer(ShardedOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_unbound", Unbound())  # none comes with a copy
+        self.__dict__.setdefault("_bound", {})  # none comes with a copy
+        self.__dict__.setdefault("_unbound", Unbound())
         self._forget_plans()
 
     def _check_options(self, options: dict[str, Any]) -> None:
@@ -111,11 +150,7 @@ class LayerwiseOptimizer(ShardedOptimizer):
         self._max_grad_norm()
 
     def _max_grad_norm(self) -> float:
-        """The bound of the global norm, which all groups share.
-
-        Raises:
-            ValueError: they do not.
-        """
+        """The bound of the global norm, which all groups have to share."""
         values = {float(group["max_grad_norm"]) for group in self.param_groups}
         if len(values) > 1:
             raise ValueError(
@@ -243,7 +278,7 @@ class LayerwiseOptimizer(ShardedOptimizer):
 
     def _state_keys(self, group: Group) -> tuple[str, ...]:
         """The state tensors that are shaped like the parameter, zeros at first."""
-        raise NotImplementedError
+        return self._known_state
 
     def _scratch(self, chunks: ChunkGroup) -> Tensor:
         """Working memory with an element for each of the chunks', not to be shared with others.
@@ -311,21 +346,6 @@ class LayerwiseOptimizer(ShardedOptimizer):
         the device.
         """
         return {name for stats in self._stats.values() for name in stats.adapting()}
-
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load as torch does, hooks included, but keep the state in FP32.
-
-        State of the same algorithm in another library is taken too: see
-        `largebatch.optim.layerwise.state_import`.
-
-        Raises:
-            ValueError: a state that does not fit these parameters or this algorithm.
-        """
-        bound, clip_norm = self._bound, self._clip_norm
-        try:
-            super().load_state_dict(state_dict)
-        finally:  # the parameters are the same ones, and lie where they did
-            self.bind_layouts(bound, clip_norm)
 
     def _translated(self, state_dict: StateDict) -> StateDict:
         return to_native(state_dict, self)

@@ -20,7 +20,7 @@ outside the buffer, so for a LARS with `lr_in_buffer` it is multiplied by the gr
 that has lr inside already, as in optax or TensorFlow, must not be given to such a LARS.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -136,18 +136,13 @@ def native_entries(foreign: Mapping[str, Any], group: Group) -> dict[str, Any]:
 def converted(entries: Mapping[str, Any], param: Tensor, group: Group) -> dict[str, Tensor]:
     """FP32 (FP64 for FP64 parameters), and for each parameter a step count of its own."""
     dtype = torch.promote_types(param.dtype, torch.float32)
-    native = {key: entries[key].to(dtype) for key in tensor_keys(entries)}
+    native = {key: value.to(dtype) for key, value in entries.items() if key != "step"}
     if "exp_avg" in entries:
         step = torch.as_tensor(entries["step"], dtype=torch.float32)
         native["step"] = step.reshape(()).clone()
     elif group.get("lr_in_buffer"):
         native["momentum_buffer"] = native["momentum_buffer"] * float(group["lr"])
     return native
-
-
-def tensor_keys(entries: Iterable[str]) -> list[str]:
-    """The entries that have the parameter's shape."""
-    return [key for key in entries if key != "step"]
 
 
 # What is refused -----------------------------------------------------------------------------
@@ -213,8 +208,9 @@ def refuse_other_entries(
             f"{where}: {name} needs {', '.join(wanted)} and knows nothing else, "
             f"got {', '.join(entries)}."
         )
-    for key in tensor_keys(entries):
-        value = entries[key]
+    for key, value in entries.items():
+        if key == "step":
+            continue
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if shape != tuple(param.shape):
             raise ValueError(

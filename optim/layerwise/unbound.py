@@ -34,11 +34,7 @@ class Unbound:
         return [param for param in params if param.shape not in self._given]
 
     def refuse_flats(self, name: str, flats: Iterable[Tensor]) -> None:
-        """Refuse the second step of a flat tensor; DeepSpeed itself makes one as it builds some.
-
-        Raises:
-            RuntimeError: it is the second.
-        """
+        """Refuse the second step of a flat tensor; DeepSpeed itself makes one as it builds some."""
         for flat in flats:
             if id(flat) in self._stepped:
                 raise RuntimeError(
@@ -51,10 +47,8 @@ class Unbound:
 
 
 def refuse_redundancy(optimizer: Any, max_grad_norm: float) -> None:
-    """Refuse to clip by the norm of one rank's part of the parameters.
-
-    Raises:
-        RuntimeError: a ZeroRedundancyOptimizer, which has the others, calls this step.
+    """Refuse to clip by the norm of one rank's part of the parameters, where a
+    ZeroRedundancyOptimizer, which has the others, calls this step.
     """
     module = sys.modules.get(REDUNDANCY)
     if module is None or max_grad_norm == math.inf:

@@ -82,8 +82,8 @@ def full_precision() -> Iterator[None]:
         legacy = torch.get_float32_matmul_precision()
     except RuntimeError:  # set by backend, which torch then refuses to put into one word
         legacy = None
-    known: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    backends = [backend for backend in known if hasattr(backend, "fp32_precision")]  # torch >= 2.9
+    mkldnn: Any = torch.backends.mkldnn  # whose `matmul` torch makes as it is imported
+    backends: list[Any] = [torch.backends.cuda.matmul, mkldnn.matmul]
     before = [backend.fp32_precision for backend in backends]
     torch.set_float32_matmul_precision("highest")
     try:
@@ -221,6 +221,7 @@ class Failures:
     """
 
     def __init__(self, tolerated: int = TOLERATED_FAILURES) -> None:
+        require(tolerated >= 0, "tolerated_failures", ">= 0", tolerated)
         self.tolerated = tolerated
         self.total: Counter[str] = Counter()
         self.exhausted: dict[tuple[str, object], int] = {}

@@ -157,21 +157,13 @@ def _names_of(params: list[Tensor], names: Names) -> tuple[str, ...]:
     return tuple(names[param] for param in params)
 
 
+ZERO = ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups")
+BF16 = ("bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition")
+
 # By class: where the process groups are kept, and what reads the flat tensors.
 READERS: dict[str, tuple[str, Reader]] = {
-    "DeepSpeedZeroOptimizer": (
-        "real_dp_process_group",
-        partial(
-            _read_partitions,
-            ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups"),
-        ),
-    ),
-    "BF16_Optimizer": (
-        "real_dp_process_group",
-        partial(
-            _read_partitions, ("bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition")
-        ),
-    ),
+    "DeepSpeedZeroOptimizer": ("real_dp_process_group", partial(_read_partitions, ZERO)),
+    "BF16_Optimizer": ("real_dp_process_group", partial(_read_partitions, BF16)),
     "DeepSpeedZeroOptimizer_Stage3": ("sub_group_process_groups", _read_slices),
 }
 

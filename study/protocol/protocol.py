@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 from largebatch.conf.sweep_config import StudyConfig
 from largebatch.schedules.scaling import scale_lr
 from largebatch.study.decisions import Decision, Decisions, SameRule
-from largebatch.study.protocol.search import GRID_FACTOR, Result, Search, Setting, Trial, Values
+from largebatch.study.protocol.search import (
+    GRID_FACTOR,
+    Result,
+    Search,
+    SearchTrial,
+    Setting,
+    Values,
+)
 from largebatch.study.protocol.tuned_keys import TunedKey, between, tuned_keys
 
 
@@ -23,7 +30,7 @@ class StudyJob(NamedTuple):
 
     optimizer: str
     batch_size: int
-    trial: Trial
+    trial: SearchTrial
     lr: float
     """Learning rate at `base_batch`."""
     tuned: tuple[tuple[str, float, str], ...] = ()
@@ -177,7 +184,7 @@ class Protocol:
         yield from self.searches.items()
 
     def _job(
-        self, optimizer: str, batch_size: int, trial: Trial, rule: str = "none",
+        self, optimizer: str, batch_size: int, trial: SearchTrial, rule: str = "none",
         base_batch: int | None = None,
     ) -> StudyJob:  # fmt: skip
         tuned = tuple(
@@ -294,4 +301,6 @@ class Protocol:
                 if self.same_as_tuned(optimizer, rule, batch_size):
                     continue
                 for seed in self.study.report_seeds or self.study.select_seeds[:1]:
-                    yield self._job(optimizer, batch_size, Trial(chosen, seed, give_up), rule, base)
+                    yield self._job(
+                        optimizer, batch_size, SearchTrial(chosen, seed, give_up), rule, base
+                    )

@@ -44,7 +44,7 @@ class Setting(NamedTuple):
     values: Values = ()
 
 
-class Trial(NamedTuple):
+class SearchTrial(NamedTuple):
     """One run to make."""
 
     setting: Setting
@@ -91,11 +91,11 @@ class Search:
     _cut: set[tuple[Setting, int]] = field(default_factory=set)
     """Results of runs that gave up before `most_steps`: not the best, and no misses."""
 
-    def ask(self) -> list[Trial]:
+    def ask(self) -> list[SearchTrial]:
         """The trials to run next; none while some are out, or when the search is done."""
         return [] if self._asked else self._send(self._wanted())
 
-    def tell(self, trial: Trial, result: Result) -> None:
+    def tell(self, trial: SearchTrial, result: Result) -> None:
         """The result of a trial that was asked."""
         run = trial.setting, trial.seed
         self._asked.remove(run)
@@ -108,7 +108,7 @@ class Search:
         ):
             self._cut.add(run)
 
-    def awaits(self, trial: Trial) -> bool:
+    def awaits(self, trial: SearchTrial) -> bool:
         """Whether the trial was asked and has not been told."""
         return (trial.setting, trial.seed) in self._asked
 
@@ -171,9 +171,9 @@ class Search:
         """Whether the trials of the climb are used up."""
         return sum(seed == self.select_seeds[0] for _, seed in self._results) >= self.most_trials
 
-    def _send(self, wanted: Sequence[tuple[Setting, int, int]]) -> list[Trial]:
+    def _send(self, wanted: Sequence[tuple[Setting, int, int]]) -> list[SearchTrial]:
         self._asked = {(setting, seed) for setting, seed, _ in wanted}
-        return [Trial(setting, seed, steps) for setting, seed, steps in wanted]
+        return [SearchTrial(setting, seed, steps) for setting, seed, steps in wanted]
 
     def _wanted(self) -> list[tuple[Setting, int, int]]:
         """What comes next: more of the climb, else of the confirmation, else of the report."""

@@ -16,7 +16,7 @@ from torch import nn
 from largebatch.benchmarks import command, harness
 from largebatch.benchmarks.noise import command as noise
 from largebatch.benchmarks.noise import steps as noise_steps
-from largebatch.benchmarks.noise.command import NoiseSamples, collectives_of, line, run_rounds
+from largebatch.benchmarks.noise.command import collectives_of, line, run_rounds
 from largebatch.benchmarks.noise.steps import ALONE, ON_RANKS, NoiseStepper, Row
 from largebatch.benchmarks.workloads import Bytewise, Decoding
 from largebatch.distributed.ranks import Ranks
@@ -87,9 +87,10 @@ def test_rounds_are_interleaved() -> None:
     }
     samples = run_rounds(steppers, CPU, 1e-6, lambda elapsed, what: None)
     assert calls == ["A", "B", "C"] * (harness.NUM_WARM_UP + harness.FEWEST_ROUNDS)
-    for kind in (samples.steps, samples.work):
-        assert {name: len(times) for name, times in kind.items()} == dict.fromkeys("ABC", 3)
-    assert len(samples) == harness.FEWEST_ROUNDS
+    assert {name: len(pairs) for name, pairs in samples.items()} == dict.fromkeys(
+        [*"ABC", "memory"], harness.FEWEST_ROUNDS
+    )
+    assert all(len(pair) == 2 for pairs in samples.values() for pair in pairs)
 
 
 def test_own_work_is_that_of_the_calls_that_measure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,20 +110,23 @@ def test_own_work_is_that_of_the_calls_that_measure(monkeypatch: pytest.MonkeyPa
 
 def test_ratio_and_extra_are_taken_round_by_round() -> None:
     # A machine that is slow in the second round and slower in the third.
-    steps = {"without": [1.0, 2.0, 4.0], "measured": [1.5, 2.0, 12.0]}
-    work = {"without": [1.0, 1.0, 1.0], "measured": [1.1, 1.3, 1.2]}
+    samples = {
+        "without": [(1.0, 1.0), (2.0, 1.0), (4.0, 1.0)],
+        "measured": [(1.5, 1.1), (2.0, 1.3), (12.0, 1.2)],
+    }
     steppers: Any = {
         "without": SimpleNamespace(num_summed=2, least_bytes=0),
         "measured": SimpleNamespace(num_summed=9, least_bytes=48),
     }
     told = line(
-        Row("measured", "example"), NoiseSamples(steps, work, [1.0] * 3), steppers,
+        Row("measured", "example"), samples, steppers,
         {"without": 2, "measured": 3}, own_seconds=0.25, read_speed=96.0,
     )  # fmt: skip
-    assert (told.seconds, told.ratio, told.ratio_quartiles) == (2.0, 1.5, (1.25, 2.25))
-    assert (told.work_ratio, told.extra_seconds, told.floor_seconds) == (1.2, 0.5, 0.5)
-    assert (told.own_seconds, told.own_share) == (0.25, 0.25)
-    assert (told.extra_collectives, told.extra_floats) == (1, 7)
+    assert told == {
+        "name": "measured", "seconds": 2.0, "ratio": 1.5, "ratio_quartiles": (1.25, 2.25),
+        "work_ratio": 1.2, "extra_seconds": 0.5, "own_seconds": 0.25, "own_share": 0.25,
+        "floor_seconds": 0.5, "extra_collectives": 1, "extra_floats": 7,
+    }  # fmt: skip
 
 
 @pytest.fixture

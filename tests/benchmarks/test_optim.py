@@ -19,7 +19,6 @@ from largebatch.benchmarks import harness, optim
 from largebatch.benchmarks.contenders import REFERENCE, Contender, contenders
 from largebatch.benchmarks.optim import (
     Inventory,
-    Rounds,
     Tensors,
     run_rounds,
     small_tensors,
@@ -83,8 +82,10 @@ def test_rounds_are_interleaved_and_every_optimizer_finds_the_same_gradients() -
     done = run_rounds(TINY, [row("A"), row("B"), row("C")], CPU, 1e-6, lambda elapsed, what: None)
     num_turns = harness.NUM_WARM_UP + harness.FEWEST_ROUNDS
     assert calls == ["A", "B", "C"] * num_turns
-    assert {name: len(times) for name, times in done.steps.items()} == dict.fromkeys("ABC", 3)
-    assert len(done) == len(done.scalings) == harness.FEWEST_ROUNDS
+    assert {name: len(times) for name, times in done.items()} == dict.fromkeys(
+        [*"ABC", "memory"], harness.FEWEST_ROUNDS
+    )
+    assert all(len(pair) == 2 for pair in done["memory"])  # in place, and copied
     assert all(torch.equal(one, other) for one, other in zip(found, found[2:], strict=False))
     assert all(grad.abs().min() > 0 for grad in found)
 
@@ -93,12 +94,11 @@ def test_a_ratio_is_taken_round_by_round() -> None:
     row = Contender("slow", 7, ROWS[0].make)
     # A machine that is slow in the second round, slower in the third: 2, 1 and 3 times the
     # reference, where the medians alone would say 2 / 2.
-    measured = Rounds({REFERENCE: [1.0, 2.0, 4.0], "slow": [2.0, 2.0, 12.0]}, [1.0] * 3, [1.0] * 3)
-    line = optim.line(row, TINY, measured, memory_speed=2016.0)
-    assert (line.seconds, line.ratio, line.ratio_quartiles) == (2.0, 2.0, (1.5, 2.5))
-    assert line.least_bytes == 4 * 7 * (5 * 3 + 3)
-    assert line.bytes_per_second == 252.0
-    assert line.share_of_memory == 0.125
+    measured = {REFERENCE: [1.0, 2.0, 4.0], "slow": [2.0, 2.0, 12.0]}
+    assert optim.line(row, TINY, measured, memory_speed=2016.0) == {
+        "name": "slow", "seconds": 2.0, "ratio": 2.0, "ratio_quartiles": (1.5, 2.5),
+        "least_bytes": 4 * 7 * (5 * 3 + 3), "bytes_per_second": 252.0, "share_of_memory": 0.125,
+    }  # fmt: skip
 
 
 def test_the_record_and_the_table_hold_every_row(

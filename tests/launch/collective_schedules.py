@@ -266,39 +266,6 @@ def double_tree(ranks: Sequence[int], first: int, last: int, chunks: int) -> Sch
     return reduce + broadcast
 
 
-# ---- broadcast from rank 0
-
-
-def binomial_broadcast(ranks: Sequence[int], first: int, last: int) -> Schedule:
-    rounds, having = [], 1
-    while having < len(ranks):
-        pairs = [(i, i + having) for i in range(having) if i + having < len(ranks)]
-        rounds.append([Message(ranks[i], ranks[j], first, last, add=False) for i, j in pairs])
-        having *= 2
-    return rounds
-
-
-def scatter_broadcast(ranks: Sequence[int], first: int, last: int) -> Schedule:
-    """Each holder of several blocks gives the upper part of them away, until each has its own."""
-    p = len(ranks)
-    at = edges(first, last, p)
-    rounds, distance = [], 1
-    while distance < p:
-        distance *= 2
-    while distance > 1:
-        half = distance // 2
-        rounds.append(
-            [
-                Message(
-                    ranks[i], ranks[i + half], at[i + half], at[min(i + distance, p)], add=False
-                )
-                for i in range(0, p - half, distance)
-            ]
-        )
-        distance = half
-    return rounds + ring_all_gather(ranks, first, last)
-
-
 # ---- nodes
 
 

@@ -35,6 +35,7 @@ class Cluster:
             "FAKE_PBS": str(self.jobs),
             "FAKE_PALS_MPIEXEC": str(BIN / "mpiexec"),
             "FAKE_PALS_RANKS": "2",
+            "FAKE_PALS_FORKS": "yes",
             "FAKE_PALS_RECORD": str(self.jobs / "asked"),
             "OMP_NUM_THREADS": "1",
         }

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from preflight_ranks import quiet_port
 
@@ -41,6 +42,7 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     )
     monkeypatch.setenv("OTHER_PROGRAM", str(tmp_path / "other"))
     monkeypatch.setenv("TMPDIR", "/tmp")
+    monkeypatch.setattr(sys, "executable", forked.stand_in())
     monkeypatch.chdir(tmp_path)
     return f"{script} {{hostfile}}"
 
@@ -48,7 +50,7 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_each_node_is_asked_for_itself_and_the_bad_ones_are_left_out_by_name(
     launcher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--hostfile", "allocation", "--probe", launcher, "--timeout", "8", "--json"]
+    arguments = ["--hostfile", "allocation", "--probe", launcher, "--timeout", "4", "--json"]
     assert main([*arguments, "--nodes", "2", "--hostfile-out", "good"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (tmp_path / "good").read_text(encoding="utf-8").split() == [LINES[0], LINES[4]]
@@ -59,7 +61,7 @@ def test_each_node_is_asked_for_itself_and_the_bad_ones_are_left_out_by_name(
     }
     words = {finding["nodes"][0]: finding["found"] for finding in told["findings"]}
     assert words["node1"] == "failed with exit code 7: node1: no route to host"
-    assert words["node2"] == "has not answered within 8 s"
+    assert words["node2"] == "has not answered within 4 s"
     assert words["node3"].startswith("numpy 0.0.1 (others ")
 
 
@@ -84,6 +86,7 @@ def test_a_rack_is_asked_by_one_launch_and_again_by_node_where_that_fails(
     (tmp_path / "launch").chmod(0o755)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", "/tmp")
+    monkeypatch.setattr(sys, "executable", forked.stand_in())
     arguments = ["--hostfile", "allocation", "--nodes", "3", "--hostfile-out", "good", "--json"]
     assert main([*arguments, "--probe", f"{tmp_path}/launch {{nodes}} {{hostfile}}"]) == 0
     assert (tmp_path / "good").read_text(encoding="utf-8").split() == RACKS[:3]
@@ -112,7 +115,7 @@ def test_too_few_good_nodes_write_nothing_and_say_why(
 def test_ranks_that_met_leave_out_the_node_that_did_not_come(tmp_path: Path) -> None:
     """Three nodes of which one never starts; the command itself, by processes of its own."""
     (tmp_path / "allocation").write_text("\n".join(LINES[:3]), encoding="utf-8")
-    command = [sys.executable, "-m", "largebatch", "doctor", "--timeout", "5", "--json"]
+    command = [sys.executable, "-m", "largebatch", "doctor", "--timeout", "3", "--json"]
     command += ["--nodes", "2", "--hostfile-out", "good"]
     port = quiet_port()
     ranks = []
@@ -131,9 +134,7 @@ def test_ranks_that_met_leave_out_the_node_that_did_not_come(tmp_path: Path) -> 
             "RES_OPTIONS": "timeout:1 attempts:1",
         }
         ranks.append(
-            subprocess.Popen(
-                command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True
-            )
+            forked.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         )
     said = [rank.communicate(timeout=60)[0] for rank in ranks]
     told = json.loads(said[0])

@@ -29,7 +29,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     if reason is not None:
         pytest.skip(f"NOT TESTED, no Slurm here: {reason}")
     with slurm_node(tmp_path_factory.mktemp("slurm")) as environment:
-        yield environment | {"OMP_NUM_THREADS": "1"}
+        # Tasks and the sweeps before them are forks: srun is under test, and not their imports.
+        path = f"{Path(forked.stand_in()).parent}:{environment['PATH']}"
+        yield environment | {"OMP_NUM_THREADS": "1", "PATH": path}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def losses(folder: Path) -> list[float]:
 def test_ranks_of_srun_in_a_job_of_a_sweep_train_as_those_of_torchrun(
     slurm: dict[str, str], by_torchrun: list[float], tmp_path: Path
 ) -> None:
-    done = subprocess.run(
+    done = forked.run(
         [
             sys.executable, "-m", "largebatch", "sweep", *TRAINING, "hydra/launcher=parsl",
             "hydra.launcher.shape=jobs", "hydra.launcher.cluster=slurm",
@@ -87,7 +89,7 @@ def test_ranks_save_and_leave_on_the_warning_before_a_jobs_end(
     slurm: dict[str, str], tmp_path: Path
 ) -> None:
     long = [word for word in TRAINING if not word.startswith("budget")]
-    sent = subprocess.run(
+    sent = forked.run(
         [
             sys.executable, "-m", "largebatch", "submit", "cluster=slurm",
             "cluster.walltime=00:10:00", "cluster.node.ranks=2",
@@ -115,13 +117,14 @@ def test_ranks_save_and_leave_on_the_warning_before_a_jobs_end(
 
 def test_srun_hands_on_the_word_to_stop(slurm: dict[str, str], tmp_path: Path) -> None:
     trial = Path(__file__).parent / "parsl_trial.py"
-    sweep = subprocess.Popen(
+    sweep = forked.Popen(
         [
             sys.executable, "-m", "largebatch", "sweep", "task=digits", "+lasts=6000",
             "hydra/launcher=parsl", "hydra.launcher.shape=nodes", "hydra.launcher.cluster=slurm",
             f"hydra.launcher.command=[{sys.executable},-S,{trial}]",
             "hydra.launcher.poll_seconds=0.1", f"hydra.sweep.dir={tmp_path / 'sweep'}",
         ],
+        children=False,
         env=slurm, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     notes = tmp_path / "sweep" / "notes"

@@ -74,6 +74,7 @@ def test_a_job_of_any_size_is_submitted_and_trains_to_its_end(
 
 
 def test_the_ranks_exit_code_is_the_jobs(cluster: Cluster) -> None:
+    del cluster.environment["FAKE_PALS_FORKS"]  # mpiexec makes one code of those of its own ranks
     asked = [*AURORA, "cluster.queue=debug", "folder=jobs/refused"]
     words, record = [*asked, "--", "train", *SMALL, "batch.size=24"], "jobs/refused/run"
     assert cluster.submit(*words, "budget.samples=24").returncode == 0
@@ -131,6 +132,7 @@ def test_an_environment_is_spread_before_it_is_used(cluster: Cluster) -> None:
     beside = [str(ROOT / "src"), sysconfig.get_path("purelib")]
     cluster.environment["PYTHONPATH"] = os.pathsep.join(beside)
     cluster.environment["FAKE_PALS_RANKS"] = "1"
+    del cluster.environment["FAKE_PALS_FORKS"]  # which would not see it
     cluster.environment["LD_LIBRARY_PATH"] = str(BIN.parent / "lib")  # MPI's
     there = Path("/tmp/largebatch-1000.pbs")
     try:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import psutil
 import pytest
 
@@ -26,7 +27,7 @@ SCRIPTS = Path(sys.executable).parent
 def watched(
     *words: str, command: list[str], seconds: float = 60
 ) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", "largebatch", "watch", *words, "--", *command],
         capture_output=True,
         text=True,
@@ -226,13 +227,13 @@ import pathlib, sys, time
 from largebatch.records.heartbeat import Heartbeat
 with Heartbeat(pathlib.Path(sys.argv[1]), 1) as heartbeat:
     heartbeat.beat(1, 8)
-    time.sleep(2.5)
+    time.sleep(1.2)
     heartbeat.beat(2, 16)
 """
 
 
 def test_a_run_that_goes_on_while_its_ranks_are_asked_is_not_ended(tmp_path: Path) -> None:
-    words = (str(tmp_path), "--timeout", "1", "--wait", "2.5")
+    words = (str(tmp_path), "--timeout", "0.4", "--wait", "2")
     done = watched(*words, command=[sys.executable, "-c", SLOW, str(tmp_path)])
     assert done.returncode == 0
     assert "has gone on" in done.stderr
@@ -242,7 +243,7 @@ def test_a_folder_of_many_runs_is_not_taken_for_one_that_stands_still(tmp_path: 
     with Heartbeat(tmp_path / "lr-1" / "seed-0", 1):
         pass
     words = ("--timeout", "0.2", "--startup", "0.5")
-    done = watched(str(tmp_path), *words, command=["sleep", "2"])
+    done = watched(str(tmp_path), *words, command=["sleep", "1.2"])
     assert done.returncode == 0
     assert "holds many runs" in done.stderr
 
@@ -288,7 +289,7 @@ with Heartbeat(run, 2) as heartbeat:
 
 def test_a_rank_that_does_not_answer_is_named_and_goes_too(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = ("--timeout", "0.3", "--grace", "2", "--wait", "1.5")
+    words = ("--timeout", "0.3", "--grace", "1", "--wait", "1.5")
     done = watched(str(run), *words, command=[sys.executable, "-c", STOPPED, str(run)])
     assert done.returncode == 124
     assert "rank 1 is silent" in done.stderr
@@ -320,7 +321,7 @@ def test_a_signal_reaches_the_command_once_and_ends_the_restarts(
         f"sys.exit({128 + number})\n"
     )
     watching = [sys.executable, "-m", "largebatch", "watch", str(tmp_path), "--restarts", "5"]
-    process = subprocess.Popen([*watching, "--", sys.executable, "-c", script])
+    process = forked.Popen([*watching, "--", sys.executable, "-c", script])
     while not heard.exists() or heard.read_text() != "ready":
         time.sleep(0.02)
     process.send_signal(number)
@@ -406,7 +407,7 @@ def test_a_training_run_says_where_it_stands_and_leaves_at_a_batch_systems_warni
 ) -> None:
     run = tmp_path / "run"
     words = ["task=digits", "target.loss=null", "budget.samples=1e9", f"hydra.run.dir={run}"]
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "largebatch", "train", *words], stdout=subprocess.DEVNULL
     )
     try:

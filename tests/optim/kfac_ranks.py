@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -289,6 +289,25 @@ class Failing:
     """The factors of one layer are not finite where they lie, from the second step on."""
 
     cell: Cell
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job, and what does it."""
+
+    work: Callable[[Any], Outcome]
+    job: Any
+
+    @property
+    def world_size(self) -> int:
+        return getattr(self.job, "cell", self.job).world_size
+
+    def __str__(self) -> str:
+        return f"{self.work.__name__} {self.job}"
+
+
+def do(task: Task) -> Outcome:
+    return task.work(task.job)
 
 
 def say(job: Refused | Tied | Failing) -> Outcome:

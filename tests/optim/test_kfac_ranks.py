@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from kfac_ranks import (
     Leg,
     Refused,
     Repetition,
+    Task,
     Tied,
+    do,
     fisher_pass,
     preconditioned,
     say,
@@ -59,25 +62,59 @@ each_cell = pytest.mark.parametrize(
 alone = functools.cache(train_alone)
 
 
+Find = Callable[[Task], Sequence[Outcome]]
+
+
 @pytest.fixture(scope="module")
-def launched(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[Callable[..., Outcome], tuple[object, ...], int], list[dict[str, Outcome]]]:
-    folder = tmp_path_factory.mktemp("kfac")
-    return functools.cache(lambda work, jobs, size: launch(work, jobs, size, folder))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kfac")
 
 
-@pytest.fixture
-def trained(
-    launched: Callable[..., list[dict[str, Outcome]]], wanted: set[str]
-) -> Callable[[Cell], Sequence[Outcome]]:
-    def of(cell: Cell) -> Sequence[Outcome]:
-        size = cell.world_size
-        cells = tuple(c for c in CELLS if c.world_size == size and str(c) in wanted)
-        ranks = launched(train, cells, cell.world_size)
-        return successful([rank[str(cell)] for rank in ranks])
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest, folder: Path) -> Find:
+    """What the ranks have found in a task. One launch for each world size does those of all tests
+    that run; a leg of a route that cannot be among them has one of its own, after these.
+    """
+    items = [item for item in request.session.items if item.module is request.module]
+    tasks: dict[str, Task] = {}
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        for task in tasks_of(params, folder):
+            tasks[str(task)] = task
 
-    return of
+    @functools.cache
+    def launched(size: int) -> list[dict[str, Outcome]]:
+        return launch(do, [t for t in tasks.values() if t.world_size == size], size, folder)
+
+    def find(task: Task) -> Sequence[Outcome]:
+        if str(task) in tasks:
+            for size in sorted({t.world_size for t in tasks.values()}, reverse=True):
+                if size > task.world_size:
+                    launched(size)  # where routes begin
+            ranks = launched(task.world_size)
+        else:
+            ranks = launch(do, [task], task.world_size, folder)
+        return successful([rank[str(task)] for rank in ranks])
+
+    return find
+
+
+def tasks_of(params: dict[str, Any], folder: Path) -> Sequence[Task]:
+    """What a test asks the ranks for, but for legs of a route that come after larger ones."""
+    if "cell" in params:
+        return [Task(train, params["cell"])]
+    if "size" in params:
+        jobs = [job for other in REPEATED for job in repetitions(params["size"], *other)]
+        return [Task(preconditioned, job) for job in jobs]
+    if "work" in params:
+        return [Task(params["work"], cell) for cell in TOGETHER]
+    if "route" in params:
+        legs = legs_of(params["row"], params["dtype"], params["route"], folder)
+        begun = 1
+        while legs[begun:] and legs[begun].cell.world_size < legs[begun - 1].cell.world_size:
+            begun += 1
+        return [Task(travel, leg) for leg in legs[:begun]]
+    return [Task(say, job) for job in TOLD]
 
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -87,12 +124,10 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 @each_cell
-def test_ranks_take_the_steps_of_one_process(
-    cell: Cell, trained: Callable[[Cell], Sequence[Outcome]]
-) -> None:
+def test_ranks_take_the_steps_of_one_process(cell: Cell, found: Find) -> None:
     reference = alone(cell.alone)
     assert len(reference["stats"]) == 5
-    for outcome in trained(cell):
+    for outcome in found(Task(train, cell)):
         limit = LIMITS[cell.row, cell.dtype]
         assert worst(outcome["tensors"], reference["tensors"]) <= limit
         for name, numbers in reference["stats"].items():
@@ -100,13 +135,11 @@ def test_ranks_take_the_steps_of_one_process(
 
 
 @each_cell
-def test_collectives_are_few_and_factors_lie_on_one_rank_each(
-    cell: Cell, trained: Callable[[Cell], Sequence[Outcome]]
-) -> None:
+def test_collectives_are_few_and_factors_lie_on_one_rank_each(cell: Cell, found: Find) -> None:
     """One for the statistics, one for sums, one for results, and where gradients are sharded one
     for them; with several copies in parts one more, from copy to copy; at the first step one more,
     for what weights have been used for."""
-    outcomes = trained(cell)
+    outcomes = found(Task(train, cell))
     updates = [step % ROWS[cell.row].get("factor_interval", 1) == 0 for step in range(NUM_STEPS)]
     others = {"DDP": 2, "FSDP2": 3, "HSDP": 4}[cell.layout]
     expected = [others + update for update in updates]
@@ -145,15 +178,13 @@ def test_a_repeated_batch_is_preconditioned_alike_whatever_its_split(
     row: str,
     dtype: torch.dtype,
     size: int,
-    launched: Callable[..., list[dict[str, Outcome]]],
+    found: Find,
 ) -> None:
     with one_thread():
         reference = preconditioned(Repetition(Cell("one-process", 1, row, dtype), 1))
     assert len(reference) == 8
-    every = tuple(job for other in REPEATED for job in repetitions(size, *other))
-    ranks = launched(preconditioned, every, size)
     for job in repetitions(size, row, dtype):
-        for outcome in successful([rank[str(job)] for rank in ranks]):
+        for outcome in found(Task(preconditioned, job)):
             figure = worst(by_layer(outcome), by_layer(reference))
             assert figure <= (1e-5 if dtype == FP32 else 1e-9), str(job)
 
@@ -172,23 +203,29 @@ ROUTES = [
 LEG_STEPS = 5  # a multiple of no row's intervals
 
 
-@pytest.mark.parametrize(("row", "dtype", "route"), ROUTES, ids=str)
-def test_a_checkpoint_goes_on_in_another_layout_and_world_size(
-    row: str, dtype: torch.dtype, route: tuple[tuple[str, int], ...], tmp_path: Path
-) -> None:
-    legs = [
+def legs_of(
+    row: str, dtype: torch.dtype, route: tuple[tuple[str, int], ...], folder: Path
+) -> list[Leg]:
+    own = folder / f"{row}-{dtype}"
+    return [
         Leg(
             Cell(layout, size, row, dtype),
             LEG_STEPS * number,
             LEG_STEPS * (number + 1),
-            tmp_path / f"{number - 1}" if number > 0 else None,
-            tmp_path / f"{number}" if number + 1 < len(route) else None,
+            own / f"{number - 1}" if number > 0 else None,
+            own / f"{number}" if number + 1 < len(route) else None,
         )
         for number, (layout, size) in enumerate(route)
     ]
+
+
+@pytest.mark.parametrize(("row", "dtype", "route"), ROUTES, ids=str)
+def test_a_checkpoint_goes_on_in_another_layout_and_world_size(
+    row: str, dtype: torch.dtype, route: tuple[tuple[str, int], ...], found: Find, folder: Path
+) -> None:
+    legs = legs_of(row, dtype, route, folder)
     for leg in legs:
-        found = launch(travel, [leg], leg.cell.world_size, tmp_path)
-        last = successful([rank[str(leg)] for rank in found])
+        last = found(Task(travel, leg))
     with one_thread():
         whole = travel(Leg(legs[0].cell.alone, 0, LEG_STEPS * len(route), None, None))
     for outcome in last:
@@ -196,25 +233,18 @@ def test_a_checkpoint_goes_on_in_another_layout_and_world_size(
         assert worst(outcome["tensors"], whole["tensors"]) <= limit
 
 
+TOGETHER = [Cell(*spread, "defaults", FP64, PASSES[spread[1]]) for spread in SPREADS]
+
+
 @pytest.mark.parametrize("work", [skipped, pytest.param(fisher_pass, marks=pytest.mark.matrix)])
-def test_what_ranks_do_alone_they_do_together(
-    work: Callable[[Cell], Outcome], launched: Callable[..., list[dict[str, Outcome]]]
-) -> None:
+def test_what_ranks_do_alone_they_do_together(work: Callable[[Cell], Outcome], found: Find) -> None:
     """A step that one rank's `found_inf` masks everywhere; the true Fisher's passes."""
     with one_thread():
         reference = work(Cell("one-process", 1, "defaults", FP64))
-    for size in (2, 4):
-        passes = PASSES[size]
-        cells = tuple(
-            Cell(layout, size, "defaults", FP64, passes)
-            for layout, world_size in SPREADS
-            if world_size == size
-        )
-        ranks = launched(work, cells, size)
-        for cell in cells:
-            for outcome in successful([rank[str(cell)] for rank in ranks]):
-                assert worst(outcome["tensors"], reference["tensors"]) <= 1e-9
-                assert outcome.get("unchanged", True)
+    for cell in TOGETHER:
+        for outcome in found(Task(work, cell)):
+            assert worst(outcome["tensors"], reference["tensors"]) <= 1e-9
+            assert outcome.get("unchanged", True)
 
 
 TOLD = (
@@ -224,17 +254,10 @@ TOLD = (
 )
 
 
-@pytest.fixture
-def told(
-    launched: Callable[..., list[dict[str, Outcome]]],
-) -> Callable[[object], Sequence[Outcome]]:
-    return lambda job: successful([rank[str(job)] for rank in launched(say, TOLD, 2)])
-
-
 def test_layers_that_cannot_be_seen_whole_are_refused_by_name(
-    told: Callable[[object], Sequence[Outcome]],
+    found: Find,
 ) -> None:
-    for outcome in told(TOLD[0]):
+    for outcome in found(Task(say, TOLD[0])):
         assert "process_group must be given on 2 ranks" in outcome["plain"]
         assert "'embedding.weight'" in outcome["plain"]
         assert "whole rows of layer 'up.weight', which is tensor-parallel" in outcome["parallel"]
@@ -242,9 +265,9 @@ def test_layers_that_cannot_be_seen_whole_are_refused_by_name(
 
 @pytest.mark.parametrize("job", [job for job in TOLD if isinstance(job, Tied)], ids=str)
 def test_a_weight_that_one_rank_uses_without_its_module_has_no_curvature_on_any(
-    job: Tied, told: Callable[[object], Sequence[Outcome]]
+    job: Tied, found: Find
 ) -> None:
-    for outcome in told(job):
+    for outcome in found(Task(say, job)):
         names = ["conv.weight", "grouped.weight", "head.weight", "over_positions.weight"]
         assert outcome["curved"] == names
         (sentence,) = outcome["warned"]
@@ -253,11 +276,9 @@ def test_a_weight_that_one_rank_uses_without_its_module_has_no_curvature_on_any(
 
 
 @pytest.mark.parametrize("job", [job for job in TOLD if isinstance(job, Failing)], ids=str)
-def test_all_ranks_raise_what_one_of_them_has_failed_in(
-    job: Failing, told: Callable[[object], Sequence[Outcome]]
-) -> None:
+def test_all_ranks_raise_what_one_of_them_has_failed_in(job: Failing, found: Find) -> None:
     """The same sentence in the same step, one after that in which its owner was out of patience."""
-    first, *others = (outcome["raised"] for outcome in told(job))
+    first, *others = (outcome["raised"] for outcome in found(Task(say, job)))
     assert others == [first] * len(others)
     step, sentence = first[0]
     assert step == 5  # three failures are tolerated, from the second step on

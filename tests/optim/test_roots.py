@@ -3,13 +3,15 @@ none."""
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from largebatch.optim.blockwise.failure_notice import FailureNotice, counts_of
+from largebatch.optim.blockwise.failure_notice import FailureReports
 from largebatch.optim.math.matrix_roots import (
     Failures,
     RootError,
@@ -291,12 +293,18 @@ def test_a_basis_is_orthonormal_at_every_scale(scale: float) -> None:
 
 def test_failures_that_others_wait_for_are_noted() -> None:
     failures, bad = Failures(tolerated=1), torch.full((2, 2), math.nan)
+    reports = FailureReports(failures)
+    work_group: Any = SimpleNamespace(
+        names=["down", "up"], device=torch.device("cpu"), dtype=torch.float32, group="of others"
+    )
     for matrix in (bad, bad, bad):
         assert failures.attempt(lambda m=matrix: inverse_root(m, 2), "up", 0, raises=False) is None
-    counts = torch.tensor(counts_of(failures, ["down", "up"]))
+    reports.receive(work_group, reports.own(work_group))
     expected = r"layer 'up': .* asked of non-finite numbers, 2 times in a row"
     with pytest.raises(RootError, match=expected):
-        FailureNotice(failures, ["down", "up"], counts).check()
+        reports.heed()
+    assert failures.attempt(lambda: inverse_root(bad, 2), "up", 0, raises=False) is None
     failures.attempt(lambda: inverse_root(torch.eye(2), 2), "up", 0, raises=False)
-    assert not any(counts_of(failures, ["down", "up"]))
-    FailureNotice(failures, ["down", "up"], torch.zeros(6)).check()
+    reports.receive(work_group, counts := reports.own(work_group))
+    assert torch.equal(counts, torch.zeros(6))
+    reports.heed()

@@ -20,8 +20,7 @@ from largebatch.schedules import (
     Plan,
     SqrtNoise,
 )
-from largebatch.schedules.noise_driven import best_goodput, least_noise_scale
-from largebatch.schedules.step_times import StepTimes
+from largebatch.schedules.noise_driven import StepTimes, best_goodput, least_noise_scale
 
 NOISE_SCALE = 1000.0
 

@@ -30,7 +30,7 @@ def switches(ramp: Ramp, until: int) -> tuple[list[tuple[int, int, int]], int, i
 def test_the_worked_example_of_megatron() -> None:
     # --rampup-batch-size 16 8 300000 with a global batch size of 1024
     ramp = RampupBatch(start=16, increment=8, ramp_samples=300_000, size=1024)
-    assert ramp.num_increments == 126
+    assert ramp.num_rises == 126
     changes, steps, samples = switches(ramp, 300_000)
     assert changes[:3] == [(2384, 149, 24), (4784, 249, 32), (7152, 323, 40)]
     assert (steps, samples) == (1319, 300_096)

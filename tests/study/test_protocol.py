@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_module
 from largebatch.conf.config import typed
 from largebatch.conf.sweep_config import StudyConfig
 from largebatch.study.protocol.protocol import Protocol, StudyJob
-from largebatch.study.protocol.search import Result, Setting, Trial
+from largebatch.study.protocol.search import Result, SearchTrial, Setting
 
 Simulate = Callable[[str, int, float, int, int], Result]
 
@@ -81,7 +81,7 @@ def test_a_study_begins_at_the_start_batch_with_each_optimizers_own_learning_rat
         ("adamw", 64, 0.016),
         ("sgd", 64, 0.45),
     ]
-    assert {job.trial for job in jobs} == {Trial(Setting(0), 0, BUDGET // 64)}
+    assert {job.trial for job in jobs} == {SearchTrial(Setting(0), 0, BUDGET // 64)}
 
 
 def test_each_search_starts_from_the_best_of_its_neighbour_nearer_to_the_start(
@@ -239,7 +239,7 @@ def test_every_job_has_a_folder_of_its_own(simulate: Simulate) -> None:
 
 
 def test_a_tuned_job_is_a_configuration_without_scaling() -> None:
-    job = StudyJob("lamb", 128, Trial(Setting(-3), 7, 90), 0.00707107)
+    job = StudyJob("lamb", 128, SearchTrial(Setting(-3), 7, 90), 0.00707107)
     assert job.folder == "lamb/batch-128/lr-0.007071/seed-7"
     assert job.overrides == [
         "optim=lamb",
@@ -256,7 +256,7 @@ def test_a_tuned_job_is_a_configuration_without_scaling() -> None:
 @pytest.mark.parametrize("base_batch", [None, 16])
 def test_a_jobs_overrides_compose_to_just_that_run(lr: float, base_batch: int | None) -> None:
     rule = "none" if base_batch is None else "sqrt"
-    trial = Trial(Setting(1, (2,)), 3, 40)
+    trial = SearchTrial(Setting(1, (2,)), 3, 40)
     tuned = (("momentum", 0.7, "optim.momentum=0.7"),)
     job = StudyJob("sgd", 512, trial, lr, tuned, rule, base_batch)
     assert job.folder.endswith("-momentum-0.7/seed-3")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from largebatch.study.protocol.search import CUT, FARTHEST, Result, Search, Setting, Trial
+from largebatch.study.protocol.search import CUT, FARTHEST, Result, Search, SearchTrial, Setting
 
 Truth = Callable[[Setting, int], Result]
 """What a run at (setting, seed) would come to if nothing cut it short."""
@@ -35,7 +35,7 @@ def table(steps: dict[int, float | None]) -> Truth:
     return truth
 
 
-def cut(result: Result, trial: Trial) -> Result:
+def cut(result: Result, trial: SearchTrial) -> Result:
     """The result as the loop would record it: given up where the trial says so."""
     if result.steps is None or result.steps <= trial.give_up_steps:
         return result
@@ -44,7 +44,7 @@ def cut(result: Result, trial: Trial) -> Result:
 
 def finish(
     search: Search, truth: Truth, *, chance: int | None = None, cutting: bool = True
-) -> list[set[Trial]]:
+) -> list[set[SearchTrial]]:
     """Run the search to its end; returns what it asked each time."""
     rounds = []
     while trials := search.ask():
@@ -63,7 +63,7 @@ def finish(
     return rounds
 
 
-def rates(rounds: list[set[Trial]], seed: int = 0) -> list[int]:
+def rates(rounds: list[set[SearchTrial]], seed: int = 0) -> list[int]:
     """The grid points asked on one seed, in order of their rounds."""
     return [
         trial.setting.grid_point
