@@ -102,10 +102,11 @@ class Study:
 
     def short(self, folder: Path) -> str:
         """A run's folder as its study knows it."""
+        path = str(folder)
         for root in self.folders:
-            if folder.is_relative_to(root):
-                return printable(folder.relative_to(root))
-        return printable(folder)
+            if path.startswith(f"{root}/"):
+                return printable(path[len(str(root)) + 1 :])
+        return printable(path)
 
 
 def read_study(*folders: Path | str) -> Study:

@@ -29,6 +29,8 @@ from largebatch.study.statistics.solver import FEWEST_POINTS
 
 MOST_COMPARED: Final = 3
 """Curves that the first answer names one by one; the table has the others."""
+MOST_UNSURE: Final = 1.0
+"""An interval of a rate's exponent wider than this, from no growth to B, says nothing."""
 
 
 class Sentence(NamedTuple):
@@ -169,11 +171,10 @@ def what_rate(study: SectionStudy, name: str) -> str:
     told = [f"Its learning rate is {_rate(first.lr)} at {first.batch_size:,}"]
     if last is not first:
         told[0] += f" and {_rate(last.lr)} at {last.batch_size:,}"
-        exponent = study.estimates[name].rate_exponent
-        if exponent is not None and exponent.low is not None and exponent.high is not None:
-            told[0] += (
-                f", as batch^{exponent.value:.2f} ({exponent.low:.2f} to {exponent.high:.2f})"
-            )
+        told[0] += _growth(study.estimates[name].rate_exponent)
+    for key in first.tuned:
+        values = [f"{point.tuned[key]:g} at {point.batch_size:,}" for point in (first, last)]
+        told.append(f"its {key} {in_a_row(values if last is not first else values[:1])}")
     basins = [(point, basin) for point in reached if (basin := basin_of(point)) is not None]
     below = min(_value_of(point.lr) / basin.low for point, basin in basins)
     above = min(basin.high / _value_of(point.lr) for point, basin in basins)
@@ -193,6 +194,15 @@ def what_rate(study: SectionStudy, name: str) -> str:
         factor, size = min(missed)
         told.append(f"at {times(factor)} times the rate a run misses (batch {size:,})")
     return f"{'; '.join(told)}."
+
+
+def _growth(exponent: Estimate | None) -> str:
+    """How a rate grows with the batch; nothing where the points hardly say it."""
+    if exponent is None or exponent.low is None or exponent.high is None:
+        return ""
+    if exponent.high - exponent.low > MOST_UNSURE:
+        return ""
+    return f", as batch^{exponent.value:.2f} ({exponent.low:.2f} to {exponent.high:.2f})"
 
 
 def how_sure(study: SectionStudy) -> str:

@@ -87,9 +87,9 @@ def new_panels(
     return Picture(figure), list(panels.ravel())
 
 
-def columns_of(width: float) -> int:
-    """How many panels stand side by side."""
-    return 3 if width >= WIDE else 2
+def columns_of(width: float, count: int) -> int:
+    """How many of `count` panels stand side by side."""
+    return min(count, 3 if width >= WIDE and count not in (2, 4) else 2)
 
 
 def set_batch_axis(axes: Axes, sizes: Sequence[int], most: int) -> None:

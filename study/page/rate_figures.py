@@ -29,6 +29,8 @@ from largebatch.study.page.words import three_digits
 from largebatch.study.points import BasinTrial, StudyPoint
 from largebatch.study.section_study import SectionStudy, Study
 
+MOST_FACTORS: Final = 5
+"""Labels on the axis of the basins' rates."""
 FARTHEST: Final = 3.0
 """Times the least steps at a batch size, up to which the basins' panels reach."""
 
@@ -40,7 +42,7 @@ def rate_figure(study: Study, section: SectionStudy, styles: Styles, width: floa
     number of decades, so a slope means the same in each.
     """
     names = section.names
-    columns = min(len(names), columns_of(width))
+    columns = columns_of(width, len(names))
     rows = math.ceil(len(names) / columns)
     handles = [
         handle("o", "best of those tried", markersize=5.5),
@@ -57,7 +59,7 @@ def rate_figure(study: Study, section: SectionStudy, styles: Styles, width: floa
         panel = panels[index]
         set_batch_axis(panel, section.batch_sizes, {1: 9, 2: 4}.get(columns, 4))
         _draw_rates(picture, panel, study, section.points[name], styles[name], half_span)
-        panel.set_title(label(name))
+        panel.set_title(label(name), y=1.0)
         if index + columns >= len(names):
             panel.set_xlabel("Global batch size")
         if index % columns == 0:
@@ -74,7 +76,7 @@ def basin_figure(study: Study, section: SectionStudy, styles: Styles, width: flo
     read off it.
     """
     sizes = section.batch_sizes
-    columns = min(len(sizes), columns_of(width))
+    columns = columns_of(width, len(sizes))
     rows = math.ceil(len(sizes) / columns)
     handles = [
         *curve_handles(styles, section.names),
@@ -90,15 +92,19 @@ def basin_figure(study: Study, section: SectionStudy, styles: Styles, width: flo
         for trial in point.basin
         if (factor := trial.lr / _middle(point))
     ]
-    left, right = max(min(factors) / 1.15, 1 / 64), min(max(factors) * 1.15, 64.0)
+    left, right = min(min(factors) / 1.15, 0.7), max(max(factors) * 1.15, 1.4)
+    base = 2.0 if right / left < 2.0 ** (2 * MOST_FACTORS) else 10.0
+    first, last = math.ceil(math.log(left, base)), math.floor(math.log(right, base))
+    every = math.ceil((last - first + 1) / MOST_FACTORS)
+    ticks = [base**power for power in range(first, last + 1) if power % every == 0]
     for index, size in enumerate(sizes):
         panel = panels[index]
         points = [point for point in section.all_points if point.batch_size == size]
-        set_log_axis(panel.xaxis, min(left, 0.7), max(right, 1.4), 3)
-        panel.xaxis.set_major_locator(FixedLocator([2.0**power for power in range(-6, 7)]))
+        set_log_axis(panel.xaxis, left, right, 3)
+        panel.xaxis.set_major_locator(FixedLocator(ticks))
         panel.xaxis.set_major_formatter(FuncFormatter(_factor))
         _draw_basins(picture, panel, study, points, styles)
-        panel.set_title(f"batch {size:,}")
+        panel.set_title(f"batch {size:,}", y=1.0)
         panel.tick_params(labelbottom=index + columns >= len(sizes))
         if index + columns >= len(sizes):
             panel.set_xlabel("Rate, times the best" if width >= WIDE else "Rate / best")
@@ -116,8 +122,9 @@ def _middle(point: StudyPoint) -> float:
 
 
 def _factor(value: float, _: object = None) -> str:
-    """A factor of two as what is multiplied, or divided by: 1/4, 1, 4."""
-    return f"1/{1 / value:g}" if value < 1 else f"{value:g}"
+    """A factor as what is multiplied, or divided by: 1/4, 1, 4, 1e6."""
+    shown = f"{max(value, 1 / value):g}".replace("e+0", "e")
+    return f"1/{shown}" if value < 1 else shown
 
 
 def _draw_rates(
@@ -207,13 +214,16 @@ def _draw_basins(
         for some, look in groups:
             heights = [t.num_steps if t.steps is None else t.steps for t in some]
             kept = [(t, h) for t, h in zip(some, heights, strict=True) if bottom <= h <= top]
-            _draw(picture, axes, study, point, kept, style, look)
+            if kept:
+                _draw(picture, axes, study, point, kept, style, look)
         missed = [t for t in point.basin if t.outcome in ("missed", "diverged")]
-        (line,) = axes.plot(
-            [t.lr / _middle(point) for t in missed], [0.95] * len(missed), linestyle="none",
-            marker="x", markersize=5.0, color=style.colour, transform=axes.get_xaxis_transform(),
-        )  # fmt: skip
-        picture.tell(line, [trial_tip(study, point, t) for t in missed])
+        if missed:
+            (line,) = axes.plot(
+                [t.lr / _middle(point) for t in missed], [0.95] * len(missed), linestyle="none",
+                marker="x", markersize=5.0, color=style.colour,
+                transform=axes.get_xaxis_transform(),
+            )  # fmt: skip
+            picture.tell(line, [trial_tip(study, point, t) for t in missed])
 
 
 def _draw(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from largebatch.study.basins import Basin, basin_of
-from largebatch.study.page.answers import is_placed, why_unplaced
+from largebatch.study.page.answers import is_placed
 from largebatch.study.page.words import (
     DASH,
     interval,
@@ -64,7 +64,7 @@ def points_table(study: SectionStudy) -> Listing:
                 _whole(len(point.steps_by_seed)),
                 _number(point.lr),
                 *(_number(point.tuned.get(name)) for name in tuned),
-                Entry(f"{point.samples:.3g}" if point.samples else DASH, point.samples),
+                _number(point.samples),
                 Entry(*_seconds(point.seconds)),
                 Entry(flag_of(point)),
             ]
@@ -116,7 +116,7 @@ def fits_table(study: SectionStudy) -> Listing:
                 Entry(name),
                 *map(_estimate, values),
                 _exponent(curve.rate_exponent),
-                Entry("" if is_placed(study, curve) else f"not identified: {_why(study, name)}"),
+                Entry("" if is_placed(study, curve) else "B_crit not identified"),
             ]
         )
     return Listing(FIT_HEADS, rows)
@@ -163,7 +163,7 @@ def trials_table(study: SectionStudy) -> Listing:
                 _whole(sum(run.steps_to_target is None for run in runs)),
                 Entry(", ".join(["rate", *curve.tuned]) if is_tuned(curve) else "by a rule"),
                 Entry(seeds_in_words(reported) if reported else DASH),
-                Entry(f"{sum(run.samples for run in runs):.3g}", sum(run.samples for run in runs)),
+                _number(float(sum(run.samples for run in runs))),
             ]
         )
     heads = (
@@ -210,10 +210,6 @@ def _open(basin: Basin) -> str:
         if beyond is None
     ]
     return f"no rate tried {' or '.join(sides)}" if sides else ""
-
-
-def _why(study: SectionStudy, name: str) -> str:
-    return why_unplaced(study, study.estimates[name])
 
 
 def _tuned_names(study: SectionStudy) -> list[str]:

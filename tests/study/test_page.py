@@ -314,6 +314,15 @@ def test_the_basins_show_every_trial_and_what_became_of_it(tmp_path: Path) -> No
     assert cut.get_markerfacecolor() == "white"
 
 
+def test_a_basin_of_rates_decades_apart_is_drawn_whole(tmp_path: Path) -> None:
+    record(tmp_path / "a", 100, lr=1e-4)
+    record(tmp_path / "b", 900, lr=1.0)
+    record(tmp_path / "c", None, lr=100.0, status="diverged", steps=3)
+    picture = drawn(tmp_path, basin_figure)
+    assert overlapping_texts(picture.figure) == []
+    assert svg_of(picture, "x-").count("<title>") == 3
+
+
 def test_published_curves_are_drawn_on_request_with_their_source(tmp_path: Path) -> None:
     record_study(tmp_path, {"adamw": hyperbola(24, 1100)})
     found = references(["mlperf", "zhang"])
