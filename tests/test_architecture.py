@@ -98,6 +98,7 @@ ROOMS = {
     "study/statistics": [],
     "study/page": [".", "statistics"],
     "study/protocol": ["."],
+    "study/nqm": ["."],
     "launch/jobs": ["doctor"],
     "launch/doctor": ["."],
     "launch/sweeps": ["jobs"],
