@@ -45,6 +45,12 @@ class Evaluation:
     grid: EvaluationGrid
     within: float | None = None
 
+    def is_near(self, running_loss: float | None, target: float | None) -> bool:
+        """Whether an evaluation could find the target reached."""
+        if self.within is None or running_loss is None or target is None:
+            return True
+        return running_loss <= target + self.within
+
 
 @torch.no_grad()
 def evaluate(task: Task, engine: Engine, ranks: Ranks, most: int | None = None) -> float:

@@ -135,15 +135,6 @@ class Loop:
         limit = min(self.stopping.give_up_samples or math.inf, self.plan.budget_samples)
         return self.progress.samples >= limit
 
-    @property
-    def is_near_target(self) -> bool:
-        """Whether an evaluation could find the target reached, or decides a ramp."""
-        within = None if self.evaluation is None else self.evaluation.within
-        running, target = self.progress.running_loss, self.stopping.target_loss
-        if within is None or running is None or target is None or self.plan.is_open:
-            return True
-        return running <= target + within
-
     def take(self, point: Point) -> Batch:
         """This rank's share of the global batch, and the randomness of the step."""
         share = point.batch_size // self.parts.engine.data_parallel_size
@@ -322,7 +313,8 @@ class Loop:
             return
         if self.evaluation.grid.is_due(self.progress.steps):
             self.evaluation.grid.advance(self.progress.steps)
-            if not (self.is_near_target or self.is_spent):
+            near = self.evaluation.is_near(self.progress.running_loss, self.stopping.target_loss)
+            if not (near or self.plan.is_open or self.is_spent):
                 self.progress.eval_steps = None
                 return
         elif not self.is_spent:
