@@ -22,8 +22,7 @@ from numpy.random import Generator
 from rich.console import Console
 from rich.table import Table
 
-from largebatch.benchmarks.arguments import check
-from largebatch.benchmarks.harness import make_table, say
+from largebatch.benchmarks.harness import check, make_table, say
 from largebatch.benchmarks.statistics.coverage import (
     Coverage,
     Measured,
