@@ -14,9 +14,9 @@ from typing import Final
 import numpy as np
 from numpy.random import Generator
 
-from largebatch.study.statistics.solver import Array
+from largebatch.study.statistics.solver import Array, Counts
 
-BATCH_SIZES: Final[Array] = 2.0 ** np.arange(6, 15)  # 64 to 16,384
+BATCH_SIZES: Final[Array] = np.exp2(np.arange(6.0, 15.0))  # 64 to 16,384
 S_MIN: Final = 23.0
 E_MIN: Final = 30_000.0
 OFFSETS: Final[Array] = np.arange(-4.0, 5.0)  # of the rates tried from the optimum, in √2-steps
@@ -134,15 +134,16 @@ def _optima(num_studies: int, generator: Generator) -> Array:
     """Of the rate, in √2-steps of the grid: (studies, batch sizes)."""
     slope = RATE_EXPONENT * np.log(BATCH_SIZES / BATCH_SIZES[0]) / STEP_LOG
     start = generator.uniform(-0.5, 0.5, (num_studies, 1))
-    return start + slope + WANDER * generator.normal(size=(num_studies, len(BATCH_SIZES)))
+    wander = WANDER * generator.normal(size=(num_studies, len(BATCH_SIZES)))
+    optima: Array = start + slope + wander
+    return optima
 
 
 def _root(correlation: Array) -> Array:
-    root: Array = np.linalg.cholesky(correlation)
-    return root
+    return np.linalg.cholesky(correlation).astype(np.float64)
 
 
-def _select(first: Array, second: Array) -> tuple[Array, Array]:
+def _select(first: Array, second: Array) -> tuple[Counts, Counts]:
     """The index of the rate that two seeds choose, and how many runs that took."""
     index = np.arange(len(OFFSETS))
     best = first.argmin(axis=-1)[..., None]
@@ -158,6 +159,6 @@ def _select(first: Array, second: Array) -> tuple[Array, Array]:
     return chosen, right - left + 1 + confirmed.sum(axis=-1)
 
 
-def _at(values: Array, index: Array) -> Array:
+def _at(values: Array, index: Counts) -> Array:
     taken: Array = np.take_along_axis(values, index[..., None], axis=2)[..., 0]
     return taken

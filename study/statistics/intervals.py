@@ -10,9 +10,9 @@ less where one of them is far noisier than the others.
 
 The seeds must not be those that chose the learning rates. Where an optimizer lacks a seed at some
 batch size, the point is the mean of those it has, a seed that is left out is so wherever it ran,
-and the curve's degrees of freedom are those of the point with the fewest seeds; a point with one
-seed leaves the curve without intervals. `largebatch bench statistics` simulates studies and counts
-how often the intervals cover.
+and the curve's degrees of freedom are those of the point with the fewest seeds, so that intervals
+are then too wide rather than too narrow; a point with one seed leaves the curve without intervals.
+`largebatch bench statistics` simulates studies and counts how often the intervals cover.
 """
 
 import math
@@ -224,6 +224,6 @@ def _points(table: StepsTable, confidence: float) -> list[tuple[PointEstimate, .
         )
 
     return [
-        tuple(point(one, at) for at in np.flatnonzero(num_seeds[one]))
+        tuple(point(one, at) for at in np.flatnonzero(num_seeds[one]).tolist())
         for one in range(len(table.optimizers))
     ]

@@ -58,7 +58,8 @@ class Refits:
         wide = np.maximum(b_crit.high - b_crit.value, b_crit.value - b_crit.low)
         value = self.curves.b_crit[:, 0]
         spanned = (self.smallest <= value / SPAN_FACTOR) & (self.largest >= value * SPAN_FACTOR)
-        return spanned & (wide <= np.log(IDENTIFIED_FACTOR))
+        is_narrow: Mask = wide <= np.log(IDENTIFIED_FACTOR)
+        return spanned & is_narrow
 
 
 def refit(batch_sizes: Array, log_steps: Array, is_bound: Mask, confidence: float) -> Refits:

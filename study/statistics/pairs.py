@@ -107,7 +107,7 @@ def pairs(rows: Iterable[Any], confidence: float = 0.95) -> list[Pair]:
         Pair(
             optimizer=table.optimizers[later],
             other=table.optimizers[earlier],
-            points=tuple(point(pair, at) for at in np.flatnonzero(num_seeds[pair])),
+            points=tuple(point(pair, at) for at in np.flatnonzero(num_seeds[pair]).tolist()),
             b_crit=None if np.isnan(b_crit.value[pair]) else estimate(b_crit, pair),
         )
         for pair, (earlier, later) in enumerate(two)

@@ -96,7 +96,8 @@ def fit_many(
 def num_distinct(values: Array) -> Counts:
     """How many distinct values each row has, NaN aside."""
     ordered = np.sort(values, axis=1)  # NaN last
-    return np.sum(np.diff(ordered, axis=1) > 0, axis=1) + ~np.isnan(ordered[:, 0])
+    count: Counts = np.sum(np.diff(ordered, axis=1) > 0, axis=1) + ~np.isnan(ordered[:, 0])
+    return count
 
 
 def log_model(unknown: Array, log_batch: Array) -> tuple[Array, Array]:
@@ -188,7 +189,8 @@ class _Problem:
         return np.where(self.present[rows], one_sided, 0.0)
 
     def _acts(self, residual: Array, rows: Rows) -> Mask:
-        return self.present[rows] & ~(self.is_bound[rows] & (residual == 0))
+        acts: Mask = self.present[rows] & ~(self.is_bound[rows] & (residual == 0))
+        return acts
 
     def _cost(self, unknown: Array, rows: Rows) -> Array:
         return _soft_l1(self._residual(unknown, rows)[0])
