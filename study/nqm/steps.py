@@ -17,7 +17,7 @@ a change of rate or batch are walked step by step, up to where the noise alone e
 >>> steps_to_target(paper, Descent(), [0.01, 0.1, 1.0], 64, 0.01).tolist()
 [1348167.0, 152234.0, inf]
 >>> [point.steps for point in best_steps(paper, Descent(), [64, 65536], 0.01)]
-[95652.0, 7135.0]
+[95837.0, 6895.0]
 """
 
 import math
