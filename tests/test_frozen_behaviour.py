@@ -6,8 +6,8 @@ After a change that is meant, look at `git diff` of:
     RENEW_SNAPSHOTS=1 python -m pytest tests/test_frozen_behaviour.py
 
 Runs are equal to the last bit where torch, processor and number of threads are those of the file's
-header, and within `ELSEWHERE` on other machines; where this Python's library is another text, which
-task=bytes learns, there is nothing to compare. Classes go by their last name in configurations, so
+header, and within `ELSEWHERE` on other machines; where packages whose source task=bytes learns have
+other versions, there is nothing to compare. Classes go by their last name in configurations, so
 that a module may move: that each `_target_` can be imported is a test of its own. Scripts of jobs
 are frozen in launch/snapshots, of which launch/test_submit.py says how they are made.
 """
@@ -151,7 +151,7 @@ def test_losses_and_summaries_of_every_optimizer_stay(engine: str, tmp_path: Pat
     found = trained(engine, tmp_path)
     kept = frozen(f"runs_{engine}", found)
     if found["made_with"]["data_hash"] != kept["made_with"]["data_hash"]:
-        pytest.skip("task=bytes learns the library of another Python here, which is another text")
+        pytest.skip("task=bytes learns the source of other versions here, which is another text")
     assert all(len(run["loss"]) == STEPS for run in found["runs"].values())
     same = found["made_with"] == kept["made_with"]
     tolerances = dict.fromkeys(OPTIMIZERS, 0.0) if same else ELSEWHERE
