@@ -61,8 +61,8 @@ class Bytes:
         num_starts = len(self._held_out) - self.context
         if self.num_eval > num_starts:
             raise ValueError(
-                f"task.num_eval must be at most {num_starts}, the windows of the held-out text, "
-                f"got {self.num_eval}"
+                f"task.num_eval must be at most {num_starts}, the windows that are held out, got "
+                f"{self.num_eval}"
             )
         words = random_words(0, 0, np.arange(self.num_eval, dtype=np.int64))
         self._eval_starts = (words % np.uint64(num_starts)).astype(np.int64)
