@@ -329,7 +329,7 @@ def test_a_folder_loads_no_more_than_it_says(code: str, loads: str, allowed: lis
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=True,
     )
     loaded = done.stdout.splitlines()[-1].split()

@@ -126,7 +126,7 @@ def trained(engine: str, folder: Path) -> dict[str, Any]:
     }
     done = forked.run(
         partial(run_each, folder, commands), cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     runs = {}

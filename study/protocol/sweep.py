@@ -78,13 +78,16 @@ def _launch_by(launcher: Launcher) -> Launch:
         if failures:
             raise SweepFailed(failures, len(returned))
 
+    grow = getattr(launcher, "launch_growing", None)
+
     def launch(jobs: list[list[str]], more: More) -> None:
-        check(launcher.launch_growing(jobs, num_launched, more))
+        assert grow is not None
+        check(grow(jobs, num_launched, more))
 
     def launch_round(jobs: list[list[str]]) -> None:
         check(launcher.launch(jobs, initial_job_idx=num_launched))
 
-    return launch if hasattr(launcher, "launch_growing") else in_rounds(launch_round)
+    return in_rounds(launch_round) if grow is None else launch
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:

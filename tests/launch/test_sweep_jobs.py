@@ -56,7 +56,7 @@ class PBS:
 
     def run(self, *words: str) -> tuple[int, str]:
         started = self.start(*words)
-        said, _ = started.communicate(timeout=100)
+        said, _ = started.communicate(timeout=600)
         return started.returncode, said
 
     @property

@@ -81,7 +81,7 @@ def refused(tmp_path: Path, overrides: list[str]) -> tuple[str, bool]:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr

@@ -162,7 +162,7 @@ def test_sigterm_ends_a_sweep_with_its_runs_and_the_same_command_goes_on(
     at_work = workers(tmp_path)
     assert len(at_work) == 2
     sweep.send_signal(signal.SIGTERM)
-    _, said = sweep.communicate(timeout=250)
+    _, said = sweep.communicate(timeout=600)
     assert sweep.returncode == 130
     assert said.splitlines()[-1] == ("largebatch: interrupted; the same command resumes from here")
     assert are_gone(at_work)
@@ -170,7 +170,7 @@ def test_sigterm_ends_a_sweep_with_its_runs_and_the_same_command_goes_on(
     assert {line["status"] for line in ended.values()} == {"interrupted"}
     (tmp_path / "gate").unlink()
     again = start(tmp_path)
-    _, said = again.communicate(timeout=250)
+    _, said = again.communicate(timeout=600)
     assert again.returncode == 0, said
     assert {line["status"] for line in summaries(tmp_path / "s").values()} == {"exhausted"}
 

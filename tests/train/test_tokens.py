@@ -294,7 +294,7 @@ def test_a_rank_reads_its_samples_of_a_huge_file_and_holds_no_list_of_them(tmp_p
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     num_train, distinct, least, most, grown_kib, mapped_kib = json.loads(done.stdout)
