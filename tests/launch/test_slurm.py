@@ -101,7 +101,7 @@ def test_ranks_save_and_leave_on_the_warning_before_a_jobs_end(
     assert sent.returncode == 0, sent.stderr
     (number,) = re.findall(r"^(\d+):", sent.stdout)
     record = tmp_path / "job" / "run"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not ((record / "metrics.jsonl").exists() and losses(record)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -128,7 +128,7 @@ def test_srun_hands_on_the_word_to_stop(slurm: dict[str, str], tmp_path: Path) -
         env=slurm, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     notes = tmp_path / "sweep" / "notes"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (notes.exists() and "begun" in notes.read_text()):
         assert time.monotonic() < deadline
         assert sweep.poll() is None, sweep.communicate()[0]
