@@ -3,7 +3,7 @@
 from largebatch.study.nqm.model import Descent, Spectrum, power_law
 from largebatch.study.nqm.steps import (
     BestSteps,
-    Stage,
+    Segment,
     best_steps,
     loss_after,
     steps_to_target,
@@ -12,8 +12,8 @@ from largebatch.study.nqm.steps import (
 __all__ = [
     "BestSteps",
     "Descent",
+    "Segment",
     "Spectrum",
-    "Stage",
     "best_steps",
     "loss_after",
     "power_law",

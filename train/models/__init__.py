@@ -5,6 +5,7 @@ from largebatch.train.models.cnn import CNN
 from largebatch.train.models.hugging_face import HuggingFace
 from largebatch.train.models.lenet import LeNet
 from largebatch.train.models.mlp import MLP, ByteMLP, ImageMLP
+from largebatch.train.models.parameter_vector import ParameterVector
 from largebatch.train.models.transformer import Transformer
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "HuggingFace",
     "ImageMLP",
     "LeNet",
+    "ParameterVector",
     "Transformer",
 ]
