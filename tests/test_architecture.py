@@ -98,7 +98,7 @@ ROOMS = {
     "study/statistics": [],
     "study/page": [".", "statistics"],
     "study/protocol": ["."],
-    "study/nqm": ["."],
+    "study/nqm": [".", "protocol"],
     "launch/jobs": ["doctor"],
     "launch/doctor": ["."],
     "launch/sweeps": ["jobs"],

@@ -19,7 +19,7 @@ from largebatch.conf.config import TrainConfig, typed
 from largebatch.study.fit import fit_curve
 from largebatch.study.nqm.model import Descent, power_law
 from largebatch.study.nqm.steps import BestSteps, best_steps
-from largebatch.study.search import GRID_FACTOR
+from largebatch.study.protocol.search import GRID_FACTOR
 
 SPAN = range(-40, 41)
 """Points of the grid of learning rates, to either side of the optimizer's own."""

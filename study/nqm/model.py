@@ -11,6 +11,7 @@ a recursion or a closed form for each. Momentum is torch's, whose buffer takes t
 (v ← m v + g, θ ← θ - η v), and may be Nesterov's.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +43,7 @@ class Spectrum:
     ) -> None:
         self.curvature: Array = np.asarray(curvature, np.float64)
         if self.curvature.ndim != 1 or not np.all((self.curvature > 0) & np.isfinite(curvature)):
-            raise ValueError(f"curvature must be a list of finite numbers > 0, got {curvature}")
+            raise ValueError(f"curvature must be a list of finite numbers > 0, got {curvature!r}")
         ones = np.ones_like(self.curvature)
         self.noise = self._of_modes("noise", self.curvature if noise is None else noise)
         self.initial = self._of_modes("initial", ones if initial is None else initial)
@@ -54,7 +55,7 @@ class Spectrum:
         found = np.asarray(values, np.float64)
         if found.shape != self.curvature.shape or not np.all((found >= 0) & np.isfinite(found)):
             count = len(self.curvature)
-            raise ValueError(f"{name} must be {count} finite numbers >= 0, got {values}")
+            raise ValueError(f"{name} must be {count} finite numbers >= 0, got {values!r}")
         return found
 
 
@@ -114,7 +115,7 @@ class Descent:
         """η h^(1 - preconditioner) up to which a mode that starts at rest goes to 0 in one
         direction: real, positive roots of z² = tr(M) z - det(M).
         """
-        root = self.momentum**0.5
+        root = math.sqrt(self.momentum)
         if self.nesterov:
             return ((1 - self.momentum) / (1 + self.momentum)) ** 2
         return (1 - root) ** 2

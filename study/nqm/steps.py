@@ -262,7 +262,7 @@ def _best_of(
 def _rates(lrs: ArrayLike) -> Array:
     rates = np.atleast_1d(np.asarray(lrs, np.float64))
     if rates.ndim != 1 or not np.all((rates > 0) & np.isfinite(rates)):
-        raise ValueError(f"lrs must be finite numbers > 0, got {lrs}")
+        raise ValueError(f"lrs must be finite numbers > 0, got {lrs!r}")
     return rates
 
 

@@ -355,8 +355,8 @@ def test_grouped_modes_stand_for_all() -> None:
         (lambda: steps_to_target(power_law(3), Descent(), [0.1, -1], 1, 0.1), "lrs"),
         (lambda: steps_to_target(power_law(3), Descent(), 0.1, 1, 0.0), "target must be > 0"),
         (lambda: steps_to_target(power_law(3), Descent(), 0.1, 0, 0.1), "batch_size"),
-        (lambda: loss_after(power_law(3), Descent(), 1, [Segment(batch_size=1, steps=2)], 1), "last"),
-        (lambda: loss_after(power_law(3), Descent(), 1, [Segment(batch_size=1)] * 2, 1), "the last"),
+        (lambda: loss_after(power_law(3), Descent(), 1, [Segment(1, steps=2)], 1), "last"),
+        (lambda: loss_after(power_law(3), Descent(), 1, [Segment(1)] * 2, 1), "the last"),
     ],
 )  # fmt: skip
 def test_a_value_without_sense_is_refused(wrong: Callable[[], object], named: str) -> None:
