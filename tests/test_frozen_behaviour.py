@@ -100,6 +100,7 @@ RUN = (
 )  # fmt: skip
 COLUMNS = ("loss", "grad_norm", "noise_scale", "skipped")
 OF_THE_MACHINE = ("seconds", "throughput", "provenance")
+FROZEN_APART = ("config",)  # see frozen/configurations
 # Relative, with other kernels than the golden file's. Measured with AVX2's, and with scalar ones,
 # in place of AVX-512's: LARS, LAMB and K-FAC below 1e-6, Shampoo 9e-5 (roots), Muon 1.1e-3
 # (Newton-Schulz in bf16), noise scales the most. SOAP is left out, with losses 3e-2 apart: early
@@ -136,7 +137,9 @@ def trained(engine: str, folder: Path) -> dict[str, Any]:
         summary = json.loads((folder / name / "summary.json").read_text())
         made = summary["provenance"]
         runs[name] = {column: [record.get(column) for record in records] for column in COLUMNS} | {
-            "summary": {key: summary[key] for key in summary if key not in OF_THE_MACHINE}
+            "summary": {
+                key: summary[key] for key in summary if key not in (*OF_THE_MACHINE, *FROZEN_APART)
+            }
         }
     header = processor() | {
         "torch": made["versions"]["torch"],
