@@ -26,18 +26,11 @@ class ProcessGroupJob:
     """A command and its descendants, also those whose parents are gone; a context around it.
 
     Signals to this process go to the command alone: mpiexec and torchrun pass them on to their
-    ranks, and a rank that gets two leaves without its checkpoint.
+    ranks, and a rank that gets two leaves without its checkpoint. `signal` is the first of
+    `STOP_SIGNALS` that was received. ConfigError on entry, where the command cannot be started.
 
-    Args:
-        environment: variables of the command's, beside this process's.
-        listen: is given the command's output and error, each with where it belongs, to pass on;
-            None: the command has this process's own.
-
-    Attributes:
-        signal: the first of `STOP_SIGNALS` that was received.
-
-    Raises:
-        ConfigError: on entry, where the command cannot be started.
+    `environment` are variables of the command's beside this process's. `listen` is given its output
+    and error, each with where it belongs, to pass on; None: the command has this process's own.
     """
 
     def __init__(

@@ -49,11 +49,8 @@ def compressing(path: Path, zstd: bool) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def expanding(source: Any, zstd: bool, whole: bool = True) -> Iterator[IO[bytes]]:
-    """A file-like from which a tar is read; OSError where the archive is damaged.
-
-    Args:
-        source: an open file or the reading end of a pipe.
-        whole: it will be read to its end, and an error of the program is an error.
+    """A file-like from which a tar is read, of an open file or the reading end of a pipe; OSError
+    where the archive is damaged. `whole`: it is read to its end, and the program must not fail.
     """
     if not zstd:
         with gzip.GzipFile(fileobj=source, mode="rb") as file:

@@ -31,10 +31,8 @@ class Source:
 
 def pack(prefix: Path, output: Path, *, with_site: bool = False) -> str:
     """Write the archive of the virtual environment at `prefix`; returns what was done, in words.
-    EnvError where there is none, it cannot be moved, or the archive's name is bad.
-
-    Args:
-        with_site: also the packages of its base Python (a site's module) that it sees.
+    EnvError where there is none, it cannot be moved, or the archive's name is bad. `with_site`:
+    also the packages of its base Python (a site's module) that it sees.
     """
     zstd = is_zstd(output)
     prefix = prefix.absolute()

@@ -129,22 +129,18 @@ MOST_CELLS: Final = 500_000_000
 
 @dataclass(frozen=True)
 class NodeRecord:
-    """What one node's counters did.
-
-    Attributes:
-        times: seconds since 1970, at the end of each interval between two samples. (intervals,)
-        lengths: of the intervals, in seconds. (intervals,)
-        names: of the counters that moved.
-        moved: by how much, 0 where it was gone. (intervals, counters that moved)
-        resets: times that a counter went back to begin anew.
-        lost_lines: incomplete lines.
+    """What one node's counters did; `names` are those of the ones that moved, `resets` the times
+    that one went back to begin anew.
     """
 
     node: str
     times: NDArray[np.float64]
+    """Seconds since 1970, at the end of each interval between two samples. (intervals,)"""
     lengths: NDArray[np.float64]
+    """Of the intervals, in seconds. (intervals,)"""
     names: list[str]
     moved: NDArray[np.float64]
+    """By how much, 0 where it was gone. (intervals, counters that moved)"""
     resets: int = 0
     lost_lines: int = 0
 
