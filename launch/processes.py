@@ -48,7 +48,8 @@ class ProcessGroupJob:
         self._context = ExitStack()
 
     def __enter__(self) -> Self:
-        _adopt_orphans()
+        if sys.platform == "linux":  # to find descendants still whose own parent is gone
+            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._before = descendants()
         self._context.enter_context(on_stop_signal(self._pass_on))
         # A group of its own, so that Ctrl-C reaches it once, from here. It is in the background
@@ -159,9 +160,3 @@ def descendants(process: "psutil.Process | None" = None) -> "set[psutil.Process]
         found = (process or psutil.Process()).children(recursive=True)
         return set(filter(is_running, found))
     return set()
-
-
-def _adopt_orphans() -> None:
-    """Become the parent of descendants whose own is gone (Linux), to find them still."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

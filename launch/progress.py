@@ -43,8 +43,9 @@ def has_runs_below(run: Path) -> bool:
 
 
 class Progress:
-    """Time since a run last made progress, by `beat`, its last heartbeat; None before the first,
-    and `stale`, of an earlier process, is none. `problems` are what could not be read, each once.
+    """Time since a run last made progress. `beat` is its last heartbeat, None before the first;
+    `stale`, that of an earlier process, is passed by. `problems` are what could not be read of
+    heartbeats, each once.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ IMPORTANT: Final = re.compile(
 
 def list_counters(root: Path, wanted: re.Pattern[str] | None) -> dict[str, Path]:
     """Every counter of the node by its name, `cxi0/hni_tx_paused_0` or `cxi0/handler/sct_timeouts`,
-    whose part behind the interface's matches `wanted`; `root` is above /sys and /run.
+    whose part behind the interface's matches `wanted` (None: all); `root` is above /sys and /run.
     """
     found: dict[str, Path] = {}
     above, below = TELEMETRY
