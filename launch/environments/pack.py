@@ -14,8 +14,14 @@ from pathlib import Path
 from typing import IO
 
 from largebatch.launch.environments import relocate
-from largebatch.launch.environments.archive import compressing, is_zstd
-from largebatch.launch.environments.manifest import NAME, EnvError, Manifest, ManifestEntry
+from largebatch.launch.environments.archive import (
+    NAME,
+    EnvError,
+    Manifest,
+    ManifestEntry,
+    compressing,
+    is_zstd,
+)
 
 _SKIPPED = ("pip-selfcheck.json", NAME)
 

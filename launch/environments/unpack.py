@@ -10,12 +10,12 @@ import zlib
 from pathlib import Path
 from typing import IO, Any, Final
 
-from largebatch.launch.environments.archive import expanding
-from largebatch.launch.environments.manifest import (
+from largebatch.launch.environments.archive import (
     NAME,
     EnvError,
     Manifest,
     ManifestEntry,
+    expanding,
     same_sizes,
 )
 

@@ -19,9 +19,8 @@ from largebatch.conf.cluster_config import ClusterConfig, NodeConfig
 from largebatch.distributed.walltime import end_of_job
 from largebatch.launch.sweeps.backend import Backend
 from largebatch.launch.sweeps.checks import checked, cluster_of
-from largebatch.launch.sweeps.node_health import NodeHealth
 from largebatch.launch.sweeps.record import SweepRecord, Trial
-from largebatch.launch.sweeps.scheduler import Outcome, SweepProgress, TrialScheduler
+from largebatch.launch.sweeps.scheduler import NodeHealth, Outcome, SweepProgress, TrialScheduler
 from largebatch.launch.sweeps.settings import KEY, SweepSettings
 from largebatch.launch.sweeps.slices import Slices, nodes_here
 from largebatch.records.summary import objective
