@@ -14,7 +14,7 @@ from pathlib import Path
 import env_small
 import pytest
 
-from largebatch.launch.environments.manifest import NAME
+from largebatch.launch.environments.archive import NAME
 from largebatch.launch.environments.pack import pack, site_packages
 
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
