@@ -23,6 +23,7 @@ PAPER: Final = ("#ffffff", "#16181b")
 _VARIABLES: Final = {
     "paper": PAPER,
     "ink": (INK, "#e7e9ec"),
+    "black": ("#000000", "#e7e9ec"),
     "grey": (GREY, "#9aa1a9"),
     "grid": (GRID, "#2f3338"),
     **{f"c{number}": (colour, DARK[colour]) for number, colour in enumerate(COLOURS)},

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from study_records import BATCHES, STEPS, record, record_study
 
-from largebatch.common.figures import paper_style
+from largebatch.common.figures import COLOURS, paper_style
 from largebatch.study.basins import basin_of
 from largebatch.study.page.answers import answers
 from largebatch.study.page.axes import NARROW, WIDE, Picture, round_numbers
@@ -229,6 +229,14 @@ def test_every_picture_has_its_colours_from_the_page(tmp_path: Path) -> None:
         assert "var(--paper)" in svg
         assert 'aria-label="a picture"' in svg
         assert "DejaVu" not in svg
+
+
+def test_every_marker_is_filled_with_its_own_colour(tmp_path: Path) -> None:
+    # What is black has no fill in matplotlib's SVG, and would be black on dark paper.
+    record_study(tmp_path, dict.fromkeys(KNOWN, STEPS["adamw"]))
+    svg = themed(svg_of(drawn(tmp_path, steps_figure), "x-"), "a picture")
+    for place in range(len(COLOURS)):
+        assert f"fill: var(--c{place})" in svg
 
 
 def data_of(line: Line2D) -> tuple[list[float], list[float]]:
