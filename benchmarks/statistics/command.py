@@ -207,6 +207,9 @@ def show(record: Mapping[str, Any], console: Console) -> None:
         "covers: the share of 95 % intervals that hold the truth, and their median half-width",
         "band of all: the share of studies whose bands hold at every batch size at once",
     )
+    trials = [f"{row['trials']:.1f}" for row in record["curves"] if "trials" in row]
+    if trials:
+        say(console, f"trials a point, row by row: {', '.join(trials)}")
     for title, keys in TABLES.items():
         console.print(_curves_table(title, keys, record["curves"]))
     if record["pairs"]:
@@ -224,9 +227,8 @@ def _curves_table(title: str, heads: Mapping[str, str], rows: Sequence[Mapping[s
     keys = [key for key in heads if key in rows[0]["covers"]]
     shown = make_table(title, "", [heads[key] for key in keys])
     for row in rows:
-        trials = f", {row['trials']:.1f} trials a point" if "trials" in row else ""
         cells = [_cell(key, row["covers"][key]) for key in keys]
-        shown.add_row(f"{row['name']}, S = {row['seeds']}{trials}", *cells)
+        shown.add_row(f"{row['name']}, S = {row['seeds']}", *cells)
     return shown
 
 
