@@ -60,6 +60,7 @@ CELLS: Final[tuple[tuple[Landscape, int, float], ...]] = (
     *((LAMB_LIKE, count, 1.0) for count in SEEDS),
 )
 """Landscapes, report seeds, and the shape n of the true curve."""
+WIDTH: Final = 120  # of a pipe or a file, so that no cell is cut
 TIMES: Final = "\N{MULTIPLICATION SIGN}"
 FACTORS: Final = {"S_min", "E_min", "B_crit", "n", "cbs20", "b_80", "b_50"}
 TABLES: Final = {
@@ -109,7 +110,8 @@ def main(arguments: Sequence[str]) -> int:
         "published": published(),
         "seconds": time.perf_counter() - began,
     }
-    show(record, Console())
+    console = Console()
+    show(record, console if console.is_terminal else Console(width=WIDTH))
     if options.json is not None:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
