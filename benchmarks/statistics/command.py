@@ -59,6 +59,7 @@ CELLS: Final[tuple[tuple[Landscape, int, float], ...]] = (
     *((LAMB_LIKE, count, 1.0) for count in SEEDS),
 )
 """Landscapes, report seeds, and the shape n of the true curve."""
+WIDTH: Final = 120  # of a pipe or a file, so that no cell is cut
 TIMES: Final = "\N{MULTIPLICATION SIGN}"
 FACTORS: Final = {"S_min", "E_min", "B_crit", "n", "cbs20", "b_80", "b_50"}
 TABLES: Final = {
@@ -108,7 +109,8 @@ def main(arguments: Sequence[str]) -> int:
         "published": published(),
         "seconds": time.perf_counter() - began,
     }
-    show(record, Console())
+    console = Console()
+    show(record, console if console.is_terminal else Console(width=WIDTH))
     if options.json is not None:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -206,6 +208,9 @@ def show(record: Mapping[str, Any], console: Console) -> None:
         "covers: the share of 95 % intervals that hold the truth, and their median half-width",
         "band of all: the share of studies whose bands hold at every batch size at once",
     )
+    trials = [f"{row['trials']:.1f}" for row in record["curves"] if "trials" in row]
+    if trials:
+        say(console, f"trials a point, row by row: {', '.join(trials)}")
     for title, keys in TABLES.items():
         console.print(_curves_table(title, keys, record["curves"]))
     if record["pairs"]:
@@ -223,9 +228,8 @@ def _curves_table(title: str, heads: Mapping[str, str], rows: Sequence[Mapping[s
     keys = [key for key in heads if key in rows[0]["covers"]]
     shown = make_table(title, "", [heads[key] for key in keys])
     for row in rows:
-        trials = f", {row['trials']:.1f} trials a point" if "trials" in row else ""
         cells = [_cell(key, row["covers"][key]) for key in keys]
-        shown.add_row(f"{row['name']}, S = {row['seeds']}{trials}", *cells)
+        shown.add_row(f"{row['name']}, S = {row['seeds']}", *cells)
     return shown
 
 
