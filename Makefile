@@ -50,7 +50,7 @@ matrix: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m matrix --timeout 1800 $(addprefix --ignore=,$(WHOLE))
 
 PUBLIC := optim optim.zero schedules records train.loop train.tasks train.engines.base study \
-	study.search
+	study.protocol.search
 
 docs: $(VENV)/.dev
 	PYTHONPATH=src $(BIN)/pdoc --output-directory build/docs $(addprefix largebatch.,$(PUBLIC))
@@ -93,7 +93,7 @@ $(VENV)/held.txt: $(BIN)/python constraints.txt
 
 install = $(INSTALL) --constraint $(VENV)/held.txt --editable '.[$(1)]'
 
-EXTRAS := train,dev,examples,hf,parsl$(if $(filter Linux,$(shell uname -s)),$(comma)mpi$(comma)deepspeed)
+EXTRAS := train,dev,examples,hf,parsl,studies$(if $(filter Linux,$(shell uname -s)),$(comma)mpi$(comma)deepspeed)
 
 $(VENV)/.train: $(VENV)/held.txt pyproject.toml
 	$(call install,train)

@@ -5,10 +5,10 @@ from typing import Final
 
 import matplotlib
 
-# Okabe and Ito's palette, which colour-blind readers can distinguish; its yellow is too pale, a
-# dark brown stands for it.
+# Okabe and Ito's palette, which colour-blind readers can distinguish. Its gold and its sky blue are
+# darkened to a contrast of 3 on white; its yellow is too pale for that, a dark brown stands for it.
 COLOURS: Final = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#6B3E1D",
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C08400", "#3A98D6", "#1A1A1A", "#6B3E1D",
 )  # fmt: skip
 BLUE, RED, GREEN, PURPLE = COLOURS[:4]
 INK, GREY, GRID = "#222222", "#777777", "#e4e4e4"

@@ -73,6 +73,7 @@ class BudgetConfig:
 @dataclass
 class EvaluationConfig:
     growth: float = real(1.03, least=1.0)
+    within: float | None = real(None, least=0.0)
 
 
 @dataclass
@@ -194,12 +195,23 @@ class TrainConfig:
     mode: LRFindConfig | None = None
     study: StudyConfig | None = None
     seed: int = count(0)
+    objective: str | None = choice(None, "steps", "samples", "loss")
 
     def __post_init__(self) -> None:
+        if self.objective in ("steps", "samples") and self.target.loss is None:
+            raise ConfigError(
+                f"objective={self.objective} counts to target.loss, which is null: give a target, "
+                "or take objective=loss"
+            )
         if self.guard.rolls_back and not self.checkpoint.saves:
             raise ConfigError(
                 "guard goes back to the last checkpoint: set checkpoint.every_samples or "
                 "every_minutes, or guard.non_finite and guard.spike to skip or stop"
+            )
+        if self.evaluation.within is not None and self.target.loss is None:
+            raise ConfigError(
+                f"evaluation.within={self.evaluation.within:g} is a distance from target.loss, "
+                "which is null: give a target, or leave evaluation.within at null"
             )
         if self.resume not in (None, "auto"):
             raise ConfigError(f"resume must be null or auto, got {self.resume!r}")

@@ -6,6 +6,7 @@ from largebatch.common.errors import ConfigError
 from largebatch.conf.specs import count, each_count, real
 from largebatch.schedules.scaling import RULES, options_of
 
+SEARCHABLE = ("lr", "momentum", "beta2", "damping", "weight_decay")
 FEWEST_POINTS = 5
 """Learning rates before the blow-up; with fewer a sweep says nothing."""
 
@@ -29,15 +30,29 @@ class StudyConfig:
     optimizers: list[str] = field(default_factory=list)
     batch_sizes: list[int] = field(default_factory=list, metadata=each_count(least=1))
     start_batch: int = count(256, least=1)
-    seeds: list[int] = field(default_factory=lambda: [0], metadata=each_count())
+    select_seeds: list[int] = field(default_factory=lambda: [0], metadata=each_count())
+    report_seeds: list[int] = field(default_factory=list, metadata=each_count())
+    search: list[str] = field(default_factory=lambda: ["lr"])
+    most_trials: int = count(64, least=3)
+    join: bool = False
     rules: list[str] = field(default_factory=list)
     rule_batches: list[int] = field(default_factory=list, metadata=each_count(least=1))
 
     def __post_init__(self) -> None:
-        for name in ("optimizers", "batch_sizes", "seeds"):
+        for name in ("optimizers", "batch_sizes", "select_seeds"):
             if not getattr(self, name):
                 raise ConfigError(f"study.{name} must name at least one, got an empty list")
         self.batch_sizes = sorted(set(self.batch_sizes))
+        if both := sorted({*self.select_seeds} & {*self.report_seeds}):
+            raise ConfigError(
+                "study.report_seeds must not be among study.select_seeds (a seed that chose the "
+                f"setting flatters it), got {both} in both"
+            )
+        if "lr" not in self.search or {*self.search} - {*SEARCHABLE}:
+            raise ConfigError(
+                f"study.search must hold lr, and may hold {', '.join(SEARCHABLE[1:])}, "
+                f"got {self.search}"
+            )
         if self.start_batch not in self.batch_sizes:
             raise ConfigError(
                 f"study.start_batch must be one of study.batch_sizes {self.batch_sizes}, "

@@ -26,18 +26,11 @@ class ProcessGroupJob:
     """A command and its descendants, also those whose parents are gone; a context around it.
 
     Signals to this process go to the command alone: mpiexec and torchrun pass them on to their
-    ranks, and a rank that gets two leaves without its checkpoint.
+    ranks, and a rank that gets two leaves without its checkpoint. `signal` is the first of
+    `STOP_SIGNALS` that was received. ConfigError on entry, where the command cannot be started.
 
-    Args:
-        environment: variables of the command's, beside this process's.
-        listen: is given the command's output and error, each with where it belongs, to pass on;
-            None: the command has this process's own.
-
-    Attributes:
-        signal: the first of `STOP_SIGNALS` that was received.
-
-    Raises:
-        ConfigError: on entry, where the command cannot be started.
+    `environment` are variables of the command's beside this process's. `listen` is given its output
+    and error, each with where it belongs, to pass on; None: the command has this process's own.
     """
 
     def __init__(
@@ -55,7 +48,8 @@ class ProcessGroupJob:
         self._context = ExitStack()
 
     def __enter__(self) -> Self:
-        _adopt_orphans()
+        if sys.platform == "linux":  # to find descendants still whose own parent is gone
+            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._before = descendants()
         self._context.enter_context(on_stop_signal(self._pass_on))
         # A group of its own, so that Ctrl-C reaches it once, from here. It is in the background
@@ -166,9 +160,3 @@ def descendants(process: "psutil.Process | None" = None) -> "set[psutil.Process]
         found = (process or psutil.Process()).children(recursive=True)
         return set(filter(is_running, found))
     return set()
-
-
-def _adopt_orphans() -> None:
-    """Become the parent of descendants whose own is gone (Linux), to find them still."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

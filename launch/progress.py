@@ -43,14 +43,9 @@ def has_runs_below(run: Path) -> bool:
 
 
 class Progress:
-    """Time since a run last made progress.
-
-    Args:
-        stale: heartbeat of an earlier process, to ignore.
-
-    Attributes:
-        beat: the last heartbeat of this run; None before the first.
-        problems: what could not be read in heartbeats, each once.
+    """Time since a run last made progress. `beat` is its last heartbeat, None before the first;
+    `stale`, that of an earlier process, is passed by. `problems` are what could not be read of
+    heartbeats, each once.
     """
 
     def __init__(

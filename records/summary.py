@@ -24,6 +24,7 @@ class SummaryRecord(TypedDict, total=False):
     reason: str | None
     steps_to_target: int | None
     samples_to_target: int | None
+    steps_to_target_interpolated: float | None
     steps: int
     samples: int
     loss: float | None
@@ -49,6 +50,8 @@ class SummaryRecord(TypedDict, total=False):
     """What tells the optimizer's groups from one another."""
     throughput: dict[str, Any]
     provenance: dict[str, Any]
+    config: dict[str, Any]
+    """All of it, resolved."""
     error: str
     """Of a run that failed."""
     signal: int
@@ -78,10 +81,14 @@ class Summary:
     samples: int
     steps_to_target: int | None
     samples_to_target: int | None
+    steps_interpolated: float | None
+    """Steps to the target, between the evaluations around it interpolated."""
     eval_loss: float | None
     seconds: float | None
     give_up_samples: int | None
     provenance: Mapping[str, Any]
+    config: Mapping[str, Any]
+    """Resolved; empty in records that do not hold it."""
     data_hash: str | None
 
     @property
@@ -117,10 +124,12 @@ def read_summary(path: Path) -> Summary:
         samples=record.take("samples", whole()),
         steps_to_target=record.take("steps_to_target", optional(whole(1))),
         samples_to_target=record.take("samples_to_target", optional(whole(1))),
+        steps_interpolated=record.find("steps_to_target_interpolated", fields.number_or_none),
         eval_loss=record.take("eval_loss", fields.number_or_none),
         seconds=record.find("seconds", fields.number_or_none),
         give_up_samples=record.find("give_up_samples", whole()),
         provenance=provenance.values,
+        config=record.find("config", fields.mapping) or {},
         data_hash=provenance.find("data_hash", text),
     )
     if record.problems:
@@ -148,13 +157,17 @@ def has_ended(run: Path) -> bool:
 
 
 def objective(summary: Mapping[str, Any]) -> float:
-    """Return what a sweeper makes small: steps to the target, or the final loss of a run without.
+    """Return what a sweeper makes small, as the configuration's `objective` names it: steps or
+    samples to the target, or the final loss. Without it: steps, or the loss where no target is.
 
     A run that missed its target, or diverged, is infinite.
     """
-    if summary.get("target_loss") is not None:
-        steps = summary.get("steps_to_target")
-        return math.inf if steps is None else float(steps)
+    what = summary.get("config", {}).get("objective")
+    if what != "loss" and summary.get("target_loss") is not None:
+        steps = summary.get("steps_to_target_interpolated") or summary.get("steps_to_target")
+        if steps is None:
+            return math.inf
+        return float(steps) * (summary["batch_size"] if what == "samples" else 1)
     found = summary.get("eval_loss")
     found = summary.get("loss") if found is None else found
     return math.inf if found is None or summary["status"] == "diverged" else float(found)

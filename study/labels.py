@@ -1,4 +1,4 @@
-"""Names from records, as pictures and spreadsheets show them."""
+"""Names from records and numbers, as pictures and spreadsheets show them."""
 
 from typing import Final
 
@@ -21,3 +21,8 @@ def cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return "'" * (str(value)[:1] in tuple("=+-@")) + str(value)
+
+
+def plain(value: float, _: object = None) -> str:
+    """1,024 and 0.02 rather than 10³ and 2 x 10⁻²."""
+    return f"{value:,.0f}" if value >= 1 and value == round(value) else f"{value:.4g}"

@@ -22,8 +22,7 @@ from largebatch.common.figures import COLOURS, DPI, GRID, INK, paper_style
 from largebatch.records.columns import read_columns
 from largebatch.records.fields import Check, flag, within
 from largebatch.records.names import METRICS
-from largebatch.study.figures import _plain
-from largebatch.study.labels import label
+from largebatch.study.labels import label, plain
 from largebatch.study.layers import counted, increasing
 
 FIELD = "noise_scale"
@@ -127,7 +126,7 @@ def noise_figure(history: NoiseHistory, title: str) -> Figure:
         )  # fmt: skip
         _set_limits(axes, history)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(_plain))
+            axis.set_major_formatter(FuncFormatter(plain))
             axis.set_minor_formatter(NullFormatter())
         first = [
             _handle("Noise scale", WHOLE, 1.8),

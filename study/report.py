@@ -1,141 +1,87 @@
-"""`largebatch report DIR`: one folder of runs becomes tables, two figures and one HTML page.
+"""`largebatch report DIR …`: folders of runs become sentences, tables, pictures and one page.
 
-Written into DIR, or where `--out` says: `report.html` (self-contained), `curve.png`,
-`learning_rate.png`, `curve.csv`, `fits.csv`, and `rules.csv` where runs under a scaling rule stand
-beside tuned ones. The folder of a single run gives `layers.png`, the trust ratio of every layer
+Written into DIR, or where `--out` says: `report.html` (self-contained), `curve`, `ratio`,
+`learning_rate` and `basins` as .png and .svg, `curve.csv`, `fits.csv`, `pairs.csv`, `basin.csv`,
+and `rules.csv` where runs under a scaling rule stand beside tuned ones. Several folders are
+compared on one page. The folder of a single run gives `layers.png`, the trust ratio of every layer
 over the run, and `noise.png`, its gradient noise scale, where it recorded them. Exit code 0, or 2
 and one sentence on stderr where there is nothing to report.
 """
 
 import argparse
-import base64
-import csv
+import re
+import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
-from itertools import starmap
 from pathlib import Path
-from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from largebatch.common.text import duration
 from largebatch.records import printable
-from largebatch.study.fit import CurveFit, fit_points
-from largebatch.study.labels import cell
-from largebatch.study.points import (
-    RulePoint,
-    StudyPoint,
-    curve_points,
-    rule_points,
-    tuned_optimizers,
-)
-from largebatch.study.runs import RunSummary, check_one_study, read_runs, recorded
-from largebatch.study.tables import (
-    FIT_HEADS,
-    POINT_HEADS,
-    RULE_HEADS,
-    critical_batch,
-    fit_cells,
-    html_table,
-    point_cells,
-    rule_cells,
-    terminal_table,
-)
+from largebatch.study.page.csv_files import write_csv_files
+from largebatch.study.page.html import Drawn, page_of, section_titles
+from largebatch.study.page.references import SOURCES, Reference, references
+from largebatch.study.page.terminal import print_study
+from largebatch.study.section_study import Study, read_study
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-CURVE_COLUMNS = "optimizer,batch_size,steps,samples,lr,trials,at_edge,missed"
-FIT_COLUMNS = "optimizer,s_min,e_min,b_crit"
-RULE_COLUMNS = "optimizer,rule,base_batch,batch_size,lr,steps,tuned_steps,ratio"
-
-
-@dataclass(frozen=True)
-class Study:
-    """What the runs below one folder say together: one task, one target, one data set."""
-
-    runs: list[RunSummary]
-    points: list[StudyPoint]
-    fits: dict[str, CurveFit | None]
-    rules: list[RulePoint]
-    problems: list[str]
-
-    @property
-    def task(self) -> str:
-        return self.runs[0].task
-
-    @property
-    def target_loss(self) -> float:
-        target = self.runs[0].target_loss
-        assert target is not None  # `read_study` refuses runs without one
-        return target
-
-    @property
-    def title(self) -> str:
-        return f"{self.task}: steps to evaluation loss {self.target_loss:g}"
+_LONGEST_NAME: Final = 60
 
 
 @dataclass(frozen=True)
 class StudyReport:
-    """A study and the files that tell it; `rules_csv` is None without rule runs to compare."""
+    """A study and the files that tell it, by name: `curve`, `ratio`, …; `rules` only where there
+    are rule runs.
+    """
 
     study: Study
     html: Path
-    curve_png: Path
-    learning_rate_png: Path
-    curve_csv: Path
-    fits_csv: Path
-    rules_csv: Path | None
+    pictures: Mapping[str, Path]
+    tables: Mapping[str, Path]
 
 
-def read_study(folder: Path | str) -> Study:
-    """Read, check and fit the runs below `folder`.
+def write_report(
+    *folders: Path | str, out: Path | str | None = None, reference: Sequence[str] = ()
+) -> StudyReport:
+    """Write the report of the runs below `folders` into `out` (default: the first of them).
 
-    Raises `FileNotFoundError` without the folder, `ValueError` without a finished run or where
-    several tasks, target losses or data sets are mixed.
+    Args:
+        reference: published curves to draw beside the study's: mlperf, zhang.
+
+    Raises as `read_study` does, before anything is written; `ValueError` for a reference that there
+    is not.
     """
-    found, problems = read_runs(folder)
-    runs = [run for run in found if run.conclusive]
-    if not runs:
-        raise ValueError("; ".join([f"no finished run below {folder}", *problems]))
-    check_one_study(runs)
-    points = curve_points(runs)
-    names = sorted({point.optimizer for point in points})
-    fits = {name: fit_points([p for p in points if p.optimizer == name]) for name in names}
-    return Study(runs, points, fits, rule_points(runs, points), problems)
-
-
-def write_report(folder: Path | str, out: Path | str | None = None) -> StudyReport:
-    """Write the report of the runs below `folder` into `out` (default: the folder itself).
-
-    Raises as `read_study` does, before anything is written.
-    """
-    from largebatch.common.figures import DPI
-    from largebatch.study.figures import curve_figure, learning_rate_figure
-
-    study = read_study(folder)
-    target = Path(folder if out is None else out)
+    published = references(reference)
+    study = read_study(*folders)
+    target = Path(folders[0] if out is None else out)
     target.mkdir(parents=True, exist_ok=True)
-    report = StudyReport(
-        study=study,
-        html=target / "report.html",
-        curve_png=target / "curve.png",
-        learning_rate_png=target / "learning_rate.png",
-        curve_csv=target / "curve.csv",
-        fits_csv=target / "fits.csv",
-        rules_csv=target / "rules.csv" if study.rules else None,
-    )
-    curve_figure(study.points, study.fits, study.title).savefig(report.curve_png, dpi=DPI)
-    rates = learning_rate_figure(study.points, f"{study.task}: best learning rate")
-    rates.savefig(report.learning_rate_png, dpi=DPI)
-    _write_csv(report.curve_csv, CURVE_COLUMNS, [_row(p, CURVE_COLUMNS) for p in study.points])
-    fits = [(n, fit.s_min, fit.e_min, fit.b_crit) for n, fit in study.fits.items() if fit]
-    _write_csv(report.fits_csv, FIT_COLUMNS, fits)
-    if report.rules_csv is not None:
-        _write_csv(report.rules_csv, RULE_COLUMNS, [_row(r, RULE_COLUMNS) for r in study.rules])
-    report.html.write_text(_html(report), encoding="utf-8")
-    return report
+    tables = write_csv_files(study, target)
+    pictures: dict[str, Path] = {}
+    drawn = [
+        _draw(study, place, target, name, pictures, published)
+        for place, name in enumerate(_file_names(study))
+    ]
+    words = ["largebatch", "report", *map(str, folders)]
+    words += ["--reference", ",".join(reference)] if reference else []
+    command = printable(shlex.join(words if out is None else [*words, "--out", str(out)]))
+    html = target / "report.html"
+    sources = [SOURCES[name] for name in reference]
+    files = [*tables.values(), *pictures.values()]
+    html.write_text(page_of(study, drawn, files, command, sources), encoding="utf-8")
+    return StudyReport(study, html, pictures, tables)
+
+
+def print_report(report: StudyReport, console: "Console | None" = None) -> None:
+    """The points, the answers and where the files lie, on the terminal."""
+    from rich.console import Console
+
+    console = console or Console()
+    print_study(report.study, console)
+    console.print(f"report: {report.html}", highlight=False, markup=False, soft_wrap=True)
 
 
 def write_pictures(folder: Path, problems: list[str], out: Path | None = None) -> dict[str, Path]:
@@ -159,66 +105,38 @@ def write_pictures(folder: Path, problems: list[str], out: Path | None = None) -
     return pictures
 
 
-def headlines(study: Study) -> list[str]:
-    """A sentence an optimizer: what the largest batch bought, and its critical batch size."""
-    lines = []
-    for name, fit in study.fits.items():
-        reached = [p for p in study.points if p.optimizer == name and p.steps is not None]
-        if not reached:
-            lines.append(f"{name}: missed the target at every batch size.")
-            continue
-        first, last = reached[0], reached[-1]
-        assert first.steps is not None
-        assert last.steps is not None
-        bought = f"{first.steps:,} steps at batch {first.batch_size:,}"
-        if last is not first:
-            bought += (
-                f", {last.steps:,} at {last.batch_size:,}: {first.steps / last.steps:.1f}x fewer "
-                f"steps for a {last.batch_size / first.batch_size:g}x larger batch"
-            )
-        lines.append(f"{name}: {bought}; {critical_batch(fit)}.")
-    return lines
-
-
-def print_report(report: StudyReport, console: "Console | None" = None) -> None:
-    """The points, the headlines and where the files lie, on the terminal."""
-    from rich.console import Console
-
-    console = console or Console()
-    study = report.study
-    console.print(terminal_table(study.title, POINT_HEADS, map(point_cells, study.points)))
-    for line in headlines(study):
-        console.print(printable(line), highlight=False, markup=False)
-    if study.rules:
-        console.print(terminal_table("scaling rules", RULE_HEADS, map(rule_cells, study.rules)))
-    for problem in study.problems:
-        console.print(f"note: {printable(problem)}", style="yellow", highlight=False, markup=False)
-    console.print(f"report: {report.html}", highlight=False, markup=False, soft_wrap=True)
-
-
 def main(argv: Sequence[str]) -> int:
-    """`largebatch report DIR [--out DIR]`; 0, or 2 where there is nothing to report."""
+    """`largebatch report DIR … [--out DIR]`; 0, or 2 where there is nothing to report."""
     parser = argparse.ArgumentParser(
         prog="largebatch report",
         description=__doc__.split("\n")[0],
         epilog="exit codes: 0 done; 2 refused, or nothing to report",
     )
-    parser.add_argument("folder", type=Path, help="a folder with runs at any depth, or of one run")
-    parser.add_argument("--out", type=Path, help="where to write (default: the folder itself)")
+    parser.add_argument(
+        "folders", type=Path, nargs="+", metavar="folder",
+        help="a folder with runs at any depth, or of one run; several are compared",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="where to write (default: the first folder)")
+    parser.add_argument(
+        "--reference", default="", metavar="NAMES",
+        help=f"published curves to draw beside these: {','.join(SOURCES)}",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
+    named = [name for name in arguments.reference.split(",") if name]
     try:
         from largebatch.study.layers import is_run
 
-        if is_run(arguments.folder):
+        if len(arguments.folders) == 1 and is_run(arguments.folders[0]):
             problems: list[str] = []
             try:
-                for what, path in write_pictures(arguments.folder, problems, arguments.out).items():
+                pictures = write_pictures(arguments.folders[0], problems, arguments.out)
+                for what, path in pictures.items():
                     print(f"{what}: {path}")
             finally:
                 for problem in dict.fromkeys(problems):
                     print(f"note: {printable(problem)}")
         else:
-            print_report(write_report(arguments.folder, arguments.out))
+            print_report(write_report(*arguments.folders, out=arguments.out, reference=named))
     except ModuleNotFoundError as error:
         advice = "install it with: pip install 'largebatch[train]'"
         print(f"largebatch report needs {error.name}; {advice}", file=sys.stderr)
@@ -229,100 +147,54 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _write_csv(path: Path, columns: str, rows: Iterable[Sequence[object]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns.split(","))
-        writer.writerows([cell(value) for value in row] for row in rows)
+def _file_names(study: Study) -> list[str]:
+    """What each section adds to the names of its pictures: nothing where it is the only one."""
+    if len(study.sections) == 1:
+        return [""]
+    names: list[str] = []
+    for section in study.sections:
+        text = f"-{section.section.task}-{section.section.target_loss:g}"
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", text)[:_LONGEST_NAME]
+        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+    return names
 
 
-def _row(record: StudyPoint | RulePoint, columns: str) -> list[object]:
-    return [getattr(record, column) for column in columns.split(",")]
+def _draw(
+    study: Study, place: int, folder: Path, suffix: str, pictures: dict[str, Path],
+    published: Sequence[Reference],
+) -> dict[str, Drawn]:  # fmt: skip
+    """Draw a section's pictures, write them as files and note these in `pictures`."""
+    from largebatch.common.figures import paper_style
+    from largebatch.study.page.axes import NARROW, WIDE, Picture
+    from largebatch.study.page.figures import ratio_figure, steps_figure
+    from largebatch.study.page.rate_figures import basin_figure, rate_figure
+    from largebatch.study.page.styles import curve_styles
+    from largebatch.study.page.svg import svg_of, themed, write_png
 
-
-def _html(report: StudyReport) -> str:
-    study = report.study
-    template = Path(__file__).with_name("templates") / "report.html"
-    return Template(template.read_text(encoding="utf-8")).substitute(
-        title=escape(study.title),
-        measured=escape(_measured(study)),
-        headlines=_items(headlines(study)),
-        problems=_problems(study.problems),
-        curve_png=_embedded(report.curve_png),
-        curve_caption=escape(_curve_caption(study)),
-        learning_rate_png=_embedded(report.learning_rate_png),
-        points_table=html_table(POINT_HEADS, map(point_cells, study.points)),
-        fits_table=html_table(FIT_HEADS, starmap(fit_cells, study.fits.items())),
-        rules_section=_rules_section(study.rules),
-        seeds_note=escape(_seeds_note(study.points)),
-    )
-
-
-def _measured(study: Study) -> str:
-    """One paragraph: what was measured, on what, with what."""
-    runs = study.runs
-    seeds = sorted({run.seed for run in runs})
-    seconds = sum(run.seconds or 0.0 for run in runs)
-    facts = [
-        f"Finished runs: {len(runs)}. Each trained the task {study.task} to an evaluation loss "
-        f"of {study.target_loss:g} or less, or until it gave up",
-        f"optimizers: {', '.join(study.fits)}",
-        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
-        f"together they took {duration(seconds)}" if seconds else "",
-    ]
-    labels = {
-        "data": "data", "data_hash": "data hash", "device": "device", "world_size": "ranks",
-        "versions": "versions", "git_commit": "commit",
-    }  # fmt: skip
-    for key, label in labels.items():
-        if values := recorded(runs, key):
-            facts.append(f"{label}: {' / '.join(values)}")
-    text = ". ".join(fact[0].upper() + fact[1:].rstrip(".") for fact in facts if fact) + "."
-    untuned = sorted(set(study.fits) - tuned_optimizers(runs))
-    if untuned:
-        text += f" The curve of {', '.join(untuned)} follows a scaling rule: no rate was searched."
-    return text
-
-
-def _curve_caption(study: Study) -> str:
-    sentences = [
-        "Optimizer steps to the target against the global batch size, each at its best learning "
-        "rate; a dashed line halves the steps with every doubling of the batch"
-    ]
-    if any(study.fits.values()):
-        sentences.append(
-            "Thin lines are the fits S_min + E_min / B, the upright tick on each is its B_crit, "
-            "where steps are twice S_min; the panel below gives its value and, as a bar, the "
-            "leave-one-out range"
-        )
-    if any(point.missed for point in study.points):
-        sentences.append("Hollow markers at the top missed the target at every rate tried")
-    return ". ".join([*sentences, _seeds_note(study.points)])
-
-
-def _seeds_note(points: Sequence[StudyPoint]) -> str:
-    if all(point.seeds == 1 for point in points):
-        return "Each point is one seed, so it has no error bar."
-    return "Error bars span the seeds at the best rate (least to most steps)."
-
-
-def _rules_section(rules: Sequence[RulePoint]) -> str:
-    if not rules:
-        return ""
-    return (
-        "<h2>Scaling rules</h2>\n<p>Learning rates that a rule carried over from the base batch, "
-        "against the best one found at each batch: a ratio of 1 is as good as a search.</p>\n"
-        + html_table(RULE_HEADS, map(rule_cells, rules))
-    )
-
-
-def _items(lines: Sequence[str]) -> str:
-    return "\n".join(f"<li>{escape(line)}</li>" for line in lines)
-
-
-def _problems(problems: Sequence[str]) -> str:
-    return f'<p class="soft">Left out:</p><ul class="soft">{_items(problems)}</ul>' * bool(problems)
-
-
-def _embedded(picture: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
+    section = study.sections[place]
+    curves = [(c.name, c.optimizer) for s in study.sections for c in s.section.curves]
+    styles = curve_styles(curves)
+    kinds: dict[str, tuple[Callable[..., Picture], str]] = {
+        "curve": (partial(steps_figure, published=published), "Steps to target against batch size"),
+        "ratio": (ratio_figure, "Steps against batch size, over those of the first curve"),
+        "learning_rate": (rate_figure, "Best learning rate against batch size"),
+        "basins": (basin_figure, "Steps to target against learning rate at each batch size"),
+    }
+    if not any(pair.points for pair in section.pairs if pair.other == section.names[0]):
+        del kinds["ratio"]
+    drawn = {}
+    for name, (draw, description) in kinds.items():
+        prefix = f"{name}{suffix}-"
+        told = escape(f"{description}: {section_titles(study)[place]}")
+        with paper_style():
+            picture = draw(study, section, styles, WIDE)
+            png = pictures[f"{name}{suffix}"] = folder / f"{name}{suffix}.png"
+            write_png(picture, png)
+            wide = svg_of(picture, f"w-{prefix}")
+            path = pictures[f"{name}{suffix}.svg"] = folder / f"{name}{suffix}.svg"
+            path.write_text(wide, encoding="utf-8")
+            phone = draw(study, section, styles, NARROW)
+            phone.tips.clear()  # no pointer rests on a phone
+            narrow = svg_of(phone, f"n-{prefix}")
+        drawn[name] = Drawn(themed(wide, told), themed(narrow, told))
+    return drawn

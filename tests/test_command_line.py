@@ -198,6 +198,6 @@ done
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", script], env=os.environ | {"PATH": path}, capture_output=True, text=True,
-        timeout=100,
+        timeout=600,
     )  # fmt: skip
     assert done.stdout.splitlines() == ["sweep", "lamb", "budget."], done.stderr

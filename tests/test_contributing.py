@@ -68,7 +68,7 @@ def run(words: list[str], folder: Path, source: Path) -> None:
     how = ["-m"] if source == ROOT else ["-c", AFRESH]
     done = forked.run(
         [sys.executable, *how, *words], cwd=folder, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": f"{source / 'src'}:{folder}"}, timeout=120,
+        env=os.environ | {"PYTHONPATH": f"{source / 'src'}:{folder}"}, timeout=600,
     )  # fmt: skip
     assert done.returncode in (0, 3), done.stdout + done.stderr  # 3: the budget is spent
     if words[0] == "pytest":
@@ -94,7 +94,7 @@ def check_lint(recipe: str, folder: Path) -> None:
     for check in (["check"], ["format", "--check"]):
         ruff = [sys.executable, "-m", "ruff", *check, "--config", str(ROOT / "pyproject.toml")]
         done = subprocess.run(
-            [*ruff, *names], cwd=folder, capture_output=True, text=True, timeout=60
+            [*ruff, *names], cwd=folder, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stdout + done.stderr
 

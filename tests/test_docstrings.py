@@ -1,4 +1,4 @@
-"""What docstrings show of an optimizer or a schedule is what comes out."""
+"""What docstrings show of an optimizer, a schedule or a fit is what comes out."""
 
 import doctest
 import importlib
@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 WITH_EXAMPLES = [
     ".".join(("largebatch", *path.relative_to(ROOT).with_suffix("").parts))
-    for folder in ("optim", "schedules")
+    for folder in ("optim", "schedules", "study")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if ">>> " in path.read_text(encoding="utf-8")
 ]
@@ -20,6 +20,7 @@ def test_the_main_public_names_have_examples() -> None:
     names = ("kfac", "lamb", "lars", "muon", "param_groups", "shampoo", "soap")
     expected = {f"largebatch.optim.{name}" for name in names}
     expected |= {f"largebatch.schedules.{name}" for name in ("curves", "plan", "ramps", "scaling")}
+    expected |= {f"largebatch.study.{name}" for name in ("fit", "statistics.intervals")}
     assert expected <= set(WITH_EXAMPLES)
 
 

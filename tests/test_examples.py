@@ -62,7 +62,7 @@ def printed(name: str, which: int = 0) -> Printed:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     losses = re.findall(r"loss (\d+\.\d+)", done.stdout)

@@ -37,10 +37,19 @@ class Evaluation:
 
     Attributes:
         loss: the evaluation loss now, the same number on every rank.
+        within: evaluate only while the running training loss is at most so far above the target;
+            None: wherever the grid says.
     """
 
     loss: Callable[[], float]
     grid: EvaluationGrid
+    within: float | None = None
+
+    def is_near(self, running_loss: float | None, target: float | None) -> bool:
+        """Whether an evaluation could find the target reached."""
+        if self.within is None or running_loss is None or target is None:
+            return True
+        return running_loss <= target + self.within
 
 
 @torch.no_grad()

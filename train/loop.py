@@ -233,7 +233,7 @@ class Loop:
 
     def judge(self, record: StepRecord) -> None:
         """Ask the guard about a complete record, and do as it says."""
-        self.progress.loss = record["loss"]
+        self.progress.take_loss(record["loss"])
         # What follows an action belongs to it.
         known = self.is_broken or record.get("overflow")
         action = None if known else self.guard.take(record)
@@ -313,6 +313,10 @@ class Loop:
             return
         if self.evaluation.grid.is_due(self.progress.steps):
             self.evaluation.grid.advance(self.progress.steps)
+            near = self.evaluation.is_near(self.progress.running_loss, self.stopping.target_loss)
+            if not (near or self.plan.is_open or self.is_spent):
+                self.progress.eval_steps = None
+                return
         elif not self.is_spent:
             return
         record = self.flush()
@@ -327,7 +331,8 @@ class Loop:
         step_seconds = self._clock.mean_of_steps()
         with self._clock.paused():
             self.reporter.phase("evaluate")
-            record["eval_loss"] = self.progress.eval_loss = eval_loss()
+            record["eval_loss"] = eval_loss()
+        self.progress.take_evaluation(record["eval_loss"], self.stopping.target_loss)
         if self.plan.is_open:
             measured = {"batch_size": point.batch_size, "step_seconds": step_seconds}
             noise = self.parts.noise

@@ -171,6 +171,7 @@ class Run:
         evaluation = Evaluation(
             partial(evaluate, parts.task, parts.engine, self.ranks, self.micro_batch_size),
             EvaluationGrid(config.evaluation.growth),
+            config.evaluation.within,
         )
         stopping = Stopping(signal, config.target.loss, config.target.give_up_samples)
         return Loop(
@@ -228,6 +229,7 @@ class Run:
             "reason": progress.reason,
             "steps_to_target": progress.steps if reached else None,
             "samples_to_target": progress.samples if reached else None,
+            "steps_to_target_interpolated": progress.crossed_at if reached else None,
             "steps": progress.steps,
             "samples": progress.samples,
             "loss": progress.loss,
@@ -254,6 +256,7 @@ class Run:
             "groups": self.parts.groups,
             "throughput": self.reporter.rates(),
             "provenance": provenance(self.ranks, self.device) | dict(self.parts.data),
+            "config": asdict(config),
         }
 
 

@@ -12,15 +12,10 @@ MOST_EVIDENCE: Final = 8
 
 @dataclass(frozen=True)
 class Cause:
-    """One thing that was unusual.
-
-    Attributes:
-        weight: how much it explains: 100 names the rank or node that stopped the run, 10 had no
-            effect that was seen.
-        what: what happened, with names and numbers.
-        do: the way out.
-        evidence: where it is written, FILE:LINE or FILE and time, and what is written there.
-        nodes: where it happened, as far as it is known.
+    """What happened, with names and numbers, the way out, and the nodes, as far as they are known.
+    `weight` is how much it explains: 100 names the rank or node that stopped the run, 10 had no
+    effect that was seen. `evidence` is where it is written, FILE:LINE or FILE and time, and what is
+    written there.
     """
 
     weight: int

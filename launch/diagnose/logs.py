@@ -18,12 +18,8 @@ MOST_KEPT: Final = 32  # matches of a pattern that are kept as evidence
 
 @dataclass(frozen=True)
 class Pattern:
-    """A sentence in the output.
-
-    Attributes:
-        tells: what makes a line such a sentence: an expression, whose groups `rank` and `signal`
-            say more, or that a node can be read from it.
-        node: which node a line speaks against.
+    """A sentence in the output: what `tells` it is an expression, whose groups `rank` and `signal`
+    say more, or that `node` finds one in the line, which it speaks against.
     """
 
     tells: re.Pattern[str] | None

@@ -18,11 +18,8 @@ MOST_NAMED: Final = 8
 
 @dataclass(frozen=True)
 class ReportedDivergence:
-    """A collective that ranks did not complete together, as a report has it.
-
-    Attributes:
-        call: of most ranks, in words.
-        entered: ranks of each different call.
+    """A collective that ranks did not complete together, as a report has it: the call of most, in
+    words, and the ranks that entered each different one.
     """
 
     kind: str

@@ -25,13 +25,10 @@ STALL_SECONDS: Final = 10.0
 
 @dataclass(frozen=True)
 class Steps:
-    """Recorded steps; each array of shape (lines,).
-
-    Attributes:
-        seconds: of a step, evaluations and saves left out where the record tells.
-        work: samples of a global batch; steps of different batches are not compared.
-        times: seconds since 1970 at the end of the step; NaN where it is not known.
-        anchor: what the times are known by.
+    """Recorded steps; each array of shape (lines,). Seconds of a step leave evaluations and saves
+    out where the record tells; `work` are samples of a global batch, and steps of different batches
+    are not compared; `times` are seconds since 1970 at the end of the step, NaN where not known,
+    and `anchor` is what they are known by.
     """
 
     numbers: Series

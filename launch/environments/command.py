@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from largebatch.launch.environments.manifest import EnvError
+from largebatch.launch.environments.archive import EnvError
 from largebatch.records.outcomes import ExitCode
 
 

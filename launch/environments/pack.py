@@ -14,8 +14,14 @@ from pathlib import Path
 from typing import IO
 
 from largebatch.launch.environments import relocate
-from largebatch.launch.environments.archive import compressing, is_zstd
-from largebatch.launch.environments.manifest import NAME, EnvError, Manifest, ManifestEntry
+from largebatch.launch.environments.archive import (
+    NAME,
+    EnvError,
+    Manifest,
+    ManifestEntry,
+    compressing,
+    is_zstd,
+)
 
 _SKIPPED = ("pip-selfcheck.json", NAME)
 
@@ -31,10 +37,8 @@ class Source:
 
 def pack(prefix: Path, output: Path, *, with_site: bool = False) -> str:
     """Write the archive of the virtual environment at `prefix`; returns what was done, in words.
-    EnvError where there is none, it cannot be moved, or the archive's name is bad.
-
-    Args:
-        with_site: also the packages of its base Python (a site's module) that it sees.
+    EnvError where there is none, it cannot be moved, or the archive's name is bad. `with_site`:
+    also the packages of its base Python (a site's module) that it sees.
     """
     zstd = is_zstd(output)
     prefix = prefix.absolute()

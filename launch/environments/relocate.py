@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from largebatch.launch.environments.manifest import EnvError
+from largebatch.launch.environments.archive import EnvError
 
 # Read by sh, which starts the python beside the script; to Python the first line is a string.
 SHEBANG: Final = b"""#!/bin/sh

@@ -22,8 +22,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, Final
 
-from largebatch.launch.environments.archive import is_zstd
-from largebatch.launch.environments.manifest import EnvError
+from largebatch.launch.environments.archive import EnvError, is_zstd
 from largebatch.launch.environments.unpack import Damaged, is_there, manifest_of, unpack
 from largebatch.launch.hosts import node_name, places
 

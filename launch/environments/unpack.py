@@ -10,12 +10,12 @@ import zlib
 from pathlib import Path
 from typing import IO, Any, Final
 
-from largebatch.launch.environments.archive import expanding
-from largebatch.launch.environments.manifest import (
+from largebatch.launch.environments.archive import (
     NAME,
     EnvError,
     Manifest,
     ManifestEntry,
+    expanding,
     same_sizes,
 )
 
@@ -52,10 +52,8 @@ def manifest_of(archive: Path, zstd: bool) -> Manifest:
 
 def is_there(target: Path, total: str) -> bool:
     """Whether `target` already holds the environment of this hash, all files with their sizes.
-
-    Raises:
-        FileExistsError: something else is there.
-        PermissionError: another user could have put it there, or could change it.
+    FileExistsError where something else is there, PermissionError where another user could have
+    put it there, or could change it.
     """
     check_ours(target)
     if not target.exists():
@@ -103,14 +101,9 @@ def check_ours(target: Path, user: int | None = None) -> None:
 
 
 def unpack(source: Any, zstd: bool, target: Path) -> None:
-    """Unpack to a temporary name beside `target`, and rename when every file is right.
-
-    Args:
-        source: an open file or the reading end of a pipe.
-
-    Raises:
-        Damaged: a file that is missing, cut off, changed or not in the manifest.
-        OSError: among them a full disk. Nothing is left behind.
+    """Unpack `source`, an open file or the reading end of a pipe, to a temporary name beside
+    `target`, and rename when every file is right. Damaged for a file that is missing, cut off,
+    changed or not in the manifest, OSError for a full disk, say: nothing is left behind.
     """
     own = target.with_name(f".{target.name}.{os.getpid()}")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -164,14 +164,8 @@ class Scheduler:
         return set() if there is None else set(ids) - set(there)
 
     def submit(self, script: Path, after: str | None = None, options: Sequence[str] = ()) -> str:
-        """Submit a job; return its id.
-
-        Args:
-            after: a job that has to end before this one starts, however it ends.
-            options: of qsub or sbatch.
-
-        Raises:
-            ConfigError: the scheduler's own words.
+        """Submit a job, which starts when that of the id `after` has ended, however; return its
+        id. ConfigError with the scheduler's own words.
         """
         options = [*options, *([] if self._pbs else ["--parsable"])]
         if after is not None:

@@ -21,13 +21,9 @@ _MARKS: Final = re.compile(
 
 @dataclass(frozen=True)
 class Job:
-    """All that a script is written from.
-
-    Attributes:
-        words: those of `largebatch COMMAND …`, the first of them `train` or `sweep`.
-        record: the folder in which the run keeps its record.
-        request: the words by which the user asked for it.
-        program: the command that runs in place of `largebatch WORDS`; its "python" is the job's.
+    """All that a script is written from: the words of `largebatch train|sweep …`, or the `program`
+    that runs in their place, whose "python" is the job's; the folder of the run's record; and
+    the words by which the user asked for the job.
     """
 
     config: SubmitConfig

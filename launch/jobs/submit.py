@@ -145,11 +145,8 @@ def completed(
     config_dir: str | None = None,
 ) -> tuple[list[str], str]:
     """The command with what a job of its kind needs, and the folder of its record; ConfigError
-    where it is none that a job can run.
-
-    Args:
-        overrides: a sweep hands those of the cluster on to its trials.
-        config_dir: where the cluster is.
+    where it is none that a job can run. A sweep hands `overrides` of the cluster on to its trials,
+    and the `config_dir` that it is in.
     """
     if not words or words[0] not in ("train", "sweep"):
         raise ConfigError(

@@ -11,12 +11,8 @@ from largebatch.launch.sweeps.record import Trial
 
 @dataclass
 class Attempt:
-    """A trial that has been begun.
-
-    Attributes:
-        number: from 1, over all the sweep's jobs.
-        nodes: on which it runs, as far as known.
-        began: by the monotonic clock.
+    """A trial that has been begun, at `began` by the monotonic clock, on `nodes` as far as known;
+    the number counts from 1, over all the sweep's jobs.
     """
 
     trial: Trial

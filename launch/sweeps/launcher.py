@@ -19,9 +19,8 @@ from largebatch.conf.cluster_config import ClusterConfig, NodeConfig
 from largebatch.distributed.walltime import end_of_job
 from largebatch.launch.sweeps.backend import Backend
 from largebatch.launch.sweeps.checks import checked, cluster_of
-from largebatch.launch.sweeps.node_health import NodeHealth
 from largebatch.launch.sweeps.record import SweepRecord, Trial
-from largebatch.launch.sweeps.scheduler import Outcome, SweepProgress, TrialScheduler
+from largebatch.launch.sweeps.scheduler import NodeHealth, Outcome, SweepProgress, TrialScheduler
 from largebatch.launch.sweeps.settings import KEY, SweepSettings
 from largebatch.launch.sweeps.slices import Slices, nodes_here
 from largebatch.records.summary import objective
@@ -36,11 +35,7 @@ _NOT_PASSED_ON = (
 
 class TrialLauncher:
     """All batches of one sweep: the backend that they run on is held from the first to the last.
-
-    Args:
-        values: of hydra.launcher.
-        config: of the sweep, composed.
-        compose: gives that of one job.
+    `values` are those of hydra.launcher, `config` is the sweep's, `compose` gives that of one job.
     """
 
     def __init__(self, values: dict[str, Any], config: DictConfig, compose: Compose) -> None:
@@ -54,11 +49,9 @@ class TrialLauncher:
         self._in_study = config.get("study") is not None
 
     def launch(self, jobs: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
-        """Run the jobs; a return for each, in their order.
-
-        Raises:
-            ConfigError: another sweep in the folder, nodes or a cluster that do not fit.
-            KeyboardInterrupt: it was stopped; the same command resumes it.
+        """Run the jobs; a return for each, in their order. ConfigError for another sweep in the
+        folder, nodes or a cluster that do not fit; KeyboardInterrupt where it was stopped, and the
+        same command resumes it.
         """
         setup_globals()
         trials = [self.trial(number, words) for number, words in enumerate(jobs, first)]

@@ -27,13 +27,8 @@ TRIALS: Final = "trials.jsonl"
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep.
-
-    Attributes:
-        number: in the sweep.
-        words: its overrides.
-        command: the whole command, without what starts it on nodes.
-        name: its folder below the sweep's.
+    """One run of a sweep: its number there, its overrides, its whole command without what starts it
+    on nodes, its folder, and that below the sweep's as its name.
     """
 
     number: int
@@ -70,16 +65,10 @@ def is_busy(folder: Path) -> bool:
 
 @dataclass
 class SweepRecord:
-    """`trials.jsonl`, this process's until it is closed.
-
-    Attributes:
-        attempts: how often each trial has been begun.
-        words: each trial's, as it was begun.
-        jobs: of a scheduler, that were submitted and have not been seen to end, by trial.
-        seconds: that trials took which came to their end in one attempt.
-
-    Raises:
-        ConfigError: another sweep is running in the folder.
+    """`trials.jsonl`, this process's until it is closed; ConfigError where another sweep is running
+    in the folder. By trial: how often it has been begun, its words then, and the scheduler's jobs
+    that were submitted and have not been seen to end. `seconds` are what trials took that came to
+    their end in one attempt.
     """
 
     folder: Path

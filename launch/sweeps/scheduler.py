@@ -7,18 +7,17 @@ decided is decided here, and is in the sweep's record before it happens.
 import math
 import signal
 import time
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 
 from largebatch.common.progress import BarOrLines, time_left
 from largebatch.common.signals import on_stop_signal
 from largebatch.launch.sweeps.backend import Attempt, Backend, Ended
-from largebatch.launch.sweeps.node_health import NodeHealth
 from largebatch.launch.sweeps.record import (
     SweepRecord,
     Trial,
@@ -28,6 +27,8 @@ from largebatch.launch.sweeps.record import (
 )
 from largebatch.launch.sweeps.settings import SweepSettings
 from largebatch.records.outcomes import ExitCode
+
+STRIKES: Final = 2
 
 
 @dataclass
@@ -65,6 +66,57 @@ class SweepProgress(BarOrLines):
     def tell(self, sentence: str) -> None:
         """Say something above the bar."""
         self.console.print(sentence, highlight=False, markup=False)
+
+
+@dataclass
+class NodeHealth:
+    """Failures by trial and by node, and so the nodes that a sweep leaves out.
+
+    A trial fails because of itself or because of its node, and at first nobody can tell. It is
+    begun again on other nodes: if it succeeds there, its first nodes were at fault; if it fails
+    there too, it is the trial's own, and the nodes are forgiven. Until then a node with two such
+    questions open gets no new trial, so that a broken node does not eat the whole queue, nor a
+    broken trial the whole allocation. A node that is at fault twice is left out, for as long as the
+    sweep's process lasts: the next job's nodes are others, and what looks like a broken node may be
+    a broken environment.
+    """
+
+    faults: Counter[str] = field(default_factory=Counter)
+    left_out: set[str] = field(default_factory=set)
+    doubts: dict[str, list[str]] = field(default_factory=dict)
+    """By trial that has failed and may still succeed, the nodes it failed on."""
+
+    def record_failure(self, trial: str, nodes: Iterable[str]) -> None:
+        """The trial failed on the nodes."""
+        self.doubts.setdefault(trial, []).extend(nodes)
+
+    def record_dead(self, node: str) -> None:
+        """A node that does not even start a trivial command: a fault beside that of its trial."""
+        self.faults[node] += STRIKES
+
+    def record_success(self, trial: str, nodes: Iterable[str]) -> None:
+        """The trial has ended well on the nodes: where it failed before, others were at fault."""
+        good = set(nodes)
+        self.faults.update(set(self.doubts.pop(trial, ())) - good)
+
+    def forgive(self, trial: str) -> None:
+        """The trial has failed too often."""
+        self.doubts.pop(trial, None)
+
+    def newly_left_out(self) -> set[str]:
+        """Nodes to leave out that were not by now."""
+        out = {node for node, faults in self.faults.items() if faults >= STRIKES}
+        new = out - self.left_out
+        self.left_out |= new
+        return new
+
+    @property
+    def doubtful(self) -> set[str]:
+        """Nodes that should wait for the answer."""
+        open_questions = Counter(node for nodes in self.doubts.values() for node in set(nodes))
+        return {
+            node for node, doubts in open_questions.items() if doubts + self.faults[node] >= STRIKES
+        }
 
 
 @dataclass
@@ -278,7 +330,9 @@ class TrialScheduler:
             else:
                 return
             self._signal = None
-            self._kill_at = now + _grace(self.settings.stop_before_walltime)
+            # Soon enough for the record to be closed before the walltime.
+            stop_before = self.settings.stop_before_walltime
+            self._kill_at = now + max(0.8 * stop_before, stop_before - 30.0)
             self.backend.stop()
         elif self._running and (self._signal is not None or now >= self._kill_at):
             self.backend.kill()
@@ -303,11 +357,6 @@ class TrialScheduler:
 
     def _tell(self, sentence: str) -> None:
         self.progress.tell(f"largebatch: {sentence}")
-
-
-def _grace(stop_before: int) -> float:
-    """Seconds between SIGTERM and SIGKILL, so that the record is closed before the walltime."""
-    return max(0.8 * stop_before, stop_before - 30.0)
 
 
 def _last_words(log: Path) -> str:

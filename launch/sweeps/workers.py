@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
@@ -30,6 +30,7 @@ import largebatch.conf.resolvers  # noqa: F401 — registers them, in workers to
 from largebatch.common.errors import ConfigError, RunFailed
 from largebatch.common.signals import on_stop_signal
 from largebatch.distributed.ranks import die_with_parent
+from largebatch.launch.sweeps.composition import composed
 
 LOOK_SECONDS: Final = 0.2
 
@@ -50,8 +51,7 @@ class Sweep:
 
     def job(self, number: int, overrides: Sequence[str]) -> DictConfig:
         """Compose the configuration of one job."""
-        loader = self.context.config_loader
-        config = loader.load_sweep_config(self.config, list(overrides))
+        config = composed(self.context, self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = f"{config.hydra.job.name}_{number}"
             config.hydra.job.num = number
@@ -122,11 +122,21 @@ class Workers:
         self._signals: list[int] = []
         atexit.register(self.close)
 
-    def launch(self, sweep: Sweep, jobs: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+    def launch(
+        self,
+        sweep: Sweep,
+        jobs: Sequence[Sequence[str]],
+        first: int,
+        more: Callable[[int], Sequence[Sequence[str]]] = lambda place: (),
+    ) -> list[JobReturn]:
         """Run the jobs; return their results, in their order. KeyboardInterrupt where a signal
         ended the sweep, after its running jobs.
+
+        Args:
+            more: takes the place of a job that has succeeded, and returns jobs to run after all.
         """
         shared = cloudpickle.dumps((sweep, Singleton.get_state()))
+        jobs = list(jobs)
         waiting = deque(enumerate(jobs))
         returns: dict[int, JobReturn] = {}
         interrupted = False
@@ -159,8 +169,12 @@ class Workers:
                         self._drop(worker)
                         if not interrupted:
                             returns[place] = _died(sweep, first + place, jobs[place], ended)
-                    else:
-                        returns[place] = ended
+                        continue
+                    returns[place] = ended
+                    if ended.status == JobStatus.COMPLETED and not interrupted:
+                        new = list(enumerate(more(place), len(jobs)))
+                        jobs += [overrides for _, overrides in new]
+                        waiting += new
         if len(returns) < len(jobs):
             self.close()
             raise KeyboardInterrupt
@@ -233,12 +247,16 @@ def work(descriptor: int) -> None:
         connection.send_bytes(_pickled(_run(shared, number, overrides)))
 
 
+_sweeps: Final[dict[bytes, Sweep]] = {}
+
+
 def _run(shared: bytes, number: int, overrides: Sequence[str]) -> JobReturn | KeyboardInterrupt:
     try:
         setup_globals()
         sweep, singletons = pickle.loads(shared)
         Singleton.set_state(singletons)
-        done: JobReturn = sweep.run(number, overrides)
+        # One object for all jobs of a sweep: what it has composed stays with it.
+        done: JobReturn = _sweeps.setdefault(shared, sweep).run(number, overrides)
         return done
     except KeyboardInterrupt as error:
         return error

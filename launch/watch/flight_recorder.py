@@ -25,14 +25,10 @@ _MOST_NAMED: Final = 16
 
 @dataclass(frozen=True)
 class Divergence:
-    """One collective that ranks do not complete together.
-
-    Attributes:
-        kind: "missing": ranks that others wait for have not entered it; "mismatch": ranks have
-            entered different ones, or with different sizes; "inside": all have entered it, and it
-            does not end.
-        calls: what was entered, each with its ranks; the first is that of most.
-        missing: ranks that have not entered it.
+    """One collective that ranks do not complete together. Its kind is "missing" where ranks that
+    others wait for have not entered it, "mismatch" where ranks have entered different ones, or with
+    different sizes, "inside" where all have entered it, and it does not end. `calls` are what was
+    entered, each with its ranks, first that of most.
     """
 
     kind: str

@@ -51,13 +51,9 @@ _call = cache(Call)  # ranks have most of them in common
 
 @dataclass(frozen=True)
 class FlightRecord:
-    """What one rank has recorded.
-
-    Attributes:
-        calls: by group and number; of each group the last ones.
-        members: the ranks of the groups it is in, by the group's name, where known.
-        is_whole: nothing was dropped since the process began.
-        waits_p2p: sends and receives that are not done, in words.
+    """What one rank has recorded: the last calls of each group, all where it `is_whole`; the ranks
+    of the groups it is in by the group's name, where known; sends and receives that are not done,
+    in words.
     """
 
     rank: int

@@ -21,15 +21,10 @@ LINE: Final = 4096  # characters of a line that are looked at
 
 
 class Nodes:
-    """A hostfile that the command reads, and spares for it.
-
-    Args:
-        hostfile: read by the command at each start, and rewritten here between two.
-        spares: good nodes that stand by, taken from the first line on; need not be there.
-        bad: to which nodes that were taken out are appended, for the jobs that follow.
-
-    Raises:
-        ValueError: the hostfile names no node.
+    """A hostfile that the command reads at each start, and which is rewritten here between two;
+    ValueError where it names no node. `spares` holds good nodes that stand by, taken from the first
+    line on, and need not be there; to `bad` those that were taken out are appended, for the jobs
+    that follow.
     """
 
     def __init__(self, hostfile: Path, spares: Path | None, bad: Path | None) -> None:
@@ -40,11 +35,8 @@ class Nodes:
 
     def take_out(self, faults: "Faults", silent: Sequence[int], world_size: int) -> list[str]:
         """Put spares in the places of the nodes that failed, as far as there are any; returns what
-        was done, in words.
-
-        Args:
-            silent: ranks that held a run up which stood still.
-            world_size: of the run; ranks lie on the nodes in blocks, in the hostfile's order.
+        was done, in words. `silent` are ranks that held a run up which stood still; its ranks lie
+        on the nodes in blocks, in the hostfile's order.
         """
         names = [short(line) for line in self.lines]
         blamed = {node: why for node, why in faults.lost.items() if node in names}
@@ -83,11 +75,9 @@ class Nodes:
 
 
 class Faults:
-    """Passes on what a command prints, and notes the nodes that its launcher names.
-
-    Attributes:
-        lost: nodes that do not answer, or whose hardware failed, with the line that says so.
-        died: nodes of ranks that died, and other ends of connections that failed.
+    """Passes on what a command prints, and notes the nodes that its launcher names, with the line:
+    as `lost` those that do not answer or whose hardware failed, as `died` those of ranks that died
+    and other ends of connections that failed.
     """
 
     def __init__(self) -> None:

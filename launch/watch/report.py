@@ -22,11 +22,8 @@ _LINES: Final = 3
 
 @dataclass(frozen=True)
 class Answer:
-    """What of a rank's answer is kept: those of 98,304 ranks are held together.
-
-    Attributes:
-        place: the innermost lines of its main thread.
-        trouble: why it has no record.
+    """What of a rank's answer is kept, as those of 98,304 ranks are held together: `place` are the
+    innermost lines of its main thread, `trouble` is why it has no record.
     """
 
     rank: int
@@ -80,11 +77,8 @@ def _place(call: Any) -> Place:
 
 
 def report(folder: Path, reason: str, beat: Beat | None) -> str:
-    """Summarize the answers in a folder as text; write `report.txt` and `report.json` there.
-
-    Args:
-        reason: why they were asked for, the first line.
-        beat: the run's heartbeat then.
+    """Summarize the answers in a folder as text, below `reason`, why they were asked for; write
+    `report.txt` and `report.json` there, with `beat`, the run's heartbeat then.
     """
     problems: list[str] = []
     answers = answers_in(folder, problems)

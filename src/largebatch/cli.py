@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "sweep": Command("largebatch.train.sweep_command", "many runs or a study (Hydra multirun)"),
     "plan": Command("largebatch.train.plan.command", "a run's schedule, printed and drawn"),
     "report": Command("largebatch.study.report", "tables and pictures of the runs below a folder"),
+    "study": Command("largebatch.study.command", "how far a study in a folder is"),
     "submit": Command("largebatch.launch.jobs.submit", "a job on a cluster: its script, submitted"),
     "doctor": Command("largebatch.launch.doctor.command", "what is wrong here; a job's preflight"),
     "env": Command(

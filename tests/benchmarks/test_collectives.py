@@ -109,7 +109,7 @@ def test_ranks_of_a_launcher_are_measured_as_they_are(tmp_path: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     with (tmp_path / "out" / "collectives.csv").open(encoding="utf-8") as file:

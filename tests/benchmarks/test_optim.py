@@ -156,7 +156,7 @@ def bench(*arguments: str, without: str | None = None) -> "subprocess.CompletedP
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

@@ -43,7 +43,7 @@ class Cluster:
     def submit(self, *words: str) -> Done:
         return forked.run(
             [sys.executable, "-m", "largebatch", "submit", *words],
-            cwd=self.work, env=self.environment, capture_output=True, text=True, timeout=60,
+            cwd=self.work, env=self.environment, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
 
     def job(self, number: int) -> dict[str, Any]:

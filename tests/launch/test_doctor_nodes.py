@@ -136,7 +136,7 @@ def test_ranks_that_met_leave_out_the_node_that_did_not_come(tmp_path: Path) -> 
         ranks.append(
             forked.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         )
-    said = [rank.communicate(timeout=60)[0] for rank in ranks]
+    said = [rank.communicate(timeout=600)[0] for rank in ranks]
     told = json.loads(said[0])
     silent = [finding for finding in told["findings"] if finding["code"] == "rank-silent"]
     assert [finding["nodes"] for finding in silent] == [["node1"]]

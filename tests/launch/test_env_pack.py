@@ -15,8 +15,8 @@ from typing import Any
 import env_small
 import pytest
 
+from largebatch.launch.environments.archive import NAME, EnvError, Manifest, ManifestEntry
 from largebatch.launch.environments.command import main
-from largebatch.launch.environments.manifest import NAME, EnvError, Manifest, ManifestEntry
 from largebatch.launch.environments.pack import pack, site_packages
 from largebatch.launch.environments.unpack import Damaged, check_ours, is_there, manifest_of, unpack
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import env_small
 import pytest
 
-from largebatch.launch.environments.manifest import NAME
+from largebatch.launch.environments.archive import NAME
 from largebatch.launch.environments.pack import pack, site_packages
 
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -59,7 +59,7 @@ def spread(
     *arguments: str | Path, nodes: Sequence[str] = NODES, node2: Sequence[str] = ()
 ) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        command(arguments, nodes, node2), capture_output=True, text=True, timeout=60
+        command(arguments, nodes, node2), capture_output=True, text=True, timeout=600
     )
 
 
@@ -162,7 +162,7 @@ def test_a_rank_that_disappears_ends_the_job_and_leaves_no_half_environment(
         os.kill(int(pid.read_text()), signal.SIGSTOP if mode == "stops" else signal.SIGKILL)
         started = time.monotonic()
         try:
-            out, err = process.communicate(timeout=150)
+            out, err = process.communicate(timeout=600)
         finally:
             process.kill()
             end(int(pid.read_text()))

@@ -152,7 +152,7 @@ def test_a_job_that_is_told_to_end_saves_tidies_up_and_keeps_the_runs_exit_code(
     job = cluster.begin(0)
     wait_for_steps(record, 20)
     job.send_signal(signal.SIGTERM)  # to the script's shell alone
-    said, errors = job.communicate(timeout=60)
+    said, errors = job.communicate(timeout=600)
     assert job.returncode == 128 + signal.SIGTERM, said + errors
     assert said.endswith("largebatch: exit code 143, record in jobs/a/run\n")
     notes = (cluster.jobs / "notes").read_text().splitlines()

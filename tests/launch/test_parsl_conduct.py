@@ -12,9 +12,8 @@ from largebatch.common.errors import ConfigError
 from largebatch.conf.cluster_config import ClusterConfig, NodeConfig
 from largebatch.distributed.walltime import end_of_job
 from largebatch.launch.sweeps.checks import checked
-from largebatch.launch.sweeps.node_health import NodeHealth
 from largebatch.launch.sweeps.record import SweepRecord, Trial, is_busy
-from largebatch.launch.sweeps.scheduler import SweepProgress, TrialScheduler
+from largebatch.launch.sweeps.scheduler import NodeHealth, SweepProgress, TrialScheduler
 from largebatch.launch.sweeps.slices import Slices, nodes_here
 
 HERE = Path(__file__).parent

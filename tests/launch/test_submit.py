@@ -101,7 +101,7 @@ def test_a_script_is_bash_and_the_one_that_was_looked_at(name: str, tmp_path: Pa
     path = tmp_path / "job.sh"
     path.write_text(text)
     for check in (["bash", "-n"], [str(BIN / "shellcheck"), "--shell=bash"]):
-        done = subprocess.run([*check, str(path)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*check, str(path)], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
     snapshot = SNAPSHOTS / f"{name}.sh"
     if os.environ.get("RENEW_SNAPSHOTS"):

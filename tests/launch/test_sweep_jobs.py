@@ -56,7 +56,7 @@ class PBS:
 
     def run(self, *words: str) -> tuple[int, str]:
         started = self.start(*words)
-        said, _ = started.communicate(timeout=100)
+        said, _ = started.communicate(timeout=600)
         return started.returncode, said
 
     @property
@@ -95,7 +95,7 @@ def test_jobs_outlive_their_sweep_and_are_found_again(pbs: PBS) -> None:
     )  # fmt: skip
     killed = pbs.start(*words)
     notes = pbs.at / "sweep" / "notes"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (notes.exists() and notes.read_text().count("begun") == 2):
         assert time.monotonic() < deadline
         assert killed.poll() is None, killed.communicate()[0]

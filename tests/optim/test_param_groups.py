@@ -444,9 +444,9 @@ def test_a_model_sharded_by_fsdp2_on_two_ranks_gives_the_same_groups(tmp_path: P
         )
         for rank in "01"
     )  # fmt: skip
-    printed, said = second.communicate(timeout=120)
+    printed, said = second.communicate(timeout=600)
     assert second.returncode == 0, said
-    lines = first.communicate(timeout=120)[0].splitlines()
+    lines = first.communicate(timeout=600)[0].splitlines()
     assert [line for line in lines if not line.startswith("[Gloo]")] == []  # torch 2.10's own
     plain = param_groups(block(), 0.1, no_decay=("norm", "vector"), norm_groups={"^0": 2})
     assert json.loads(printed.splitlines()[-1]) == described(plain)

@@ -33,9 +33,9 @@ from largebatch.records.checkpoints import listed
 from largebatch.records.record import words_of
 from largebatch.records.summary import has_ended
 from largebatch.study import report
-from largebatch.study.conduct import check_identity
 from largebatch.study.layers import read_layers
 from largebatch.study.noise import read_noise
+from largebatch.study.protocol.identity import check_identity
 from largebatch.train import command as train_command
 from largebatch.train.checkpoints import command as checkpoint_command
 from largebatch.train.checkpoints.resume import find_resumption

@@ -152,7 +152,7 @@ class Popen(subprocess.Popen[Any]):
 def run(
     command: Sequence[str] | partial[Any],
     *,
-    timeout: float = 120,
+    timeout: float = 600,
     check: bool = False,
     capture_output: bool = False,
     input: str | None = None,

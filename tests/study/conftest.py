@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from largebatch.study.search import Result
+from largebatch.study.protocol.search import Result
 
 Simulate = Callable[[str, int, float, int, int], Result]
 
@@ -25,7 +25,7 @@ def simulate() -> Simulate:
         if octaves >= 3:
             return Result(None, math.inf)
         noise = 1 + 0.04 * ((3 * seed + round(10 * abs(octaves))) % 5)
-        steps = math.ceil((30 + 6400 / batch_size) * (1 + 0.3 * octaves**2) * noise)
+        steps = (30 + 6400 / batch_size) * (1 + 0.3 * octaves**2) * noise
         if optimizer == "hopeless" or steps > give_up_steps:
             return Result(None, 2.5)
         return Result(steps, 2.19 - 0.001 / (1 + abs(octaves)))

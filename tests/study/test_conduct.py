@@ -10,115 +10,36 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import forked
 import pytest
+from made_studies import ARGUMENTS, Killed, Simulate, Workers, make_protocol, records
 from rich.console import Console
 
 from largebatch.common.errors import ConfigError
 from largebatch.common.progress import minutes
 from largebatch.conf.sweep_config import StudyConfig
 from largebatch.records.record import RunFolder
-from largebatch.study.conduct import check_identity, conduct, make_room, owned, result_of
-from largebatch.study.progress import StudyProgress
-from largebatch.study.protocol import Protocol
-from largebatch.study.search import Result
-
-Simulate = Callable[[str, int, float, int, int], Result]
-
-ARGUMENTS = ["study=bytes", "target.loss=2.2"]
-
-
-def make_protocol(**study: Any) -> Protocol:
-    config = {
-        "optimizers": ["adamw", "hopeless"],
-        "batch_sizes": [32, 64, 128],
-        "start_batch": 64,
-        "rules": ["sqrt"],
-        "rule_batches": [128],
-    }
-    start_lrs = {"adamw": 0.016, "sgd": 0.45, "hopeless": 0.1}
-    return Protocol(StudyConfig(**config | study), start_lrs, budget_samples=20_000)
+from largebatch.study.protocol.conduct import (
+    conduct,
+    in_rounds,
+    make_room,
+    owned,
+    result_of,
+)
+from largebatch.study.protocol.identity import check_grid, check_identity
+from largebatch.study.protocol.progress import StudyProgress
+from largebatch.study.protocol.protocol import Protocol
+from largebatch.study.protocol.search import Result, Setting
 
 
-class Killed(BaseException):
-    """Stands for a SIGKILL, or a power cut."""
-
-
-class Workers:
-    """Run jobs as Hydra's launcher does, without training; every folder is written as in earnest.
-
-    Attributes:
-        dies_at: the run, counted from 0, in the middle of which everything ends.
-        interrupts: whether that run is still told, and closes its record as interrupted.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        simulate: Simulate,
-        dies_at: int | None = None,
-        interrupts: bool = False,
-    ) -> None:
-        self.folder, self.simulate = folder, simulate
-        self.dies_at, self.interrupts = dies_at, interrupts
-        self.launched: list[str] = []
-        self.watch: Callable[[], None] = lambda: None
-
-    def __call__(self, jobs: Sequence[Sequence[str]]) -> None:
-        # Which of several runs ends first is chance.
-        shuffled = random.Random(len(self.launched)).sample(list(jobs), len(jobs))
-        for overrides in shuffled:
-            assert list(overrides[: len(ARGUMENTS)]) == ARGUMENTS
-            self._run(dict(override.split("=", 1) for override in overrides[len(ARGUMENTS) :]))
-            self.watch()
-
-    def _run(self, job: dict[str, str]) -> None:
-        name = job["hydra.sweep.subdir"]
-        self.launched.append(name)
-        optimizer, batch_size, lr = job["optim"], int(job["batch.size"]), float(job["optim.lr"])
-        seed, give_up_samples = int(job["seed"]), int(job["target.give_up_samples"])
-        base_batch = int(job.get("scaling.base_batch", batch_size))
-        peak_lr = lr * math.sqrt(batch_size / base_batch)
-        steps, loss = self.simulate(
-            optimizer, batch_size, peak_lr, seed, give_up_samples // batch_size
-        )
-        summary = {
-            "status": "diverged" if loss == math.inf else "reached" if steps else "exhausted",
-            "steps_to_target": steps,
-            "eval_loss": loss,
-            "optimizer": optimizer,
-            "batch_size": batch_size,
-            "lr": peak_lr,
-            "base_lr": lr,
-            "seed": seed,
-            "give_up_samples": give_up_samples,
-        }
-        with RunFolder(self.folder / name, {"config.yaml": "seed: 0\n"}) as record:
-            record.write({"step": 1})
-            if len(self.launched) - 1 == self.dies_at:
-                if self.interrupts:
-                    record.close(summary | {"status": "interrupted", "steps_to_target": None})
-                raise Killed
-            record.close(summary)
-
-
-def records(folder: Path) -> dict[str, Any]:
-    """Every summary below the folder."""
-    return {
-        str(path.parent.relative_to(folder)): json.loads(path.read_text())
-        for path in sorted(folder.rglob("summary.json"))
-    }
-
-
-def best(protocol: Protocol) -> dict[tuple[str, int], tuple[int, float]]:
+def best(protocol: Protocol) -> dict[tuple[str, int], tuple[Setting | None, float]]:
     """Where each search ended."""
     return {
-        place: (search.best, search.best_score.steps) for place, search in protocol.searches.items()
+        place: (search.chosen, search.best_steps) for place, search in protocol.searches.items()
     }
 
 
@@ -137,8 +58,18 @@ def test_a_study_runs_every_job_once_and_ends(tmp_path: Path, simulate: Simulate
     assert count == {"made": len(workers.launched), "found": 0}
     assert sorted(workers.launched) == sorted(records(tmp_path))
     assert len(set(workers.launched)) == len(workers.launched)
-    assert "adamw/batch-128/sqrt-32/seed-0" in records(tmp_path)
+    assert "adamw/batch-128/linear-32/seed-0" in records(tmp_path)
     assert protocol.searches["hopeless", 64].missed
+
+
+def test_a_launcher_that_takes_rounds_comes_to_the_same_end(
+    whole: Path, tmp_path: Path, simulate: Simulate
+) -> None:
+    folder = tmp_path / "rounds"
+    workers = Workers(folder, simulate)
+    count = conduct(make_protocol(), folder, ARGUMENTS, in_rounds(workers))
+    assert count == {"made": len(workers.launched), "found": 0}
+    assert records(folder) == records(whole)
 
 
 def test_finished_runs_are_not_run_again(whole: Path, simulate: Simulate) -> None:
@@ -225,7 +156,7 @@ def test_a_study_cut_off_again_and_again_comes_to_the_same_end(
 
 def test_a_run_that_leaves_no_record_ends_the_study(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt, match=r"batch-64/lr-0\.016/seed-0 did not end"):
-        conduct(make_protocol(), tmp_path, ARGUMENTS, lambda jobs: None)
+        conduct(make_protocol(), tmp_path, ARGUMENTS, in_rounds(lambda jobs: None))
 
 
 def test_more_optimizers_and_batch_sizes_find_the_runs_that_are_there(
@@ -244,24 +175,24 @@ def test_more_optimizers_and_batch_sizes_find_the_runs_that_are_there(
 
 @pytest.mark.parametrize("chance", [0, 1, 8, 13])
 def test_seeds_that_join_later_decide_as_if_asked_for_at_once(chance: int, tmp_path: Path) -> None:
-    """Runs that gave up at one seed's best score are made again where the median is slower."""
+    """Runs that were cut are made again where they matter."""
 
     def simulate(optimizer: str, batch_size: int, lr: float, seed: int, give_up: int) -> Result:
         noise = random.Random(f"{chance} {batch_size} {lr:.4g} {seed}").uniform(1.0, 1.6)
         steps = (30 + 3200 / batch_size) * (1 + 0.2 * math.log2(lr / 0.02) ** 2) * noise
-        return Result(math.ceil(steps), 2.19) if steps <= give_up else Result(None, 2.5)
+        return Result(steps, 2.19) if steps <= give_up else Result(None, 2.5)
 
     grown, fresh = tmp_path / "grown", tmp_path / "fresh"
     study: dict[str, Any] = {"optimizers": ["adamw"]}
     conduct(make_protocol(**study), grown, ARGUMENTS, Workers(grown, simulate))
-    study["seeds"] = [0, 1, 2]
+    study |= {"select_seeds": [0, 1], "report_seeds": [2, 3, 4]}
     protocols = {folder: make_protocol(**study) for folder in (grown, fresh)}
     for folder, protocol in protocols.items():
         conduct(protocol, folder, ARGUMENTS, Workers(folder, simulate))
     assert best(protocols[grown]) == best(protocols[fresh])
     after = records(grown)
     for name, summary in records(fresh).items():
-        if "sqrt" in name:
+        if "linear" in name:
             assert after[name]["base_lr"] == summary["base_lr"]
 
 
@@ -314,6 +245,50 @@ def test_new_optimizers_join_a_study_and_those_that_are_left_out_stay(tmp_path: 
         check_identity(tmp_path, IDENTITY | {"optim=sgd": {"lr": 0.5, "momentum": 0.9}})
 
 
+GRID: dict[str, Any] = {"optimizers": ["adamw"], "batch_sizes": [64, 128], "start_batch": 64}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"optimizers": ["adamw", "lamb"], "batch_sizes": [64, 128, 256], "report_seeds": [1, 2]},
+        {"rules": ["sqrt"], "rule_batches": [128]},
+        {"batch_sizes": [64], "join": True},
+        {"search": ["lr", "momentum"], "join": True},
+    ],
+)
+def test_a_study_may_grow_in_its_folder_or_join_on_purpose(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    check_identity(tmp_path, IDENTITY)
+    check_grid(tmp_path, StudyConfig(**GRID))
+    check_grid(tmp_path, StudyConfig(**GRID | change))
+    noted = json.loads((tmp_path / "study.json").read_text())
+    assert noted["study"]["batch_sizes"] == (GRID | change)["batch_sizes"]
+    assert noted["config"] == IDENTITY["config"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"batch_sizes": [64, 256]}, r"batch_sizes=\[64, 128\], and this one has \[64, 256\]"),
+        ({"start_batch": 128}, r"study\.start_batch=64, and this one has 128"),
+        ({"optimizers": ["lamb"]}, r"study\.optimizers"),
+        ({"search": ["lr", "momentum"]}, r"study\.search"),
+    ],
+)
+def test_a_study_of_another_grid_is_refused(
+    change: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    check_identity(tmp_path, IDENTITY)
+    check_grid(tmp_path, StudyConfig(**GRID))
+    with pytest.raises(ConfigError, match=named) as refusal:
+        check_grid(tmp_path, StudyConfig(**GRID | change))
+    assert "study.join=true" in str(refusal.value)
+    assert json.loads((tmp_path / "study.json").read_text())["study"]["start_batch"] == 64
+
+
 def test_of_two_studies_in_one_folder_the_second_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "study"
     with owned(folder):
@@ -342,7 +317,8 @@ def test_a_study_needs_no_locks(
 
 def test_the_ownership_dies_with_its_process(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from largebatch.study.conduct import owned\n"
+        "import sys, time; from pathlib import Path\n"
+        "from largebatch.study.protocol.conduct import owned\n"
         "with owned(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
     )
     with forked.Popen(
@@ -362,7 +338,7 @@ def test_the_ownership_dies_with_its_process(tmp_path: Path) -> None:
 def fractions(tmp_path: Path, simulate: Simulate) -> tuple[list[float], str]:
     """The progress of a study after every run, and the lines it has printed."""
     protocol, workers, output = (
-        make_protocol(seeds=[0, 1]),
+        make_protocol(select_seeds=[0, 1]),
         Workers(tmp_path, simulate),
         io.StringIO(),
     )
@@ -377,11 +353,13 @@ def fractions(tmp_path: Path, simulate: Simulate) -> tuple[list[float], str]:
     workers.watch = watch
     with progress:
         while jobs := protocol.ask():
-            with progress.watching(jobs):
+            progress.launched(jobs)
+            with progress.watching():
                 workers([[*ARGUMENTS, *job.overrides] for job in jobs])
             for job in jobs:
                 protocol.tell(job, result_of(tmp_path, job))
-            watch()
+                progress.ended(job)
+                watch()
     return seen, output.getvalue()
 
 

@@ -39,7 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A study that nothing disturbed, and what it printed."""
     folder = tmp_path_factory.mktemp("whole") / "study"
     process = study(folder)
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return folder, output
 
@@ -71,12 +71,12 @@ def test_a_study_cut_off_in_the_middle_goes_on_with_what_is_missing(
         assert time.monotonic() < until
         time.sleep(0.02)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode != 0
     before = summaries(folder)
     assert len(before) < len(summaries(whole[0]))
     again = study(folder)
-    output, errors = again.communicate(timeout=240)
+    output, errors = again.communicate(timeout=600)
     assert again.returncode == 0, errors
     after = summaries(folder)
     assert after.keys() == summaries(whole[0]).keys()
@@ -92,7 +92,7 @@ def test_a_finished_study_runs_nothing_again(whole: tuple[Path, str]) -> None:
     folder, _ = whole
     before = summaries(folder)
     process = study(folder)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "(0 runs made" in output
     assert summaries(folder) == before
@@ -102,7 +102,7 @@ def test_another_study_in_the_same_folder_is_refused(whole: tuple[Path, str]) ->
     folder, _ = whole
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     process = study(folder, "target.loss=0.4")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 2
     assert errors.count("\n") == 1
     assert "target.loss was 0.5, now 0.4" in errors
@@ -112,7 +112,7 @@ def test_another_study_in_the_same_folder_is_refused(whole: tuple[Path, str]) ->
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("seed=1,2", "study.seeds"),
+        ("seed=1,2", "study.select_seeds"),
         ("target.loss=null", "target.loss"),
         ("study.start_batch=100", "study.start_batch"),
         ("study.optimizers=[sgd,lion]", "lion"),
@@ -124,7 +124,7 @@ def test_a_study_that_cannot_be_is_refused_in_one_sentence(
     override: str, named: str, tmp_path: Path
 ) -> None:
     process = study(tmp_path / "study", override)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 2
     assert errors.count("\n") == 1
     assert named in errors
@@ -135,7 +135,7 @@ def test_an_ordinary_multirun_is_reported_too(tmp_path: Path) -> None:
     def largebatch(*words: str) -> str:
         done = forked.run(
             [sys.executable, "-m", "largebatch", *words],
-            capture_output=True, text=True, timeout=120, cwd=tmp_path, env=os.environ,
+            capture_output=True, text=True, timeout=600, cwd=tmp_path, env=os.environ,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -267,7 +267,7 @@ def test_events_outlive_a_writer_that_is_killed_and_half_a_line_spoils_no_other(
     tmp_path: Path,
 ) -> None:
     command = [sys.executable, "-c", WRITES_AND_IS_KILLED, str(tmp_path)]
-    done = forked.run(command, env=dict(os.environ), timeout=60)
+    done = forked.run(command, env=dict(os.environ), timeout=600)
     assert done.returncode == -signal.SIGKILL
     path = tmp_path / EVENTS
     path.write_bytes(path.read_bytes()[:-10])  # as if it had been killed while it wrote

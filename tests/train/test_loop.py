@@ -18,8 +18,10 @@ from largebatch.train.evaluation import Evaluation, EvaluationGrid
 from largebatch.train.loop import Loop, Parts
 from largebatch.train.models import MLP
 from largebatch.train.noise.gradient_noise import GradientNoise
+from largebatch.train.progress import crossing
 from largebatch.train.reporting.async_metrics import AsyncMetrics
 from largebatch.train.reporting.reporter import NullReporter
+from largebatch.train.stop_signal import Stopping
 from largebatch.train.tasks.digits import Digits
 
 ASKS = ("_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero")
@@ -143,3 +145,63 @@ def test_the_learning_rate_of_the_plan_is_the_one_that_is_used() -> None:
     for now, before, other in moved:
         assert other.grad is not None
         torch.testing.assert_close(now.detach(), before - 0.01 * other.grad)
+
+
+def evaluated(losses: dict[int, float], within: float | None, target: float) -> list[int]:
+    """The steps that a run is evaluated at whose training loss falls by 0.1 a step from 3."""
+    asked: list[int] = []
+    loop = make_loop(torch.optim.SGD, [], steps=20)
+
+    def eval_loss() -> float:
+        asked.append(loop.progress.steps)
+        return losses.get(loop.progress.steps, 9.0)
+
+    loop.evaluation = Evaluation(eval_loss, EvaluationGrid(1.0), within)
+    loop.stopping = Stopping(target_loss=target)
+    take = loop.progress.take_loss
+
+    def take_loss(loss: float) -> None:
+        del loss
+        take(3.0 - 0.1 * len(taken))
+        taken.append(1)
+
+    taken: list[int] = []
+    loop.progress.take_loss = take_loss  # type: ignore[method-assign]
+    loop.run()
+    return asked
+
+
+def test_a_run_is_evaluated_where_its_running_loss_is_near_the_target_and_at_its_end() -> None:
+    everywhere = evaluated({}, None, target=2.0)
+    assert everywhere == list(range(1, 21))
+    near = evaluated({}, 0.5, target=2.0)
+    running, expected = 3.0, []
+    for step in range(1, 20):
+        # What is known after a step is the loss of the one before.
+        if step > 1:
+            running = 0.8 * running + 0.2 * (3.0 - 0.1 * (step - 2))
+        if step == 1 or running <= 2.5:
+            expected.append(step)
+    assert near == [*expected, 20]
+    assert 4 < len(near) < 16
+
+
+def test_the_crossing_of_the_target_is_interpolated_between_evaluations() -> None:
+    loop = make_loop(torch.optim.SGD, [], steps=20)
+    losses = {4: 2.4, 8: 1.8}
+    loop.evaluation = Evaluation(lambda: losses[loop.progress.steps], EvaluationGrid(2.0, due_at=4))
+    loop.stopping = Stopping(target_loss=2.0)
+    progress = loop.run()
+    assert (progress.status, progress.steps) == ("reached", 8)
+    # Log steps against the loss: two thirds of the way from 4 to 8.
+    assert progress.crossed_at == pytest.approx(4 * 2 ** (2 / 3))
+
+
+@pytest.mark.parametrize(
+    ("before", "crossed_at"),
+    [((None, None), 10.0), ((5, math.inf), 10.0), ((5, 2.2), 10 / 2**0.5), ((5, 1.9), 10.0)],
+)
+def test_a_crossing_without_an_evaluation_before_it_is_where_it_was_found(
+    before: tuple[int | None, float | None], crossed_at: float
+) -> None:
+    assert crossing(*before, 10, 1.8, 2.0) == pytest.approx(crossed_at)

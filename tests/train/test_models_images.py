@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from largebatch.train.models import CNN, ImageMLP
+from largebatch.train.models import CNN, ImageMLP, LeNet
 
 
 def images(channels: int, size: int, samples: int = 6) -> Tensor:
@@ -64,6 +64,27 @@ def test_the_default_cnn_has_the_parameters_that_its_file_states() -> None:
     assert round(counted / 1e6, 2) == 0.29
 
 
+def test_lenet_is_its_layers_by_hand() -> None:
+    torch.manual_seed(0)
+    model, x = LeNet(channels=2, classes=7).double(), images(2, 28, samples=3).double()
+    assert sum(param.numel() for param in LeNet().parameters()) == 61_706
+    weights = iter(model.state_dict().values())
+    for padding in (2, 0):
+        weight, bias = next(weights), next(weights)
+        rows = nn.functional.unfold(x, 5, padding=padding)  # (samples, 25 · inputs, places)
+        size = math.isqrt(rows.shape[-1])
+        x = (weight.flatten(1) @ rows + bias[:, None]).unflatten(2, (size, size))
+        x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        x = x.unflatten(3, (-1, 2)).mean(4).unflatten(2, (-1, 2)).mean(3)
+    x = x.flatten(1)
+    for place in range(3):
+        x = x @ next(weights).T + next(weights)
+        if place < 2:
+            x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    assert x.shape == (3, 7)
+    torch.testing.assert_close(model(images(2, 28, samples=3).double()), x, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("widths", [(), (20,), (16, 40)])
 def test_widths_that_make_no_groups_are_refused(widths: Any) -> None:
     with pytest.raises(ValueError, match=r"model.widths must name at least one stage, each a mult"):
@@ -75,6 +96,8 @@ def test_widths_that_make_no_groups_are_refused(widths: Any) -> None:
     [
         (lambda: CNN(0, 10), "model.channels"),
         (lambda: CNN(3, 1), "model.classes"),
+        (lambda: LeNet(0), "model.channels"),
+        (lambda: LeNet(1, 1), "model.classes"),
         (lambda: ImageMLP(3, 0, 10), "model.size"),
         (lambda: ImageMLP(3, 8, 10, hidden=0), "model.hidden"),
     ],

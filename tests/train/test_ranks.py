@@ -34,7 +34,7 @@ def python(code: str, cwd: Path, *launcher: str, **environment: str) -> str:
     """What a process, or several, with these variables print."""
     done = (subprocess if launcher else forked).run(
         [*launcher, sys.executable, "-c", code],
-        capture_output=True, text=True, timeout=60, cwd=cwd, env=os.environ | environment,
+        capture_output=True, text=True, timeout=600, cwd=cwd, env=os.environ | environment,
     )  # fmt: skip
     return done.stdout + done.stderr
 
@@ -278,7 +278,7 @@ def test_a_port_that_never_answers_is_another_program_s(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         command = [sys.executable, "-c", SILENT, str(port)]
-        done = forked.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = forked.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert f"what listens at 127.0.0.1:{port}, where the ranks are to meet" in done.stdout
     assert "choose another MASTER_PORT" in done.stdout
 

@@ -8,6 +8,14 @@ import pytest
 
 # The overrides, and what the sentence must name: the key or value, and the way out.
 WRONG = {
+    "steps without a target": (
+        ["objective=steps", "target.loss=null"],
+        ["objective=steps", "target.loss", "objective=loss"],
+    ),
+    "near no target": (
+        ["evaluation.within=0.3", "target.loss=null"],
+        ["evaluation.within=0.3", "target.loss"],
+    ),
     "an unknown key": (["optim.lrr=0.1"], ["optim.lrr", "did you mean optim.lr?"]),
     "an unknown group": (["optm=lamb"], ["optm", "did you mean optim?"]),
     "an added unknown key": (["+colour=blue"], ["colour"]),
@@ -73,7 +81,7 @@ def refused(tmp_path: Path, overrides: list[str]) -> tuple[str, bool]:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr

@@ -221,7 +221,7 @@ def test_an_interrupted_run_saves_and_goes_on(tmp_path: Path, command: Command) 
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
+    assert process.wait(timeout=600) == 143
     seen = json.loads((folder / "summary.json").read_text())["samples"]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"samples-{seen:015d}"]
     done = command("train", *words, f"hydra.run.dir={folder}")

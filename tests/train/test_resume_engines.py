@@ -94,7 +94,7 @@ def kill_while_saving(folder: Path, way: Way) -> None:
 
 
 def finish(folder: Path, way: Way) -> None:
-    assert start(folder, way).wait(timeout=180) == 0
+    assert start(folder, way).wait(timeout=600) == 0
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -162,7 +162,7 @@ def test_a_killed_deepspeed_run_goes_on_in_another_world_through_universal_conve
     folder = tmp_path / "run"
     kill_after(30, folder, Way("deepspeed", 2, (f"engine.stage={stage}",)))
     command = [sys.executable, "-m", "largebatch", "checkpoint", "universal", str(folder)]
-    done = forked.run(command, capture_output=True, text=True, timeout=120)
+    done = forked.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     finish(folder, Way("deepspeed", 1, (f"engine.stage={stage}",)))
     check(folder, undisturbed)
@@ -186,7 +186,7 @@ def test_a_rank_that_is_killed_under_torchrun_is_started_again_and_goes_on(
         killed = [pid for pid in children(agent.pid) if environment(pid).get("RANK") == "1"]
         assert len(killed) == 1
         os.kill(killed[0], signal.SIGKILL)
-        assert agent.wait(timeout=180) == 0
+        assert agent.wait(timeout=600) == 0
     finally:
         agent.kill()
         agent.wait()

@@ -287,14 +287,14 @@ def test_wandb_keeps_the_same_numbers_offline(
     assert len(stored) == 1
     # wandb's own process writes the file, and may still be at it when the run has ended.
     wanted = (b"mine", repr(summary["eval_loss"]).encode())
-    until = time.monotonic() + 60
+    until = time.monotonic() + 600
     while not all(word in stored[0].read_bytes() for word in wanted):
         assert time.monotonic() < until, stored[0].read_bytes()
         time.sleep(0.05)
 
 
 def wait_for_lines(path: Path, count: int) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 600
     while not path.exists() or path.read_text().count("\n") < count:
         assert time.monotonic() < until, f"{path} did not come to {count} lines"
         time.sleep(0.05)

@@ -22,7 +22,7 @@ from largebatch.distributed.rank_dump import (
     seconds_between_looks,
     where_it_stands,
 )
-from largebatch.launch.watch.ranks import ask, dismiss
+from largebatch.launch.watch.command import ask, dismiss
 from largebatch.records.names import WATCH
 from largebatch.train.stop_signal import SIGNALS, StopSignal
 

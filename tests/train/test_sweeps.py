@@ -162,7 +162,7 @@ def test_sigterm_ends_a_sweep_with_its_runs_and_the_same_command_goes_on(
     at_work = workers(tmp_path)
     assert len(at_work) == 2
     sweep.send_signal(signal.SIGTERM)
-    _, said = sweep.communicate(timeout=250)
+    _, said = sweep.communicate(timeout=600)
     assert sweep.returncode == 130
     assert said.splitlines()[-1] == ("largebatch: interrupted; the same command resumes from here")
     assert are_gone(at_work)
@@ -170,7 +170,7 @@ def test_sigterm_ends_a_sweep_with_its_runs_and_the_same_command_goes_on(
     assert {line["status"] for line in ended.values()} == {"interrupted"}
     (tmp_path / "gate").unlink()
     again = start(tmp_path)
-    _, said = again.communicate(timeout=250)
+    _, said = again.communicate(timeout=600)
     assert again.returncode == 0, said
     assert {line["status"] for line in summaries(tmp_path / "s").values()} == {"exhausted"}
 
@@ -178,7 +178,7 @@ def test_sigterm_ends_a_sweep_with_its_runs_and_the_same_command_goes_on(
 def test_workers_of_a_killed_sweep_end_too(sweep: subprocess.Popen[str], tmp_path: Path) -> None:
     at_work = workers(tmp_path)
     sweep.kill()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not are_gone(at_work):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -192,11 +192,18 @@ def test_optuna_makes_small_what_runs_return(run: Run, tmp_path: Path) -> None:
         "hydra.sweeper.sampler.seed=1", "optim.lr=tag(log,interval(1e-5,0.1))", HERE_AND_NOW,
     )  # fmt: skip
     assert code == 0
-    steps = [line["steps_to_target"] for line in summaries(tmp_path / "s").values()]
+    found = summaries(tmp_path / "s").values()
+    steps = [line["steps_to_target_interpolated"] for line in found]
     assert len(steps) == 3
     assert None in steps  # a miss does not end the search
     best = yaml.safe_load((tmp_path / "s" / "optimization_results.yaml").read_text())
     assert best["best_value"] == min(step for step in steps if step is not None)
+
+
+REACHED = {
+    "status": "reached", "target_loss": 0.1, "steps_to_target": 12, "batch_size": 64,
+    "steps_to_target_interpolated": 11.5, "eval_loss": 0.09,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -207,6 +214,10 @@ def test_optuna_makes_small_what_runs_return(run: Run, tmp_path: Path) -> None:
         ({"target_loss": None, "eval_loss": 0.25, "status": "exhausted"}, 0.25),
         ({"target_loss": None, "eval_loss": None, "loss": 0.5, "status": "exhausted"}, 0.5),
         ({"target_loss": None, "eval_loss": 9.0, "status": "diverged"}, math.inf),
+        ({**REACHED, "config": {"objective": None}}, 11.5),
+        ({**REACHED, "config": {"objective": "steps"}}, 11.5),
+        ({**REACHED, "config": {"objective": "samples"}}, 11.5 * 64),
+        ({**REACHED, "config": {"objective": "loss"}}, 0.09),
     ],
 )
 def test_a_run_is_worth_its_steps_or_its_loss(summary: dict[str, Any], value: float) -> None:

@@ -188,7 +188,7 @@ def test_a_fault_of_one_rank_ends_all_under_every_launcher(launcher: str, tmp_pa
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     begun = time.monotonic()
     done = run(
-        words if launcher == "nproc" else forked.launched(words), cwd=tmp_path, timeout=200,
+        words if launcher == "nproc" else forked.launched(words), cwd=tmp_path, timeout=600,
         env=os.environ | place | {"FAULT": "model 1", "KIND": "refusal"},
         capture_output=True, text=True,
     )  # fmt: skip
@@ -229,6 +229,6 @@ def test_no_thread_is_left_in_the_store_when_a_rank_ends(how: str, tmp_path: Pat
         for rank in "01"
     ]  # fmt: skip
     for rank in ranks:
-        said, _ = rank.communicate(timeout=120)
+        said, _ = rank.communicate(timeout=600)
         (left,) = [line.split()[1:] for line in said.splitlines() if line.startswith("left:")]
         assert left == ["MainThread"], said

@@ -36,7 +36,7 @@ def losses(folder: Path, launcher: list[str], optimizer: str, engine: list[str])
     done = (forked if own else subprocess).run(
         command if own else forked.launched(command),
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -83,7 +83,7 @@ def test_two_ranks_follow_the_trajectory_of_one(
 def test_a_refused_configuration_ends_every_rank() -> None:
     command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "-m", "largebatch", "train"]
     done = subprocess.run(
-        forked.launched([*command, "batch.size=255"]), capture_output=True, text=True, timeout=60
+        forked.launched([*command, "batch.size=255"]), capture_output=True, text=True, timeout=600
     )
     assert done.returncode != 0
     assert done.stderr.count("largebatch: a batch size of 255 is not divisible by 2") == 1

@@ -2,19 +2,13 @@
 those before it in it.
 """
 
-from typing import Final
-
 import torch
 from torch import Tensor, nn
 
-from largebatch.schedules import whole_number
 from largebatch.train.data.sampler import Indices
 from largebatch.train.tasks import Batch
 from largebatch.train.tasks.bytes import Bytes
 from largebatch.train.tasks.tokens import loss_per_token
-
-LONGEST: Final = 1023
-"""A byte less than a block of `Bytes`, within which a sequence and what follows it lie."""
 
 
 class Text(Bytes):
@@ -24,16 +18,16 @@ class Text(Bytes):
     text; the evaluation sequences are the same `num_eval` for every seed.
 
     Raises:
-        ValueError: a size that is no whole number, or more text than the library has.
+        ConfigError: a package that the text comes from is not installed.
+        ValueError: a size that is no whole number, or more text than there is.
     """
 
+    _context_key = "task.sequence_length"
+
     def __init__(
-        self, num_bytes: int = 2_000_000, sequence_length: int = 128, num_eval: int = 256
+        self, num_bytes: int = 16_000_000, sequence_length: int = 128, num_eval: int = 256
     ) -> None:
-        length = whole_number(sequence_length, "task.sequence_length", 1)
-        if length > LONGEST:
-            raise ValueError(f"task.sequence_length must be at most {LONGEST}, got {length}")
-        super().__init__(num_bytes, length, num_eval)
+        super().__init__(num_bytes, sequence_length, num_eval)
 
     def train_batch(self, indices: Indices) -> Batch:
         return _shifted(super().train_batch(indices))

@@ -34,11 +34,8 @@ IMPORTANT: Final = re.compile(
 
 
 def list_counters(root: Path, wanted: re.Pattern[str] | None) -> dict[str, Path]:
-    """Every counter of the node by its name, `cxi0/hni_tx_paused_0` or `cxi0/handler/sct_timeouts`.
-
-    Args:
-        root: above /sys and /run: another tree for tests.
-        wanted: a pattern for the name behind the interface's; None: all.
+    """Every counter of the node by its name, `cxi0/hni_tx_paused_0` or `cxi0/handler/sct_timeouts`,
+    whose part behind the interface's matches `wanted` (None: all); `root` is above /sys and /run.
     """
     found: dict[str, Path] = {}
     above, below = TELEMETRY
@@ -81,14 +78,10 @@ PAUSE_CYCLES: Final = 1e9  # a second
 
 @dataclass(frozen=True)
 class CounterKind:
-    """A reading of several counters of a node.
-
-    Attributes:
-        counters: those it is made of, by their names behind the interface's.
-        over: those whose movement it is divided by; None: the time.
-        worst: the greatest of the counters, else their sum.
-        floor: what is above the usual by less than this is ordinary.
-        always: what is too much even where it is usual; None: not known.
+    """A reading of several counters of a node, by their names behind the interface's: the greatest
+    (`worst`) or their sum, divided by the movement of those of `over`; None: by the time. What is
+    above the usual by less than `floor` is ordinary, what is above `always` too much even where it
+    is usual; None: not known.
     """
 
     name: str

@@ -34,9 +34,8 @@ FORMAT: Final = 1
 MOST_BYTES: Final = 64  # of a counter's text
 WIDTHS: Final = (32, 48, 56, 64)
 """Bits after which counters may begin again at 0; which of them does is not documented."""
-NEAR_END: Final = (
-    0.75  # of its width, where a counter that fell has run over rather than begun anew
-)
+NEAR_END: Final = 0.75
+"""Of its width, where a counter that fell has run over rather than begun anew."""
 
 
 class Recorder:
@@ -56,7 +55,8 @@ class Recorder:
             os.close(self._file)
             raise ValueError(f"another recorder is at work on {path}: one a node is enough")
         # What another recorder was killed in is left as half a line.
-        self._broken = _ends_in_half_a_line(self._file)
+        size = os.fstat(self._file).st_size
+        self._broken = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
         self._write({"nic": FORMAT, "node": node, "time": time.time(), "every": every,
                      "names": self._names})  # fmt: skip
 
@@ -116,11 +116,6 @@ def _change(
     return line
 
 
-def _ends_in_half_a_line(file: int) -> bool:
-    size = os.fstat(file).st_size
-    return size > 0 and os.pread(file, 1, size - 1) != b"\n"
-
-
 # ---- reading
 
 MOST_CELLS: Final = 500_000_000
@@ -129,22 +124,18 @@ MOST_CELLS: Final = 500_000_000
 
 @dataclass(frozen=True)
 class NodeRecord:
-    """What one node's counters did.
-
-    Attributes:
-        times: seconds since 1970, at the end of each interval between two samples. (intervals,)
-        lengths: of the intervals, in seconds. (intervals,)
-        names: of the counters that moved.
-        moved: by how much, 0 where it was gone. (intervals, counters that moved)
-        resets: times that a counter went back to begin anew.
-        lost_lines: incomplete lines.
+    """What one node's counters did; `names` are those of the ones that moved, `resets` the times
+    that one went back to begin anew.
     """
 
     node: str
     times: NDArray[np.float64]
+    """Seconds since 1970, at the end of each interval between two samples. (intervals,)"""
     lengths: NDArray[np.float64]
+    """Of the intervals, in seconds. (intervals,)"""
     names: list[str]
     moved: NDArray[np.float64]
+    """By how much, 0 where it was gone. (intervals, counters that moved)"""
     resets: int = 0
     lost_lines: int = 0
 

@@ -36,12 +36,8 @@ MANY: Final = 64  # records that are worth starting processes for
 
 @dataclass(frozen=True)
 class Reading:
-    """One kind over nodes and time.
-
-    Attributes:
-        values: (nodes, stretches); NaN where a node has no sample.
-        means: of each node over all its time, (nodes,).
-        worst: of each node, the counter that moved most.
+    """One kind over nodes and time: values (nodes, stretches), NaN where a node has no sample; of
+    each node the mean over all its time, (nodes,), and the counter that moved most.
     """
 
     kind: CounterKind
@@ -66,15 +62,10 @@ class NodeRows:
 
 @dataclass(frozen=True)
 class Survey:
-    """What the nodes' records say together.
-
-    Attributes:
-        borders: of the stretches of time, in seconds since 1970. (stretches + 1,)
-        readings: of each kind whose counters moved anywhere.
-        last: of each node, the time of its last sample.
-        every: seconds between two samples.
-        longest: seconds between two samples, on any node at any time.
-        interfaces: of a node, that counted anything.
+    """What the nodes' records say together: the borders of the stretches of time, in seconds since
+    1970, (stretches + 1,); a reading of each kind whose counters moved anywhere; each node's last
+    sample's time; the seconds between two samples, usually (`every`) and on any node at any time
+    (`longest`); and the interfaces of a node that counted anything.
     """
 
     nodes: list[str]

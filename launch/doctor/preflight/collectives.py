@@ -70,12 +70,8 @@ class Collectives:
 
 @dataclass(frozen=True)
 class CollectiveTrial:
-    """One collective on one dtype and size.
-
-    Attributes:
-        num_bytes: of the whole vector, about.
-        num_elements: of the whole vector, exactly, where it is tiny.
-        among: of `GROUPS`.
+    """One collective on one dtype and size, among one of `GROUPS`: `num_bytes` are about those of
+    the whole vector, `num_elements` exactly its, where it is tiny.
     """
 
     collective: str

@@ -67,7 +67,7 @@ def preflight(
     all_to_all: bool = False,
 ) -> Verdict:
     """Check this world of more than one rank; every rank has to call it, before its own process
-    group is made. Prints nothing.
+    group is made. Prints nothing. Unreachable where this rank cannot reach rank 0, or no longer.
 
     Args:
         mode: "fast" (seconds) or "full" (larger messages, more pairs; about a minute).
@@ -76,9 +76,6 @@ def preflight(
         device: whose backend is tried; None: the accelerator where there is one.
         timeout_seconds: of each part; None: `seconds_for` this world.
         all_to_all: try this collective too, in worlds that are small enough for it.
-
-    Raises:
-        Unreachable: this rank cannot reach rank 0, or no longer.
     """
     seconds = timeout_seconds or seconds_for(mode, ranks.size)
     mailbox = StoreMailbox.connect(ranks, seconds)

@@ -37,11 +37,9 @@ def probe(
     """What `largebatch doctor` finds on each node of a hostfile's lines, and node-dead.
 
     With {nodes} in the template all nodes of a rack are asked by one launch. Where it fails, those
-    without an answer are asked again, each by itself, as one dead node fails it for all.
-
-    Args:
-        timeout_seconds: of a launch; _AT_ONCE are under way at a time.
-        beside: a path in a folder that every node sees: answers are written next to it.
+    without an answer are asked again, each by itself, as one dead node fails it for all. Answers
+    are written next to `beside`, a path in a folder that every node sees; `timeout_seconds` are
+    those of a launch, of which _AT_ONCE are under way at a time.
     """
     racks: dict[str, list[str]] = {}
     for line in lines:

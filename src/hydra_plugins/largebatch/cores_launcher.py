@@ -1,6 +1,6 @@
 """Hydra's door to `hydra/launcher=cores`: jobs side by side on this machine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +42,22 @@ class CoresLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
+        return self.launch_growing(job_overrides, initial_job_idx)
+
+    def launch_growing(
+        self,
+        job_overrides: Sequence[Sequence[str]],
+        initial_job_idx: int,
+        more: Callable[[int], Sequence[Sequence[str]]] = lambda place: (),
+    ) -> Sequence[JobReturn]:
+        """Launch jobs, and with each that has succeeded those that `more` returns for its place."""
         # Hydra imports its plugins at every start: what they stand on comes only when it is used.
         from largebatch.launch.sweeps.workers import Sweep, Workers, num_workers
 
         if self._workers is None:
             self._workers = Workers(num_workers(self._n_jobs))
         sweep = Sweep(self.hydra_context, self.config, self._task_function)
-        returned: Sequence[JobReturn] = self._workers.launch(sweep, job_overrides, initial_job_idx)
+        returned: Sequence[JobReturn] = self._workers.launch(
+            sweep, job_overrides, initial_job_idx, more
+        )
         return returned

@@ -34,7 +34,7 @@ class StudySweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         # Hydra imports its plugins at every start: what they stand on comes only when it is used.
-        from largebatch.study.sweep import sweep
+        from largebatch.study.protocol.sweep import sweep
 
         return sweep(
             arguments,

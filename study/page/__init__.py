@@ -1,0 +1,1 @@
+"""A study for people: sentences, tables, pictures, the page that holds them, and CSV files."""

@@ -1,0 +1,306 @@
+"""A whole study as one ask-and-tell protocol: a search for each (optimizer, batch size), and the
+rules.
+
+The search at `start_batch` begins at the optimizer's own learning rate; the others follow outwards,
+each from the best setting of the neighbour nearer to the start. Where keys beside the rate are
+tuned, the smallest and the largest batch come first, and the sizes between take what lies between
+the two (see `tuned_keys.py`).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from largebatch.conf.sweep_config import StudyConfig
+from largebatch.schedules.scaling import scale_lr
+from largebatch.study.decisions import Decision, Decisions, SameRule
+from largebatch.study.protocol.search import (
+    GRID_FACTOR,
+    Result,
+    Search,
+    SearchTrial,
+    Setting,
+    Values,
+)
+from largebatch.study.protocol.tuned_keys import TunedKey, between, tuned_keys
+
+
+class StudyJob(NamedTuple):
+    """One run of a study."""
+
+    optimizer: str
+    batch_size: int
+    trial: SearchTrial
+    lr: float
+    """Learning rate at `base_batch`."""
+    tuned: tuple[tuple[str, float, str], ...] = ()
+    """Of each key that is tuned beside the rate: its name, its value, the override."""
+    rule: str = "none"
+    base_batch: int | None = None
+    """Where `rule` scales from; None for a tuned learning rate."""
+
+    @property
+    def folder(self) -> str:
+        """Where its record lies, below the study's folder."""
+        how = f"lr-{self.lr:.4g}" if self.base_batch is None else f"{self.rule}-{self.base_batch}"
+        how += "".join(f"-{name}-{value:g}" for name, value, _ in self.tuned)
+        return f"{self.optimizer}/batch-{self.batch_size}/{how}/seed-{self.trial.seed}"
+
+    @property
+    def overrides(self) -> list[str]:
+        """What makes it of the study's configuration."""
+        scaling = [f"scaling={self.rule}", f"scaling.base_batch={self.base_batch}"]
+        return [
+            f"optim={self.optimizer}",
+            f"batch.size={self.batch_size}",
+            f"optim.lr={self.lr!r}",
+            *(override for _, _, override in self.tuned),
+            *(scaling if self.base_batch is not None else ["scaling=none"]),
+            f"seed={self.trial.seed}",
+            f"target.give_up_samples={self.most_samples}",
+            f"hydra.sweep.subdir={self.folder}",
+        ]
+
+    @property
+    def most_samples(self) -> int:
+        """The most it can cost."""
+        return self.trial.give_up_steps * self.batch_size
+
+
+Place = tuple[str, int]
+"""An optimizer and a batch size."""
+
+
+@dataclass
+class Protocol:
+    """Ask for jobs, tell their results, until `done`.
+
+    Attributes:
+        optimizers: each one's configuration; its learning rate is the origin of its grid.
+        budget_samples: a run that needs more is a miss.
+        searches: of every place, as far as opened.
+        probes: where keys beside the rate are tuned, the climb at `start_batch` that the searches
+            at the ends start from.
+    """
+
+    study: StudyConfig
+    optimizers: Mapping[str, Mapping[str, Any]]
+    budget_samples: int
+    searches: dict[Place, Search] = field(default_factory=dict)
+    probes: dict[str, Search] = field(default_factory=dict)
+    keys: dict[str, tuple[TunedKey, ...]] = field(init=False)
+    _rules_asked: set[Place] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.keys = {
+            name: tuned_keys(config, self.study.search) for name, config in self.optimizers.items()
+        }
+
+    def ask(self) -> list[StudyJob]:
+        """Every job that can run now, the costliest first (the last to end is a short one)."""
+        self._open_searches()
+        jobs = [
+            self._job(optimizer, batch_size, trial)
+            for (optimizer, batch_size), search in self._all()
+            for trial in search.ask()
+        ]
+        jobs += [job for optimizer in self.study.optimizers for job in self._rule_jobs(optimizer)]
+        return sorted(jobs, key=lambda job: job.most_samples, reverse=True)
+
+    def tell(self, job: StudyJob, result: Result) -> None:
+        """The result of a job; those of rules decide nothing, the report reads their records."""
+        if job.base_batch is not None:
+            return
+        for place, search in self._all():
+            if place == (job.optimizer, job.batch_size) and search.awaits(job.trial):
+                search.tell(job.trial, result)
+
+    @property
+    def places(self) -> list[Place]:
+        return [
+            (optimizer, batch_size)
+            for optimizer in self.study.optimizers
+            for batch_size in self.study.batch_sizes
+        ]
+
+    @property
+    def done(self) -> bool:
+        return all(place in self.searches and self.searches[place].done for place in self.places)
+
+    def lr(self, optimizer: str, grid_point: int) -> float:
+        """The learning rate of a grid point."""
+        return float(f"{self.optimizers[optimizer]['lr'] * GRID_FACTOR**grid_point:.6g}")
+
+    def values(self, optimizer: str, setting: Setting) -> dict[str, float]:
+        """The values of a setting by name: the rate, and what is tuned beside it."""
+        keys = self.keys[optimizer]
+        return {"lr": self.lr(optimizer, setting.grid_point)} | {
+            key.name: key.grid[place] for key, place in zip(keys, setting.values, strict=True)
+        }
+
+    def decisions(self) -> Decisions:
+        """What is decided so far, for the report."""
+        points = [
+            Decision(
+                optimizer,
+                batch_size,
+                None if search.chosen is None else self.values(optimizer, search.chosen),
+                tuple(self.values(optimizer, setting) for setting in search.dropped),
+                *search.open_sides,
+                search.num_trials,
+            )
+            for (optimizer, batch_size), search in self.searches.items()
+            if search.done
+        ]
+        base = self.study.batch_sizes[0]
+        return Decisions(
+            tuple(self.study.select_seeds),
+            tuple(self.study.report_seeds),
+            {name: tuple(key.name for key in keys) for name, keys in self.keys.items()},
+            {(point.optimizer, point.batch_size): point for point in points},
+            tuple(
+                SameRule(optimizer, rule, base, batch_size)
+                for optimizer, batch_size in sorted(self._rules_asked)
+                for rule in self.study.rules
+                if self.same_as_tuned(optimizer, rule, batch_size)
+            ),
+        )
+
+    def same_as_tuned(self, optimizer: str, rule: str, batch_size: int) -> bool:
+        """Whether a rule's rate is the tuned one, so that its runs are those that are there."""
+        ends = [self.searches[optimizer, size] for size in (self.study.batch_sizes[0], batch_size)]
+        base, tuned = ends[0].chosen, ends[1].chosen
+        if rule not in ("sqrt", "linear") or base is None or tuned is None:
+            return False
+        rate = scale_lr(
+            self.lr(optimizer, base.grid_point), self.study.batch_sizes[0], batch_size, rule
+        )
+        close = abs(rate / self.lr(optimizer, tuned.grid_point) - 1) < 1e-3
+        return close and base.values == tuned.values
+
+    def _all(self) -> Iterator[tuple[Place, Search]]:
+        for optimizer, probe in self.probes.items():
+            yield (optimizer, self.study.start_batch), probe
+        yield from self.searches.items()
+
+    def _job(
+        self, optimizer: str, batch_size: int, trial: SearchTrial, rule: str = "none",
+        base_batch: int | None = None,
+    ) -> StudyJob:  # fmt: skip
+        tuned = tuple(
+            (key.name, key.grid[place], key.override(key.grid[place]))
+            for key, place in zip(self.keys[optimizer], trial.setting.values, strict=True)
+        )
+        lr = self.lr(optimizer, trial.setting.grid_point)
+        return StudyJob(optimizer, batch_size, trial, lr, tuned, rule, base_batch)
+
+    def _open_searches(self) -> None:
+        for optimizer in self.study.optimizers:
+            keys = self.keys[optimizer]
+            if keys and optimizer not in self.probes:
+                self.probes[optimizer] = self._search(optimizer, self.study.start_batch, probe=True)
+            for batch_size, neighbour in self._order(optimizer):
+                before = self._before(optimizer, neighbour)
+                is_open = (optimizer, batch_size) in self.searches
+                if is_open or (neighbour is not None and before is None):
+                    continue
+                fixed = None
+                if keys and batch_size not in self._ends:
+                    fixed = self._values_between(optimizer, batch_size)
+                    if fixed is None:
+                        continue
+                self.searches[optimizer, batch_size] = self._search(
+                    optimizer, batch_size, before, neighbour, fixed
+                )
+
+    @property
+    def _ends(self) -> tuple[int, int]:
+        """The batch sizes at which keys beside the rate are tuned."""
+        return self.study.batch_sizes[0], self.study.batch_sizes[-1]
+
+    def _values_between(self, optimizer: str, batch_size: int) -> Values | None:
+        """What lies between the values found at the ends; None until both are known."""
+        searches = [self.searches.get((optimizer, size)) for size in self._ends]
+        if any(search is None or not search.done for search in searches):
+            return None
+        low, high = (
+            (search.chosen or search.best or search.start).values
+            for search in searches
+            if search is not None
+        )
+        return between(self.keys[optimizer], batch_size, self._ends, (low, high))
+
+    def _before(self, optimizer: str, neighbour: int | None) -> Search | None:
+        """The search that another starts from, once it is done."""
+        if neighbour is None:
+            return None
+        before = self.searches.get((optimizer, neighbour))
+        if before is None and neighbour == self.study.start_batch:
+            before = self.probes.get(optimizer)
+        return before if before is not None and before.done else None
+
+    def _search(
+        self, optimizer: str, batch_size: int, before: Search | None = None,
+        neighbour: int | None = None, fixed: Values | None = None, *, probe: bool = False,
+    ) -> Search:  # fmt: skip
+        keys = self.keys[optimizer]
+        own = tuple(key.start for key in keys)
+        start, most_steps = Setting(0, own), self.budget_samples // batch_size
+        if before is not None and neighbour is not None:
+            start = before.best or before.start
+            if before.best is not None:
+                # Twice what would be no gain (larger) or perfect scaling (smaller) is hopeless.
+                scaling = max(1.0, neighbour / batch_size)
+                most_steps = min(most_steps, int(2 * scaling * before.best_steps))
+        if fixed is not None and fixed != start.values:
+            moves = zip(keys, fixed, start.values, strict=True)
+            shift = sum(key.shifts[to] - key.shifts[since] for key, to, since in moves)
+            start = Setting(start.grid_point + shift, fixed)
+        tunes = fixed is None and not probe
+        return Search(
+            start,
+            max(1, most_steps),
+            tuple(self.study.select_seeds),
+            tuple(self.study.report_seeds),
+            climb_only=probe,
+            grid_sizes=tuple(len(key.grid) for key in keys) if tunes else (),
+            shifts=tuple(key.shifts for key in keys) if tunes else (),
+            most_trials=self.study.most_trials,
+        )
+
+    def _order(self, optimizer: str) -> Iterator[tuple[int, int | None]]:
+        """Each batch size with the one that its search starts from."""
+        sizes, start = self.study.batch_sizes, self.study.start_batch
+        middle = sizes.index(start)
+        outwards = [
+            (start, None),
+            *((sizes[i], sizes[i - 1]) for i in range(middle + 1, len(sizes))),
+            *((sizes[i], sizes[i + 1]) for i in range(middle - 1, -1, -1)),
+        ]
+        if not self.keys[optimizer]:
+            yield from outwards
+            return
+        yield from ((size, start) for size in sorted({*self._ends}))
+        yield from ((size, since or start) for size, since in outwards if size not in self._ends)
+
+    def _rule_jobs(self, optimizer: str) -> Iterator[StudyJob]:
+        """The rules from the smallest batch's chosen rate, where both ends are known."""
+        base = self.study.batch_sizes[0]
+        for batch_size in self.study.rule_batches:
+            ends = [self.searches.get((optimizer, size)) for size in (base, batch_size)]
+            if (optimizer, batch_size) in self._rules_asked or batch_size == base:
+                continue
+            if any(search is None or not search.done for search in ends):
+                continue
+            self._rules_asked.add((optimizer, batch_size))
+            chosen = None if ends[0] is None else ends[0].chosen
+            if chosen is None or ends[1] is None or ends[1].chosen is None:
+                continue
+            give_up = max(1, int(2 * ends[1].best_steps))
+            for rule in self.study.rules:
+                if self.same_as_tuned(optimizer, rule, batch_size):
+                    continue
+                for seed in self.study.report_seeds or self.study.select_seeds[:1]:
+                    yield self._job(
+                        optimizer, batch_size, SearchTrial(chosen, seed, give_up), rule, base
+                    )
