@@ -32,7 +32,6 @@ PRELOADED = (
     "hydra",
     "hydra._internal.hydra",
     "scipy.stats",
-    "sklearn.datasets",
     "matplotlib.figure",
     "rich.progress",
     "largebatch.cli",
