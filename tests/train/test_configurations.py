@@ -36,6 +36,7 @@ PARTS: dict[str, tuple[tuple[str, ...], str]] = {
     "the run": (("task=digits", "budget.samples=1024"), ""),
     "task=bytes": (SMALL, "task"),
     "task=dpo": (("task=dpo", "task.pairs.num_train=256", "task.pairs.num_eval=64"), "task"),
+    "task=nqm": (("task=nqm", "budget.samples=1024"), "task"),
     "model=byte_mlp": (SMALL, "model"),
     "model=transformer": (("task=text", *SMALL[1:], "model=transformer_tiny"), "model"),
     "mode=lr_find": (("task=digits", "mode=lr_find"), "mode"),

@@ -3,6 +3,7 @@
 from largebatch.train.models.cnn import CNN
 from largebatch.train.models.hugging_face import HuggingFace
 from largebatch.train.models.mlp import MLP, ByteMLP, ImageMLP
+from largebatch.train.models.parameter_vector import ParameterVector
 from largebatch.train.models.transformer import Transformer
 
-__all__ = ["CNN", "MLP", "ByteMLP", "HuggingFace", "ImageMLP", "Transformer"]
+__all__ = ["CNN", "MLP", "ByteMLP", "HuggingFace", "ImageMLP", "ParameterVector", "Transformer"]
