@@ -94,6 +94,7 @@ ROOMS = {
     "train/engines": ["checkpoints", "noise", "tasks"],
     "train/reporting": [".", "models", "tasks"],
     "train/plan": ["."],
+    "study/nqm": ["."],
     "launch/jobs": ["doctor"],
     "launch/doctor": ["."],
     "launch/sweeps": ["jobs"],
