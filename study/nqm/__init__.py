@@ -2,17 +2,17 @@
 
 from largebatch.study.nqm.model import Descent, Spectrum, power_law
 from largebatch.study.nqm.steps import (
+    BatchStage,
     BestSteps,
-    Segment,
     best_steps,
     loss_after,
     steps_to_target,
 )
 
 __all__ = [
+    "BatchStage",
     "BestSteps",
     "Descent",
-    "Segment",
     "Spectrum",
     "best_steps",
     "loss_after",

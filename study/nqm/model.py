@@ -115,10 +115,9 @@ class Descent:
         """η h^(1 - preconditioner) up to which a mode that starts at rest goes to 0 in one
         direction: real, positive roots of z² = tr(M) z - det(M).
         """
-        root = math.sqrt(self.momentum)
         if self.nesterov:
             return ((1 - self.momentum) / (1 + self.momentum)) ** 2
-        return (1 - root) ** 2
+        return (1 - math.sqrt(self.momentum)) ** 2
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ Runs = NDArray[np.intp]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
+class BatchStage:
     """Steps at one batch size and one multiple of the learning rate; None: all that follow.
 
     Raises:
@@ -63,7 +63,7 @@ class Segment:
             raise ValueError(f"steps must be >= 1, got {self.steps}: leave the stage out")
 
 
-Batch = float | Sequence[Segment]
+Batch = float | Sequence[BatchStage]
 """One batch size, or stages of which the last alone has no end: batch ramps, rates in pieces."""
 
 
@@ -138,14 +138,14 @@ class _Walk:
         there = np.isfinite(self.reached)
         return runs[:0] if self.race and np.any(there) else runs[~there[runs]]
 
-    def through(self, stages: Sequence[Segment], most_steps: int) -> Array:
+    def through(self, stages: Sequence[BatchStage], most_steps: int) -> Array:
         """Walk to the target, or to where no run can reach it any more; returns `reached`."""
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             for stage in stages:
                 self._through(stage, most_steps)
         return self.reached
 
-    def _through(self, stage: Segment, most_steps: int) -> None:
+    def _through(self, stage: BatchStage, most_steps: int) -> None:
         self._before, self._since = self._before + self._since, np.zeros_like(self._since)
         lrs = stage.lr_factor * self.lrs
         step = one_step(self.spectrum, self.descent, lrs)
@@ -266,8 +266,8 @@ def _rates(lrs: ArrayLike) -> Array:
     return rates
 
 
-def _stages(batch: Batch) -> Sequence[Segment]:
-    stages = [Segment(batch_size=batch)] if isinstance(batch, int | float) else list(batch)
+def _stages(batch: Batch) -> Sequence[BatchStage]:
+    stages = [BatchStage(batch_size=batch)] if isinstance(batch, int | float) else list(batch)
     endless = [stage.steps is None for stage in stages]
     if endless != [False] * (len(stages) - 1) + [True]:
         raise ValueError("of the stages the last, and it alone, must have steps=None")

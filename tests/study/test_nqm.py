@@ -14,8 +14,8 @@ import pytest
 
 from largebatch.study.fit import fit_curve
 from largebatch.study.nqm import (
+    BatchStage,
     Descent,
-    Segment,
     Spectrum,
     best_steps,
     loss_after,
@@ -30,16 +30,16 @@ Rate = tuple[float, float]
 """A learning rate and a batch size, those of one step."""
 
 
-def schedule(lr: float, batch: float | Sequence[Segment]) -> Iterator[Rate]:
+def schedule(lr: float, batch: float | Sequence[BatchStage]) -> Iterator[Rate]:
     """The rate and batch size of each step, without end."""
-    stages = [Segment(batch_size=batch)] if isinstance(batch, int | float) else batch
+    stages = [BatchStage(batch_size=batch)] if isinstance(batch, int | float) else batch
     for stage in stages:
         count = 10**9 if stage.steps is None else stage.steps
         yield from ((lr * stage.lr_factor, stage.batch_size) for _ in range(count))
 
 
 def iterated(
-    spectrum: Spectrum, descent: Descent, lr: float, batch: float | Sequence[Segment]
+    spectrum: Spectrum, descent: Descent, lr: float, batch: float | Sequence[BatchStage]
 ) -> Iterator[float]:
     """E[L] after 0, 1, 2, … steps, from E[θ²], E[v²], E[θv], and those with the average."""
     h, m, a = spectrum.curvature, descent.momentum, descent.averaging
@@ -90,20 +90,20 @@ SPECTRA = {
 STAGES = {
     "constant": 8.0,
     "ramp": [
-        Segment(batch_size=2, steps=5),
-        Segment(batch_size=4, steps=9),
-        Segment(batch_size=32),
+        BatchStage(batch_size=2, steps=5),
+        BatchStage(batch_size=4, steps=9),
+        BatchStage(batch_size=32),
     ],
     "rate in pieces": [
-        Segment(batch_size=4, steps=3, lr_factor=0.5),
-        Segment(batch_size=4, steps=20),
-        Segment(batch_size=4, steps=7, lr_factor=0.3),
-        Segment(batch_size=4, lr_factor=0.05),
+        BatchStage(batch_size=4, steps=3, lr_factor=0.5),
+        BatchStage(batch_size=4, steps=20),
+        BatchStage(batch_size=4, steps=7, lr_factor=0.3),
+        BatchStage(batch_size=4, lr_factor=0.05),
     ],
     "both": [
-        Segment(batch_size=1, steps=40),
-        Segment(batch_size=16, steps=1, lr_factor=1.2),
-        Segment(batch_size=64, lr_factor=0.2),
+        BatchStage(batch_size=1, steps=40),
+        BatchStage(batch_size=16, steps=1, lr_factor=1.2),
+        BatchStage(batch_size=64, lr_factor=0.2),
     ],
 }  # fmt: skip
 every = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -120,7 +120,7 @@ def rates(spectrum: Spectrum, descent: Descent) -> np.ndarray:
 @every
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
 def test_the_expected_loss_is_that_of_plain_iteration(
-    spectrum: Spectrum, method: Descent, batch: float | list[Segment]
+    spectrum: Spectrum, method: Descent, batch: float | list[BatchStage]
 ) -> None:
     lrs = rates(spectrum, method)
     losses = [[*islice(iterated(spectrum, method, lr, batch), 201)] for lr in lrs]
@@ -133,7 +133,7 @@ def test_the_expected_loss_is_that_of_plain_iteration(
 @every
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
 def test_the_steps_are_the_first_of_plain_iteration(
-    spectrum: Spectrum, method: Descent, batch: float | list[Segment]
+    spectrum: Spectrum, method: Descent, batch: float | list[BatchStage]
 ) -> None:
     lrs, most = rates(spectrum, method), 400
     losses = [[*islice(iterated(spectrum, method, lr, batch), most + 1)] for lr in lrs]
@@ -161,7 +161,7 @@ def test_a_loss_that_swings_below_the_target_and_back_has_reached_it() -> None:
 def test_momentum_that_is_left_over_from_a_higher_rate_may_pass_the_minimum() -> None:
     """A mode that would not swing from rest."""
     spectrum, descent = Spectrum([1.0], noise=[0]), METHODS["momentum"]
-    stages = [Segment(batch_size=1, steps=2), Segment(batch_size=1, lr_factor=0.0025)]
+    stages = [BatchStage(batch_size=1, steps=2), BatchStage(batch_size=1, lr_factor=0.0025)]
     losses = [*islice(iterated(spectrum, descent, 0.39525, stages), 40)]
     target = 1e-8
     (step,) = (step for step, loss in enumerate(losses) if loss <= target)
@@ -236,11 +236,7 @@ def test_a_rate_that_cannot_reach_the_target_never_does() -> None:
 
 
 def simulated(
-    spectrum: Spectrum,
-    descent: Descent,
-    lr: float,
-    batch: float | Sequence[Segment],
-    steps: int,
+    spectrum: Spectrum, descent: Descent, lr: float, batch: float | Sequence[BatchStage], steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard error of L after 0, 1, … steps of 4,000 descents."""
     rng, size = np.random.default_rng(0), (4000, len(spectrum.curvature))
@@ -261,7 +257,7 @@ def simulated(
 @staged
 @every
 def test_the_expected_loss_is_the_mean_of_simulated_descents(
-    method: Descent, batch: float | list[Segment]
+    method: Descent, batch: float | list[BatchStage]
 ) -> None:
     """Within five standard errors at each of ten steps: by chance one test in 40,000 would fail."""
     spectrum = SPECTRA["power law"]
@@ -349,14 +345,16 @@ def test_grouped_modes_stand_for_all() -> None:
         (lambda: Descent(momentum=1.0), "momentum must be >= 0 and < 1, got 1.0"),
         (lambda: Descent(averaging=-0.1), "averaging"),
         (lambda: Descent(nesterov=True), "nesterov=True needs momentum > 0"),
-        (lambda: Segment(batch_size=0), "batch_size must be > 0, got 0"),
-        (lambda: Segment(batch_size=1, steps=0), "steps must be >= 1, got 0"),
-        (lambda: Segment(batch_size=1, lr_factor=0), "lr_factor"),
+        (lambda: BatchStage(batch_size=0), "batch_size must be > 0, got 0"),
+        (lambda: BatchStage(batch_size=1, steps=0), "steps must be >= 1, got 0"),
+        (lambda: BatchStage(batch_size=1, lr_factor=0), "lr_factor"),
         (lambda: steps_to_target(power_law(3), Descent(), [0.1, -1], 1, 0.1), "lrs"),
         (lambda: steps_to_target(power_law(3), Descent(), 0.1, 1, 0.0), "target must be > 0"),
         (lambda: steps_to_target(power_law(3), Descent(), 0.1, 0, 0.1), "batch_size"),
-        (lambda: loss_after(power_law(3), Descent(), 1, [Segment(1, steps=2)], 1), "last"),
-        (lambda: loss_after(power_law(3), Descent(), 1, [Segment(1)] * 2, 1), "the last"),
+        (lambda: loss_after(power_law(3), Descent(), 1, [BatchStage(batch_size=1, steps=2)], 1),
+         "the last, and it alone"),
+        (lambda: loss_after(power_law(3), Descent(), 1, [BatchStage(batch_size=1)] * 2, 1),
+         "the last, and it alone"),
     ],
 )  # fmt: skip
 def test_a_value_without_sense_is_refused(wrong: Callable[[], object], named: str) -> None:

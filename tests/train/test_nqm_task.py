@@ -9,7 +9,7 @@ import pytest
 import torch
 from fixture_types import Train
 
-from largebatch.study.nqm import Descent, Stage, best_steps, loss_after, power_law
+from largebatch.study.nqm import BatchStage, Descent, best_steps, loss_after, power_law
 from largebatch.train.models import ParameterVector
 from largebatch.train.tasks import check_task
 from largebatch.train.tasks.nqm import NoisyQuadratic
@@ -103,8 +103,8 @@ CASES = {
         ["batch=stages", 'batch.spec="0:8 480:32 1120:128"', "lr=step", "lr.drop_samples=[1120]",
          "lr.drop_factor=0.5", "optim.lr=0.02", "optim.momentum=0.9"],
         Descent(momentum=0.9, nesterov=True), 0.02,
-        [Stage(batch_size=8, steps=60), Stage(batch_size=32, steps=20),
-         Stage(batch_size=128, lr_factor=0.5)], 120,
+        [BatchStage(batch_size=8, steps=60), BatchStage(batch_size=32, steps=20),
+         BatchStage(batch_size=128, lr_factor=0.5)], 120,
     ),
 }  # fmt: skip
 
