@@ -70,7 +70,7 @@ class KFAC(KroneckerOptimizer):
     - `form`: "factored_eigen", by eigenvectors; "factored_cholesky", the same by Cholesky factors;
       "exact", damping the product of the factors (see `kronecker.damping`).
     - `factor_decay`: what remains of the running averages at an update of them.
-    - `graft`: whose step gives the preconditioned gradient of a layer its norm (`math.grafting`),
+    - `graft`: whose step gives the preconditioned gradient of a layer its norm (`math.adam`),
       with moments of its own; or "none".
     - `kl_clip`: κ, or None. Over the layers of all groups, and the same in all.
 

@@ -190,7 +190,7 @@ class LayerwiseOptimizer(ShardedOptimizer):
             # and go in ever new patterns.
             if self._follow_strides() or len(self._plans) >= 64:
                 self._plans.clear()
-            layouts = {
+            layouts: dict[Tensor, Layout] = {
                 param: self._bound.get(param)
                 or layout_of(param, name, group["norm_groups"], group["norm_dim"])
                 for group, name, param in self._named_params()
