@@ -5,6 +5,7 @@ import random
 import socket
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from threading import Thread
 from typing import Final, TypeVar
 
@@ -74,7 +75,8 @@ def answered(join: Callable[[], Store], address: tuple[str, int]) -> Store:
                 f"and has not answered for {ANSWER_SECONDS:g} s: it is not rank 0's store; choose "
                 "another MASTER_PORT, or unset it where mpiexec starts the ranks"
             )
-        if _is_taken(address):
+        with suppress(OSError):
+            socket.create_connection(address, ANSWER_SECONDS).close()
             # The first may be between two tries, which torch makes ever more rarely.
             tries.append(_begun(join))
     return ended.pop().result()
@@ -91,14 +93,6 @@ def _begun(join: Callable[[], Store]) -> Future[Store]:
 
     Thread(target=connect, daemon=True).start()
     return found
-
-
-def _is_taken(address: tuple[str, int]) -> bool:
-    try:
-        socket.create_connection(address, ANSWER_SECONDS).close()
-    except OSError:
-        return False
-    return True
 
 
 # Below those that systems hand out for outgoing connections (32768 and up on Linux).

@@ -186,7 +186,12 @@ def _from_mpi(launcher: str, environment: Mapping[str, str]) -> Ranks:
         nonlocal local_rank, local_size
         _check_size(size, environment)
         if launcher == "pals":
-            _check_rank(rank, environment)
+            if rank != whole(environment, "PALS_RANKID"):
+                raise ConfigError(
+                    f"PALS started this process as rank {environment['PALS_RANKID']}, but mpi4py "
+                    f"says {rank}: its MPI library is not the launcher's; install an mpi4py built "
+                    "for it"
+                )
             local_rank, local_size = _pals_local(environment)
         _check_promise(size, launcher, environment)
         return _master(environment, one_node=local_size == size) if rank == 0 else None
@@ -245,14 +250,6 @@ def _from_pals_alone(environment: Mapping[str, str]) -> Ranks:
 
 def _pals_local(environment: Mapping[str, str]) -> tuple[int, int]:
     return whole(environment, "PALS_LOCAL_RANKID"), whole(environment, "PALS_LOCAL_SIZE")
-
-
-def _check_rank(rank: int, environment: Mapping[str, str]) -> None:
-    if rank != whole(environment, "PALS_RANKID"):
-        raise ConfigError(
-            f"PALS started this process as rank {environment['PALS_RANKID']}, but mpi4py says "
-            f"{rank}: its MPI library is not the launcher's; install an mpi4py built for it"
-        )
 
 
 def _check_size(size: int, environment: Mapping[str, str]) -> None:

@@ -314,7 +314,8 @@ def process_group(
 
     if ranks.master_addr == "127.0.0.1":
         # Gloo would listen at the address of the host's name, where others come in.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
+        names = [name for _, name in socket.if_nameindex()]
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if "lo" in names else "lo0")
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
         store=PrefixStore("group", store or HashStore()),
@@ -328,8 +329,3 @@ def process_group(
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _loopback() -> str:
-    names = [name for _, name in socket.if_nameindex()]
-    return "lo" if "lo" in names else "lo0"

@@ -66,7 +66,10 @@ def end_of_job(walltime: int | None, environment: Mapping[str, str] = os.environ
     if "SLURM_JOB_ID" in environment:
         return _asked_of_slurm(environment["SLURM_JOB_ID"])
     if "PBS_WALLTIME" in environment:
-        return _begin_of_pbs_job(environment) + float(environment["PBS_WALLTIME"])
+        # How long the job is, and not when it began; inferred: the file of nodes is written then.
+        nodefile = Path(environment.get("PBS_NODEFILE", ""))
+        begin = nodefile.stat().st_mtime if nodefile.is_file() else time.time()
+        return begin + float(environment["PBS_WALLTIME"])
     if "PBS_JOBID" in environment:
         return _asked_of_pbs(environment["PBS_JOBID"])
     return None
@@ -79,14 +82,6 @@ def _asked_of_slurm(job: str) -> float | None:
         return datetime.fromisoformat(done.stdout.strip()).timestamp()
     except (OSError, ValueError, subprocess.TimeoutExpired):  # no answer, or none there is
         return None
-
-
-def _begin_of_pbs_job(environment: Mapping[str, str]) -> float:
-    """Some say how long a job is, and not when it began; inferred: the file of nodes is written
-    then.
-    """
-    nodefile = Path(environment.get("PBS_NODEFILE", ""))
-    return nodefile.stat().st_mtime if nodefile.is_file() else time.time()
 
 
 def _asked_of_pbs(job: str) -> float | None:

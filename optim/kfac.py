@@ -28,16 +28,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import Group
-from largebatch.optim.blockwise.state_memory import DROPPED
+from largebatch.optim.blockwise.work_group import DROPPED
 from largebatch.optim.kronecker.damping import Damping
 from largebatch.optim.kronecker.factors import average, new_roots, roots_of
 from largebatch.optim.kronecker.layers import Layer
 from largebatch.optim.kronecker.optimizer import KroneckerOptimizer
 from largebatch.optim.kronecker.rules import RULES, Rule, rule_of
 from largebatch.optim.kronecker.work_group import KroneckerWorkGroup, LayerSums, Move, stats_of
-from largebatch.optim.math.adam import corrected
+from largebatch.optim.math.adam import WITH_SQUARES, corrected, grafted_step, next_squares
 from largebatch.optim.math.decompositions import Decomposition, decompose
-from largebatch.optim.math.grafting import WITH_SQUARES, grafted_step, next_squares
 from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES
 from largebatch.optim.math.tensors import compute_dtype, root, scalar, without_too_large, write
 from largebatch.optim.options import require
@@ -71,7 +70,7 @@ class KFAC(KroneckerOptimizer):
     - `form`: "factored_eigen", by eigenvectors; "factored_cholesky", the same by Cholesky factors;
       "exact", damping the product of the factors (see `kronecker.damping`).
     - `factor_decay`: what remains of the running averages at an update of them.
-    - `graft`: whose step gives the preconditioned gradient of a layer its norm (`math.grafting`),
+    - `graft`: whose step gives the preconditioned gradient of a layer its norm (`math.adam`),
       with moments of its own; or "none".
     - `kl_clip`: κ, or None. Over the layers of all groups, and the same in all.
 

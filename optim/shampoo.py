@@ -26,15 +26,25 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import Group
-from largebatch.optim.blockwise.block_work import BlockAtWork, BlockTask
+from largebatch.optim.blockwise.block_work import (
+    BlockAtWork,
+    BlockTask,
+    factor_beta,
+    in_basis,
+    next_factor,
+)
 from largebatch.optim.blockwise.blocks import Block
-from largebatch.optim.blockwise.factors import factor_beta, in_basis, next_factor
 from largebatch.optim.blockwise.optimizer import Here, SecondOrderOptimizer
 from largebatch.optim.blockwise.step_stats import BlockDirection, square
 from largebatch.optim.blockwise.work_group import BlockedLayer
-from largebatch.optim.math.adam import corrected
+from largebatch.optim.math.adam import (
+    GRAFTINGS,
+    WITH_SQUARES,
+    corrected,
+    grafted_step,
+    next_squares,
+)
 from largebatch.optim.math.decompositions import Decomposition, Outcome
-from largebatch.optim.math.grafting import GRAFTINGS, WITH_SQUARES, grafted_step, next_squares
 from largebatch.optim.math.matrix_roots import Root, inverse_root
 from largebatch.optim.math.tensors import write
 from largebatch.optim.options import require, require_one_of

@@ -42,9 +42,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import Group
-from largebatch.optim.blockwise.block_work import BlockAtWork, BlockTask
+from largebatch.optim.blockwise.block_work import (
+    BlockAtWork,
+    BlockTask,
+    in_basis,
+    next_factor,
+    out_of_basis,
+)
 from largebatch.optim.blockwise.blocks import Block
-from largebatch.optim.blockwise.factors import in_basis, next_factor, out_of_basis
 from largebatch.optim.blockwise.optimizer import SecondOrderOptimizer
 from largebatch.optim.blockwise.step_stats import BlockDirection, square
 from largebatch.optim.math.adam import adam_direction, corrected

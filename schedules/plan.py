@@ -12,9 +12,8 @@ from largebatch.schedules.adaptive import AdaptiveRamp
 from largebatch.schedules.coupled import CoupledRamp
 from largebatch.schedules.curves import Curve
 from largebatch.schedules.fields import Checked, count, real
-from largebatch.schedules.hyper import Hyper
 from largebatch.schedules.ramps import Ramp
-from largebatch.schedules.scaling import OWN, Rule, find_rule, resolve_hold, scale
+from largebatch.schedules.scaling import OWN, Hyper, Rule, find_rule, resolve_hold, scale
 
 
 class Point(NamedTuple):
@@ -121,14 +120,7 @@ class Plan(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set(_ramp=self.ramp, _curve=self.curve, _exponent=None, _hypers={})
-        self._resolve()
-        self._curve.check(self.budget_samples)
-        self._ramp.check(self.budget_samples)
-        for size in self._ramp.sizes():
-            self._hyper(size)  # what the rule does not reach is refused now
-
-    def _resolve(self) -> None:
-        """Warm up as the rule says, and resolve a coupled ramp into a ramp and a curve."""
+        # Warm up as the rule says, and resolve a coupled ramp into a ramp and a curve.
         start = self.ramp.start if isinstance(self.ramp, CoupledRamp) else self.ramp.at(0)
         warmup = scale(self._base, self.base_batch, start, self.rule).warmup_samples
         self._set(_curve=replace(self.curve, warmup_samples=warmup))
@@ -136,6 +128,10 @@ class Plan(Checked):
             self._curve.check(self.budget_samples)
             resolved = self.ramp.resolve(self._curve, self.budget_samples)
             self._set(_ramp=resolved.ramp, _curve=resolved.curve, _exponent=resolved.exponent)
+        self._curve.check(self.budget_samples)
+        self._ramp.check(self.budget_samples)
+        for size in self._ramp.sizes():
+            self._hyper(size)  # what the rule does not reach is refused now
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():

@@ -280,7 +280,12 @@ class StagedBatch(StagesRamp):
             (whole_number(threshold, "a threshold of batch.spec") // per, size)
             for threshold, size in entries
         )
-        _check_thresholds(stages, self.spec, per)
+        thresholds = [samples for samples, _ in stages]
+        if thresholds[0] != 0:
+            raise ValueError(f"batch.spec must begin at 0, got {self.spec!r}")
+        if thresholds != sorted(set(thresholds)):
+            divided = f" after division by {per} tokens a sample" if per > 1 else ""
+            raise ValueError(f"the thresholds of batch.spec must rise{divided}, got {self.spec!r}")
         object.__setattr__(self, "stages", stages)
 
     @property
@@ -301,15 +306,6 @@ def pairs(spec: str, name: str, example: str) -> list[tuple[str, int]]:
             raise ValueError(f'{name} must be entries like "{example}", got {spec!r}')
         entries.append((left, whole_number(size, f"a batch size of {name}", 1)))
     return entries
-
-
-def _check_thresholds(stages: Sequence[Stage], spec: str, per: int) -> None:
-    thresholds = [samples for samples, _ in stages]
-    if thresholds[0] != 0:
-        raise ValueError(f"batch.spec must begin at 0, got {spec!r}")
-    if thresholds != sorted(set(thresholds)):
-        divided = f" after division by {per} tokens a sample" if per > 1 else ""
-        raise ValueError(f"the thresholds of batch.spec must rise{divided}, got {spec!r}")
 
 
 def check_rises(start: int, size: int) -> None:

@@ -37,9 +37,8 @@ from largebatch.train.loop import Parts
 from largebatch.train.noise.example_gradients import ExampleGradients
 from largebatch.train.noise.gradient_noise import GradientNoise
 from largebatch.train.reporting.flops import flops_of
-from largebatch.train.reporting.peaks import chosen, peaks_of
 from largebatch.train.reporting.provenance import device_name
-from largebatch.train.reporting.throughput import Throughput
+from largebatch.train.reporting.throughput import Throughput, chosen, peaks_of
 from largebatch.train.run_spec import RunSpec
 from largebatch.train.tasks import Task, check_task, loss_of
 

@@ -11,16 +11,19 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 
-from largebatch.benchmarks.collectives.advice import (
+from largebatch.benchmarks.collectives.fit import Fit, Timing, fits
+from largebatch.benchmarks.collectives.models import (
+    ALL_REDUCE,
     AURORA_ADAPTERS,
     AURORA_NODES,
     AURORA_RANKS_PER_NODE,
+    Cluster,
+    Link,
+    binary,
     oneccl_settings,
     project,
     ranges,
 )
-from largebatch.benchmarks.collectives.fit import Fit, Timing, fits
-from largebatch.benchmarks.collectives.models import ALL_REDUCE, Cluster, Link, binary
 from largebatch.benchmarks.collectives.steps import (
     CollectiveJob,
     Measurement,

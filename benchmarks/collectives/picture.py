@@ -11,8 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, NullLocator
 
-from largebatch.benchmarks.collectives.advice import project
-from largebatch.benchmarks.collectives.models import ALL_REDUCE, Cluster, binary
+from largebatch.benchmarks.collectives.models import ALL_REDUCE, Cluster, binary, project
 from largebatch.common.figures import COLOURS, GREY, GRID
 
 DASHES: Final = ("-", "--", "-.", ":")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from largebatch.optim.base import Group
@@ -119,3 +120,40 @@ class Directions:
     elementwise: dict[int, Tensor]
     """By layer, this rank's part of the directions of what has no blocks."""
     stats: BlockStats
+
+
+def factor_beta(group: Group) -> float:
+    """β of the running averages; 1 for plain sums."""
+    beta: float | None = group["factor_beta"]
+    return group["betas"][1] if beta is None else beta
+
+
+def next_factor(block: BlockAtWork, dim: int) -> Tensor:
+    """A dimension's Kronecker factor with this step's G_(i) G_(i)ᵀ, a new tensor of shape
+    (n_i, n_i); G_(i) is the gradient unfolded along dimension i.
+
+    The product is as precise as what is set globally: callers set `matrix_roots.full_precision`.
+    """
+    beta, factor = factor_beta(block.group), block.state[f"factor_{dim}"]
+    unfolded = block.grad.movedim(dim, 0).flatten(1)
+    new: Tensor = unfolded @ unfolded.T
+    return factor + new if beta == 1 else factor.lerp(new, 1 - beta)
+
+
+def in_basis(tensor: Tensor, matrices: Mapping[int, Tensor]) -> Tensor:
+    """The tensor multiplied along dimensions by the transposes of their matrices.
+
+    For orthonormal columns that is the tensor in their coordinates.
+    """
+    for dim in range(tensor.dim()):
+        # The first dimension is worked on and becomes the last: after all, they are in order.
+        if dim in matrices:
+            tensor = torch.tensordot(tensor, matrices[dim], dims=([0], [0]))
+        else:
+            tensor = tensor.movedim(0, -1)
+    return tensor
+
+
+def out_of_basis(tensor: Tensor, matrices: Mapping[int, Tensor]) -> Tensor:
+    """The tensor multiplied along dimensions by their matrices: the way back of `in_basis`."""
+    return in_basis(tensor, {dim: matrix.T for dim, matrix in matrices.items()})

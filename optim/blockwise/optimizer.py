@@ -39,13 +39,12 @@ from largebatch.optim.blockwise.block_work import (
     Directions,
     GatheredStep,
     GroupGradients,
+    factor_beta,
     run_tasks,
 )
-from largebatch.optim.blockwise.factors import factor_beta
 from largebatch.optim.blockwise.owned_state import OwnedState
-from largebatch.optim.blockwise.state_memory import DROPPED
 from largebatch.optim.blockwise.step_stats import DROPPED_ROW, BlockStats, Tally
-from largebatch.optim.blockwise.work_group import BlockedLayer, BlockWorkGroup
+from largebatch.optim.blockwise.work_group import DROPPED, BlockedLayer, BlockWorkGroup
 from largebatch.optim.math.adam import adam_direction, corrected
 from largebatch.optim.math.matrix_roots import full_precision
 from largebatch.optim.math.tensors import on_device, without_too_large, write

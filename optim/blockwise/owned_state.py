@@ -18,27 +18,24 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.blockwise.blocks import Block
-from largebatch.optim.blockwise.failure_notice import FailureReports
 from largebatch.optim.blockwise.portable import Portable, gathered, sharded
-from largebatch.optim.blockwise.state_memory import (
+from largebatch.optim.blockwise.work_group import (
     AVERAGES,
+    CUT,
     DROPPED,
     MATRICES,
-    new_entry,
-)
-from largebatch.optim.blockwise.work_group import (
-    CUT,
     BlockedLayer,
     BlockWorkGroup,
     blocks_in,
     look_of,
     make_layer,
+    new_entry,
     share_out,
     work_groups_of,
 )
 from largebatch.optim.loading import as_state
 from largebatch.optim.math.bias_correction import SUFFIX, ages_of
-from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES, Failures
+from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES, FailureReports, Failures
 from largebatch.optim.math.tensors import compute_dtype
 from largebatch.optim.sharding.layout import Name, is_dtensor, layout_of
 from largebatch.optim.sharding.step_counts import StepCounts

@@ -13,13 +13,21 @@ from largebatch.optim.blockwise.blocks import Block, blocks_of
 from largebatch.optim.math.tensors import compute_dtype
 from largebatch.optim.sharding.layout import Name, local
 from largebatch.optim.sharding.placement import Placement, placement_of
+from largebatch.optim.sharding.redistribution import WorkGroup
 from largebatch.optim.sharding.rounds import ShardedTensor
 from largebatch.optim.sharding.work_assignment import assign
-from largebatch.optim.sharding.work_group import WorkGroup
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# The running averages whose β may change on the way.
+AVERAGES = ("exp_avg", "exp_avg_sq", "factor")
+
+# An entry of the state: elements of gradients so far that were too large to be squared.
+DROPPED = "dropped_elements"
+
+# What a block has for each dimension with a factor.
+MATRICES = ("factor_", "root_", "basis_")
 
 # The options of a group that say which blocks its parameters have.
 CUT = ("precondition", "block_size", "merge_dims", "max_preconditioner_dim")
@@ -136,3 +144,13 @@ def work_groups_of(layers: Iterable[BlockedLayer]) -> list[BlockWorkGroup]:
         key = layer.placement.group, None if layer.placement.group is not None else layer.device
         by_group.setdefault(key, []).append(layer)
     return [BlockWorkGroup(members) for members in by_group.values()]
+
+
+def new_entry(name: str, shape: tuple[int, ...], layer: BlockedLayer) -> Tensor:
+    """An entry of a block's state before its first step; empty where the block is another rank's.
+
+    Roots and bases of nothing are the identity.
+    """
+    if name.startswith(("root_", "basis_")) and len(shape) == 2:
+        return torch.eye(*shape, dtype=layer.dtype, device=layer.device)
+    return torch.zeros(shape, dtype=layer.dtype, device=layer.device)

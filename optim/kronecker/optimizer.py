@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import Group
-from largebatch.optim.blockwise.failure_notice import FailureReports
 from largebatch.optim.blockwise.portable import gathered, sharded
 from largebatch.optim.kronecker.coverage import (
     coverage,
@@ -28,8 +27,8 @@ from largebatch.optim.kronecker.layers import Layer, find_layers, signature, wit
 from largebatch.optim.kronecker.state import KroneckerState
 from largebatch.optim.kronecker.statistics import FactorStatistics
 from largebatch.optim.kronecker.work_group import KroneckerWorkGroup, make_work_groups
-from largebatch.optim.math.grafting import GRAFTINGS
-from largebatch.optim.math.matrix_roots import Failures
+from largebatch.optim.math.adam import GRAFTINGS
+from largebatch.optim.math.matrix_roots import FailureReports, Failures
 from largebatch.optim.options import require, require_one_of
 from largebatch.optim.sharding.layout import Name, is_dtensor, local
 from largebatch.optim.sharding.placement import Placement, placement_of

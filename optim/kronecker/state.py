@@ -13,8 +13,7 @@ from torch.optim.optimizer import StateDict
 
 from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.blockwise.portable import Key, Portable, States, gathered, sharded
-from largebatch.optim.blockwise.state_memory import DROPPED
-from largebatch.optim.blockwise.work_group import BlockedLayer
+from largebatch.optim.blockwise.work_group import DROPPED, BlockedLayer
 from largebatch.optim.kronecker.damping import FORMER_FORMS
 from largebatch.optim.kronecker.factors import make_factor_state, state_shapes
 from largebatch.optim.kronecker.layers import Layer

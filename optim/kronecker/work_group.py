@@ -12,9 +12,9 @@ from largebatch.optim.kronecker.layers import FactorSums, Layer
 from largebatch.optim.math.tensors import root
 from largebatch.optim.sharding.layout import local
 from largebatch.optim.sharding.placement import Placement
+from largebatch.optim.sharding.redistribution import WorkGroup
 from largebatch.optim.sharding.rounds import whole
 from largebatch.optim.sharding.work_assignment import assign
-from largebatch.optim.sharding.work_group import WorkGroup
 
 NUMBERS = ("weight", "grafted", "gradient", "update", "product", "scale", "condition")
 

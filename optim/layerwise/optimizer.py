@@ -190,7 +190,12 @@ class LayerwiseOptimizer(ShardedOptimizer):
             # and go in ever new patterns.
             if self._follow_strides() or len(self._plans) >= 64:
                 self._plans.clear()
-            known = build_step_plan(self.param_groups, self._layouts())
+            layouts: dict[Tensor, Layout] = {
+                param: self._bound.get(param)
+                or layout_of(param, name, group["norm_groups"], group["norm_dim"])
+                for group, name, param in self._named_params()
+            }
+            known = build_step_plan(self.param_groups, layouts)
             known.flats = self._unbound.flats(self.param_groups, self._bound)
             if self._clip_norm is None:
                 refuse_redundancy(self, self._max_grad_norm())
@@ -211,13 +216,6 @@ class LayerwiseOptimizer(ShardedOptimizer):
                         moved |= followed is not value
                         self.state[param][key] = followed
         return moved
-
-    def _layouts(self) -> dict[Tensor, Layout]:
-        return {
-            param: self._bound.get(param)
-            or layout_of(param, name, group["norm_groups"], group["norm_dim"])
-            for group, name, param in self._named_params()
-        }
 
     def _sync(self, plan: StepPlan) -> SyncedStep:
         """Whether to skip, and what to divide the gradients by: the same on every rank."""

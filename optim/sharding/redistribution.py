@@ -19,12 +19,13 @@ summed over all ranks goes ahead in an all-reduce, by which the ranks agree.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Final
+from typing import Final, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from largebatch.optim.sharding.layout import Name
 from largebatch.optim.sharding.placement import Box, SubGroup
 from largebatch.optim.sharding.rounds import Round, ShardedTensor, Slice, To, limit_of, rounds_of
 
@@ -245,3 +246,44 @@ def slot_of(box: Tensor, ends: list[int], rank: int, piece: Slice) -> Tensor:
 def fill(slot: Tensor, part: Tensor | None) -> None:
     if part is not None:
         slot.copy_(part)
+
+
+class Unit(Protocol):
+    """What one rank of a work group works on: a layer."""
+
+    @property
+    def name(self) -> Name: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+Layer = TypeVar("Layer", bound=Unit)
+
+
+class WorkGroup(Generic[Layer]):
+    """Layers that lie over the same ranks; one rank owns each part of the work. `dtype` is FP32, or
+    FP64 if any layer needs it, `device` that of all collectives; with `group` None this process
+    works alone.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], tensors: Sequence[ShardedTensor], device: torch.device
+    ) -> None:
+        self.layers = list(layers)
+        wide = any(layer.dtype == torch.float64 for layer in self.layers)
+        self.dtype = torch.float64 if wide else torch.float32
+        self.device = device
+        self.redistribution = Redistribution(tensors, self.dtype, device)
+
+    @property
+    def group(self) -> "dist.ProcessGroup | None":
+        return self.redistribution.group
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def names(self) -> list[Name]:
+        return [layer.name for layer in self.layers]

@@ -4,12 +4,15 @@ from itertools import pairwise
 
 import pytest
 
-from largebatch.benchmarks.collectives.advice import Range, oneccl_settings, project, ranges
 from largebatch.benchmarks.collectives.models import (
     Cluster,
     Link,
+    Range,
     hierarchical_seconds,
+    oneccl_settings,
+    project,
     rabenseifner,
+    ranges,
     ring,
 )
 

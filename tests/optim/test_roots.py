@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from largebatch.optim.blockwise.failure_notice import FailureReports
 from largebatch.optim.math.matrix_roots import (
+    FailureReports,
     Failures,
     RootError,
     eigenbasis,

@@ -18,7 +18,7 @@ from largebatch.conf.config import GuardConfig
 from largebatch.conf.specs import typed_as
 from largebatch.records.names import EVENTS
 from largebatch.train.guard import Guard, GuardAction
-from largebatch.train.reporting.events import Events
+from largebatch.train.reporting.reporter import Events
 
 
 def line(step: int, norm: float, loss: float = 2.0, **more: Any) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def test_a_rollback_without_checkpoints_is_refused_before_the_run() -> None:
 
 WRITES_AND_IS_KILLED = """
 import os, pathlib, signal, sys
-from largebatch.train.reporting.events import Events
+from largebatch.train.reporting.reporter import Events
 events = Events(pathlib.Path(sys.argv[1]))
 for step in range(1, 4):
     events.write("skip", step=step, samples=8 * step, reason="inf", value=float("inf"), names=["w"])

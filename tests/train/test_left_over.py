@@ -19,7 +19,7 @@ from largebatch.common.files import write_whole
 from largebatch.distributed.launchers import ranks_from
 from largebatch.records.heartbeat import Heartbeat
 from largebatch.train.lr_find.results import COLUMNS, append
-from largebatch.train.reporting.events import Events
+from largebatch.train.reporting.reporter import Events
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,7 @@ from largebatch.train.reporting.flops import (
     megatron_recompute,
     palm,
 )
-from largebatch.train.reporting.peaks import PEAKS, Peak, chosen, peaks_of
-from largebatch.train.reporting.throughput import Throughput
+from largebatch.train.reporting.throughput import PEAKS, Peak, Throughput, chosen, peaks_of
 from largebatch.train.tasks import Batch
 from largebatch.train.tasks.digits import Digits
 

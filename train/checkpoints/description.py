@@ -34,11 +34,8 @@ _DTYPE: Final = re.compile(r"b?float\d\w*|q?u?int\d\w*|complex\d+|bits\d\w*|bool
 
 
 def problem_of(data: bytes, files: Collection[str]) -> str | None:
-    """What is wrong with a description; None: nothing that can be seen.
-
-    Args:
-        data: the bytes of `.metadata`.
-        files: what the checkpoint holds, by path within it.
+    """What is wrong with a description, the bytes of `.metadata` of a checkpoint that holds `files`
+    by their paths within it; None: nothing that can be seen.
     """
     try:
         found = _Unpickler(io.BytesIO(data), _may_name).load()

@@ -27,7 +27,7 @@ from torch.futures import Future
 from torch.optim import Optimizer
 
 from largebatch.distributed.ranks import Ranks
-from largebatch.optim.blockwise.state_memory import DROPPED
+from largebatch.optim.blockwise.work_group import DROPPED
 from largebatch.optim.kronecker.state import ELSEWHERE, KroneckerState
 from largebatch.optim.math.bias_correction import SUFFIX
 from largebatch.optim.sharding.messages import broadcast_json

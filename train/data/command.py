@@ -1,22 +1,26 @@
 """`largebatch data`: files of tokens, made from text and looked into."""
 
 import argparse
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+from rich.progress import Progress
 
 from largebatch.common.progress import progress_bar
 from largebatch.common.text import say
 from largebatch.records.outcomes import ExitCode
 from largebatch.train.data.documents import TextPiece, check_file, pieces
-from largebatch.train.data.inspect import describe
+from largebatch.train.data.megatron import check_index
+from largebatch.train.data.token_files import TokenFile, find_files, open_tokens
 from largebatch.train.data.tokenizer import Tokenizer, find_tokenizer
 from largebatch.train.data.writer import FORMATS, TokenWriter, dtype_for
 
 _AT_ONCE: Final = 1024
 _BYTES_AT_ONCE: Final = 1 << 22
+_CHUNK: Final = 1 << 22
 
 
 def main(arguments: list[str]) -> int:
@@ -160,3 +164,62 @@ def write(
             if separator is not None:
                 writer.append(np.array([separator]))
             writer.end_document()
+
+
+def describe(path: Path, dtype: str | None, check: bool, progress: Progress) -> str:
+    """A few lines on the tokens at `path`; with `check` all are read, and the whole of an index."""
+    (file,) = find_files(str(path), "PATH")
+    tokens = open_tokens(file, dtype)
+    kind = "plain tokens" if tokens.index is None else "a Megatron dataset"
+    rows = {
+        "tokens": f"{len(tokens.tokens):,} of {tokens.tokens.dtype.name}, "
+        f"{tokens.tokens.nbytes:,} bytes"
+    }
+    if tokens.index is not None:
+        rows["sequences"] = f"{len(tokens.index.lengths):,}"
+        rows["documents"] = f"{len(tokens.index.documents) - 1:,}"
+    elif "documents" in tokens.sidecar:
+        rows["documents"] = f"{tokens.sidecar['documents']:,}"
+    for key in ("vocabulary", "separator", "tokenizer", "sha256"):
+        if tokens.sidecar.get(key) is not None:
+            rows[key] = str(tokens.sidecar[key])
+    rows["begins"] = beginning(tokens)
+    if check:
+        rows["checked"] = checked(tokens, progress)
+    width = max(len(key) for key in rows)
+    return "\n".join(
+        [f"{file}: {kind}", *(f"  {key:{width}}  {value}" for key, value in rows.items())]
+    )
+
+
+def beginning(tokens: TokenFile) -> str:
+    """The first tokens: the text that they are where they are bytes, else their ids."""
+    if tokens.sidecar.get("tokenizer") == "bytes":
+        first = tokens.tokens[:72]
+        return repr(bytes(first[first < 256].astype(np.uint8)).decode(errors="replace"))
+    return " ".join(str(token) for token in tokens.tokens[:16])
+
+
+def checked(tokens: TokenFile, progress: Progress) -> str:
+    """Read everything; returns what was found."""
+    if tokens.index is not None:
+        check_index(tokens.index, tokens.tokens.nbytes, whole=True)
+    tokens.mapping.announce_all()
+    digest, largest, smallest = hashlib.sha256(), 0, 0
+    shown = progress.add_task("", total=len(tokens.tokens))
+    for start in range(0, len(tokens.tokens), _CHUNK):
+        chunk = tokens.tokens[start : start + _CHUNK]
+        digest.update(chunk.tobytes())
+        largest, smallest = max(largest, int(chunk.max())), min(smallest, int(chunk.min()))
+        progress_text = f"{start + len(chunk):,} tokens, the largest id {largest:,}"
+        progress.update(shown, completed=start + len(chunk), description=progress_text)
+    vocabulary = tokens.sidecar.get("vocabulary", largest + 1)
+    if smallest < 0 or largest >= vocabulary:
+        strange = smallest if smallest < 0 else largest
+        raise ValueError(f"{tokens.path} holds the id {strange}, outside 0 … {vocabulary - 1}")
+    if tokens.sidecar.get("sha256", digest.hexdigest()) != digest.hexdigest():
+        raise ValueError(
+            f"{tokens.path} is not what was written: its SHA-256 is {digest.hexdigest()}, and was "
+            f"{tokens.sidecar['sha256']}"
+        )
+    return f"every id below {vocabulary:,}; the largest {largest:,}; SHA-256 {digest.hexdigest()}"

@@ -27,12 +27,9 @@ class AsyncMetrics:
     def push(
         self, line: dict[str, Any], names: tuple[str, ...], packed: Tensor, work: Work | None
     ) -> dict[str, Any] | None:
-        """Send off the numbers of a step; returns the line of the step before, complete.
-
-        Args:
-            line: what the host knows of the step already.
-            names: field of each value in `packed`, a vector on the device.
-            work: the collective that `packed` waits for, if any.
+        """Send off the numbers of a step, beside what the host knows of it already (`line`): a
+        vector on the device, with the field of each value in `names`, and the collective that it
+        waits for, if any. Returns the line of the step before, complete.
         """
         before = self.flush()
         arrived = None
