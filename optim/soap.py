@@ -25,7 +25,8 @@ Where we differ, and what is left open there:
   them, as variances of uncorrelated coordinates (v multiplied by (Q_oldᵀ Q_new)² elementwise), is
   no better: coordinates are correlated, and what leaks from large eigenvalues into small ones holds
   those back for as long as v remembers (36 steps in place of 32 to 1.95 nats on the first text of
-  task=bytes at a batch of 16,384). m lies in the coordinates of the weights and needs nothing of the kind.
+  task=bytes at a batch of 16,384). m lies in the coordinates of the weights and needs nothing of
+  the kind.
 - √v̂ + ε, as in Adam and in the paper's code; its text has √(v + ε).
 
 In the null space of a rank-deficient factor every basis is as good as another, and which one it is
