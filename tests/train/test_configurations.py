@@ -22,12 +22,11 @@ from largebatch.common.errors import ConfigError
 from largebatch.conf.build import build, find_target
 from largebatch.conf.config import TrainConfig, typed
 from largebatch.distributed.ranks import Ranks, pick_device
-from largebatch.train.build import build_optimizer
+from largebatch.train.build import build_optimizer, check_batches, try_one_pass
 from largebatch.train.engines.model_options import within_memory
 from largebatch.train.models import MLP
 from largebatch.train.run_spec import checked_plan
 from largebatch.train.tasks import check_task
-from largebatch.train.trial import check_batches, try_one_pass
 
 SMALL = ("task=bytes", "task.num_bytes=65536", "task.num_eval=64", "budget.samples=1024")
 SCHEDULED = ("task=digits", "budget.samples=1e6")
