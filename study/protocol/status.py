@@ -6,10 +6,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from largebatch.common.files import lock
+from largebatch.conf.config import BudgetConfig
 from largebatch.conf.specs import typed_as
 from largebatch.conf.sweep_config import StudyConfig
 from largebatch.records import read_fields
-from largebatch.records.fields import mapping, number, whole
+from largebatch.records.fields import mapping, number
 from largebatch.records.names import METRICS, SUMMARY
 from largebatch.study.decisions import STUDY
 from largebatch.study.protocol.conduct import LOCK, finished
@@ -102,7 +103,8 @@ def read_protocol(folder: Path) -> Protocol:
     """
     record = read_fields(folder / STUDY)
     study = typed_as(StudyConfig, OmegaConf.create(record.take("study", mapping)))
-    budget = record.inside("config").inside("budget").take("samples", whole(1))
+    given = record.inside("config").take("budget", mapping)  # as it was written: 2e6, tokens
+    budget = typed_as(BudgetConfig, OmegaConf.create(given)).samples
     names = [f"optim={name}" for name in study.optimizers]
     optimizers = {name.removeprefix("optim="): record.take(name, mapping) for name in names}
     return Protocol(study, optimizers, budget)

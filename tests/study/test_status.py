@@ -17,7 +17,7 @@ from largebatch.study.protocol.status import read_status
 def begin(folder: Path, simulate: Simulate, dies_at: int | None) -> None:
     """Run a study in the folder, or as much of it as comes before `dies_at` runs."""
     protocol = make_protocol()
-    shared: dict[str, Any] = {"config": {"budget": {"samples": 20_000}}}
+    shared: dict[str, Any] = {"config": {"budget": {"samples": 2e4, "tokens": None}}}
     names = {f"optim={name}": protocol.optimizers[name] for name in protocol.study.optimizers}
     check_identity(folder, shared | names)
     check_grid(folder, protocol.study)
