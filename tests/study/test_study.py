@@ -14,7 +14,7 @@ import pytest
 SMALL = (
     "sweep", "study=digits", "study.optimizers=[sgd,lamb]", "study.batch_sizes=[32,64,128]",
     "study.start_batch=64", "study.rule_batches=[128]", "study.rules=[sqrt]", "target.loss=0.5",
-    "hydra.launcher.n_jobs=2",
+    "study.search=[lr]", "study.report_seeds=[2,3]", "hydra.launcher.n_jobs=2",
 )  # fmt: skip
 
 
