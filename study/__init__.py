@@ -7,7 +7,7 @@ study.intervals(rows)   # of any table with optimizer, batch_size, seed and step
 study.pairs(rows)
 """
 
-from largebatch.study.fit import CurveFit, fit_curve, fit_points
+from largebatch.study.fit import CurveFit, fit_curve
 from largebatch.study.points import RulePoint, StudyPoint, curve_points, rule_points
 from largebatch.study.reading import RunSummary, read_runs
 from largebatch.study.report import StudyReport, print_report, write_report
@@ -30,7 +30,6 @@ __all__ = [
     "StudyReport",
     "curve_points",
     "fit_curve",
-    "fit_points",
     "intervals",
     "pairs",
     "print_report",

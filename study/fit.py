@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from largebatch.study.points import StudyPoint
 from largebatch.study.statistics.solver import FEWEST_POINTS, Array, fit_many
 
-__all__ = ["FEWEST_POINTS", "CurveFit", "fit_curve", "fit_points"]
+__all__ = ["FEWEST_POINTS", "CurveFit", "fit_curve"]
 
 
 @dataclass(frozen=True)
@@ -39,20 +38,6 @@ class CurveFit:
     num_points: int
     num_censored: int
     shape: float = 1.0
-
-
-def fit_points(points: Sequence[StudyPoint]) -> CurveFit | None:
-    """`fit_curve` of one optimizer's points; a miss with no known bound is left out."""
-    reached = [(point.batch_size, point.steps) for point in points if point.steps is not None]
-    missed = [
-        (point.batch_size, point.lower_bound) for point in points if point.lower_bound is not None
-    ]
-    return fit_curve(
-        [batch_size for batch_size, _ in reached],
-        [steps for _, steps in reached],
-        [batch_size for batch_size, _ in missed],
-        [bound for _, bound in missed],
-    )
 
 
 def fit_curve(

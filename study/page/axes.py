@@ -106,6 +106,7 @@ def set_batch_axis(axes: Axes, sizes: Sequence[int], most: int) -> None:
 
 def set_log_axis(axis: Axis, low: float, high: float, most: int = 8) -> None:
     """The limits, and from 3 to `most` ticks on round numbers, however short the axis."""
+    # matplotlib gives every kind of Axis its name, x or y, and types it nowhere.
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # type: ignore[attr-defined]
     axis.axes.set(**{f"{axis.axis_name}lim": (low, high)})  # type: ignore[attr-defined]
     axis.set_major_locator(FixedLocator(round_numbers(low, high, most)))

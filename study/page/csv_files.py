@@ -18,7 +18,6 @@ from largebatch.study.statistics.intervals import Estimate
 CURVE: Final = (
     "optimizer,batch_size,steps,samples,lr,trials,at_edge,missed,seeds,low,high,interpolated,cut"
 )
-FIT_QUANTITIES: Final = ("s_min", "e_min", "b_crit", "shape", "cbs20", "b_80", "b_50")
 FITS: Final = ",".join(
     [
         "optimizer,s_min,e_min,b_crit,s_min_low,s_min_high,e_min_low,e_min_high,b_crit_low",

@@ -91,10 +91,9 @@ def conduct(
         return next_jobs()
 
     with StudyProgress(protocol, folder) as progress:
-        while jobs := next_jobs():
-            first = len(launched) - len(jobs)
+        if jobs := next_jobs():  # all others follow from these
             with progress.watching():
-                launch(jobs, lambda place, first=first: more(first + place))  # type: ignore[misc]
+                launch(jobs, more)
         progress.show()
     return count
 
