@@ -91,8 +91,8 @@ def write_pictures(folder: Path, problems: list[str], out: Path | None = None) -
     Raises:
         ValueError: it recorded nothing that there is a picture of.
     """
-    from largebatch.study.layers import write_layers
-    from largebatch.study.noise import write_noise
+    from largebatch.study.runs.layers import write_layers
+    from largebatch.study.runs.noise import write_noise
 
     pictures, missing = {}, []
     for what, write in (("layers", write_layers), ("noise", write_noise)):
@@ -124,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     named = [name for name in arguments.reference.split(",") if name]
     try:
-        from largebatch.study.layers import is_run
+        from largebatch.study.runs.layers import is_run
 
         if len(arguments.folders) == 1 and is_run(arguments.folders[0]):
             problems: list[str] = []

@@ -33,8 +33,8 @@ from largebatch.records.checkpoints import listed
 from largebatch.records.record import words_of
 from largebatch.records.summary import has_ended
 from largebatch.study import report
-from largebatch.study.layers import read_layers
-from largebatch.study.noise import read_noise
+from largebatch.study.runs.layers import read_layers
+from largebatch.study.runs.noise import read_noise
 from largebatch.study.protocol.identity import check_identity
 from largebatch.train import command as train_command
 from largebatch.train.checkpoints import command as checkpoint_command

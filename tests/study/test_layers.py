@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from largebatch.study.layers import layers_figure, read_layers
+from largebatch.study.runs.layers import layers_figure, read_layers
 from largebatch.study.report import main
 
 

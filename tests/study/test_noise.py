@@ -9,7 +9,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 
-from largebatch.study.noise import noise_figure, read_noise
+from largebatch.study.runs.noise import noise_figure, read_noise
 from largebatch.study.report import main
 
 NAN = float("nan")

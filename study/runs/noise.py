@@ -23,7 +23,7 @@ from largebatch.records.columns import read_columns
 from largebatch.records.fields import Check, flag, within
 from largebatch.records.names import METRICS
 from largebatch.study.labels import label, plain
-from largebatch.study.layers import counted, increasing
+from largebatch.study.runs.layers import counted, increasing
 
 FIELD = "noise_scale"
 _SCALE = within(-1e30, 1e30)
