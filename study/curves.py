@@ -99,8 +99,9 @@ def curves_of(runs: Sequence[RunSummary], decisions: Decisions) -> list[StudyCur
         for run in own:
             identity = _identity(run, tuned)
             kinds.setdefault(json.dumps(identity, sort_keys=True), (identity, []))[1].append(run)
-        names = _names(optimizer, [identity for identity, _ in kinds.values()])
-        for name, (_, members) in zip(names, kinds.values(), strict=True):
+        told = differences([identity for identity, _ in kinds.values()])
+        for words, (_, members) in zip(told, kinds.values(), strict=True):
+            name = " ".join([optimizer, *(f"{_short(path)}={words[path]}" for path in words)])
             curves.append(StudyCurve(name, optimizer, tuned, members))
     return sorted(curves, key=lambda curve: curve.name)
 
@@ -136,7 +137,7 @@ def _identity(run: RunSummary, tuned: Sequence[str]) -> dict[str, Any]:
     searched = {path for name in tuned for path in _TUNED[name]}
     return {
         path: value
-        for path, value in flattened(run.config)
+        for path, value in sorted(flattened(run.config))
         if path not in searched and not _has_no_part(path)
     }
 
@@ -146,21 +147,22 @@ def _has_no_part(path: str) -> bool:
     return any(path == name or path.startswith(f"{name}.") for name in _NO_PART_IN_A_CURVE)
 
 
-def _names(optimizer: str, identities: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name a curve: the optimizer, and the values in which it differs from the commonest."""
-    if len(identities) == 1:
-        return [optimizer]
-    paths = {path for identity in identities for path in identity}
-    differing = sorted(
+def differences(identities: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Of each mapping the entries in which not all are alike, as text, in the order of their keys.
+
+    An entry is left out where one before it tells the same mappings apart.
+
+    >>> differences([{"a": 1, "b": 0.5, "c": 0}, {"a": 2, "b": 0.1, "c": 0}])
+    [{'a': '1'}, {'a': '2'}]
+    """
+    paths = dict.fromkeys(path for identity in identities for path in identity)
+    differing = [
         path
         for path in paths
         if len({json.dumps(identity.get(path), sort_keys=True) for identity in identities}) > 1
-    )
-    shown = [path for path in differing if not _follows(path, differing, identities)]
-    return [
-        " ".join([optimizer, *(f"{_short(path)}={_text(one.get(path))}" for path in shown)])
-        for one in identities
     ]
+    shown = [path for path in differing if not _follows(path, differing, identities)]
+    return [{path: _text(one.get(path)) for path in shown} for one in identities]
 
 
 def _follows(path: str, paths: Sequence[str], identities: Sequence[Mapping[str, Any]]) -> bool:

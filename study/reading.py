@@ -52,10 +52,9 @@ def read_runs(folder: Path | str) -> tuple[list[RunSummary], list[str]]:
     return runs, problems
 
 
-def recorded(runs: Sequence[RunSummary], key: str) -> list[str]:
-    """The distinct values of one provenance entry over the runs as sorted text."""
-    found = {_text(run.provenance[key]) for run in runs if run.provenance.get(key) is not None}
-    return sorted(found)
+def recorded(provenance: Sequence[Mapping[str, object]], key: str) -> list[str]:
+    """The distinct values of one entry over the provenance of runs, as sorted text."""
+    return sorted({_text(one[key]) for one in provenance if one.get(key) is not None})
 
 
 def _text(value: object) -> str:

@@ -3,9 +3,9 @@
 Written into DIR, or where `--out` says: `report.html` (self-contained), `curve`, `ratio`,
 `learning_rate` and `basins` as .png and .svg, `curve.csv`, `fits.csv`, `pairs.csv`, `basin.csv`,
 and `rules.csv` where runs under a scaling rule stand beside tuned ones. Several folders are
-compared on one page. The folder of a single run gives `layers.png`, the trust ratio of every layer
-over the run, and `noise.png`, its gradient noise scale, where it recorded them. Exit code 0, or 2
-and one sentence on stderr where there is nothing to report.
+compared on one page. Folders of single runs are drawn over their course instead, laid over each
+other (`single_runs/`). Exit code 0, or 2 and one sentence on stderr where there is nothing to
+report.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from largebatch.records import printable
+from largebatch.records.names import METRICS
 from largebatch.study.page.csv_files import write_csv_files
 from largebatch.study.page.html import Drawn, page_of, section_titles
 from largebatch.study.page.references import SOURCES, Reference, references
@@ -84,27 +85,6 @@ def print_report(report: StudyReport, console: "Console | None" = None) -> None:
     console.print(f"report: {report.html}", highlight=False, markup=False, soft_wrap=True)
 
 
-def write_pictures(folder: Path, problems: list[str], out: Path | None = None) -> dict[str, Path]:
-    """The pictures of a single run, of what it recorded, written into `out` (default: its folder).
-    What is damaged is noted.
-
-    Raises:
-        ValueError: it recorded nothing that there is a picture of.
-    """
-    from largebatch.study.runs.layers import write_layers
-    from largebatch.study.runs.noise import write_noise
-
-    pictures, missing = {}, []
-    for what, write in (("layers", write_layers), ("noise", write_noise)):
-        try:
-            pictures[what] = write(folder, problems, out)
-        except ValueError as error:
-            missing.append(str(error))
-    if not pictures:
-        raise ValueError("; ".join(missing))
-    return pictures
-
-
 def main(argv: Sequence[str]) -> int:
     """`largebatch report DIR … [--out DIR]`; 0, or 2 where there is nothing to report."""
     parser = argparse.ArgumentParser(
@@ -114,29 +94,27 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "folders", type=Path, nargs="+", metavar="folder",
-        help="a folder with runs at any depth, or of one run; several are compared",
+        help="a folder with runs at any depth, several to compare studies; or single runs' folders",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="where to write (default: the first folder)")
     parser.add_argument(
         "--reference", default="", metavar="NAMES",
         help=f"published curves to draw beside these: {','.join(SOURCES)}",
     )  # fmt: skip
+    parser.add_argument(
+        "--against", choices=("samples", "steps", "seconds"), default="samples",
+        help="what single runs are drawn over (default: samples)",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     named = [name for name in arguments.reference.split(",") if name]
+    folders = arguments.folders
     try:
-        from largebatch.study.runs.layers import is_run
+        if any((folder / METRICS).is_file() for folder in folders):
+            from largebatch.study.single_runs.report import print_runs, write_runs_report
 
-        if len(arguments.folders) == 1 and is_run(arguments.folders[0]):
-            problems: list[str] = []
-            try:
-                pictures = write_pictures(arguments.folders[0], problems, arguments.out)
-                for what, path in pictures.items():
-                    print(f"{what}: {path}")
-            finally:
-                for problem in dict.fromkeys(problems):
-                    print(f"note: {printable(problem)}")
+            print_runs(write_runs_report(*folders, out=arguments.out, against=arguments.against))
         else:
-            print_report(write_report(*arguments.folders, out=arguments.out, reference=named))
+            print_report(write_report(*folders, out=arguments.out, reference=named))
     except ModuleNotFoundError as error:
         advice = "install it with: pip install 'largebatch[train]'"
         print(f"largebatch report needs {error.name}; {advice}", file=sys.stderr)

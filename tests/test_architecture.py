@@ -99,6 +99,7 @@ ROOMS = {
     "study/page": [".", "statistics"],
     "study/protocol": ["."],
     "study/nqm": [".", "protocol"],
+    "study/single_runs": [".", "page"],
     "launch/jobs": ["doctor"],
     "launch/doctor": ["."],
     "launch/sweeps": ["jobs"],

@@ -28,7 +28,7 @@ from largebatch.study.points import is_tuned
 from largebatch.study.reading import recorded
 from largebatch.study.section_study import SectionStudy, Study
 
-_TEMPLATES: Final = Path(__file__).with_name("templates")
+TEMPLATES: Final = Path(__file__).with_name("templates")
 _PROVENANCE: Final = {
     "command": "command", "data": "data", "data_hash": "data hash", "device": "device",
     "world_size": "ranks", "versions": "versions", "git_commit": "commit",
@@ -86,16 +86,16 @@ def page_of(
         _section(section, drawn, heading, sources)
         for section, drawn, heading in zip(study.sections, pictures, headings, strict=True)
     ]
-    template = Template((_TEMPLATES / "report.html").read_text(encoding="utf-8"))
+    template = Template((TEMPLATES / "report.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(page_title(study)),
-        style=style_sheet() + "\n" + (_TEMPLATES / "page.css").read_text(encoding="utf-8"),
-        script=(_TEMPLATES / "sort.js").read_text(encoding="utf-8"),
+        style=style_sheet() + "\n" + (TEMPLATES / "page.css").read_text(encoding="utf-8"),
+        script=(TEMPLATES / "sort.js").read_text(encoding="utf-8"),
         contents=_contents(titles) if several else "",
         sections="\n".join(bodies),
         problems=_problems(study.problems),
         files=", ".join(f'<a href="{escape(p.name)}">{escape(p.name)}</a>' for p in files),
-        provenance=_items(_provenance(study)),
+        provenance=items_of(_provenance(study)),
         command=escape(command),
     )
 
@@ -143,7 +143,7 @@ def _section(
         ]  # fmt: skip
     parts += [
         _heading("Critical batch size and what is worth it"),
-        _table(fits_table(study), _FITS_NOTE),
+        table_of(fits_table(study), _FITS_NOTE),
         _heading("Learning rates"),
         _figure(
             drawn, "learning_rate",
@@ -159,16 +159,16 @@ def _section(
             "seed that tried most rates, small markers are other seeds. Crosses along the top "
             "missed the target or diverged; triangles were cut, since they could only have lost.",
         ),
-        _table(basins_table(study), "How far off the best rate may be."),
+        table_of(basins_table(study), "How far off the best rate may be."),
         _heading("Points"),
-        _table(points_table(study), "Steps are geometric means over the seeds."),
+        table_of(points_table(study), "Steps are geometric means over the seeds."),
     ]  # fmt: skip
     if "ratio" in drawn:
-        parts.append(_table(ratios_table(study), f"Steps over those of {first}."))
+        parts.append(table_of(ratios_table(study), f"Steps over those of {first}."))
     if study.rules:
         parts += [
             _heading("Scaling rules"),
-            _table(
+            table_of(
                 rules_table(study.rules),
                 "Learning rates that a rule carried over from the base batch, against the best one "
                 "found at each batch: a ratio of 1 is as good as a search.",
@@ -176,7 +176,7 @@ def _section(
         ]
     parts += [
         _heading("Trials"),
-        _table(
+        table_of(
             trials_table(study),
             "What each curve was given" + _allowed(study) + ". Runs that were cut ended early, "
             "as they could only have lost." + _untuned(study),
@@ -220,15 +220,18 @@ def _heading(text: str) -> str:
 
 
 def _figure(drawn: Mapping[str, Drawn], name: str, caption: str) -> str:
-    picture = drawn[name]
+    return figure_of(drawn[name].wide, drawn[name].narrow, caption)
+
+
+def figure_of(wide: str, narrow: str, caption: str) -> str:
+    """A picture for wide screens and for phones, with what it shows in words."""
     return (
-        f'<figure><div class="for-wide">{picture.wide}</div>'
-        f'<div class="for-phone">{picture.narrow}</div>'
+        f'<figure><div class="for-wide">{wide}</div><div class="for-phone">{narrow}</div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
-def _table(listing: Listing, caption: str) -> str:
+def table_of(listing: Listing, caption: str) -> str:
     """A table; a line sets off each curve's rows."""
     words = [head in listing.words for head in listing.heads]
     heads = "".join(
@@ -260,10 +263,11 @@ def _word(is_word: bool) -> str:
 def _problems(problems: Sequence[str]) -> str:
     if not problems:
         return ""
-    return f'<h2>Left out</h2><ul class="soft">{_items(problems)}</ul>'
+    return f'<h2>Left out</h2><ul class="soft">{items_of(problems)}</ul>'
 
 
-def _items(lines: Iterable[str]) -> str:
+def items_of(lines: Iterable[str]) -> str:
+    """Lines as the items of a list."""
     return "\n".join(f"<li>{escape(line)}</li>" for line in lines)
 
 
@@ -278,8 +282,14 @@ def _provenance(study: Study) -> list[str]:
     ]
     if seconds:
         facts.append(f"together they took {duration(seconds)}")
+    return [*facts, *provenance_of([run.provenance for run in runs])]
+
+
+def provenance_of(records: Sequence[Mapping[str, object]]) -> list[str]:
+    """What runs ran on, with which data and versions: a fact a line, hashes shortened."""
+    facts = []
     for key, label in _PROVENANCE.items():
-        if values := recorded(runs, key):
+        if values := recorded(records, key):
             more = f" and {len(values) - MOST_RECORDED} more" * (len(values) > MOST_RECORDED)
             facts.append(f"{label}: {' / '.join(map(short_hash, values[:MOST_RECORDED]))}{more}")
     return facts

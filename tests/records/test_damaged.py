@@ -33,9 +33,10 @@ from largebatch.records.checkpoints import listed
 from largebatch.records.record import words_of
 from largebatch.records.summary import has_ended
 from largebatch.study import report
-from largebatch.study.runs.layers import read_layers
-from largebatch.study.runs.noise import read_noise
 from largebatch.study.protocol.identity import check_identity
+from largebatch.study.single_runs.history import names_of, read_history
+from largebatch.study.single_runs.layers import read_layers
+from largebatch.study.single_runs.noise import read_noise
 from largebatch.train import command as train_command
 from largebatch.train.checkpoints import command as checkpoint_command
 from largebatch.train.checkpoints.resume import find_resumption
@@ -148,6 +149,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "study": lambda study: print("\n".join(report.read_study(study).problems)),
     "layers": of_run(lambda run: read_layers(run, [])),
     "noise": of_run(lambda run: read_noise(run, [])),
+    "run": of_run(lambda run: names_of([read_history(run, []), read_history(run, [])])),
     "checkpoints": of_run(lambda run: checkpoint_command.main(["ls", str(run)])),
     "bytes": of_run(lambda run: checkpoint_command.main(["verify", str(run)])),
     "ended": of_run(has_ended),

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from largebatch.study.runs.layers import layers_figure, read_layers
 from largebatch.study.report import main
+from largebatch.study.single_runs.layers import layers_figure, read_layers
 
 
 def write_run(folder: Path, lines: list[dict[str, float | None]], cut: str = "") -> None:
@@ -46,18 +46,17 @@ def test_each_rectangle_of_the_picture_is_a_layer_between_two_lines(tmp_path: Pa
     assert axes.get_xlim() == (0, 192)
 
 
-def test_the_report_of_one_run_is_its_layers(
+def test_the_report_of_one_run_has_its_layers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(tmp_path / "run", LINES)
     assert main([str(tmp_path / "run")]) == 0
     assert "layers.png" in capsys.readouterr().out
     assert (tmp_path / "run" / "layers.png").read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png" in (tmp_path / "run" / "run.html").read_text(encoding="utf-8")
 
 
-def test_a_run_without_trust_ratios_is_told_how_to_record_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_trust_ratios_says_how_to_record_them(tmp_path: Path) -> None:
     write_run(tmp_path / "run", [{"samples": 64, "loss": 2.0}])
-    assert main([str(tmp_path / "run")]) == 2
-    assert "record.layers=true" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"record\.layers=true"):
+        read_layers(tmp_path / "run", [])

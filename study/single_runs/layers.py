@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from largebatch.common.figures import DPI
 from largebatch.records.columns import read_columns
-from largebatch.records.fields import Check, Fields, number, within
+from largebatch.records.fields import Check, Fields, number
 from largebatch.records.names import METRICS
 from largebatch.study.labels import label
+from largebatch.study.single_runs.history import COUNTED, increasing
 
-counted = within(0, 2**53)
 PREFIX = "trust_ratio/"
 TALLEST = 14.0  # inches
 
@@ -34,11 +34,6 @@ class LayerHistory:
     ratios: NDArray[np.float64]
 
 
-def is_run(folder: Path) -> bool:
-    """Whether the folder is that of one run rather than of many."""
-    return (folder / METRICS).is_file()
-
-
 def read_layers(folder: Path, problems: list[str]) -> LayerHistory:
     """The trust ratios that a run recorded; what is damaged is noted.
 
@@ -47,7 +42,7 @@ def read_layers(folder: Path, problems: list[str]) -> LayerHistory:
     """
 
     def wanted(key: str) -> Check[Any] | None:
-        return counted if key == "samples" else number if key.startswith(PREFIX) else None
+        return COUNTED if key == "samples" else number if key.startswith(PREFIX) else None
 
     def has_ratios(line: Fields) -> bool:
         return any(key.startswith(PREFIX) for key in line)
@@ -67,15 +62,6 @@ def read_layers(folder: Path, problems: list[str]) -> LayerHistory:
     return LayerHistory(
         [key.removeprefix(PREFIX) for key in layers], samples[shown], ratios[:, shown]
     )
-
-
-def increasing(samples: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """The lines whose samples are more than those of all lines before: others have no place on an
-    axis.
-    """
-    known = np.where(np.isnan(samples), -np.inf, samples)
-    before = np.maximum.accumulate(np.concatenate([[0.0], known]))[:-1]
-    return known > before
 
 
 def layers_figure(history: LayerHistory, title: str) -> Figure:

@@ -20,18 +20,15 @@ from numpy.typing import NDArray
 
 from largebatch.common.figures import COLOURS, DPI, GRID, INK, paper_style
 from largebatch.records.columns import read_columns
-from largebatch.records.fields import Check, flag, within
+from largebatch.records.fields import Check, flag
 from largebatch.records.names import METRICS
 from largebatch.study.labels import label, plain
-from largebatch.study.runs.layers import counted, increasing
+from largebatch.study.single_runs.history import COUNTED, SCALE, Series, increasing
 
 FIELD = "noise_scale"
-_SCALE = within(-1e30, 1e30)
 LAYER = "noise_scale/"
 MOST_NAMED = 6  # layers that a legend can still tell apart
 WHOLE, PRECONDITIONED = COLOURS[0], COLOURS[1]
-
-Series = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -101,10 +98,10 @@ def read_noise(folder: Path, problems: list[str]) -> NoiseHistory:
 
 def _wanted(key: str) -> Check[Any] | None:
     if key in ("samples", "global_batch_size"):
-        return counted
+        return COUNTED
     if key.endswith("_resolved"):
         return flag
-    return _SCALE if key.startswith(FIELD) else None
+    return SCALE if key.startswith(FIELD) else None
 
 
 def noise_figure(history: NoiseHistory, title: str) -> Figure:

@@ -1,0 +1,204 @@
+"""Runs over their course, laid over each other: loss, learning rate, batch size, gradient norm, and
+what else any of them recorded.
+
+A panel a quantity, all over one axis. Training losses and gradient norms are faint as recorded and
+solid as running means; markers are evaluations.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from largebatch.common.figures import GREY
+from largebatch.study.labels import plain
+from largebatch.study.page.axes import (
+    WIDE,
+    Picture,
+    curve_handles,
+    handle,
+    new_panels,
+    set_grid,
+    set_log_axis,
+)
+from largebatch.study.page.styles import Style
+from largebatch.study.page.words import three_digits
+from largebatch.study.single_runs.history import RunHistory, Series
+
+Against = Literal["samples", "steps", "seconds"]
+AXES: Final[Mapping[Against, tuple[str, str]]] = {
+    "samples": ("samples", "Samples seen"),
+    "steps": ("step", "Optimizer steps"),
+    "seconds": ("seconds", "Seconds of training"),
+}
+MOST_POINTS: Final = 800
+"""Of a line in a picture: more cannot be told apart, and a page of megabytes opens slowly."""
+_SMOOTHED: Final = 50
+"""Running means reach back over this fraction of a run's lines."""
+_WIDE_SPAN: Final = 8.0
+"""Values that span more than this factor are drawn on a logarithmic axis."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One quantity: its field, the axis' label, inches, and how its lines are drawn."""
+
+    key: str
+    label: str
+    height: float
+    kind: Literal["loss", "noisy", "line", "steps"]
+    always: bool = True
+
+
+PANELS: Final = (
+    Panel("loss", "Loss", 2.4, "loss"),
+    Panel("lr", "Learning rate", 1.0, "line"),
+    Panel("global_batch_size", "Batch size", 1.0, "steps"),
+    Panel("grad_norm", "Gradient norm", 1.0, "noisy"),
+    Panel("noise_scale", "Noise scale", 1.0, "line", always=False),
+    Panel("trust_ratio_median", "Trust ratio", 1.0, "noisy", always=False),
+    Panel("samples_per_second", "Samples / s", 1.0, "noisy", always=False),
+)
+
+
+def runs_figure(
+    histories: Sequence[RunHistory], names: Sequence[str], styles: Mapping[str, Style],
+    width: float, against: Against = "samples",
+) -> Picture:  # fmt: skip
+    """All panels that any of the runs has something for, over `against`."""
+    panels = [
+        panel for panel in PANELS
+        if panel.always or any(history.has(panel.key) for history in histories)
+    ]  # fmt: skip
+    handles = curve_handles(styles, names) if len(names) > 1 else []
+    handles += [handle("o", "evaluation", markersize=4.5)]
+    handles += [Line2D([], [], color=GREY, linewidth=1.6, label="training, running mean")]
+    targets = {one.target_loss for one in histories if one.target_loss is not None}
+    if targets:
+        handles.append(Line2D([], [], color=GREY, linestyle="--", label="target"))
+    picture, drawn = new_panels(
+        width, [panel.height for panel in panels], 1, handles, gaps=(0.0, 0.16), sharex=True
+    )
+    for panel, axes in zip(panels, drawn, strict=True):
+        for history, name in zip(histories, names, strict=True):
+            _draw(picture, axes, panel, history, name, styles[name], AXES[against][0])
+        axes.set_ylabel(panel.label, fontsize=8.5 if width >= WIDE else 7.5)
+        _set_scale(axes, panel, histories)
+        set_grid(axes)
+    for target in targets:
+        drawn[0].axhline(target, color=GREY, linestyle="--", linewidth=1.0)
+    last = drawn[-1]
+    last.set_xlabel(AXES[against][1])
+    last.set_xlim(left=0)
+    last.xaxis.set_major_locator(MaxNLocator(6 if width >= WIDE else 4))
+    last.xaxis.set_major_formatter(FuncFormatter(plain))
+    return picture
+
+
+def thinned(x: Series, y: Series, most: int = MOST_POINTS) -> tuple[Series, Series]:
+    """At most `most` points: means over stretches of equal length, without what is not finite.
+
+    >>> x, y = thinned(np.arange(6.0), np.array([1.0, 3, np.nan, 5, 7, 9]), 3)
+    >>> x.tolist(), y.tolist()
+    ([0.5, 3.5, 5.0], [2.0, 6.0, 9.0])
+    """
+    known = np.isfinite(x) & np.isfinite(y)
+    x, y = x[known], y[known]
+    length = -(-len(x) // most)
+    if length <= 1:
+        return x, y
+    starts = np.arange(0, len(x), length)
+    counts = np.diff(np.append(starts, len(x)))
+    return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
+
+
+def running_mean(y: Series, reach: float) -> Series:
+    """Exponential running means that reach back over `reach` values, unbiased from the first on.
+
+    >>> running_mean(np.array([4.0, 2.0, 2.0]), 2.0).round(3).tolist()
+    [4.0, 2.667, 2.286]
+    """
+    kept = 1 - 1 / max(reach, 1.0)
+    total = weight = 0.0
+    means = np.empty_like(y)
+    for place, value in enumerate(y):
+        total, weight = kept * total + value, kept * weight + 1
+        means[place] = total / weight
+    return means
+
+
+def _draw(
+    picture: Picture, axes: Axes, panel: Panel, history: RunHistory, name: str, style: Style,
+    against: str,
+) -> None:  # fmt: skip
+    if not history.has(panel.key) or not history.has(against):
+        return
+    x, y = history.columns[against], history.columns[panel.key]
+    if panel.key == "noise_scale":
+        y = np.where(history.columns.get("noise_resolved", np.zeros_like(y)) == 1, y, np.nan)
+    if panel.kind == "steps":  # a mean of two sizes is none
+        every = -(-len(x) // MOST_POINTS)
+        axes.plot(x[::every], y[::every], color=style.colour, linestyle=style.line,
+                  linewidth=1.3, drawstyle="steps-pre")  # fmt: skip
+        return
+    x, y = thinned(x, y)
+    if panel.kind == "line":
+        axes.plot(x, y, color=style.colour, linestyle=style.line, linewidth=1.3)
+        return
+    axes.plot(x, y, color=style.colour, alpha=0.25, linewidth=0.7)
+    axes.plot(x, running_mean(y, len(y) / _SMOOTHED), color=style.colour, linestyle=style.line,
+              linewidth=1.6)  # fmt: skip
+    if panel.kind == "loss" and history.has("eval_loss"):
+        _draw_evaluations(picture, axes, history, name, style, against)
+
+
+def _draw_evaluations(
+    picture: Picture, axes: Axes, history: RunHistory, name: str, style: Style, against: str
+) -> None:
+    x, y = history.columns[against], history.columns["eval_loss"]
+    places = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
+    places = places[:: -(-len(places) // 200)]
+    (line,) = axes.plot(
+        x[places], y[places], linestyle="none", color=style.colour, marker=style.marker,
+        markersize=4, markeredgecolor="white", markeredgewidth=0.5, clip_on=False,
+    )  # fmt: skip
+    picture.tell(line, [_tip(history, name, int(place)) for place in places])
+
+
+def _tip(history: RunHistory, name: str, place: int) -> str:
+    def value(key: str) -> str:
+        column = history.columns.get(key)
+        return "unknown" if column is None else three_digits(column[place])
+
+    return (
+        f"{name}: evaluation loss {history.columns['eval_loss'][place]:.4g} after step "
+        f"{value('step')}, {value('samples')} samples; rate {value('lr')}"
+    )
+
+
+def _set_scale(axes: Axes, panel: Panel, histories: Sequence[RunHistory]) -> None:
+    """Logarithmic where values span much; what leaves the range of a loss's start is cut off."""
+    keys = (panel.key, "eval_loss") if panel.kind == "loss" else (panel.key,)
+    found = [history.columns[key] for history in histories for key in keys if history.has(key)]
+    values = np.concatenate(found) if found else np.empty(0)
+    values = values[np.isfinite(values) & (values > 0)]
+    if not values.size:
+        return
+    low, high = float(values.min()), float(values.max())
+    if panel.kind == "loss":
+        begin = [float(np.nanmedian(h.columns["loss"][:5])) for h in histories if h.has("loss")]
+        high = min(high, 1.15 * max([b for b in begin if np.isfinite(b)] or [high]))
+    if high > _WIDE_SPAN * low:
+        set_log_axis(axes.yaxis, low / 1.2, high * 1.2, 4)
+    elif low == high:
+        axes.set_ylim(0, 2 * high)
+    else:
+        pad = 0.06 * (high - low)
+        axes.set_ylim(low - pad, high + pad)
+    if axes.get_yscale() == "linear":
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(FuncFormatter(plain))
