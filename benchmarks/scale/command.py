@@ -161,7 +161,6 @@ def show(record: Record, console: Console) -> None:
     ]))  # fmt: skip
     say(
         console,
-        "Muon has no row: it takes whole matrices on the rank that has them, and sends nothing.",
         "",
         *(f"{name}: {words}" for name, words in record["plan_heads"].items()),
     )

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from largebatch.benchmarks.harness import Traffic
 from largebatch.distributed.ranks import Ranks
-from largebatch.optim import LAMB, SOAP, Shampoo
+from largebatch.optim import LAMB, SOAP, Muon, Shampoo
 from largebatch.optim.blockwise.work_group import make_layer, share_out, work_groups_of
 from largebatch.optim.kronecker.layers import find_layers
 from largebatch.optim.kronecker.work_group import make_work_groups
@@ -136,12 +136,16 @@ def spread_out(shape: tuple[int, ...], mesh: DeviceMesh | None, device: str) -> 
 
 
 def block_exchange(make: Callable[..., Any]) -> Callable[[dict[str, nn.Parameter]], Redistribution]:
-    """That of Shampoo or SOAP."""
+    """That of Shampoo, SOAP or Muon."""
 
     def build(params: dict[str, nn.Parameter]) -> Redistribution:
-        group = make([*params.items()], process_group=dist.group.WORLD).param_groups[0]
-        layers = [make_layer(p, name, group, dist.group.WORLD) for name, p in params.items()]
-        share_out(layers, dict.fromkeys(params.values(), group))
+        optimizer = make([*params.items()], process_group=dist.group.WORLD)
+        group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+        layers = [
+            make_layer(p, name, optimizer.blocks_in(group_of[p], p.shape), dist.group.WORLD)
+            for name, p in params.items()
+        ]
+        share_out(layers, group_of)
         (work_group,) = work_groups_of(layers)
         return work_group.redistribution
 
@@ -168,10 +172,11 @@ EXCHANGES: Final[Mapping[str, Callable[[dict[str, nn.Parameter]], Redistribution
         lambda params, **more: Shampoo(params, lr=0.1, max_preconditioner_dim=None, **more)
     ),
     "SOAP": block_exchange(lambda params, **more: SOAP(params, lr=0.1, **more)),
+    "Muon": block_exchange(lambda params, **more: Muon(params, lr=0.1, **more)),
     "K-FAC": layer_exchange,
 }
-"""Shampoo cuts all sides to 1024, SOAP by its defaults leaves those above 10,000 whole, and K-FAC
-has layers for blocks. Muon has no owners, and no exchange."""
+"""Shampoo cuts all sides to 1024, SOAP by its defaults leaves those above 10,000 whole, Muon has
+whole matrices for blocks, and K-FAC layers."""
 
 
 def exchanged(optimizer: str, shapes: Shapes, layout: str, size: int, rank: int = 0) -> Exchanged:

@@ -1,1 +1,1 @@
-"""The family of Shampoo and SOAP: preconditioners of blocks, owned by ranks."""
+"""The family of Shampoo, SOAP and Muon: blocks of matrices, owned by ranks."""

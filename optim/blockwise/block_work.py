@@ -1,4 +1,4 @@
-"""The data of a step of Shampoo or SOAP on one rank: gradients, blocks, directions."""
+"""The data of a step on blocks on one rank: gradients, blocks, directions."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass

@@ -16,7 +16,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from largebatch.optim.sharding.placement import Box
+from largebatch.optim.sharding.layout import Name, split_sizes
+from largebatch.optim.sharding.placement import Box, whole_box
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Block:
     shape: tuple[int, ...]
     """Its shape once dimensions are merged."""
     dims: tuple[int, ...]
-    """Those of `shape` that have a factor; at least one."""
+    """Those of `shape` that have a factor; none where it is worked on without."""
 
     @property
     def cost(self) -> int:
         """Of its eigendecompositions and products, relative to other blocks'."""
+        if not self.dims:  # products with the Gram matrix of the shorter side
+            return self.box.numel * min(self.shape)
         sides = [self.shape[dim] for dim in self.dims]
         return sum(n**3 for n in sides) + self.box.numel * sum(sides)
 
@@ -66,6 +69,40 @@ def blocks_of(
         box = Box(tuple(start), tuple(size))
         blocks.append(Block(box, tuple(length for _, length in parts), dims))
     return tuple(blocks)
+
+
+def matrices_of(
+    shape: Sequence[int], norm_groups: int | Sequence[int] | None, norm_dim: int, name: Name = ""
+) -> tuple[Block, ...]:
+    """The matrices of a tensor, (its first dimension, all others), in the order of their elements.
+
+    Several where it is split along `norm_dim`; a part that is one slice of a tensor of three
+    dimensions or more, such as an expert of a stack, is the matrix of that slice.
+
+    Args:
+        norm_groups: number of equal parts, or their sizes; None: one.
+
+    Raises:
+        ValueError: a split that does not fit.
+    """
+    if 0 in shape:
+        return ()
+    if norm_groups is None:
+        return (Block(whole_box(shape), as_matrix(shape), ()),)
+    sizes, dim = split_sizes(shape, name, norm_groups, norm_dim), norm_dim % len(shape)
+    blocks = []
+    for begin, end in itertools.pairwise(itertools.accumulate(sizes, initial=0)):
+        start, size = [0] * len(shape), list(shape)
+        start[dim], size[dim] = begin, end - begin
+        is_slice = len(shape) > 2 and size[dim] == 1
+        own = [length for place, length in enumerate(size) if place != dim] if is_slice else size
+        blocks.append(Block(Box(tuple(start), tuple(size)), as_matrix(own), ()))
+    return tuple(blocks)
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of a tensor of two dimensions or more."""
+    return shape[0], math.prod(shape[1:])
 
 
 def merged_dims(shape: Sequence[int], limit: float) -> list[list[int]]:

@@ -1,10 +1,10 @@
-"""The base of Shampoo and SOAP apart from their formulas: a gradient's way through the ranks.
+"""The base of Shampoo, SOAP and Muon apart from their formulas: a gradient's way through the ranks.
 
 A step, in this order:
 
 1. every rank's part of the gradients, unscaled, travels to the owners of its blocks, and with it
    what has to be agreed on: `found_inf`, and which parameters have a gradient;
-2. the owners precondition their blocks, and advance the state that only they have; vectors and
+2. the owners work on their blocks, and advance the state that only they have; vectors and
    scalars, which have no blocks, are stepped by AdamW where they lie;
 3. the squares from which norms of whole layers are made are added up over the ranks;
 4. directions travel back to all that hold a part of the parameter, piece by piece, and every rank
@@ -25,9 +25,9 @@ Promises as in `largebatch.optim.layerwise.optimizer`. The device is waited for 
 are taken, which cannot be done without: see `largebatch.optim.math.decompositions`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +43,12 @@ from largebatch.optim.blockwise.block_work import (
     run_tasks,
 )
 from largebatch.optim.blockwise.owned_state import OwnedState
-from largebatch.optim.blockwise.step_stats import DROPPED_ROW, BlockStats, Tally
+from largebatch.optim.blockwise.step_stats import (
+    DROPPED_ROW,
+    BlockDirection,
+    BlockStats,
+    Tally,
+)
 from largebatch.optim.blockwise.work_group import DROPPED, BlockedLayer, BlockWorkGroup
 from largebatch.optim.math.adam import adam_direction, corrected
 from largebatch.optim.math.matrix_roots import full_precision
@@ -51,38 +56,35 @@ from largebatch.optim.math.tensors import on_device, without_too_large, write
 from largebatch.optim.options import require, require_one_of
 from largebatch.optim.sharding.layout import Name, local
 
-if TYPE_CHECKING:
-    pass
-
 Here = Callable[[Tensor], Tensor]
 """The view of a piece in tensors that are laid out like this rank's part of a parameter."""
 
 
-class SecondOrderOptimizer(OwnedState):
-    """Base of optimizers that precondition blocks of matrices."""
+class BlockwiseOptimizer(OwnedState):
+    """Base of optimizers that work on whole blocks of matrices."""
 
     _stats: tuple[BlockStats, ...] = ()
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
-        for name in ("block_size", "precondition_interval"):
-            whole = isinstance(options[name], int) and options[name] >= 1
-            require(whole, name, "a whole number >= 1", options[name])
-        longest = options["max_preconditioner_dim"]
-        holds = longest is None or (isinstance(longest, int) and longest >= 1)
-        require(holds, "max_preconditioner_dim", "a whole number >= 1 or None", longest)
-        for name in ("maximize", "merge_dims", "precondition"):
-            require(isinstance(options[name], bool), name, "True or False", options[name])
+        require(
+            isinstance(options["maximize"], bool), "maximize", "True or False", options["maximize"]
+        )
         require_one_of(options, "decay", ("decoupled", "l2"))
 
     # What a subclass says of its formula --------------------------------------------------------
 
-    def _work_on(self, block: BlockAtWork) -> BlockTask:
-        """Advance a block's state by one gradient, and return its direction.
+    def _work_on_all(self, blocks: Sequence[BlockAtWork]) -> list[BlockDirection]:
+        """Advance the state of the blocks owned here by one gradient; return their directions.
 
         Called with `full_precision` set.
         """
         raise NotImplementedError
+
+    def _rate(self, layer: BlockedLayer, group: Group) -> float | Tensor:
+        """The learning rate of a layer."""
+        lr: float | Tensor = group["lr"]
+        return lr
 
     def _uses_momentum(self, group: Group) -> bool:
         """Whether a layer's steps are averaged once more where the weights lie."""
@@ -96,8 +98,7 @@ class SecondOrderOptimizer(OwnedState):
 
     def _betas(self, group: Group) -> dict[str, float]:
         beta1, beta2 = group["betas"]
-        factors = factor_beta(group)
-        return {"exp_avg": beta1, "exp_avg_sq": beta2, "factor": 0.0 if factors == 1 else factors}
+        return {"exp_avg": beta1, "exp_avg_sq": beta2}
 
     def _elementwise_keys(self, has_blocks: bool, group: Group) -> tuple[str, ...]:
         if not has_blocks:
@@ -195,11 +196,11 @@ class SecondOrderOptimizer(OwnedState):
                     layer, k, group, grad, state, step, ages, self.failures, gathered.skip
                 )
                 at_work.append((place, work))
-        found = run_tasks([self._work_on(work) for _, work in at_work])
+        found = self._work_on_all([work for _, work in at_work])
         for (place, work), done in zip(at_work, found, strict=True):
             k = work.number
             blocks[place][k] = done.direction.reshape(work.layer.blocks[k].box.size)
-            tally.add_block(place, k, work.grad, done, work.state["condition"])
+            tally.add_block(place, k, work.grad, done, work.state.get("condition"))
         return Directions(work_group, blocks, elementwise, tally.stats())
 
     def _descend(self, ours: Directions, gathered: GatheredStep) -> None:
@@ -237,7 +238,7 @@ class SecondOrderOptimizer(OwnedState):
         old = weight.to(layer.dtype)
         if group["decay"] == "decoupled" and group["weight_decay"]:
             direction = direction.add(old, alpha=group["weight_decay"])
-        lr = group["lr"]
+        lr = self._rate(layer, group)
         if isinstance(lr, Tensor):
             lr = on_device(lr, weight.device).to(layer.dtype)
         write([weight], [old - lr * direction], skip)
@@ -290,3 +291,29 @@ class SecondOrderOptimizer(OwnedState):
         After a step masked by `found_inf` they are void.
         """
         return {name: layer for stats in self._stats for name, layer in stats.by_layer()}
+
+
+class SecondOrderOptimizer(BlockwiseOptimizer):
+    """Base of optimizers that precondition blocks by Kronecker factors."""
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        for name in ("block_size", "precondition_interval"):
+            whole = isinstance(options[name], int) and options[name] >= 1
+            require(whole, name, "a whole number >= 1", options[name])
+        longest = options["max_preconditioner_dim"]
+        holds = longest is None or (isinstance(longest, int) and longest >= 1)
+        require(holds, "max_preconditioner_dim", "a whole number >= 1 or None", longest)
+        for name in ("merge_dims", "precondition"):
+            require(isinstance(options[name], bool), name, "True or False", options[name])
+
+    def _work_on(self, block: BlockAtWork) -> BlockTask:
+        """Advance a block's state by one gradient, and return its direction."""
+        raise NotImplementedError
+
+    def _work_on_all(self, blocks: Sequence[BlockAtWork]) -> list[BlockDirection]:
+        return run_tasks([self._work_on(block) for block in blocks])
+
+    def _betas(self, group: Group) -> dict[str, float]:
+        factors = factor_beta(group)
+        return {**super()._betas(group), "factor": 0.0 if factors == 1 else factors}

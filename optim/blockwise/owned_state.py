@@ -9,8 +9,8 @@ the ranks: see `largebatch.optim.blockwise.portable`.
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,9 @@ class OwnedState(ShardedOptimizer):
     """An optimizer whose parameters have blocks, with owners among the ranks that share them."""
 
     _needs = "whole matrices"
+
+    _cut: ClassVar[tuple[str, ...]] = CUT
+    """The options of a group that say which blocks its parameters have."""
 
     # On the class too, because pickle keeps an optimizer's groups and state only.
     _process_group: "ProcessGroup | None" = None
@@ -92,6 +95,14 @@ class OwnedState(ShardedOptimizer):
 
     # What a subclass says ------------------------------------------------------------------------
 
+    def blocks_in(self, group: Group, shape: Sequence[int]) -> tuple[Block, ...]:
+        """Return the blocks of a tensor of this shape in a group."""
+        return blocks_in(group, shape)
+
+    def _averages(self, has_blocks: bool) -> tuple[str, ...]:
+        """The running averages of a parameter that are corrected for their bias."""
+        return AVERAGES if has_blocks else AVERAGES[:2]
+
     def _block_shapes(self, group: Group, block: Block) -> dict[str, tuple[int, ...]]:
         """The shapes of the state of a block, by name; none of them 0-d."""
         raise NotImplementedError
@@ -116,7 +127,7 @@ class OwnedState(ShardedOptimizer):
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         for group, name, param in self._named_params():
             is_live = param.requires_grad or param.grad is not None
-            key.append((id(param), name, look_of(param, group), is_live))
+            key.append((id(param), name, look_of(param, group, self._cut), is_live))
         if self._known_work_groups[0] == key:
             return self._known_work_groups[1]
         layers = {param: self._layer_of(param, name) for _, name, param in self._named_params()}
@@ -132,10 +143,12 @@ class OwnedState(ShardedOptimizer):
     def _layer_of(self, param: Tensor, name: Name) -> BlockedLayer:
         """Return a parameter's layer, a new one where the parameter is cut otherwise now."""
         group, known = self._group_of[param], self._layers.get(param)
-        if known is not None and known.seen == look_of(param, group):
+        seen = look_of(param, group, self._cut)
+        if known is not None and known.seen == seen:
             known.name = name
             return known
-        layer = make_layer(param, name, group, self._process_group)
+        blocks = self.blocks_in(group, param.shape)
+        layer = make_layer(param, name, blocks, self._process_group, seen)
         if known is None:
             return layer
         if known.blocks == layer.blocks and known.placement == layer.placement:
@@ -144,7 +157,7 @@ class OwnedState(ShardedOptimizer):
             self._counts.forget(param)
             warnings.warn(
                 f"parameter {name!r} is cut into other blocks than before, because its shape, its "
-                f"placement or one of {', '.join(CUT)} has changed: its state begins anew.",
+                f"placement or one of {', '.join(self._cut)} has changed: its state begins anew.",
                 stacklevel=4,
             )
         return layer
@@ -182,7 +195,7 @@ class OwnedState(ShardedOptimizer):
 
     def _scalar_keys(self, layer: BlockedLayer) -> tuple[str, ...]:
         """0-d entries, zeros at first, and zeros where a checkpoint has none."""
-        averages = AVERAGES if layer.blocks else AVERAGES[:2]
+        averages = self._averages(bool(layer.blocks))
         return (*(average + SUFFIX for average in averages), DROPPED)
 
     def _ages_of(self, layer: BlockedLayer, step: int) -> dict[str, float]:
@@ -241,7 +254,7 @@ class OwnedState(ShardedOptimizer):
                 raise ValueError(
                     f"state of parameter {layer.name!r} must have an entry {missing[0]!r}, got "
                     f"{', '.join(found) or 'none'}: was it saved by another optimizer, or with "
-                    f"another grafting, {', '.join(CUT)} (None in older versions)?"
+                    f"another grafting, {', '.join(self._cut)} (None in older versions)?"
                 )
             for key, shape in shapes.items():
                 if tuple(found[key].shape) != shape:
@@ -300,14 +313,14 @@ class OwnedState(ShardedOptimizer):
         weights = state = matrices = 0
         partly: list[str] = []
         for group, name, param in self._named_params():
-            blocks, itemsize = blocks_in(group, param.shape), compute_dtype(param).itemsize
+            blocks, itemsize = self.blocks_in(group, param.shape), compute_dtype(param).itemsize
             shapes = [self._block_shapes(group, block) for block in blocks]
             entries = [(key, math.prod(shape)) for each in shapes for key, shape in each.items()]
             like_param = param.numel() * len(self._elementwise_keys(bool(blocks), group))
             weights += param.numel() * param.element_size()
             state += (sum(numel for _, numel in entries) + like_param) * itemsize
             matrices += sum(n for key, n in entries if key.startswith(MATRICES)) * itemsize
-            if blocks and len(blocks[0].dims) < len(blocks[0].shape):
+            if blocks and 0 < len(blocks[0].dims) < len(blocks[0].shape):
                 partly.append(f"{name} {tuple(param.shape)}")
         text = (
             f"{super().__repr__()}\n"

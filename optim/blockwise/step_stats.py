@@ -47,11 +47,11 @@ class BlockStats:
             "cosine": cosine,
             "dropped_elements": self.squares[:, DROPPED_ROW],
         }
-        first = [0, *accumulate(len(layer.blocks) for layer in self.layers)]
+        first = [0, *accumulate(num_conditions(layer) for layer in self.layers)]
         for place in self.moved:
             layer = self.layers[place]
             found = {key: value[place] for key, value in values.items()}
-            if layer.blocks:
+            if layer.has_factors:
                 own = self.conditions[first[place] : first[place + 1]]
                 found["condition_number"] = own.max()
             yield layer.name, found
@@ -71,7 +71,7 @@ class Tally:
         self._layers, self._dtype = layers, dtype
         self._none = torch.zeros((), dtype=dtype, device=device)
         self._rows = [[self._none] * 6 for _ in layers]
-        self._conditions = [[self._none] * len(layer.blocks) for layer in layers]
+        self._conditions = [[self._none] * num_conditions(layer) for layer in layers]
         self._moved: list[int] = []
 
     def moves(self, place: int, dropped: Tensor | None) -> None:
@@ -89,10 +89,11 @@ class Tally:
             self._add(place, grad, BlockDirection(direction, square(direction)))
 
     def add_block(
-        self, place: int, number: int, grad: Tensor, done: BlockDirection, condition: Tensor
+        self, place: int, number: int, grad: Tensor, done: BlockDirection, condition: Tensor | None
     ) -> None:
         self._add(place, grad, done)
-        self._conditions[place][number] = condition.max()
+        if condition is not None:
+            self._conditions[place][number] = condition.max()
 
     def stats(self) -> BlockStats:
         rows = [torch.stack([each.to(self._none) for each in row]) for row in self._rows]
@@ -111,6 +112,10 @@ class Tally:
         new = square(direction), done.square, square(grad), (grad * direction).sum()
         row = self._rows[place]
         row[1:5] = [old + each for old, each in zip(row[1:5], new, strict=True)]
+
+
+def num_conditions(layer: BlockedLayer) -> int:
+    return len(layer.blocks) if layer.has_factors else 0
 
 
 def square(tensor: Tensor) -> Tensor:

@@ -59,6 +59,10 @@ class BlockedLayer:
     def device(self) -> torch.device:
         return local(self.param).device
 
+    @property
+    def has_factors(self) -> bool:
+        return bool(self.blocks) and bool(self.blocks[0].dims)
+
 
 class BlockWorkGroup(WorkGroup[BlockedLayer]):
     """Parameters in blocks, each with an owner among the ranks of the group."""
@@ -75,9 +79,9 @@ class BlockWorkGroup(WorkGroup[BlockedLayer]):
         return any(layer.placement.is_sharded for layer in self.layers)
 
 
-def look_of(param: Tensor, group: Group) -> tuple[Any, ...]:
-    """What decides how a parameter is cut and where it lies."""
-    cut = tuple(group[name] for name in CUT)
+def look_of(param: Tensor, group: Group, options: Sequence[str] = CUT) -> tuple[Any, ...]:
+    """What decides how a parameter is cut, by these options of its group, and where it lies."""
+    cut = tuple(group[name] for name in options)
     placements = getattr(param, "placements", None)
     return cut, param.shape, param.dtype, param.device, placements
 
@@ -89,17 +93,18 @@ def blocks_in(group: Group, shape: Sequence[int]) -> tuple[Block, ...]:
 
 
 def make_layer(
-    param: Tensor, name: Name, group: Group, process_group: "ProcessGroup | None"
+    param: Tensor,
+    name: Name,
+    blocks: tuple[Block, ...],
+    process_group: "ProcessGroup | None",
+    seen: tuple[Any, ...] = (),
 ) -> BlockedLayer:
     """A parameter with its blocks, which nobody owns yet.
 
     Raises:
         ValueError: a parameter whose parts cannot be known.
     """
-    placement = placement_of(param, name, process_group)
-    return BlockedLayer(
-        param, name, placement, blocks_in(group, param.shape), look_of(param, group)
-    )
+    return BlockedLayer(param, name, placement_of(param, name, process_group), blocks, seen)
 
 
 def share_out(layers: Iterable[BlockedLayer], group_of: Mapping[Tensor, Group]) -> None:
@@ -110,7 +115,7 @@ def share_out(layers: Iterable[BlockedLayer], group_of: Mapping[Tensor, Group]) 
     listed = sorted(layers, key=lambda layer: len(layer.owners) < len(layer.blocks))
     by_interval: dict[int, list[BlockedLayer]] = {}
     for layer in listed:
-        interval = group_of[layer.param]["precondition_interval"]
+        interval = group_of[layer.param].get("precondition_interval", 1)
         by_interval.setdefault(interval, []).append(layer)
     for interval, members in by_interval.items():
         fill(members, "slots", interval)

@@ -51,7 +51,9 @@ def test_what_a_rank_has_in_hand_does_not_grow_with_the_world(optimizer: str, la
     assert sum(large.collectives.values()) <= 8 * sum(small.collectives.values())
     # Within a node there are few to send to, and of 24 copies each has its own.
     assert max((ranks for _, ranks in large.partners), default=0) < 12
-    assert large.sent <= 1.2 * num_bytes(shapes) * (1 if layout == "ddp" else 2 / 12)
+    # What an owner sends: Muon's has whole matrices, and here the largest share of them.
+    share = large.largest_share if optimizer == "Muon" else 0
+    assert large.sent <= 1.2 * num_bytes(shapes) * (1 if layout == "ddp" else 2 / 12) + share
 
 
 def test_norms_of_layers_are_one_sum_for_each_group() -> None:

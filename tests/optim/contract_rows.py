@@ -127,16 +127,30 @@ class ContractRow:
             made = self.make(model, params=model.head.parameters())
             return made, list(model.conv.parameters())
         params = make_layers()
-        return self.make(params[:3]), params[3:]
+        return self.make(params[3:]), params[:3]
 
     def of_model(self, model: nn.Module) -> torch.optim.Optimizer:
         return self.make(model if self.watches else model.named_parameters())
 
 
-def muon(params: list[Parameter], **options: Any) -> Muon:
+def named(params: Iterable[Any]) -> list[tuple[str, Tensor]]:
+    """Parameters with names, those that have some included; kernels are called so."""
+    return [
+        param
+        if isinstance(param, tuple)
+        else (f"{'layer' if param.dim() < 3 else 'kernel'}{n}", param)
+        for n, param in enumerate(params)
+    ]
+
+
+def muon(params: Any, **options: Any) -> Muon:
     """With the kernel, which names do not tell from a stack of matrices, left to AdamW."""
-    named = [(f"{'kernel' if p.dim() > 2 else 'layer'}{n}", p) for n, p in enumerate(params)]
-    return Muon(named, **{"lr": 0.02, "weight_decay": 0.1, "adamw": ("kernel*",), **options})
+    given = [*params]
+    if isinstance(given[0], dict):
+        given = [{**group, "params": named(group["params"])} for group in given]
+    else:
+        given = named(given)
+    return Muon(given, **{"lr": 0.02, "weight_decay": 0.1, "adamw": ("kernel*",), **options})
 
 
 def blockwise(kind: type[torch.optim.Optimizer], **defaults: Any) -> ContractRow:
@@ -182,7 +196,7 @@ CONTRACT = (
     blockwise(Shampoo, momentum=0.5, weight_decay=0.1),
     blockwise(SOAP, weight_decay=0.1),
     *map(kfac, KFAC_OPTIONS),
-    ContractRow("Muon", muon, 0.02, masked=False, maximizes=False, late=None),
+    ContractRow("Muon", muon, 0.02, never_waits=True, late=None, bad=({"momentum": 1.0},)),
 )
 MASKED = tuple(row for row in CONTRACT if row.masked)
 

@@ -1,4 +1,4 @@
-"""Shampoo and SOAP as their papers write them, for one tensor, in numpy and FP64.
+"""Shampoo, SOAP and Muon as their papers write them, for one tensor, in numpy and FP64.
 
 Blocks, where there are any, are given as slices; everything but the norms of the grafting is then
 done for each block alone.
@@ -129,6 +129,28 @@ class SOAPBlock:
                 self.bases[dim] = q * np.where(np.diag(r) < 0, -1, 1)
                 self.v = np.take(self.v, order, axis=dim)
         return direction, direction
+
+
+class MuonMatrix:
+    """Jordan et al. 2024, with their sum of gradients; Newton-Schulz on the singular values."""
+
+    def __init__(self, shape: tuple[int, ...], options: dict[str, Any]) -> None:
+        self.o, self.m = options, np.zeros(shape)
+
+    def step(self, g: Array) -> tuple[Array, Array]:
+        o, mu = self.o, self.o["mu"]
+        self.m = mu * self.m + g
+        u = o["scale"] * orthogonal(g + mu * self.m if o["nesterov"] else self.m, o)
+        return u, u
+
+
+def orthogonal(matrix: Array, options: dict[str, Any]) -> Array:
+    """Each singular value s of X / ‖X‖ becomes p(p(… p(s)))."""
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    values = values / np.sqrt(np.sum(values**2)) / options.get("slack", 1.0)
+    for a, b, c in options["polynomials"]:
+        values = a * values + b * values**3 + c * values**5
+    return left @ np.diag(values) @ right
 
 
 def run(

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from largebatch.optim import SOAP, Shampoo
+from largebatch.optim import SOAP, Muon, Shampoo, param_groups
 from largebatch.optim.math.matrix_roots import RootError
 
 NUM_STEPS = 20
@@ -40,6 +40,9 @@ FAR_FROM_DEFAULT = {
     "weight_decay": 0.1,
     "decay": "l2",
 }
+# Its matrices lie across shards, as those of a fused tensor and of a stack do.
+MUON = {"ns_precision": "fp32", "weight_decay": 0.1, "lr": 0.003, "adamw_lr_ratio": 0.5}
+SPLITS = {"qkv": 3, "cube": 3}
 ROWS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "Shampoo": (Shampoo, BLOCKS),
     "Shampoo-1e-4": (Shampoo, BLOCKS | {"ridge": 1e-4}),
@@ -47,6 +50,7 @@ ROWS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "Shampoo-one-sided": (Shampoo, BLOCKS | {"max_preconditioner_dim": 10}),
     "SOAP": (SOAP, BLOCKS),
     "SOAP-often": (SOAP, BLOCKS | {"precondition_interval": 1, "weight_decay": 0.1}),
+    "Muon": (Muon, MUON),
 }
 
 
@@ -100,7 +104,11 @@ class Run:
         kind, options = ROWS[self.cell.row]
         if self.cell.layout.endswith("+group"):
             options = options | {"process_group": dist.group.WORLD}
-        self.optimizer = kind(self.model.named_parameters(), **options)
+        given: Any = self.model.named_parameters()
+        if kind is Muon:
+            groups = param_groups(self.model, no_decay=(), no_adapt=(), norm_groups=SPLITS)
+            given, options = self.model, options | {"groups": groups}
+        self.optimizer = kind(given, **options)
 
     def backward(self, number: int) -> None:
         generator = torch.Generator().manual_seed(number)

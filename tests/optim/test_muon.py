@@ -1,18 +1,23 @@
-"""Muon with AdamW for the rest: torch's own two, part by part, and which part takes what."""
+"""Muon with AdamW for the rest: each by its formula, and which part takes what."""
 
 import copy
+import math
 import os
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
+import second_order_references as references
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from largebatch.optim import Muon
+from largebatch.optim import Muon, param_groups
+from largebatch.optim.math.newton_schulz import NewtonSchulz
 from largebatch.train.models.cnn import CNN
 from largebatch.train.models.mlp import ByteMLP
 from largebatch.train.models.transformer import Transformer
@@ -50,44 +55,185 @@ def parts(optimizer: torch.optim.Optimizer) -> dict[str, list[str]]:
     return found
 
 
+OPTIONS: dict[str, Any] = {
+    "lr": 0.02, "weight_decay": 0.1, "decay": "decoupled", "mu": 0.9, "nesterov": True,
+    "polynomials": [(3.4445, -4.7750, 2.0315)] * 5,
+}  # fmt: skip
+# A sequence made for [l, 1] takes what 1.01 as much may be to near 1, and all but its last step are
+# of s / 1.01: Amsel et al. 2025, Algorithm 1.
+EXPRESS = [
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+]
+VARIATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "defaults": ({}, {}),
+    "plain momentum": ({"nesterov": False}, {"nesterov": False}),
+    "three steps": ({"ns_steps": 3}, {"polynomials": OPTIONS["polynomials"][:3]}),
+    "polar express": (
+        {"coefficients": "polar_express"},
+        {
+            "slack": 1.01,
+            "polynomials": [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in EXPRESS],
+        },
+    ),
+}
+RULES: dict[str, Callable[[int, int], float]] = {
+    "match_rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "spectral": lambda rows, columns: math.sqrt(rows / columns),
+    "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
+}
+# A tensor, how its group is split, and its matrices as indices and shapes.
+Cut = tuple[tuple[int, ...], dict[str, Any], list[tuple[Any, tuple[int, int]]]]
+CUTS: dict[str, Cut] = {
+    "matrix": ((6, 4), {}, [(..., (6, 4))]),
+    "kernel": ((6, 3, 2, 2), {"algorithm": "muon"}, [(..., (6, 12))]),
+    "qkv": (
+        (9, 4), {"norm_groups": 3}, [(slice(3 * k, 3 * k + 3), (3, 4)) for k in range(3)],
+    ),
+    "columns": (
+        (4, 7), {"norm_groups": (3, 4), "norm_dim": 1},
+        [((slice(None), slice(0, 3)), (4, 3)), ((slice(None), slice(3, 7)), (4, 4))],
+    ),
+    "experts": ((3, 4, 5), {"norm_groups": 3}, [(k, (4, 5)) for k in range(3)]),
+}  # fmt: skip
+
+
+def made(
+    weight: Tensor, group: dict[str, Any], **options: Any
+) -> tuple[nn.Parameter, Callable[[Tensor], None]]:
+    """A parameter beside another, and how it is stepped."""
+    param = nn.Parameter(weight.clone())
+    optimizer = Muon([("other", nn.Parameter(torch.ones(2, 2)))], **options)
+    optimizer.add_param_group({"params": [("weight", param)], **group})
+
+    def step(grad: Tensor) -> None:
+        param.grad = grad.clone()
+        optimizer.step()
+
+    return param, step
+
+
+def expected(
+    weight: Tensor, grads: list[Tensor], cut: Cut, rule: str, options: dict[str, Any]
+) -> np.ndarray[Any, Any]:
+    """The paper's steps, for each matrix by itself."""
+    whole = weight.numpy().copy()
+    for index, shape in cut[2]:
+        own = OPTIONS | options | {"scale": RULES[rule](*shape)}
+        matrices = [grad.numpy()[index].reshape(shape) for grad in grads]
+        first = weight.numpy()[index]
+        stepped = references.run(references.MuonMatrix, first.reshape(shape), matrices, own)
+        whole[index] = stepped.reshape(first.shape)
+    return whole
+
+
+def problem(shape: tuple[int, ...], steps: int = 5) -> tuple[Tensor, list[Tensor]]:
+    make = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
+    return torch.randn(shape, **make), [torch.randn(shape, **make) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_steps_are_those_of_the_paper_for_each_matrix(cut: Cut, rule: str) -> None:
+    weight, grads = problem(cut[0])
+    options = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "ns_precision": "fp32"}
+    param, step = made(weight, cut[1], shape_rule=rule, **options)
+    for grad in grads:
+        step(grad)
+    found = param.detach().numpy()
+    assert np.abs(found - expected(weight, grads, cut, rule, {})).max() < 1e-12
+
+
+@pytest.mark.parametrize(("ours", "theirs"), VARIATIONS.values(), ids=VARIATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_variations_are_those_of_their_papers(
+    ours: dict[str, Any], theirs: dict[str, Any], dtype: torch.dtype
+) -> None:
+    weight, grads = problem((6, 4))
+    options = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "ns_precision": "fp32"}
+    param, step = made(weight.to(dtype), {}, **options, **ours)
+    for grad in grads:
+        step(grad.to(dtype))
+    reference = expected(weight, grads, CUTS["matrix"], "match_rms", theirs)
+    difference = np.abs(param.detach().double().numpy() - reference).max()
+    assert difference < (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+def test_products_in_bf16_are_near_those_in_fp32() -> None:
+    """To bf16's rounding of the steps, of 0.2 each times a rate of 0.02."""
+    weight, grads = problem((6, 4))
+    found = []
+    for precision in ("bf16", "fp32"):
+        param, step = made(weight.float(), {}, lr=0.02, ns_precision=precision)
+        for grad in grads:
+            step(grad.float())
+        found.append(param.detach())
+    assert float((found[0] - found[1]).abs().max()) < 0.05 * len(grads) * 0.02 * 0.2
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize("given", [lambda network: network, named], ids=["model", "names"])
-def test_each_part_is_torchs_own(given: Callable[[nn.Module], Any]) -> None:
+def test_the_rest_is_torchs_adamw_with_a_rate_and_a_decay_of_its_own(
+    given: Callable[[nn.Module], Any],
+) -> None:
     one, two = model(), model()
-    joined = Muon(given(one), lr=0.02, weight_decay=0.1, betas=(0.9, 0.99), momentum=0.9)
-    muon = torch.optim.Muon(
-        [two[2].weight], lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"
-    )
+    optimizer = Muon(
+        given(one), lr=0.02, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-6,
+        adamw_lr_ratio=0.25, adamw_weight_decay=0.3,
+    )  # fmt: skip
     others = [two[0].weight, two[2].bias, two[4].weight, two[4].bias]
-    adamw = torch.optim.AdamW(others, lr=0.02, weight_decay=0.1, betas=(0.9, 0.99))
+    adamw = torch.optim.AdamW(others, lr=0.02, weight_decay=0.3, betas=(0.9, 0.99), eps=1e-6)
     for step in range(4):
+        two.load_state_dict({**two.state_dict(), "2.weight": one[2].weight.detach()})
         for network in (one, two):
             backward(network, step)
-        for group in (*joined.param_groups, *muon.param_groups, *adamw.param_groups):
+        for group in optimizer.param_groups:
             group["lr"] = 0.02 / (1 + step)
-        joined.step()
-        muon.step()
+        adamw.param_groups[0]["lr"] = 0.25 * 0.02 / (1 + step)
+        optimizer.step()
         adamw.step()
-    assert equal(one, two)
+    for name in ("0.weight", "2.bias", "4.weight", "4.bias"):
+        torch.testing.assert_close(one.get_parameter(name), two.get_parameter(name))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.3]
 
 
-@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (6, 3, 2, 2), (2, 5, 3)])
-def test_a_kernel_is_a_matrix_of_its_outputs_and_the_rest(
-    shape: tuple[int, ...], adjust_lr_fn: str
-) -> None:
-    torch.manual_seed(0)
-    kernel = nn.Parameter(torch.randn(shape))
-    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
-    group = {"params": [("kernel", kernel)], "algorithm": "muon"}
-    one = Muon([("weight", nn.Parameter(torch.ones(2, 2)))], 0.1, adjust_lr_fn=adjust_lr_fn)
-    one.add_param_group(group)
-    two = torch.optim.Muon([matrix], 0.1, weight_decay=0.0, adjust_lr_fn=adjust_lr_fn)
-    for _ in range(3):
-        kernel.grad = torch.randn(shape)
-        matrix.grad = kernel.grad.flatten(1).clone()
-        one.step()
-        two.step()
-    assert torch.equal(kernel.flatten(1), matrix)
+def test_matrices_of_one_shape_go_together_and_come_out_as_alone() -> None:
+    shapes = [(4, 6), (6, 4), (4, 6), (5, 5), (4, 6)]
+    matrices = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    method = NewtonSchulz(bf16=False)
+    real = NewtonSchulz.of_batch
+    with mock.patch.object(NewtonSchulz, "of_batch", autospec=True, side_effect=real) as of_batch:
+        together = method(matrices)
+    assert sorted(call.args[1].shape[0] for call in of_batch.call_args_list) == [1, 4]
+    for matrix, found in zip(matrices, together, strict=True):
+        torch.testing.assert_close(found, method([matrix])[0])
+
+
+def test_polar_express_converges_where_jordans_does_not() -> None:
+    left, _, right = torch.linalg.svd(torch.randn(20, 30, dtype=torch.float64))
+    matrix = left @ torch.diag(torch.logspace(-2, 0, 20, dtype=torch.float64)) @ right[:20]
+    for coefficients, worst in (("polar_express", 1e-6), ("jordan", 0.4)):
+        (found,) = NewtonSchulz(8, coefficients, bf16=False)([matrix])
+        off = (torch.linalg.svdvals(found) - 1).abs().max()
+        assert worst / 10 < float(off) + 1e-7 < worst
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1e12])
+def test_gradients_of_any_size_make_finite_steps_that_do_not_know_it(scale: float) -> None:
+    weight, grads = problem((6, 4))
+    found = []
+    for factor in (scale, 1.0):
+        param, step = made(weight.float(), {}, lr=0.02)
+        for grad in grads:
+            step(grad.float() * factor)
+        found.append(param.detach())
+    if scale == 0:
+        assert torch.equal(found[0], weight.float())
+    else:
+        torch.testing.assert_close(*found, atol=2e-4, rtol=0)
 
 
 HEADED = {"Llama": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel"}
@@ -150,10 +296,23 @@ def test_a_stack_of_matrices_is_no_kernel() -> None:
     network = model()
     network.experts = nn.Parameter(torch.ones(2, 3, 4))
     assert "experts" in parts(Muon(network))["adamw"]
-    with pytest.raises(ValueError, match=r"whether 'experts', of 3 dimensions, .* Muon\(model"):
+    with pytest.raises(ValueError, match=r"whether 'experts', of 3 dimensions, .* give the model"):
         Muon(network.named_parameters())
     taken = parts(Muon(network.named_parameters(), adamw=("expert*",)))
     assert "experts" in taken["adamw"]
+
+
+def test_a_stack_that_its_group_splits_is_muons() -> None:
+    network = model()
+    network.experts = nn.Parameter(torch.ones(2, 3, 4))
+    groups = param_groups(network, norm_groups={"experts": 2})
+    assert "experts" in parts(Muon(network, groups=groups))["muon"]
+    assert "experts" in parts(Muon(groups))["muon"]
+    assert "experts" in parts(Muon(network, groups=groups, adamw=("expert*",)))["adamw"]
+    with pytest.raises(
+        ValueError, match=r"norm_groups must divide dimension 0 .*'experts'.* got 3"
+    ):
+        Muon(network, groups=param_groups(network, norm_groups={"experts": 3}))
 
 
 def stepped(make_second: Callable[[Muon, Network], tuple[Muon, Network]]) -> bool:
@@ -192,7 +351,7 @@ def test_a_copy_steps(again: Callable[[Any], Any]) -> None:
 
 
 def test_a_saved_group_without_an_option_takes_that_of_the_new_one() -> None:
-    for option in ("algorithm", "momentum", "ns_steps", "betas", "nesterov", "adjust_lr_fn"):
+    for option in ("algorithm", "momentum", "ns_steps", "betas", "nesterov", "shape_rule"):
         first, network = Muon(model()), model()
         state = first.state_dict()
         for group in state["param_groups"]:
@@ -302,7 +461,10 @@ def test_a_compiled_step_is_the_step() -> None:
         ({"betas": (0.9, 1.5)}, r"betas must be two numbers in \[0, 1\)"),
         ({"eps": -1.0}, r"eps must be in \[0, inf\), got -1"),
         ({"ns_steps": 5.0}, r"ns_steps must be a whole number, 1 to 99, got 5.0"),
-        ({"adjust_lr_fn": "mine"}, r"adjust_lr_fn must be one of 'match_rms_adamw', 'original'"),
+        ({"shape_rule": "mine"}, r"shape_rule must be one of 'match_rms', 'spectral', 'original'"),
+        ({"coefficients": "mine"}, r"coefficients must be one of 'jordan', 'polar_express'"),
+        ({"ns_precision": "fp16"}, r"ns_precision must be one of 'bf16', 'fp32', got 'fp16'"),
+        ({"adamw_lr_ratio": -1.0}, r"adamw_lr_ratio must be in \[0, inf\), got -1"),
     ],
 )
 def test_options_are_checked_whatever_the_parameters(
@@ -333,8 +495,10 @@ def test_what_it_cannot_take_is_refused() -> None:
         Muon(network.parameters())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="with at least one hidden matrix for Muon"):
         Muon(network, adamw=("*",))
-    with pytest.raises(ValueError, match="params must be real"):
+    with pytest.raises(ValueError, match="Muon takes real parameters"):
         Muon([("weight", nn.Parameter(torch.ones(2, 2, dtype=torch.complex64)))])
+    with pytest.raises(ValueError, match=r"adamw_weight_decay must be in \[0, inf\) or None"):
+        Muon(network, adamw_weight_decay=-1.0)
     with pytest.raises(ValueError, match="of two dimensions or more, got 1"):
         Muon(network).add_param_group({"params": nn.Parameter(torch.ones(2)), "algorithm": "muon"})
     sparse: Tensor = nn.Parameter(torch.ones(2, 2))

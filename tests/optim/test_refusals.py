@@ -94,9 +94,10 @@ def test_a_bad_group_is_refused_and_leaves_the_optimizer_as_it_was(row: Contract
     for bad in ({"lr": nan}, {"weight_decay": -1.0}, *row.bad):
         (option,) = bad
         optimizer, others = row.partly()
+        before = len(optimizer.param_groups)
         with pytest.raises(ValueError, match=option):
             optimizer.add_param_group({"params": others, **bad})
-        assert len(optimizer.param_groups) == 1
+        assert len(optimizer.param_groups) == before
         optimizer.add_param_group({"params": others})
         if not row.watches:
             with pytest.raises(ValueError, match=option):
@@ -110,7 +111,7 @@ def test_a_complex_parameter_is_refused_by_name(row: ContractRow) -> None:
     if not row.watches:
         with pytest.raises(ValueError, match=rf"{message} .* 'phases'"):
             row.make([("weight", make_layers()[2]), ("phases", phases)])
-        with pytest.raises(ValueError, match=rf"{message} .* 6"):
+        with pytest.raises(ValueError, match=rf"{message} .*[ _]6\b"):
             row.make(make_layers()).add_param_group({"params": [phases]})
     optimizer = row.of_model(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=rf"{type(optimizer).__name__} {message} .* 'param_2'"):

@@ -1,4 +1,4 @@
-"""Shampoo and SOAP on ranks that share the work take the steps of one process."""
+"""Shampoo, SOAP and Muon on ranks that share the work take the steps of one process."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -34,14 +34,21 @@ LIMITS = {
     ("Shampoo", FP64): 1e-9,
     ("Shampoo-far", FP64): 1e-9,
     ("Shampoo-one-sided", FP64): 1e-9,
+    ("Muon", FP32): 1e-4,
+    ("Muon", FP64): 1e-9,
 }
 ROWS_OF = {
     ("DDP", 2): [("Shampoo", FP32)],
-    ("DDP+group", 2): [("Shampoo", FP64)],
+    ("DDP+group", 2): [("Shampoo", FP64), ("Muon", FP64)],
     ("FSDP2", 2): [("Shampoo", FP64), ("Shampoo-1e-4", FP32)],
     ("DDP+group", 4): [("Shampoo-far", FP64)],
     ("FSDP2", 4): [*LIMITS],
-    ("HSDP", 4): [("Shampoo-far", FP64), ("Shampoo", FP32), ("Shampoo-1e-4", FP32)],
+    ("HSDP", 4): [
+        ("Shampoo-far", FP64),
+        ("Shampoo", FP32),
+        ("Shampoo-1e-4", FP32),
+        ("Muon", FP64),
+    ],
 }
 CELLS = [Cell(*spread, *row) for spread, rows in ROWS_OF.items() for row in rows]
 # Other ways to be cut; with tensor parallelism in meshes that have copies of the work.
@@ -61,6 +68,7 @@ ROUTES = [
     Route((("FSDP2", 2), ("one-process", 1)), "Shampoo-one-sided"),
     Route((("DDP+group", 4), ("FSDP2", 2)), "SOAP", given=True),
     Route((("FSDP2", 4), ("one-process", 1)), "SOAP-often", given=True),
+    Route((("FSDP2", 4), ("DDP+group", 2), ("one-process", 1)), "Muon"),
 ]
 TROUBLES = [
     Trouble(Cell(layout, 4, row, FP64, 3), what)
@@ -70,6 +78,8 @@ TROUBLES = [
         ("FSDP2", "Shampoo-far", "inf"),
         ("FSDP2", "SOAP-often", "inf"),
         ("HSDP", "Shampoo", "inf"),
+        ("FSDP2", "Muon", "missing"),
+        ("HSDP", "Muon", "inf"),
     )
 ]
 # Both of two ranks, which share the work on what one of them owns.
@@ -77,7 +87,11 @@ FAILING = [
     Failing(Cell("DDP+group", 2, "SOAP-often", FP64, 8)),
     Failing(Cell("FSDP2", 2, "SOAP-often", FP64, 8)),
 ]
-FORMS = [Cell("FSDP2", 2, "Shampoo-far", FP64, 6), Cell("DDP+group", 2, "SOAP", FP64, 3)]
+FORMS = [
+    Cell("FSDP2", 2, "Shampoo-far", FP64, 6),
+    Cell("DDP+group", 2, "SOAP", FP64, 3),
+    Cell("FSDP2", 2, "Muon", FP64, 2),
+]
 WORLD_SIZES = (4, 2, 1)  # in which every route passes them
 # Of the jobs of four ranks, those of every test run: one of each kind.
 HERE = {
@@ -86,9 +100,12 @@ HERE = {
         Cell("FSDP2", 4, "Shampoo", FP32),
         Cell("HSDP", 4, "Shampoo-far", FP64),
         Cell("FSDP2", 4, "SOAP-often", FP32, 6),
+        Cell("FSDP2", 4, "Muon", FP64),
+        Trouble(Cell("FSDP2", 4, "Muon", FP64, 3), "missing"),
         Trouble(Cell("FSDP2", 4, "SOAP-often", FP64, 3), "missing"),
         Trouble(Cell("HSDP", 4, "Shampoo", FP64, 3), "inf"),
         ROUTES[1],
+        ROUTES[-1],
     )
 }
 

@@ -16,8 +16,6 @@ PLAIN_STEPS = 5
 FEW = (f"budget.samples={16 * STEPS}",)
 OPTIMIZERS = ("adamw", "sgd", "lars", "lamb", "muon", "shampoo", "soap", "kfac")
 SECOND_ORDER = ("shampoo", "soap", "kfac")
-ALWAYS_ASKED = ("muon",)
-"""Whose steps the host asks whether they count, each time, where they need not."""
 CPU = ("engine.device=cpu",)
 
 # Everything that watches a step; nothing of it may make the host wait.

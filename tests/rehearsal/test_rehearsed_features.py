@@ -10,9 +10,8 @@ from rehearsal_waits import MARKS, REFRESH, at, ended, largest_difference, stead
 
 pytestmark = MARKS
 
-# Beside what a refresh needs: whether the step counts. K-FAC asks at a refresh; Muon, which is
-# torch's and has no masked step, at each.
-ASKED = {"kfac": ("optim/kfac.py",), "muon": ("train/engines/update.py",)}
+# Beside what a refresh needs: whether the step counts. K-FAC asks at a refresh.
+ASKED = {"kfac": ("optim/kfac.py",)}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def test_precision_clip_guard_noise_and_saving_beside_training_add_no_wait(
         assert max(step.waits.values(), default=0) <= 1
         assert not step.hosted
         assert not [kind for kind, _ in step.uploads if kind == "waiting upload"]
-    assert name in cells.ALWAYS_ASKED or any(not step.waits for step in steady(outcome))
+    assert any(not step.waits for step in steady(outcome))
     saving = [line for step in outcome["steps"] for _, line in step.waits]
     assert (precision == "bf16") == any(at(line, "train/checkpoint") for line in saving)
     assert outcome["lines"][-1]["noise_scale"] is not None
