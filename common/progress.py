@@ -53,8 +53,11 @@ class BarOrLines:
 
 
 def minutes(seconds: float) -> str:
-    """Minutes and seconds, as 3:07."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    """Minutes and seconds, as 3:07; from an hour on with hours, as 2:03:07."""
+    whole = int(seconds)
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d}"
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def time_left(seconds: float, made: float, left: float) -> str:

@@ -42,6 +42,16 @@ def and_more(names: Sequence[object], most: int) -> str:
     return ", ".join(map(str, names[:most])) + (f" and {rest:,} more" if rest > 0 else "")
 
 
+def differing(lists: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Of each list of words those that are not in all of them.
+
+    >>> differing([["a", "b"], ["a", "c"]])
+    [['b'], ['c']]
+    """
+    common = set.intersection(*map(set, lists)) if len(lists) > 1 else set()
+    return [[word for word in words if word not in common] for words in lists]
+
+
 def int_spans(numbers: Iterable[int]) -> list[tuple[int, int]]:
     """The first and the last of each run of numbers, which ascend."""
     spans: list[tuple[int, int]] = []
@@ -87,6 +97,18 @@ def byte_size(num_bytes: float) -> str:
     while value >= 1000 and unit < len(_UNITS) - 1:
         value, unit = value / 1000, unit + 1
     return f"{value:.3g} {_UNITS[unit]}"
+
+
+def counted(number: float) -> str:
+    """A count in three digits and a unit: 999, 1.05 k, 21 M.
+
+    >>> [counted(number) for number in (7, 999, 1049, 120_000, 999_999, 2**30)]
+    ['7', '999', '1.05 k', '120 k', '1 M', '1.07 G']
+    """
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if float(f"{number:.3g}") >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
 
 
 def one_line(error: BaseException) -> str:

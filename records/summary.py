@@ -173,6 +173,22 @@ def objective(summary: Mapping[str, Any]) -> float:
     return math.inf if found is None or summary["status"] == "diverged" else float(found)
 
 
+def in_words(summary: Mapping[str, Any], folder: Path) -> str:
+    """One line: how the run ended, what it took, and where its record is."""
+    found, target = summary.get("eval_loss"), summary.get("target_loss")
+    ended = "budget spent" if summary["status"] == "exhausted" else summary["status"]
+    if target is not None:
+        verb = "reached" if ended == "reached" else f"{ended} without reaching"
+        ended = f"{verb} {target:g}"
+    took = (
+        f"{summary.get('steps') or 0:,} steps, {summary.get('samples') or 0:,} samples, "
+        f"{summary.get('seconds') or 0:.1f} s of training"
+    )
+    evaluation = "" if found is None else f"; evaluation loss {found:.4f}"
+    why = f" ({summary['reason']})" if summary.get("reason") else ""
+    return f"{ended} after {took}{evaluation}{why}: {folder}"
+
+
 status: Final = fields.one_of(*STATUSES)
 
 

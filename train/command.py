@@ -22,10 +22,10 @@ from largebatch.distributed.ranks import Ranks, die_with_parent
 from largebatch.distributed.team import Team, find_team, started_team
 from largebatch.records.outcomes import STATUS_CODES, ExitCode
 from largebatch.records.record import RunEnded
-from largebatch.records.summary import SummaryRecord, objective
+from largebatch.records.summary import SummaryRecord, in_words, objective
 from largebatch.train.hydra_app import again, import_from_here, parse_options, run_hydra
 from largebatch.train.run_spec import RunSpec, received_spec, resolve_run
-from largebatch.train.sweeps import failure_of, reported, shown_folder
+from largebatch.train.sweeps import failure_of, place, reported, shown_folder
 
 _TRIAL: Final = "largebatch_trial"
 """The sweeper of one run of a sweep, in processes that the sweep's launcher has started."""
@@ -129,7 +129,6 @@ def task(composed: DictConfig) -> float | None:
 def single_run(composed: DictConfig) -> None:
     """Note the summary, or why the run was refused."""
     from largebatch.train.lr_find import results as lr_results
-    from largebatch.train.reporting.display import outcome
 
     try:
         summary = job(composed, display=True)
@@ -138,7 +137,7 @@ def single_run(composed: DictConfig) -> None:
     else:
         _outcome.append(summary)
         folder = Path(shown_folder())
-        print(outcome(summary, folder))
+        print(in_words(summary, folder))
         if "lr_find" in summary:
             print(lr_results.format_outcome(summary, folder))
 
@@ -165,9 +164,7 @@ def job(composed: DictConfig, display: bool = False) -> SummaryRecord:
             team = stack.enter_context(started_team(spec.config.engine.nproc))
         summary = train(team, spec, display)
     if not display and spec.config.study is None:  # a study has a display of its own
-        from largebatch.train.reporting.display import outcome
-
-        print(outcome(summary, Path(shown_folder())), flush=True)
+        print(f"{place()}{in_words(summary, Path(shown_folder()))}", flush=True)
     if "error" in summary and display:  # a search that found nothing; other errors are raised
         say(summary["error"])
     return summary

@@ -1,7 +1,6 @@
 """One run from its spec to its summary: build the parts, train, close the record."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,18 +33,19 @@ from largebatch.train.tasks import Task, sampler_of
 
 if TYPE_CHECKING:
     from largebatch.train.checkpoints.checkpoint import Checkpoints
+    from largebatch.train.reporting.display import Display
 
 
 def run(
     spec: RunSpec,
     team: Team,
     device: torch.device,
-    watch: Callable[[dict[str, Any]], None] = lambda line: None,
+    display: "Display | None" = None,
 ) -> SummaryRecord:
     """Train as `spec` says; returns the summary, which rank 0 has also written.
 
     Args:
-        watch: sees every line, on rank 0.
+        display: what rank 0 shows while the run goes.
 
     Raises:
         ConfigError: before anything is written.
@@ -60,8 +60,11 @@ def run(
     folder, logger = _opened(spec, parts.task, parts.engine.data_parallel_size)
     parts.engine.as_first_rank([0.0])
     every = spec.config.record.every
+    watch = _nothing if display is None else display
     reporter = Reporter(folder, logger, throughput, ranks.size, every, watch)
     this = Run(spec, parts, ranks, device, reporter)
+    if display is not None:
+        display.begin(parts.num_parameters, this.micro_batch_size, ranks.size, device)
 
     def abandon(ended: RanksEnded) -> None:
         folder.close(this.failed(ended))
@@ -82,6 +85,10 @@ def run(
         close_record(folder, summary)
         logger.finish(summary)
     return summary
+
+
+def _nothing(line: dict[str, Any]) -> None:
+    """What a run that shows nothing does with its lines."""
 
 
 def close_record(folder: RunFolder, summary: SummaryRecord) -> None:

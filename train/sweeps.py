@@ -4,6 +4,7 @@ A sweep resumes in its folder: runs that have ended are passed by, others are re
 the same command makes what is missing, whatever ended the last one.
 """
 
+import json
 import math
 import os
 import traceback
@@ -28,11 +29,24 @@ from largebatch.train.checkpoints.resume import check_same
 TRACEBACK: Final = "traceback.txt"
 MULTIRUN: Final = "multirun.yaml"
 
+PLANNED: Final = "LARGEBATCH_SWEEP"
+"""The variable in which a sweep tells the processes of its runs how many these are."""
+
 
 def shown_folder() -> str:
     """Return this run's folder as the user would type it, whatever Hydra has made the current."""
     settings = HydraConfig.get()
     return os.path.relpath(settings.runtime.output_dir, settings.runtime.cwd)
+
+
+def place() -> str:
+    """Return which run of the sweep this is, and what sets it apart; nothing outside a sweep."""
+    told = os.environ.get(PLANNED)
+    if told is None:
+        return ""
+    planned, settings = json.loads(told), HydraConfig.get()
+    own = [word for word in settings.overrides.task if word not in planned["common"]]
+    return f"{settings.job.num + 1} of {planned['runs']} · {' '.join([*own, ''])}→ "
 
 
 def failure_of(error: Exception) -> RunFailed:
@@ -67,7 +81,9 @@ class EveryRun(Launcher):
         self._multirun = self._folder / MULTIRUN
         self._before = self._multirun.read_bytes() if self._multirun.exists() else None
         self._failures: list[BaseException] = []
-        self._num_runs = self._num_checked = 0
+        self._num_runs = 0
+        self._words: list[list[str]] = []
+        """The overrides of every run."""
         self._ended: dict[Path, int] = {}
         """Summaries of runs that had ended before, and when each was written."""
 
@@ -76,7 +92,7 @@ class EveryRun(Launcher):
 
     def check(self, batch: Sequence[Sequence[str]]) -> None:
         """Compose the runs of a batch, and refuse a folder that holds those of another sweep."""
-        for number, overrides in enumerate(batch, self._num_checked):
+        for number, overrides in enumerate(batch, len(self._words)):
             config = self._loader.load_sweep_config(self.config, list(overrides))
             with open_dict(config):
                 config.hydra.job.id = config.hydra.job.num = number
@@ -87,7 +103,10 @@ class EveryRun(Launcher):
                 with open_dict(config):
                     del config["hydra"]
                 self._check_one(folder, OmegaConf.to_yaml(config, resolve=True))
-        self._num_checked += len(batch)
+        self._words += map(list, batch)
+        common = set.intersection(*map(set, self._words)) if len(self._words) > 1 else set()
+        told = {"runs": len(self._words), "common": sorted(common)}
+        os.environ[PLANNED] = json.dumps(told)
 
     def _note_ended(self, path: Path) -> None:
         summary = find_fields(path, [])
@@ -117,6 +136,7 @@ class EveryRun(Launcher):
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        os.environ.pop(PLANNED, None)
         if error is None and self._failures:
             raise SweepFailed(self._failures, self._num_runs)
         passed = sum(_written_at(path) == at for path, at in self._ended.items())

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from largebatch.common.progress import BarOrLines, time_left
 from largebatch.common.signals import on_stop_signal
+from largebatch.common.text import differing
 from largebatch.launch.sweeps.backend import Attempt, Backend, Ended
 from largebatch.launch.sweeps.record import (
     SweepRecord,
@@ -27,6 +28,7 @@ from largebatch.launch.sweeps.record import (
 )
 from largebatch.launch.sweeps.settings import SweepSettings
 from largebatch.records.outcomes import ExitCode
+from largebatch.records.summary import in_words
 
 STRIKES: Final = 2
 
@@ -48,7 +50,7 @@ class SweepProgress(BarOrLines):
     def __init__(self, num_trials: int, silent: bool, console: Console | None = None) -> None:
         console = console or Console(stderr=True, soft_wrap=True)
         super().__init__(console, math.inf if silent else 0.0)
-        self._num_trials = num_trials
+        self._num_trials, self._silent = num_trials, silent
         self._begin = time.monotonic()
         self._found: int | None = None
 
@@ -62,6 +64,12 @@ class SweepProgress(BarOrLines):
         if made > 0 and left > 0:
             text += time_left(time.monotonic() - self._begin, made, left)
         self.update(done / self._num_trials, text)
+
+    def result(self, done: int, words: Sequence[str], ended: str) -> None:
+        """Say how a trial has ended, above the bar."""
+        if not self._silent:
+            own = f"{' '.join(words)} " if words else ""
+            self.tell(f"{done} of {self._num_trials} · {own}→ {ended}")
 
     def tell(self, sentence: str) -> None:
         """Say something above the bar."""
@@ -133,6 +141,8 @@ class TrialScheduler:
 
     def __post_init__(self) -> None:
         self.outcomes: dict[str, Outcome] = {}
+        own = differing([trial.words for trial in self.trials])
+        self._own_words = {trial.name: words for trial, words in zip(self.trials, own, strict=True)}
         self._waiting: deque[Trial] = deque()
         self._running: dict[str, Attempt] = {}
         self._failures: dict[str, int] = {}
@@ -242,6 +252,8 @@ class TrialScheduler:
             self.outcomes[trial.name] = outcome
             if outcome.summary is not None:
                 self.health.record_success(trial.name, attempt.nodes)
+                told = in_words(outcome.summary, trial.folder)
+                self.progress.result(len(self.outcomes), self._own_words[trial.name], told)
         elif self._stopping is not None:
             self._waiting.append(trial)
         elif outcome.status == "interrupted" and self._got_further(trial):

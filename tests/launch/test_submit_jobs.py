@@ -70,7 +70,7 @@ def test_a_job_of_any_size_is_submitted_and_trains_to_its_end(
     # Rank 0 alone is heard.
     logs = list((cluster.work / "jobs" / "one").glob("logs.1000.pbs/*/rank*.log"))
     assert [log.name for log in logs] == (["rank1.log"] if stand_in > 1 else [])
-    assert done.stdout.count("exhausted after 2 steps") == 1
+    assert done.stdout.count("budget spent after 2 steps") == 1
 
 
 def test_the_ranks_exit_code_is_the_jobs(cluster: Cluster) -> None:

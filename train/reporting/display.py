@@ -1,22 +1,51 @@
-"""What a single run shows: a bar while it goes, one line when it is over."""
+"""What a single run shows: what it is, at once, and how far it is while it goes."""
 
-from pathlib import Path
-from typing import Any, Self
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Self
 
-from largebatch.common.progress import progress_bar
-from largebatch.records.summary import SummaryRecord
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from largebatch.common.progress import minutes
+from largebatch.common.text import counted
 from largebatch.train.run_spec import RunSpec
+
+FIRST_LINE: Final = 10.0
+"""Seconds until the first line where there is no terminal; each further one takes half as long
+again.
+"""
+LONGEST_SILENCE: Final = 300.0
+_BAR: Final = 12
+SEPARATOR: Final = " · "
 
 
 class Display:
-    """Takes each line of a run; draws on a terminal only. The bar fills with the sample budget."""
+    """Takes each line of a run. On a terminal a bar fills with the sample budget; elsewhere, as in
+    a job's output, there is a line now and then.
+    """
 
-    def __init__(self, spec: RunSpec) -> None:
-        self._evaluation = ""
-        self._bar = progress_bar()
+    def __init__(
+        self, spec: RunSpec, console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._spec, self._clock = spec, clock
+        self._console = console or Console(stderr=True)
+        self._bar = Progress(
+            BarColumn(_BAR), TextColumn("{task.description}", markup=False), console=self._console,
+            disable=not self._console.is_terminal, transient=True,
+        )  # fmt: skip
         config = spec.config
-        total = min(config.target.give_up_samples or config.budget.samples, config.budget.samples)
-        self._task = self._bar.add_task("", total=total)
+        self._total = min(
+            config.target.give_up_samples or config.budget.samples, config.budget.samples
+        )
+        self._evaluation: float | None = None
+        self._task = self._bar.add_task("", total=self._total)
+        self._begin: tuple[float, int] | None = None
+        """Seconds on the clock, and samples, at the first line: what is imported and compiled
+        before says nothing of the pace."""
+        self._wait, self._next = FIRST_LINE, clock() + FIRST_LINE
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -25,23 +54,80 @@ class Display:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
+    def begin(self, num_parameters: int, micro_batch_size: int, ranks: int, device: Any) -> None:
+        """Say what is trained, on what and where its record is."""
+        self._print(begun(self._spec, num_parameters, micro_batch_size, ranks, device))
+
     def __call__(self, line: dict[str, Any]) -> None:
-        if self._bar.disable:
-            return
-        if "eval_loss" in line:
-            self._evaluation = f"  evaluation {line['eval_loss']:.4f}"
-        text = f"step {line['step']:,}  loss {line['loss']:.4f}{self._evaluation}"
-        self._bar.update(self._task, completed=line["samples"], description=text)
+        now = self._clock()
+        if self._begin is None:
+            self._begin = (now, line["samples"])
+        self._evaluation = line.get("eval_loss", self._evaluation)
+        if not self._bar.disable:
+            text = fitted(self._parts(line, now), self._console.width - _BAR - 1)
+            self._bar.update(self._task, completed=line["samples"], description=text)
+        elif now >= self._next:
+            self._wait = min(1.5 * self._wait, LONGEST_SILENCE)
+            self._next = now + self._wait
+            self._print(SEPARATOR.join(text for text, _ in self._parts(line, now)))
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _parts(self, line: dict[str, Any], now: float) -> list[tuple[str, int]]:
+        """What is said of a step, and how much it matters: the least goes first."""
+        assert self._begin is not None
+        samples, target = line["samples"], self._spec.config.target.loss
+        parts = [
+            (f"{min(1, samples / self._total):.0%}", 6),
+            (f"{counted(samples)} of {counted(self._total)} samples", 2),
+        ]
+        passed, made = now - self._begin[0], samples - self._begin[1]
+        if passed > 0 and made > 0:
+            parts.append((f"{counted(made / passed)} samples/s", 1))
+        parts += [(f"lr {line['lr']:.4g}", 0), (f"loss {line['loss']:.4g}", 5)]
+        if self._evaluation is not None:
+            aim = "" if target is None else f" (target {target:.4g})"
+            parts.append((f"eval {self._evaluation:.4g}{aim}", 4))
+        if passed > 0 and made > 0:
+            left = max(0.0, (self._total - samples) * passed / made)
+            parts.append((f"{minutes(left)} left", 3))
+        return parts
 
 
-def outcome(summary: SummaryRecord, folder: Path) -> str:
-    """One line: how the run ended, what it took, and where its record is."""
-    evaluation, target = summary["eval_loss"], summary["target_loss"]
-    ended = summary["status"]
-    if target is not None:
-        verb = "reached" if ended == "reached" else f"{ended} without reaching"
-        ended = f"{verb} {target:g}"
-    took = f"{summary['steps']:,} steps, {summary['samples']:,} samples, {summary['seconds']:.1f} s"
-    loss = "" if evaluation is None else f"; evaluation loss {evaluation:.4f}"
-    why = f" ({summary['reason']})" if summary.get("reason") else ""
-    return f"{ended} after {took}{loss}{why}: {folder}"
+def begun(
+    spec: RunSpec, num_parameters: int, micro_batch_size: int, ranks: int, device: Any
+) -> str:
+    """One line: task, model, optimizer, batch as micro x accumulation x ranks, budget, folder."""
+    config, size = spec.config, spec.plan.final_batch_size
+    accumulated = -(-size // (micro_batch_size * ranks))
+    factors = [f"{micro_batch_size:,}"]
+    factors += [f"{accumulated:,} accumulated"] if accumulated > 1 else []
+    factors += [f"{ranks:,} ranks"] if ranks > 1 else []
+    of = f" = {' x '.join(factors)}" if len(factors) > 1 else ""
+    ramp = f"{spec.plan.at(0).batch_size:,} to " if spec.plan.at(0).batch_size != size else ""
+    target = "" if config.target.loss is None else f", target {config.target.loss:.4g}"
+    resumed = "" if spec.resumption is None else f"resumed at {spec.resumption.samples:,} samples"
+    parts = [
+        spec.task,
+        f"{spec.model} ({counted(num_parameters)} parameters)",
+        spec.optimizer,
+        f"batch {ramp}{size:,}{of}",
+        f"{counted(config.budget.samples)} samples{target}",
+        str(device),
+        resumed,
+        os.path.relpath(spec.folder),
+    ]
+    return SEPARATOR.join(part for part in parts if part)
+
+
+def fitted(parts: Sequence[tuple[str, int]], width: int) -> str:
+    """Join the parts that fit into `width` characters; those that matter least are left out.
+
+    >>> fitted([("12%", 2), ("lr 0.02", 0), ("loss 2.61", 1)], 20)
+    '12% · loss 2.61'
+    """
+    kept = list(parts)
+    while len(kept) > 1 and len(SEPARATOR.join(text for text, _ in kept)) > width:
+        kept.remove(min(kept, key=lambda part: part[1]))
+    return SEPARATOR.join(text for text, _ in kept)[: max(width, 0)]
