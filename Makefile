@@ -93,7 +93,7 @@ $(VENV)/held.txt: $(BIN)/python constraints.txt
 
 install = $(INSTALL) --constraint $(VENV)/held.txt --editable '.[$(1)]'
 
-EXTRAS := train,dev,examples,hf,parsl,studies$(if $(filter Linux,$(shell uname -s)),$(comma)mpi$(comma)deepspeed)
+EXTRAS := train,dev,examples,hf,parsl,studies,trackers$(if $(filter Linux,$(shell uname -s)),$(comma)mpi$(comma)deepspeed)
 
 $(VENV)/.train: $(VENV)/held.txt pyproject.toml
 	$(call install,train)

@@ -93,7 +93,7 @@ ROOMS = {
     "train/tasks": ["data"],
     "train/checkpoints": ["tasks"],
     "train/engines": ["checkpoints", "noise", "tasks"],
-    "train/reporting": [".", "models", "tasks"],
+    "train/reporting": [".", "models", "tasks", "trackers"],
     "train/plan": ["."],
     "study/statistics": [],
     "study/page": [".", "statistics"],

@@ -1,6 +1,8 @@
 """One run from its spec to its summary: build the parts, train, close the record."""
 
+import inspect
 import math
+import pkgutil
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,7 @@ import torch
 from largebatch.common.errors import ConfigError, RanksEnded
 from largebatch.common.memory import ran_out
 from largebatch.common.text import one_line
-from largebatch.conf.build import build
+from largebatch.conf.build import build, find_target
 from largebatch.distributed.ranks import Ranks
 from largebatch.distributed.team import Team
 from largebatch.distributed.walltime import find_stop
@@ -24,12 +26,13 @@ from largebatch.train.loop import Loop, Parts
 from largebatch.train.lr_find.results import publish
 from largebatch.train.lr_find.search import LRFinder
 from largebatch.train.progress import RunProgress
-from largebatch.train.reporting.loggers import NoLogger, SafeLogger
-from largebatch.train.reporting.provenance import provenance
+from largebatch.train.reporting.provenance import git_commit, provenance
 from largebatch.train.reporting.reporter import NullReporter, Reporter
 from largebatch.train.run_spec import RunSpec
 from largebatch.train.stop_signal import Stopping, StopSignal
 from largebatch.train.tasks import Task, sampler_of
+from largebatch.train.trackers.base import Labels
+from largebatch.train.trackers.safe import NoLogger, SafeLogger
 
 if TYPE_CHECKING:
     from largebatch.train.checkpoints.checkpoint import Checkpoints
@@ -280,9 +283,21 @@ def _logger(spec: RunSpec) -> SafeLogger:
     node = spec.config.logger
     if node.get("_target_") is None:
         return SafeLogger(NoLogger)
-    group = node.get("group") or spec.sweep
-    return SafeLogger(
-        partial(
-            build, node | {"group": group}, "logger", folder=spec.folder, config=asdict(spec.config)
+    find_target(node["_target_"], "logger._target_")
+    takes = inspect.signature(pkgutil.resolve_name(node["_target_"])).parameters
+    if "group" in takes:
+        node = node | {"group": node.get("group") or spec.sweep}
+    more: dict[str, Any] = {"folder": spec.folder, "config": asdict(spec.config)}
+    if "labels" in takes:
+        more["labels"] = Labels(
+            name=spec.name,
+            group=spec.sweep,
+            optimizer=spec.optimizer,
+            task=spec.task,
+            model=spec.model,
+            batch_size=spec.plan.final_batch_size,
+            lr=spec.plan.peak_lr,
+            seed=spec.config.seed,
+            commit=git_commit(),
         )
-    )
+    return SafeLogger(partial(build, node, "logger", **more))

@@ -34,6 +34,7 @@ from largebatch.train.checkpoints.files import check_elsewhere
 from largebatch.train.checkpoints.resume import Resumption, find_resumption
 from largebatch.train.lr_find.results import check_table
 from largebatch.train.lr_find.search import as_sweep, sweep_plan
+from largebatch.train.sweeps import planned_sweep
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class RunSpec:
     """Name of the model's choice, or the class of a custom one."""
     sweep: str | None = None
     """Name of the sweep or study that the run belongs to."""
+    name: str = ""
+    """What the run is called in a tracker: what sets it apart in its sweep, or its own words."""
     hydra_files: Mapping[str, str] = field(default_factory=dict)
     """Content of the files in `.hydra/`."""
     noise_source: str | None = None
@@ -123,6 +126,7 @@ def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
         "task": str(settings.runtime.choices["task"]),
         "model": _model(config, str(settings.runtime.choices["model"])),
         "sweep": None if single else Path(settings.sweep.dir).name,
+        "name": _name(settings, folder),
     }
     checkpoint = None if resumption is None else resumption.checkpoint
     words = {
@@ -145,6 +149,16 @@ def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
         current=Path.cwd() if settings.job.chdir else None,
         words=words,
     )
+
+
+def _name(settings: Any, folder: Path) -> str:
+    words = [str(word) for word in settings.overrides.task if "logger" not in word]
+    if settings.mode != RunMode.RUN:
+        planned = planned_sweep()
+        if planned is None:  # a study's, which says in its folders what sets its runs apart
+            return str(settings.sweep.subdir)
+        words = [word for word in words if word not in planned["common"]]
+    return " ".join(words) or "/".join(folder.parts[-2:])
 
 
 def checked_plan(config: TrainConfig, data_parallel_size: int) -> tuple[Plan, str | None]:

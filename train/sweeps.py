@@ -39,12 +39,19 @@ def shown_folder() -> str:
     return os.path.relpath(settings.runtime.output_dir, settings.runtime.cwd)
 
 
+def planned_sweep() -> dict[str, Any] | None:
+    """Return how many `runs` this run's sweep has and which words all have in `common`; None
+    outside a sweep of given runs.
+    """
+    told = os.environ.get(PLANNED)
+    return None if told is None else json.loads(told)
+
+
 def place() -> str:
     """Return which run of the sweep this is, and what sets it apart; nothing outside a sweep."""
-    told = os.environ.get(PLANNED)
-    if told is None:
+    planned, settings = planned_sweep(), HydraConfig.get()
+    if planned is None:
         return ""
-    planned, settings = json.loads(told), HydraConfig.get()
     own = [word for word in settings.overrides.task if word not in planned["common"]]
     return f"{settings.job.num + 1} of {planned['runs']} · {' '.join([*own, ''])}→ "
 

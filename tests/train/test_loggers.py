@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from fixture_types import ReadRun, Train
 
-from largebatch.train.reporting.loggers import Wandb
-
 RUN = ("task=digits", "optim=sgd", "optim.lr=0.05", "batch.size=64", "budget.samples=192",
        "target.loss=null", "evaluation.growth=100", "hydra.run.dir=run")  # fmt: skip
 
@@ -42,23 +40,3 @@ def test_a_logger_that_is_not_installed_is_one_sentence(
     assert told.count("\n") == 1
     assert "pip install 'largebatch[train]'" in told
     assert "logger=jsonl" in told
-
-
-def test_the_environments_mode_wins_and_a_resumed_run_keeps_its_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Online, the key would make it wait for a server that is not there."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for step in (1, 2):
-        logger = Wandb(folder, {"seed": 0}, "project")
-        logger.log({"step": step, "loss": 1.0 / step})
-        logger.finish({"status": "interrupted"})
-    stored = [*(folder / "wandb").glob("offline-run-*/run-*.wandb")]
-    first, *others = {file.stem.removeprefix("run-") for file in stored}
-    assert stored
-    assert not others
-    assert (folder / "wandb" / "run_id").read_text().strip() == first

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from largebatch.train.engines.ddp import DDP
-from largebatch.train.reporting.loggers import NoLogger
+from largebatch.train.trackers.safe import NoLogger
 from largebatch.train.tasks.digits import Digits
 
 

@@ -23,7 +23,7 @@ def provenance(ranks: Ranks, device: torch.device) -> dict[str, Any]:
             "numpy": version("numpy"),
             "largebatch": _own_version(),
         },
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "device": device_name(device),
         "num_threads": torch.get_num_threads(),
         "host": socket.gethostname(),
@@ -42,8 +42,8 @@ def _own_version() -> str | None:
 
 
 @cache
-def _git_commit() -> str | None:
-    """The checkout's commit, `+changes` where it has any; None for an installed wheel."""
+def git_commit() -> str | None:
+    """Return the checkout's commit, `+changes` where it has any; None for an installed wheel."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None

@@ -11,8 +11,8 @@ from largebatch.records.heartbeat import Heartbeat
 from largebatch.records.names import EVENTS
 from largebatch.records.record import RunFolder, finite
 from largebatch.records.step_record import StepRecord
-from largebatch.train.reporting.loggers import SafeLogger
 from largebatch.train.reporting.throughput import Throughput
+from largebatch.train.trackers.safe import SafeLogger
 
 
 class Events:

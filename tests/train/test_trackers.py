@@ -1,0 +1,156 @@
+"""Trackers, read back by their own libraries from what they leave without a server."""
+
+import csv
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixture_types import Train
+
+from largebatch.train.trackers.base import Labels
+from largebatch.train.trackers.wandb import Wandb, has_login
+
+RUN = ("task=digits", "optim=lamb", "optim.lr=0.05", "batch.size=64", "budget.samples=192",
+       "target.loss=null", "evaluation.growth=100", "noise.small=micro_batch",
+       "engine.micro_batch_size=16", "hydra.run.dir=run")  # fmt: skip
+FLAT = {"optimizer": "lamb", "task": "digits", "model": "digits_mlp", "batch_size": 64,
+        "lr": 0.05, "seed": 0}  # fmt: skip
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def stored(log: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file: LevelDB's log format, after seven bytes of wandb's own."""
+    place, parts = 7, b""
+    while place + 7 <= len(log):
+        if (rest := 32768 - place % 32768) < 7:  # no header begins there
+            place += rest
+            continue
+        _, length, kind = struct.unpack_from("<IHB", log, place)
+        parts += log[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield parts
+            parts = b""
+
+
+def labels(name: str = "mine") -> Labels:
+    return Labels(name, "sweep", "lamb", "bytes", "byte_mlp", 64, 0.1, 0, None)
+
+
+def test_wandbs_file_has_axis_sections_name_and_config(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert train(*RUN, "logger=wandb") == 0
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert f"wandb sync {os.path.relpath(file.parent)}" in capsys.readouterr().err
+    rows, axes = [], {}
+    config: dict[str, Any] = {}
+    for data in stored(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            row = {item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json)
+                   for item in record.history.item}  # fmt: skip
+            rows.append(row)
+        elif kind == "metric":
+            axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
+        elif kind == "run":
+            name = record.run.display_name
+            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+    assert {axes[f"{section}/*"] for section in ("train", "eval", "optim", "noise")} == {"samples"}
+    assert [row["samples"] for row in rows] == [64, 128, 192]
+    lines = records(tmp_path / "run")
+    assert [row["train/loss"] for row in rows] == [line["loss"] for line in lines]
+    assert rows[-1]["eval/loss"] == lines[-1]["eval_loss"]
+    assert {"optim/lr", "optim/batch_size", "noise/grad_trace"} <= rows[0].keys()
+    assert name == " ".join(word for word in RUN if not word.startswith("hydra."))
+    assert {key: config[key] for key in FLAT} == FLAT
+    assert config["config"]["optim"]["lr"] == 0.05
+
+
+def test_tensorboards_files_and_the_csv_have_every_number(train: Train, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train(*RUN, "logger=tensorboard") == 0
+    lines = records(tmp_path / "run")
+    found = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    found.Reload()
+    losses = found.Scalars("train/loss")
+    assert [event.step for event in losses] == [64, 128, 192]
+    assert [event.value for event in losses] == pytest.approx([line["loss"] for line in lines])
+    assert "config/text_summary" in found.Tags()["tensors"]
+
+
+def test_the_csv_has_a_row_a_line(train: Train, tmp_path: Path) -> None:
+    assert train(*RUN, "logger=csv") == 0
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    lines = records(tmp_path / "run")
+    assert [float(row["loss"]) for row in rows] == [line["loss"] for line in lines]
+    assert [row["eval_loss"] != "" for row in rows] == ["eval_loss" in line for line in lines]
+
+
+@pytest.mark.filterwarnings("ignore")  # sqlalchemy about mlflow
+def test_mlflows_store_has_metrics_by_samples_and_a_resumed_run_continues(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{tmp_path}/runs.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    words = (*RUN, "logger=mlflow", "checkpoint.every_samples=64", "resume=auto")
+    assert train(*words, "budget.samples=128") == 0
+    assert train(*words) == 0
+    client = MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("largebatch").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    lines = records(tmp_path / "run")
+    assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [
+        (line["samples"], line["loss"]) for line in lines
+    ]
+    assert run.info.status == "FINISHED"
+    assert {key: run.data.params[key] for key in FLAT} == {k: str(v) for k, v in FLAT.items()}
+    assert run.data.params["optim.lr"] == "0.05"
+
+
+@pytest.mark.parametrize("key", ["", "0" * 40])
+def test_a_login_by_netrc_counts_for_its_own_host(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not has_login()
+    host = "wandb.example.org" if key else "other.example.org"
+    (tmp_path / "netrc").write_text(f"machine {host} login user password {'0' * 40}\n")
+    assert has_login() == bool(key)
+
+
+def test_the_environments_mode_wins_and_a_resumed_run_keeps_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Online, the key would make it wait for a server that is not there."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for step in (1, 2):
+        logger = Wandb(folder, {"seed": 0}, labels(), "project")
+        logger.log({"step": step, "samples": 64 * step, "loss": 1.0 / step})
+        logger.finish({"status": "interrupted"})
+    files = [*(folder / "wandb").glob("offline-run-*/run-*.wandb")]
+    first, *others = {file.stem.removeprefix("run-") for file in files}
+    assert files
+    assert not others
+    assert (folder / "wandb" / "run_id").read_text().strip() == first
