@@ -9,5 +9,15 @@ from largebatch.optim.muon import Muon
 from largebatch.optim.param_groups import param_groups
 from largebatch.optim.shampoo import Shampoo
 from largebatch.optim.soap import SOAP
+from largebatch.optim.soap_muon import SOAPMuon
 
-__all__ = ["KFAC", "LAMB", "LARS", "SOAP", "Muon", "Shampoo", "param_groups"]
+__all__ = [
+    "KFAC",
+    "LAMB",
+    "LARS",
+    "SOAP",
+    "Muon",
+    "SOAPMuon",
+    "Shampoo",
+    "param_groups",
+]

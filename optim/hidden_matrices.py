@@ -8,13 +8,16 @@ tensor of three dimensions or more is a stack of matrices, of experts for one, i
 """
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 from torch import Tensor, nn
 from torch.optim.optimizer import StateDict
 
-from largebatch.optim.base import Group, ShardedOptimizer
+from largebatch.optim.base import Group
+from largebatch.optim.blockwise.optimizer import BlockwiseOptimizer
+from largebatch.optim.blockwise.work_group import BlockedLayer
 from largebatch.optim.options import require, require_one_of
 from largebatch.optim.param_groups import EMBEDDING, ParamEntry, find_parameters, is_called
 from largebatch.optim.sharding.layout import Name, split_sizes
@@ -28,11 +31,14 @@ ADAMW: Final = "adamw"
 
 KERNELS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-Taken = list[Any]
-"""Groups of (name, parameter) pairs."""
+Given = nn.Module | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+"""A model, (name, parameter) pairs, or groups of them."""
+
+SPLIT: Final = {"decay": "decoupled", "norm_groups": None, "norm_dim": 0}
+"""Options that all groups have, beside those of the algorithm."""
 
 
-class OfHiddenMatrices(ShardedOptimizer):
+class OfHiddenMatrices(BlockwiseOptimizer):
     """Base of optimizers that step hidden matrices themselves, and the rest by AdamW.
 
     Each group says by `algorithm` what steps it; a group without it is split by what its parameters
@@ -51,16 +57,23 @@ class OfHiddenMatrices(ShardedOptimizer):
 
     def _read(
         self,
-        params: nn.Module | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        params: Given,
+        defaults: dict[str, Any],
         groups: Iterable[dict[str, Any]] | None,
         adamw: Sequence[str],
-    ) -> Taken:
+        adamw_weight_decay: float | None,
+    ) -> list[Any]:
         """Return the groups of all parameters, and note what is whose.
 
         Raises:
-            ValueError: parameters without names; a tensor of three dimensions or more of which its
-                name alone does not say what it is.
+            ValueError: an option out of range; parameters without names; a tensor of three
+                dimensions or more of which its name alone does not say what it is.
         """
+        decay = adamw_weight_decay
+        finite = decay is None or 0 <= decay < math.inf
+        require(finite, "adamw_weight_decay", "in [0, inf) or None", decay)
+        self._check_options(defaults)
+        self._adamw_weight_decay = decay
         if isinstance(params, nn.Module):
             entries = find_parameters(params)
             self._by_adamw = _by_module(params, entries, adamw)
@@ -132,7 +145,7 @@ class OfHiddenMatrices(ShardedOptimizer):
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
         ratio = options["adamw_lr_ratio"]
-        require(0 <= ratio < float("inf"), "adamw_lr_ratio", "in [0, inf)", ratio)
+        require(0 <= ratio < math.inf, "adamw_lr_ratio", "in [0, inf)", ratio)
         if "algorithm" in options:
             require_one_of(options, "algorithm", (self.algorithm, ADAMW))
 
@@ -144,6 +157,10 @@ class OfHiddenMatrices(ShardedOptimizer):
         require(param.dim() >= 2, owner, "of two dimensions or more", param.dim())
         if group["norm_groups"] is not None:
             split_sizes(param.shape, name, group["norm_groups"], group["norm_dim"])
+
+    def _rate(self, layer: BlockedLayer, group: Group) -> float | Tensor:
+        lr = super()._rate(layer, group)
+        return lr * group["adamw_lr_ratio"] if group["algorithm"] == ADAMW else lr
 
     def _translated(self, state_dict: StateDict) -> StateDict:
         """What a saved group does not say stays as it is."""

@@ -29,15 +29,13 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from largebatch.optim.base import Group
 from largebatch.optim.blockwise.block_work import BlockAtWork
 from largebatch.optim.blockwise.blocks import Block, matrices_of
-from largebatch.optim.blockwise.optimizer import BlockwiseOptimizer
 from largebatch.optim.blockwise.step_stats import BlockDirection, square
-from largebatch.optim.blockwise.work_group import BlockedLayer
-from largebatch.optim.hidden_matrices import ADAMW, OfHiddenMatrices
+from largebatch.optim.hidden_matrices import ADAMW, SPLIT, Given, OfHiddenMatrices
 from largebatch.optim.math.newton_schulz import COEFFICIENTS, NewtonSchulz
 from largebatch.optim.options import require, require_one_of
 
@@ -56,7 +54,17 @@ def shape_scale(rule: str, rows: int, columns: int) -> float:
     return math.sqrt(ratio if rule == "spectral" else max(1, ratio))
 
 
-class Muon(OfHiddenMatrices, BlockwiseOptimizer):
+def check_orthogonal(options: Group) -> None:
+    """Refuse options of Newton-Schulz, or a shape rule, that there are not."""
+    require_one_of(options, "shape_rule", SHAPE_RULES)
+    require_one_of(options, "coefficients", tuple(COEFFICIENTS))
+    require_one_of(options, "ns_precision", PRECISIONS)
+    steps = options["ns_steps"]
+    whole = isinstance(steps, int) and 1 <= steps < 100
+    require(whole, "ns_steps", "a whole number, 1 to 99", steps)
+
+
+class Muon(OfHiddenMatrices):
     """Muon for the hidden matrices and kernels, AdamW for the rest; the module says the formula.
 
     `params` is the model, whose modules tell embeddings and the output head (the model's own
@@ -67,6 +75,8 @@ class Muon(OfHiddenMatrices, BlockwiseOptimizer):
     - `ns_steps`, `coefficients`: of Newton-Schulz: "jordan" or "polar_express".
     - `ns_precision`: what its products are taken in: "bf16", or "fp32" (FP64 for FP64 parameters).
     - `shape_rule`: s: "match_rms", "spectral" or "original".
+    - `hyperball`: keep a tensor's norm, and step by a fraction of it: lr is the angle, and s has
+      nothing to say (`largebatch.optim.blockwise.hyperball`). Needs λ = 0.
     - `betas`, `eps`: of AdamW.
     - `adamw_lr_ratio`: AdamW's learning rate relative to `lr`.
     - `adamw_weight_decay`: AdamW's weight decay, in groups that have none of their own; None: λ.
@@ -85,6 +95,7 @@ class Muon(OfHiddenMatrices, BlockwiseOptimizer):
     tensor of three or more dimensions with neither a module nor `norm_groups`; RuntimeError at
     `step` for a sparse gradient.
 
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10))
     >>> for group in Muon(model, lr=0.01).param_groups:
     ...     print(group["algorithm"], group["param_names"])
@@ -98,7 +109,7 @@ class Muon(OfHiddenMatrices, BlockwiseOptimizer):
 
     def __init__(
         self,
-        params: nn.Module | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        params: Given,
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
@@ -108,6 +119,7 @@ class Muon(OfHiddenMatrices, BlockwiseOptimizer):
         coefficients: str = "jordan",
         ns_precision: str = "bf16",
         shape_rule: str = "match_rms",
+        hyperball: bool = False,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         adamw_lr_ratio: float = 1.0,
@@ -117,9 +129,6 @@ class Muon(OfHiddenMatrices, BlockwiseOptimizer):
         maximize: bool = False,
         process_group: "ProcessGroup | None" = None,
     ) -> None:
-        decay = adamw_weight_decay
-        finite = decay is None or 0 <= decay < math.inf
-        require(finite, "adamw_weight_decay", "in [0, inf) or None", decay)
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -129,29 +138,21 @@ class Muon(OfHiddenMatrices, BlockwiseOptimizer):
             "coefficients": coefficients,
             "ns_precision": ns_precision,
             "shape_rule": shape_rule,
-            "betas": tuple(betas) if isinstance(betas, list) else betas,
+            "betas": tuple(betas),
             "eps": eps,
+            "hyperball": hyperball,
             "adamw_lr_ratio": adamw_lr_ratio,
-            "decay": "decoupled",
             "maximize": maximize,
-            "norm_groups": None,
-            "norm_dim": 0,
+            **SPLIT,
         }
-        self._check_options(defaults)
-        self._adamw_weight_decay = decay
-        taken = self._read(params, groups, adamw)
+        taken = self._read(params, defaults, groups, adamw, adamw_weight_decay)
         super().__init__(taken, defaults, process_group, tolerated_failures=0)
         self._require_matrix()
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)
         require_one_of(options, "nesterov", (True, False))
-        require_one_of(options, "shape_rule", SHAPE_RULES)
-        require_one_of(options, "coefficients", tuple(COEFFICIENTS))
-        require_one_of(options, "ns_precision", PRECISIONS)
-        steps = options["ns_steps"]
-        whole = isinstance(steps, int) and 1 <= steps < 100
-        require(whole, "ns_steps", "a whole number, 1 to 99", steps)
+        check_orthogonal(options)
 
     def blocks_in(self, group: Group, shape: Sequence[int]) -> tuple[Block, ...]:
         if group["algorithm"] == ADAMW:
@@ -161,30 +162,33 @@ class Muon(OfHiddenMatrices, BlockwiseOptimizer):
     def _block_shapes(self, group: Group, block: Block) -> dict[str, tuple[int, ...]]:
         return {"momentum": block.shape}
 
-    def _averages(self, has_blocks: bool) -> tuple[str, ...]:
-        return () if has_blocks else super()._averages(has_blocks)
-
-    def _rate(self, layer: BlockedLayer, group: Group) -> float | Tensor:
-        lr = super()._rate(layer, group)
-        return lr * group["adamw_lr_ratio"] if group["algorithm"] == ADAMW else lr
+    def _averages(self, has_blocks: bool, group: Group) -> tuple[str, ...]:
+        return () if has_blocks else super()._averages(has_blocks, group)
 
     def _work_on_all(self, blocks: Sequence[BlockAtWork]) -> list[BlockDirection]:
         """Advance M of each matrix, and orthogonalise all of them."""
-        found: dict[int, BlockDirection] = {}
-        alike: dict[NewtonSchulz, list[int]] = {}
-        for place, block in enumerate(blocks):
-            group = block.group
-            method = NewtonSchulz(
-                group["ns_steps"], group["coefficients"], group["ns_precision"] == "bf16"
-            )
-            alike.setdefault(method, []).append(place)
-        updates = [next_momentum(block) for block in blocks]
-        for method, places in alike.items():
-            factors = method([updates[place] for place in places])
-            for place, factor in zip(places, factors, strict=True):
-                scale = shape_scale(blocks[place].group["shape_rule"], *factor.shape)
-                found[place] = BlockDirection(factor * scale, square(factor) * scale**2)
-        return [found[place] for place in range(len(blocks))]
+        return orthogonal_directions(blocks, [next_momentum(block) for block in blocks])
+
+
+def orthogonal_directions(
+    blocks: Sequence[BlockAtWork], updates: Sequence[Tensor]
+) -> list[BlockDirection]:
+    """Return s U of each block's update, by the options of its group; those alike together."""
+    found: dict[int, BlockDirection] = {}
+    alike: dict[NewtonSchulz, list[int]] = {}
+    for place, block in enumerate(blocks):
+        alike.setdefault(method_of(block.group), []).append(place)
+    for method, places in alike.items():
+        factors = method([updates[place].flatten(1) for place in places])
+        for place, factor in zip(places, factors, strict=True):
+            scale = shape_scale(blocks[place].group["shape_rule"], *factor.shape)
+            direction = (factor * scale).reshape(updates[place].shape)
+            found[place] = BlockDirection(direction, square(direction))
+    return [found[place] for place in range(len(blocks))]
+
+
+def method_of(group: Group) -> NewtonSchulz:
+    return NewtonSchulz(group["ns_steps"], group["coefficients"], group["ns_precision"] == "bf16")
 
 
 def next_momentum(block: BlockAtWork) -> Tensor:

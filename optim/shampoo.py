@@ -74,6 +74,11 @@ class Shampoo(SecondOrderOptimizer):
       not below the interval, the first roots are spread over the interval before it.
     - `momentum`, `nesterov`: of the steps u, as in torch's SGD: b ← μ b + u, and b, or u + μ b. It
       averages what β₁ has averaged before; schedulers that cycle a momentum move β₁, not μ.
+    - `sides`: "both", or "one": the shorter dimension of a tensor alone has factors, with e = 1/2,
+      and the other is not cut (Xie et al. 2025, https://arxiv.org/abs/2503.10537; An et al. 2025,
+      https://arxiv.org/abs/2503.20762).
+    - `hyperball`: keep a tensor's norm, and step by a fraction of it: lr is the angle
+      (`largebatch.optim.blockwise.hyperball`). Needs λ = 0 and `momentum` 0.
     - `decay`: "decoupled", or "l2", λ w added to the gradient.
     - `block_size`: the longest side of a factor; `merge_dims`: see
     `largebatch.optim.blockwise.blocks`.
@@ -117,6 +122,8 @@ class Shampoo(SecondOrderOptimizer):
         start_preconditioning_step: int = 1,
         momentum: float = 0.0,
         nesterov: bool = False,
+        sides: str = "both",
+        hyperball: bool = False,
         decay: str = "decoupled",
         block_size: int = 1024,
         merge_dims: bool = True,
@@ -138,6 +145,8 @@ class Shampoo(SecondOrderOptimizer):
             "start_preconditioning_step": start_preconditioning_step,
             "momentum": momentum,
             "nesterov": nesterov,
+            "sides": sides,
+            "hyperball": hyperball,
             "decay": decay,
             "block_size": block_size,
             "merge_dims": merge_dims,
@@ -158,6 +167,9 @@ class Shampoo(SecondOrderOptimizer):
         require(whole, "start_preconditioning_step", "a whole number >= 1", start)
         require_one_of(options, "grafting", GRAFTINGS)
         require_one_of(options, "nesterov", (False, True))
+        if options["hyperball"]:
+            momentum = options["momentum"]
+            require(momentum == 0, "momentum", "0 with hyperball: β₁ averages", momentum)
         if options["nesterov"]:
             require(options["momentum"] > 0, "momentum", "> 0 with nesterov", options["momentum"])
 

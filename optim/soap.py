@@ -15,6 +15,20 @@ with an orthonormal basis Q_i of every dimension:
 The basis that a step is taken in has not seen its gradient, as in the paper: in a basis of its own
 a gradient is diagonal up to rounding, and Adam would scale the rounding up to steps of full length.
 
+With `factors="kl"` (Lin et al. 2025, https://arxiv.org/abs/2509.03378) L_i is what makes the
+Kronecker product of all factors nearest, in Kullback-Leibler divergence, to the gradients' second
+moment: each factor sees the gradient whitened by the others. For a matrix, with n columns,
+
+    L ← β L + (1 - β) / n · G Q_R Λ_R⁻¹ Q_Rᵀ Gᵀ,  Λ_R = diag(Q_Rᵀ R Q_R)
+
+and R likewise. Λ is without the bias of R's start at 0, and at least 1e-5 of its largest. The first
+gradient meets no factor and is whitened by nothing: it gives each factor the k-th part of its own
+scale, so that a loss scale changes nothing.
+
+For large batches: KL factors and `precondition_interval=1`, β₁ 0.9, β₂ and β 0.95 (Khona et al.
+2026, https://arxiv.org/abs/2607.20548), in conf/optim/kl_soap.yaml. With `update_rms` every layer's
+step has that root mean square, 0.2 for AdamW's and Muon's.
+
 Where we differ, and what is left open there:
 
 - The first step has no basis yet. The paper's code skips it; here it is Adam's, in the coordinates
@@ -34,6 +48,7 @@ depends on rounding: trajectories of the same run diverge, as they do under anot
 summation. One step from a common state does not.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -46,6 +61,7 @@ from largebatch.optim.base import Group
 from largebatch.optim.blockwise.block_work import (
     BlockAtWork,
     BlockTask,
+    factor_beta,
     in_basis,
     next_factor,
     out_of_basis,
@@ -55,8 +71,13 @@ from largebatch.optim.blockwise.optimizer import SecondOrderOptimizer
 from largebatch.optim.blockwise.step_stats import BlockDirection, square
 from largebatch.optim.math.adam import adam_direction, corrected
 from largebatch.optim.math.decompositions import Decomposition, Outcome
-from largebatch.optim.math.matrix_roots import Refined, eigenbasis, refined_basis
-from largebatch.optim.options import require
+from largebatch.optim.math.matrix_roots import (
+    Refined,
+    eigenbasis,
+    refined_basis,
+    smallest_square,
+)
+from largebatch.optim.options import require, require_one_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -64,6 +85,9 @@ if TYPE_CHECKING:
 # In units of the last digit of the largest √v̂: ten times what products with bases leave where a
 # gradient has nothing. In FP32 1.2e-4, far below what Shampoo's ridge of 1e-5 λ_max holds back.
 NOISE = 1000
+
+# Of a factor's largest eigenvalue: the least that whitens, as Shampoo's ridge.
+KL_FLOOR = 1e-5
 
 
 class SOAP(SecondOrderOptimizer):
@@ -76,6 +100,11 @@ class SOAP(SecondOrderOptimizer):
     - `precondition_interval`: steps from QR to QR of a basis, in other steps for other blocks. In
       the first interval once in steps 2 to 3, 4 to 7, 8 to 15, and so on. 1 is for large batches
       that make spikes: a basis that lags behind far steps fits their gradients badly.
+    - `factors`: "shampoo", or "kl".
+    - `update_rms`: the root mean square of every layer's step; None: as it comes.
+    - `hyperball`: keep a tensor's norm, and step by a fraction of it: lr is the angle
+      (`largebatch.optim.blockwise.hyperball`). Needs λ = 0.
+    - `sides`: "both", or "one": the shorter dimension of a tensor alone has factors.
     - `decay`: "decoupled", or "l2", λ w added to the gradient.
     - `block_size`: the longest side of a factor; `merge_dims`: see
     `largebatch.optim.blockwise.blocks`.
@@ -114,6 +143,10 @@ class SOAP(SecondOrderOptimizer):
         *,
         factor_beta: float | None = None,
         precondition_interval: int = 10,
+        factors: str = "shampoo",
+        update_rms: float | None = None,
+        hyperball: bool = False,
+        sides: str = "both",
         decay: str = "decoupled",
         block_size: int = 1024,
         merge_dims: bool = True,
@@ -129,6 +162,10 @@ class SOAP(SecondOrderOptimizer):
             "weight_decay": weight_decay,
             "factor_beta": factor_beta,
             "precondition_interval": precondition_interval,
+            "factors": factors,
+            "update_rms": update_rms,
+            "hyperball": hyperball,
+            "sides": sides,
             "decay": decay,
             "block_size": block_size,
             "merge_dims": merge_dims,
@@ -142,6 +179,9 @@ class SOAP(SecondOrderOptimizer):
         super()._check_options(options)
         beta = options["factor_beta"]
         require(beta is None or 0 <= beta < 1, "factor_beta", "in [0, 1) or None", beta)
+        require_one_of(options, "factors", ("shampoo", "kl"))
+        rms = options["update_rms"]
+        require(rms is None or 0 < rms < math.inf, "update_rms", "> 0 or None", rms)
 
     def _block_shapes(self, group: Group, block: Block) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {"condition": (len(block.shape),)}
@@ -154,12 +194,19 @@ class SOAP(SecondOrderOptimizer):
         """One step of Adam in the basis; then the factors take the gradient in, and the basis the
         factors where it is due."""
         direction = self._direction(block)
-        for dim in block.dims:
-            block.put(f"factor_{dim}", next_factor(block, dim))
+        if block.group["factors"] == "kl":
+            factors = kl_factors(block)
+        else:
+            factors = {dim: next_factor(block, dim) for dim in block.dims}
+        for dim, factor in factors.items():
+            block.put(f"factor_{dim}", factor)
         if block.step == 1 or block.is_due(first=1):
             outcomes = yield self._asked_bases(block)
             self._turn_bases(block, outcomes)
-        return BlockDirection(direction, square(direction))
+        length, rms = square(direction), block.group["update_rms"]
+        if rms is not None:
+            length = torch.full_like(length, rms**2 * direction.numel())
+        return BlockDirection(direction, length)
 
     def _direction(self, block: BlockAtWork) -> Tensor:
         group, grad, state = block.group, block.grad, block.state
@@ -203,6 +250,35 @@ def root_above_rounding(squares: Tensor) -> Tensor:
     """Return √v̂, but not below what rounding leaves of the largest in the block."""
     root = squares.sqrt()
     return root.clamp_(min=NOISE * torch.finfo(root.dtype).eps * root.amax())
+
+
+def kl_factors(block: BlockAtWork) -> dict[int, Tensor]:
+    """Return each dimension's next factor, from the gradient whitened by the other factors.
+
+    Each is as many products again as the gradient's way into the basis.
+    """
+    grad, dims, beta = block.grad, block.dims, factor_beta(block.group)
+    weight = 1 - beta ** (block.ages["factor"] - 1)  # of the gradients before this one
+    whitening: dict[int, Tensor] = {}
+    empty = torch.zeros((), dtype=torch.bool, device=grad.device)
+    for dim in dims:
+        factor, basis = block.state[f"factor_{dim}"], block.state[f"basis_{dim}"]
+        values = (basis * (factor @ basis)).sum(dim=0)
+        values = values / weight if weight > 0 else values
+        largest = values.amax()
+        nothing = largest < smallest_square(values.dtype)
+        values = torch.where(nothing, 1.0, values.clamp(min=KL_FLOOR * largest))
+        whitening[dim], empty = basis * values.rsqrt(), empty | nothing
+    size = square(grad) / grad.numel()
+    unseen = empty & (size > 0)
+    gauge = torch.where(unseen, torch.where(unseen, size, 1.0) ** (1 / len(dims) - 1), 1.0)
+    found = {}
+    for dim in dims:
+        others = {other: matrix for other, matrix in whitening.items() if other != dim}
+        unfolded = in_basis(grad, others).movedim(dim, 0).flatten(1)
+        new = (unfolded @ unfolded.T) * (gauge / unfolded.shape[1])
+        found[dim] = block.state[f"factor_{dim}"].lerp(new, 1 - beta)
+    return found
 
 
 def first_basis(factor: Tensor, basis: Tensor) -> Refined:

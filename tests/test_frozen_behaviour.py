@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from largebatch import cli
-from largebatch.optim import KFAC, LAMB, LARS, SOAP, Muon, Shampoo
+from largebatch.optim import KFAC, LAMB, LARS, SOAP, Muon, Shampoo, SOAPMuon
 
 ROOT = Path(__file__).resolve().parents[1]
 FROZEN = Path(__file__).parent / "frozen"
@@ -261,7 +261,8 @@ def saved(optimizer_class: Any) -> dict[str, Any]:
 
 
 def test_every_optimizer_saves_the_same_state() -> None:
-    found = {kind.__name__: saved(kind) for kind in (LARS, LAMB, Shampoo, SOAP, KFAC, Muon)}
+    kinds = (LARS, LAMB, Shampoo, SOAP, KFAC, Muon, SOAPMuon)
+    found = {kind.__name__: saved(kind) for kind in kinds}
     assert found == frozen("state", found)
 
 

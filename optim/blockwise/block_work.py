@@ -67,6 +67,21 @@ class BlockAtWork:
         return is_due(self.step, first, interval, self.layer.slots[self.number])
 
 
+@dataclass(frozen=True)
+class PartAtWork:
+    """This rank's part of a layer without blocks in one step."""
+
+    place: int
+    """Of the layer in its work group."""
+    layer: BlockedLayer
+    group: Group
+    grad: Tensor
+    """Not to be written to."""
+    step: int
+    """t, from 1."""
+    ages: Mapping[str, float]
+
+
 def run_tasks(works: Sequence[BlockTask]) -> list[BlockDirection]:
     """Run the tasks of all blocks, with all their decompositions at once."""
     done: dict[int, BlockDirection] = {}

@@ -43,6 +43,7 @@ def blocks_of(
     block_size: int,
     merge_dims: bool,
     max_preconditioner_dim: int | None = None,
+    sides: str = "both",
 ) -> tuple[Block, ...]:
     """The blocks of a tensor, in the order of their elements; none where nothing of it has factors.
 
@@ -50,6 +51,7 @@ def blocks_of(
 
     Args:
         max_preconditioner_dim: the longest dimension that has factors; None: all have.
+        sides: "both": all of these; "one": the shortest of them, the first among equals.
     """
     longest = math.inf if max_preconditioner_dim is None else max_preconditioner_dim
     groups = merged_dims(shape, min(block_size, longest) if merge_dims else 0)
@@ -59,6 +61,8 @@ def blocks_of(
     dims = tuple(dim for dim, length in enumerate(lengths) if length <= longest)
     if not dims:
         return ()
+    if sides == "one":
+        dims = (min(dims, key=lambda dim: lengths[dim]),)
     blocks = []
     limits = [block_size if dim in dims else length for dim, length in enumerate(lengths)]
     for parts in itertools.product(*map(even_parts, lengths, limits)):

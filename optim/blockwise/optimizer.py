@@ -39,9 +39,11 @@ from largebatch.optim.blockwise.block_work import (
     Directions,
     GatheredStep,
     GroupGradients,
+    PartAtWork,
     factor_beta,
     run_tasks,
 )
+from largebatch.optim.blockwise.hyperball import RADIUS, Sphere, on_sphere
 from largebatch.optim.blockwise.owned_state import OwnedState
 from largebatch.optim.blockwise.step_stats import (
     DROPPED_ROW,
@@ -71,6 +73,11 @@ class BlockwiseOptimizer(OwnedState):
             isinstance(options["maximize"], bool), "maximize", "True or False", options["maximize"]
         )
         require_one_of(options, "decay", ("decoupled", "l2"))
+        if "hyperball" in options:
+            require_one_of(options, "hyperball", (False, True))
+            decay = options["weight_decay"]
+            is_free = not options["hyperball"] or options.get("algorithm") == "adamw" or decay == 0
+            require(is_free, "weight_decay", "0 with hyperball, which keeps the norm", decay)
 
     # What a subclass says of its formula --------------------------------------------------------
 
@@ -79,7 +86,8 @@ class BlockwiseOptimizer(OwnedState):
 
         Called with `full_precision` set.
         """
-        raise NotImplementedError
+        assert not blocks, "an optimizer with blocks works on them"
+        return []
 
     def _rate(self, layer: BlockedLayer, group: Group) -> float | Tensor:
         """The learning rate of a layer."""
@@ -173,7 +181,7 @@ class BlockwiseOptimizer(OwnedState):
         tally = Tally(work_group.layers, work_group.dtype, work_group.redistribution.device)
         blocks: list[dict[int, Tensor]] = [{} for _ in work_group.layers]
         at_work: list[tuple[int, BlockAtWork]] = []
-        elementwise: dict[int, Tensor] = {}
+        alone: list[PartAtWork] = []
         for place, layer in enumerate(work_group.layers):
             if layer.param not in gathered.active:
                 continue
@@ -187,15 +195,17 @@ class BlockwiseOptimizer(OwnedState):
                 part = gradients.parts[place]
                 if part is None:
                     part = torch.zeros_like(local(param), dtype=layer.dtype)
-                elementwise[place] = self._adamw(param, group, part, ages, gathered.skip)
-                tally.add_part(place, part, elementwise[place])
-            for k, own in gradients.blocks[place].items():
-                grad = own.to(layer.dtype).reshape(layer.blocks[k].shape)
+                alone.append(PartAtWork(place, layer, group, part, step, ages))
+            for k, whole in gradients.blocks[place].items():
+                grad = whole.to(layer.dtype).reshape(layer.blocks[k].shape)
                 state = self._block_state(layer, k)
                 work = BlockAtWork(
                     layer, k, group, grad, state, step, ages, self.failures, gathered.skip
                 )
                 at_work.append((place, work))
+        elementwise = self._work_on_parts(work_group, alone, gathered.skip)
+        for own in alone:
+            tally.add_part(own.place, own.grad, elementwise[own.place])
         found = self._work_on_all([work for _, work in at_work])
         for (place, work), done in zip(at_work, found, strict=True):
             k = work.number
@@ -215,12 +225,14 @@ class BlockwiseOptimizer(OwnedState):
         stats.squares = squares.view_as(stats.squares).clamp(max=torch.finfo(totals.dtype).max)
         self._reports.receive(work_group, failed)
         scales, moved = stats.scales(), set(stats.moved)
+        spheres = self._spheres(stats, gathered.skip)
         for piece, part in pieces:  # all are to be taken, whether they move anything or not
             if piece.tensor in moved:
                 layer = work_group.layers[piece.tensor]
                 direction = part.to(layer.dtype) * scales[piece.tensor].to(layer.device)
                 here = partial(piece.box.of, within=layer.placement.boxes[layer.placement.me])
-                self._move(layer, direction.to(layer.dtype), here, gathered.skip)
+                sphere = spheres.get(piece.tensor)
+                self._move(layer, direction.to(layer.dtype), here, gathered.skip, sphere)
         for place, direction in ours.elementwise.items():
             self._move(work_group.layers[place], direction, lambda tensor: tensor, gathered.skip)
         for place in stats.moved:
@@ -228,11 +240,34 @@ class BlockwiseOptimizer(OwnedState):
             new = stats.squares[place, DROPPED_ROW].to(dropped)
             write([dropped], [dropped + new], gathered.skip)
 
+    def _spheres(self, stats: BlockStats, skip: Tensor | None) -> dict[int, Sphere]:
+        """The steps of the layers that stay on a sphere, by their place."""
+        found = {}
+        for place in stats.moved:
+            layer = stats.layers[place]
+            group = self._group_of[layer.param]
+            if layer.blocks and group.get("hyperball"):
+                radius = self.state[layer.param][RADIUS]
+                squares = stats.squares[place].to(radius.device)
+                sphere = on_sphere(squares[0], squares[2], radius, self._rate(layer, group))
+                write([radius], [sphere.radius], skip)
+                found[place] = sphere
+        return found
+
     def _move(
-        self, layer: BlockedLayer, direction: Tensor, here: Here, skip: Tensor | None
+        self,
+        layer: BlockedLayer,
+        direction: Tensor,
+        here: Here,
+        skip: Tensor | None,
+        sphere: Sphere | None = None,
     ) -> None:
         """Move the piece of this rank's part of the weights that lies `here` in it."""
         group, weight = self._group_of[layer.param], here(local(layer.param))
+        if sphere is not None:
+            keep, rate = (each.to(layer.dtype) for each in sphere[:2])
+            write([weight], [keep * weight.to(layer.dtype) - rate * direction], skip)
+            return
         if layer.blocks:
             direction = self._step_with_momentum(layer, group, direction, here, skip)
         old = weight.to(layer.dtype)
@@ -254,6 +289,16 @@ class BlockwiseOptimizer(OwnedState):
             skip = None if gathered.skip is None else gathered.skip.to(step.device)
             write([step], [step + 1], skip)
         self._counts.stepped(moved, gathered.skip)
+
+    def _work_on_parts(
+        self, work_group: BlockWorkGroup, parts: Sequence[PartAtWork], skip: Tensor | None
+    ) -> dict[int, Tensor]:
+        """Advance the state of this rank's parts of what has no blocks; return their directions by
+        the layers' places. The same layers on every rank."""
+        return {
+            part.place: self._adamw(part.layer.param, part.group, part.grad, part.ages, skip)
+            for part in parts
+        }
 
     def _adamw(
         self,
@@ -306,6 +351,7 @@ class SecondOrderOptimizer(BlockwiseOptimizer):
         require(holds, "max_preconditioner_dim", "a whole number >= 1 or None", longest)
         for name in ("merge_dims", "precondition"):
             require(isinstance(options[name], bool), name, "True or False", options[name])
+        require_one_of(options, "sides", ("both", "one"))
 
     def _work_on(self, block: BlockAtWork) -> BlockTask:
         """Advance a block's state by one gradient, and return its direction."""

@@ -18,6 +18,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.blockwise.blocks import Block
+from largebatch.optim.blockwise.hyperball import RADIUS
 from largebatch.optim.blockwise.portable import Portable, gathered, sharded
 from largebatch.optim.blockwise.work_group import (
     AVERAGES,
@@ -99,7 +100,7 @@ class OwnedState(ShardedOptimizer):
         """Return the blocks of a tensor of this shape in a group."""
         return blocks_in(group, shape)
 
-    def _averages(self, has_blocks: bool) -> tuple[str, ...]:
+    def _averages(self, has_blocks: bool, group: Group) -> tuple[str, ...]:
         """The running averages of a parameter that are corrected for their bias."""
         return AVERAGES if has_blocks else AVERAGES[:2]
 
@@ -195,8 +196,10 @@ class OwnedState(ShardedOptimizer):
 
     def _scalar_keys(self, layer: BlockedLayer) -> tuple[str, ...]:
         """0-d entries, zeros at first, and zeros where a checkpoint has none."""
-        averages = self._averages(bool(layer.blocks))
-        return (*(average + SUFFIX for average in averages), DROPPED)
+        group = self._group_of[layer.param]
+        averages = self._averages(bool(layer.blocks), group)
+        radius = (RADIUS,) if layer.blocks and group.get("hyperball") else ()
+        return (*(average + SUFFIX for average in averages), *radius, DROPPED)
 
     def _ages_of(self, layer: BlockedLayer, step: int) -> dict[str, float]:
         """The t of each running average for its bias correction, at the parameter's step `step`."""
@@ -320,7 +323,8 @@ class OwnedState(ShardedOptimizer):
             weights += param.numel() * param.element_size()
             state += (sum(numel for _, numel in entries) + like_param) * itemsize
             matrices += sum(n for key, n in entries if key.startswith(MATRICES)) * itemsize
-            if blocks and 0 < len(blocks[0].dims) < len(blocks[0].shape):
+            is_whole = group.get("sides", "both") == "both"
+            if blocks and is_whole and 0 < len(blocks[0].dims) < len(blocks[0].shape):
                 partly.append(f"{name} {tuple(param.shape)}")
         text = (
             f"{super().__repr__()}\n"

@@ -92,7 +92,7 @@ class Tally:
         self, place: int, number: int, grad: Tensor, done: BlockDirection, condition: Tensor | None
     ) -> None:
         self._add(place, grad, done)
-        if condition is not None:
+        if condition is not None and self._conditions[place]:
             self._conditions[place][number] = condition.max()
 
     def stats(self) -> BlockStats:

@@ -30,7 +30,7 @@ DROPPED = "dropped_elements"
 MATRICES = ("factor_", "root_", "basis_")
 
 # The options of a group that say which blocks its parameters have.
-CUT = ("precondition", "block_size", "merge_dims", "max_preconditioner_dim")
+CUT = ("precondition", "block_size", "merge_dims", "max_preconditioner_dim", "sides")
 
 
 @dataclass(eq=False)

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from largebatch.optim import KFAC, SOAP, Muon, Shampoo
+from largebatch.optim import KFAC, SOAP, Muon, Shampoo, SOAPMuon
 
 NUM_STEPS = 24
 
@@ -143,14 +143,18 @@ def named(params: Iterable[Any]) -> list[tuple[str, Tensor]]:
     ]
 
 
-def muon(params: Any, **options: Any) -> Muon:
+def of_matrices(kind: Any, **facts: Any) -> ContractRow:
     """With the kernel, which names do not tell from a stack of matrices, left to AdamW."""
-    given = [*params]
-    if isinstance(given[0], dict):
-        given = [{**group, "params": named(group["params"])} for group in given]
-    else:
-        given = named(given)
-    return Muon(given, **{"lr": 0.02, "weight_decay": 0.1, "adamw": ("kernel*",), **options})
+
+    def make(params: Any, **options: Any) -> torch.optim.Optimizer:
+        given = [*params]
+        if isinstance(given[0], dict):
+            given = [{**group, "params": named(group["params"])} for group in given]
+        else:
+            given = named(given)
+        return kind(given, **{"lr": 0.02, "weight_decay": 0.1, "adamw": ("kernel*",), **options})
+
+    return ContractRow(kind.__name__, make, 0.02, late=None, **facts)
 
 
 def blockwise(kind: type[torch.optim.Optimizer], **defaults: Any) -> ContractRow:
@@ -196,7 +200,8 @@ CONTRACT = (
     blockwise(Shampoo, momentum=0.5, weight_decay=0.1),
     blockwise(SOAP, weight_decay=0.1),
     *map(kfac, KFAC_OPTIONS),
-    ContractRow("Muon", muon, 0.02, never_waits=True, late=None, bad=({"momentum": 1.0},)),
+    of_matrices(Muon, never_waits=True, bad=({"momentum": 1.0},)),
+    of_matrices(SOAPMuon, bad=({"factors": "mine"},)),
 )
 MASKED = tuple(row for row in CONTRACT if row.masked)
 

@@ -48,6 +48,7 @@ class ShampooBlock:
         self.o = options
         self.factors = [np.zeros((n, n)) for n in shape]
         self.roots = [np.eye(n) for n in shape]
+        self.dims = [int(np.argmin(shape))] if options.get("sides") == "one" else range(len(shape))
         self.m, self.v, self.t = np.zeros(shape), np.zeros(shape), 0
 
     def step(self, g: Array) -> tuple[Array, Array]:
@@ -55,14 +56,14 @@ class ShampooBlock:
         o, self.t = self.o, self.t + 1
         (beta1, beta2), t = o["betas"], self.t
         beta = beta2 if o["factor_beta"] is None else o["factor_beta"]
-        for dim in range(g.ndim):
+        for dim in self.dims:
             new = unfold(g, dim) @ unfold(g, dim).T
             old = self.factors[dim]
             self.factors[dim] = old + new if beta == 1 else beta * old + (1 - beta) * new
         if is_due(t, o["precondition_interval"]):
             correction = 1.0 if beta == 1 else 1 - beta**t
-            exponent = o["exponent"] or 1 / (2 * g.ndim)
-            for dim in range(g.ndim):
+            exponent = o["exponent"] or 1 / (2 * len(self.dims))
+            for dim in self.dims:
                 factor = self.factors[dim] / correction
                 self.roots[dim] = inverse_root(factor, exponent, o["ridge"])
         self.m = beta1 * self.m + (1 - beta1) * g
@@ -71,7 +72,7 @@ class ShampooBlock:
         if t < o["start_preconditioning_step"]:
             return own, own
         direction = mean
-        for dim in range(g.ndim):
+        for dim in self.dims:
             direction = along(direction, self.roots[dim], dim)
         return direction, direction if o["grafting"] == "none" else own
 
@@ -115,8 +116,11 @@ class SOAPBlock:
         self.v = beta2 * self.v + (1 - beta2) * self.rotated(g) ** 2
         m_hat, v_hat = self.rotated(self.m) / (1 - beta1**t), self.v / (1 - beta2**t)
         direction = self.back(m_hat / (np.sqrt(v_hat) + o["eps"]))
-        for dim in range(g.ndim):
-            new = unfold(g, dim) @ unfold(g, dim).T
+        kl = o.get("factors") == "kl"
+        news = (
+            self.kl_terms(g, beta) if kl else [unfold(g, d) @ unfold(g, d).T for d in range(g.ndim)]
+        )
+        for dim, new in enumerate(news):
             self.factors[dim] = beta * self.factors[dim] + (1 - beta) * new
         if t == 1:
             self.bases = [np.linalg.eigh(factor)[1][:, ::-1] for factor in self.factors]
@@ -128,7 +132,42 @@ class SOAPBlock:
                 q, r = np.linalg.qr(factor @ basis[:, order])
                 self.bases[dim] = q * np.where(np.diag(r) < 0, -1, 1)
                 self.v = np.take(self.v, order, axis=dim)
+        if o.get("update_rms"):
+            return direction, np.full_like(g, o["update_rms"])
         return direction, direction
+
+    def kl_terms(self, g: Array, beta: float) -> list[Array]:
+        """Lin et al. 2025, the expectation of G S⁻¹ Gᵀ / d for each factor, S the other's."""
+        inverses = []
+        for factor, basis in zip(self.factors, self.bases, strict=True):
+            if self.t == 1:
+                inverses.append(np.eye(len(factor)))
+                continue
+            values = np.diag(basis.T @ factor @ basis) / (1 - beta ** (self.t - 1))
+            values = np.maximum(values, 1e-5 * values.max())
+            inverses.append(basis @ np.diag(1 / values) @ basis.T)
+        first = np.mean(g**2) ** (1 / g.ndim - 1) if self.t == 1 else 1.0
+        terms = []
+        for dim in range(g.ndim):
+            whitened = g
+            for other, inverse in enumerate(inverses):
+                whitened = whitened if other == dim else along(whitened, inverse, other)
+            terms.append(first * unfold(whitened, dim) @ unfold(g, dim).T * g.shape[dim] / g.size)
+        return terms
+
+
+class SOAPMuonMatrix(SOAPBlock):
+    """Vyas et al.: SOAP's direction, orthogonalised."""
+
+    def step(self, g: Array) -> tuple[Array, Array]:
+        u = self.o["scale"] * orthogonal(super().step(g)[0], self.o)
+        return u, u
+
+
+def on_sphere(w: Array, u: Array, radius: float, lr: float) -> Array:
+    """Wen et al. 2026, in two halves: to the sphere, then a step as long as at right angles."""
+    turned = w / np.linalg.norm(w) - lr * u / np.linalg.norm(u)
+    return radius * turned / np.sqrt(1 + lr**2)
 
 
 class MuonMatrix:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from largebatch.optim import SOAP, Muon, Shampoo, param_groups
+from largebatch.optim import SOAP, Muon, Shampoo, SOAPMuon, param_groups
 from largebatch.optim.math.matrix_roots import RootError
 
 NUM_STEPS = 20
@@ -51,6 +51,8 @@ ROWS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "SOAP": (SOAP, BLOCKS),
     "SOAP-often": (SOAP, BLOCKS | {"precondition_interval": 1, "weight_decay": 0.1}),
     "Muon": (Muon, MUON),
+    "Muon-sphere": (Muon, MUON | {"hyperball": True, "weight_decay": 0.0}),
+    "SOAP-Muon": (SOAPMuon, MUON),
 }
 
 
@@ -105,7 +107,7 @@ class Run:
         if self.cell.layout.endswith("+group"):
             options = options | {"process_group": dist.group.WORLD}
         given: Any = self.model.named_parameters()
-        if kind is Muon:
+        if kind in (Muon, SOAPMuon):
             groups = param_groups(self.model, no_decay=(), no_adapt=(), norm_groups=SPLITS)
             given, options = self.model, options | {"groups": groups}
         self.optimizer = kind(given, **options)

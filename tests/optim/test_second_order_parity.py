@@ -36,17 +36,16 @@ LIMITS = {
     ("Shampoo-one-sided", FP64): 1e-9,
     ("Muon", FP32): 1e-4,
     ("Muon", FP64): 1e-9,
+    ("Muon-sphere", FP64): 1e-9,
 }
 ROWS_OF = {
     ("DDP", 2): [("Shampoo", FP32)],
-    ("DDP+group", 2): [("Shampoo", FP64), ("Muon", FP64)],
+    ("DDP+group", 2): [("Shampoo", FP64), ("Muon", FP64), ("Muon-sphere", FP64)],
     ("FSDP2", 2): [("Shampoo", FP64), ("Shampoo-1e-4", FP32)],
     ("DDP+group", 4): [("Shampoo-far", FP64)],
     ("FSDP2", 4): [*LIMITS],
     ("HSDP", 4): [
-        ("Shampoo-far", FP64),
-        ("Shampoo", FP32),
-        ("Shampoo-1e-4", FP32),
+        *(("Shampoo-far", FP64), ("Shampoo", FP32), ("Shampoo-1e-4", FP32)),
         ("Muon", FP64),
     ],
 }
@@ -60,7 +59,7 @@ OTHERS = [
 COMMON = [
     Cell(*spread, row, FP32, steps)
     for spread in (("DDP+group", 2), ("FSDP2", 4), ("HSDP", 4))
-    for row, steps in (("SOAP", 3), ("SOAP-often", 6))
+    for row, steps in (("SOAP", 3), ("SOAP-often", 6), ("SOAP-Muon", 4))
 ]
 ROUTES = [
     Route((("FSDP2", 4), ("DDP+group", 2), ("one-process", 1)), "Shampoo-far"),
@@ -68,6 +67,7 @@ ROUTES = [
     Route((("FSDP2", 2), ("one-process", 1)), "Shampoo-one-sided"),
     Route((("DDP+group", 4), ("FSDP2", 2)), "SOAP", given=True),
     Route((("FSDP2", 4), ("one-process", 1)), "SOAP-often", given=True),
+    Route((("HSDP", 4), ("FSDP2", 2), ("one-process", 1)), "Muon-sphere"),
     Route((("FSDP2", 4), ("DDP+group", 2), ("one-process", 1)), "Muon"),
 ]
 TROUBLES = [
@@ -207,8 +207,9 @@ def test_one_sum_and_one_round_each_way_a_step(cell: Cell, found: Find) -> None:
     """Under DDP none at all, or results alone where the ranks share the work; with several copies
     in parts they go on from copy to copy, here of two kinds of tensors."""
     a_step = {"DDP": 0, "DDP+group": 2, "HSDP": 6}.get(cell.layout, 4)
+    expected = a_step * cell.steps
     for outcome in found(cell):
-        assert outcome["collectives"] == a_step * cell.steps
+        assert outcome["collectives"] == expected
 
 
 @each("cell", CELLS)

@@ -27,6 +27,9 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "decay": {"weight_decay": 0.1, "precondition_interval": 3},
     "l2": {"weight_decay": 0.1, "decay": "l2", "precondition_interval": 3},
     "factor-beta": {"factor_beta": 0.6, "precondition_interval": 2},
+    "kl": {"factors": "kl", "precondition_interval": 1},
+    "kl-seldom": {"factors": "kl", "precondition_interval": 3, "factor_beta": 0.8},
+    "rms": {"update_rms": 0.2, "weight_decay": 0.1},
 }
 
 
@@ -168,6 +171,54 @@ def test_rank_deficient_gradients_take_finite_steps() -> None:
     for name in ("basis_0", "basis_1"):
         basis = optimizer.state[param][f"block_0/{name}"]
         torch.testing.assert_close(basis.T @ basis, torch.eye(len(basis)), atol=1e-5, rtol=0)
+
+
+def test_kl_factors_do_not_know_the_scale_of_gradients() -> None:
+    """Nor do their first gradients, which may be zeros."""
+    weight, grads = problem((5, 4), 6)
+    found = []
+    for scale in (1.0, 1e-3):
+        param = Parameter(weight.clone())
+        optimizer = SOAP([param], factors="kl", precondition_interval=1, eps=1e-30)
+        for grad in [torch.zeros_like(weight), *grads]:
+            param.grad = scale * grad
+            optimizer.step()
+        found.append(param.detach())
+        for dim in (0, 1):
+            found.append(optimizer.state[param][f"block_0/factor_{dim}"] / scale)
+    for one, other in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_kl_factors_of_a_matrix_normal_are_its_covariances() -> None:
+    """G = A^½ Z B^½ has them, up to a number that one gives the other."""
+    generator = torch.Generator().manual_seed(0)
+    make = {"generator": generator, "dtype": torch.float64}
+    roots = [torch.diag(torch.logspace(0, -power, 4, dtype=torch.float64)) for power in (1, 0.5)]
+    param = Parameter(torch.zeros(4, 4, dtype=torch.float64))
+    optimizer = SOAP([param], factors="kl", precondition_interval=1, factor_beta=0.99)
+    for _ in range(250):
+        param.grad = roots[0] @ torch.randn(4, 4, **make) @ roots[1]
+        optimizer.step()
+    for dim, root in enumerate(roots):
+        factor = optimizer.state[param][f"block_0/factor_{dim}"]
+        expected = root @ root
+        difference = factor / factor.trace() - expected / expected.trace()
+        assert float(difference.abs().max()) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"factors": "mine"}, "factors must be one of 'shampoo', 'kl', got 'mine'"),
+        ({"update_rms": 0.0}, "update_rms must be > 0 or None, got 0.0"),
+        ({"sides": "left"}, "sides must be one of 'both', 'one', got 'left'"),
+        ({"hyperball": True, "weight_decay": 0.1}, "weight_decay must be 0 with hyperball"),
+    ],
+)
+def test_options_that_there_are_not_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        SOAP([Parameter(torch.ones(2, 2))], **options)
 
 
 def test_a_factor_beta_of_one_is_refused() -> None:

@@ -36,8 +36,9 @@ def test_vectors_neither_decay_nor_adapt_whatever_the_optimizer(optim: str, run:
         assert [group["adapt"] for group in groups] == [True, False]
 
 
-def test_muon_keeps_what_its_modules_say_in_each_group(run: Any) -> None:
-    groups = run("optim=muon", "optim.weight_decay=0.1")[0]["groups"]
+@pytest.mark.parametrize("optim", ["muon", "soap_muon"])
+def test_each_group_keeps_what_the_modules_say(optim: str, run: Any) -> None:
+    groups = run(f"optim={optim}", "optim.weight_decay=0.1")[0]["groups"]
     # The hidden matrix, the head by AdamW, and the vectors.
     assert [group["elements"] for group in groups] == [64 * 64, 64 * 10, 64 + 10]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]

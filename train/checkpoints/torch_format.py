@@ -27,6 +27,7 @@ from torch.futures import Future
 from torch.optim import Optimizer
 
 from largebatch.distributed.ranks import Ranks
+from largebatch.optim.blockwise.hyperball import RADIUS
 from largebatch.optim.blockwise.work_group import DROPPED
 from largebatch.optim.kronecker.state import ELSEWHERE, KroneckerState
 from largebatch.optim.math.bias_correction import SUFFIX
@@ -44,7 +45,7 @@ _ELSEWHERE: Final = ("optimizer", "state", ELSEWHERE)
 
 _BUFFER: Final = 1 << 20
 
-COUNTED: Final = (SUFFIX, DROPPED)
+COUNTED: Final = (SUFFIX, DROPPED, RADIUS)
 """Ends of the names of what optimizers count in their state, which older versions did not."""
 
 
