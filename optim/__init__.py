@@ -5,6 +5,7 @@ subclasses.
 from largebatch.optim.kfac import KFAC
 from largebatch.optim.lamb import LAMB
 from largebatch.optim.lars import LARS
+from largebatch.optim.mano import Mano
 from largebatch.optim.muon import Muon
 from largebatch.optim.param_groups import param_groups
 from largebatch.optim.shampoo import Shampoo
@@ -16,6 +17,7 @@ __all__ = [
     "LAMB",
     "LARS",
     "SOAP",
+    "Mano",
     "Muon",
     "SOAPMuon",
     "Shampoo",

@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from largebatch import cli
-from largebatch.optim import KFAC, LAMB, LARS, SOAP, Muon, Shampoo, SOAPMuon
+from largebatch.optim import KFAC, LAMB, LARS, SOAP, Mano, Muon, Shampoo, SOAPMuon
 
 ROOT = Path(__file__).resolve().parents[1]
 FROZEN = Path(__file__).parent / "frozen"
@@ -261,7 +261,7 @@ def saved(optimizer_class: Any) -> dict[str, Any]:
 
 
 def test_every_optimizer_saves_the_same_state() -> None:
-    kinds = (LARS, LAMB, Shampoo, SOAP, KFAC, Muon, SOAPMuon)
+    kinds = (LARS, LAMB, Shampoo, SOAP, KFAC, Muon, SOAPMuon, Mano)
     found = {kind.__name__: saved(kind) for kind in kinds}
     assert found == frozen("state", found)
 

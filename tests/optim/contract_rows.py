@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from largebatch.optim import KFAC, SOAP, Muon, Shampoo, SOAPMuon
+from largebatch.optim import KFAC, SOAP, Mano, Muon, Shampoo, SOAPMuon
 
 NUM_STEPS = 24
 
@@ -201,6 +201,7 @@ CONTRACT = (
     blockwise(SOAP, weight_decay=0.1),
     *map(kfac, KFAC_OPTIONS),
     of_matrices(Muon, never_waits=True, bad=({"momentum": 1.0},)),
+    of_matrices(Mano, never_waits=True, bad=({"nesterov": 1},)),
     of_matrices(SOAPMuon, bad=({"factors": "mine"},)),
 )
 MASKED = tuple(row for row in CONTRACT if row.masked)

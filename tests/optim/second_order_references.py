@@ -164,6 +164,23 @@ class SOAPMuonMatrix(SOAPBlock):
         return u, u
 
 
+class ManoMatrix:
+    """Gu, Xie 2026, Algorithm 1, with its sum of gradients and weights that it moves itself."""
+
+    def __init__(self, weight: Array, options: dict[str, Any]) -> None:
+        self.o, self.w, self.m, self.t = options, weight.copy(), np.zeros_like(weight), 0
+
+    def step(self, g: Array) -> None:
+        o, k = self.o, self.t % 2
+        self.t += 1
+        self.m = o["mu"] * self.m + g
+        u = g + o["mu"] * self.m if o["nesterov"] else self.m
+        unit = self.w / np.sqrt(np.sum(self.w**2, axis=k, keepdims=True))
+        v = u - unit * np.sum(u * unit, axis=k, keepdims=True)
+        v = v / np.sqrt(np.sum(v**2, axis=k, keepdims=True))
+        self.w = self.w - o["lr"] * (0.2 * np.sqrt(g.shape[k]) * v + o["weight_decay"] * self.w)
+
+
 def on_sphere(w: Array, u: Array, radius: float, lr: float) -> Array:
     """Wen et al. 2026, in two halves: to the sphere, then a step as long as at right angles."""
     turned = w / np.linalg.norm(w) - lr * u / np.linalg.norm(u)

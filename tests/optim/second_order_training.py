@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from largebatch.optim import SOAP, Muon, Shampoo, SOAPMuon, param_groups
+from largebatch.optim import SOAP, Mano, Muon, Shampoo, SOAPMuon, param_groups
 from largebatch.optim.math.matrix_roots import RootError
 
 NUM_STEPS = 20
@@ -53,6 +53,7 @@ ROWS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "Muon": (Muon, MUON),
     "Muon-sphere": (Muon, MUON | {"hyperball": True, "weight_decay": 0.0}),
     "SOAP-Muon": (SOAPMuon, MUON),
+    "Mano": (Mano, {"weight_decay": 0.1, "lr": 0.003, "nesterov": True}),
 }
 
 
@@ -107,7 +108,7 @@ class Run:
         if self.cell.layout.endswith("+group"):
             options = options | {"process_group": dist.group.WORLD}
         given: Any = self.model.named_parameters()
-        if kind in (Muon, SOAPMuon):
+        if kind in (Muon, SOAPMuon, Mano):
             groups = param_groups(self.model, no_decay=(), no_adapt=(), norm_groups=SPLITS)
             given, options = self.model, options | {"groups": groups}
         self.optimizer = kind(given, **options)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from largebatch.optim import Muon, SOAPMuon, param_groups
+from largebatch.optim import Mano, Muon, SOAPMuon, param_groups
 from largebatch.optim.math.newton_schulz import NewtonSchulz
 from largebatch.train.models.cnn import CNN
 from largebatch.train.models.mlp import ByteMLP
@@ -175,7 +175,7 @@ def test_products_in_bf16_are_near_those_in_fp32() -> None:
     assert not torch.equal(*found)
 
 
-@pytest.mark.parametrize("kind", [Muon, SOAPMuon])
+@pytest.mark.parametrize("kind", [Muon, Mano, SOAPMuon])
 @pytest.mark.parametrize("given", [lambda network: network, named], ids=["model", "names"])
 def test_the_rest_is_torchs_adamw_with_a_rate_and_a_decay_of_its_own(
     given: Callable[[nn.Module], Any], kind: Any

@@ -37,16 +37,18 @@ LIMITS = {
     ("Muon", FP32): 1e-4,
     ("Muon", FP64): 1e-9,
     ("Muon-sphere", FP64): 1e-9,
+    ("Mano", FP32): 1e-4,
+    ("Mano", FP64): 1e-9,
 }
 ROWS_OF = {
     ("DDP", 2): [("Shampoo", FP32)],
     ("DDP+group", 2): [("Shampoo", FP64), ("Muon", FP64), ("Muon-sphere", FP64)],
-    ("FSDP2", 2): [("Shampoo", FP64), ("Shampoo-1e-4", FP32)],
+    ("FSDP2", 2): [("Shampoo", FP64), ("Shampoo-1e-4", FP32), ("Mano", FP64)],
     ("DDP+group", 4): [("Shampoo-far", FP64)],
     ("FSDP2", 4): [*LIMITS],
     ("HSDP", 4): [
         *(("Shampoo-far", FP64), ("Shampoo", FP32), ("Shampoo-1e-4", FP32)),
-        ("Muon", FP64),
+        *(("Muon", FP64), ("Mano", FP64)),
     ],
 }
 CELLS = [Cell(*spread, *row) for spread, rows in ROWS_OF.items() for row in rows]
@@ -55,6 +57,8 @@ OTHERS = [
     Cell("FSDP2-columns", 2, "Shampoo-far", FP64, 6),
     Cell("FSDP2", 2, "Shampoo-one-sided", FP64, 6),
     Cell("FSDP2+TP", 4, "Shampoo-far", FP64, 6),
+    Cell("FSDP2-columns", 2, "Mano", FP64, 6),
+    Cell("FSDP2+TP", 4, "Mano", FP64, 6),
 ]
 COMMON = [
     Cell(*spread, row, FP32, steps)
@@ -67,6 +71,7 @@ ROUTES = [
     Route((("FSDP2", 2), ("one-process", 1)), "Shampoo-one-sided"),
     Route((("DDP+group", 4), ("FSDP2", 2)), "SOAP", given=True),
     Route((("FSDP2", 4), ("one-process", 1)), "SOAP-often", given=True),
+    Route((("FSDP2", 4), ("DDP", 2), ("one-process", 1)), "Mano"),
     Route((("HSDP", 4), ("FSDP2", 2), ("one-process", 1)), "Muon-sphere"),
     Route((("FSDP2", 4), ("DDP+group", 2), ("one-process", 1)), "Muon"),
 ]
@@ -79,6 +84,7 @@ TROUBLES = [
         ("FSDP2", "SOAP-often", "inf"),
         ("HSDP", "Shampoo", "inf"),
         ("FSDP2", "Muon", "missing"),
+        ("FSDP2", "Mano", "missing"),
         ("HSDP", "Muon", "inf"),
     )
 ]
@@ -101,6 +107,8 @@ HERE = {
         Cell("HSDP", 4, "Shampoo-far", FP64),
         Cell("FSDP2", 4, "SOAP-often", FP32, 6),
         Cell("FSDP2", 4, "Muon", FP64),
+        Cell("FSDP2", 4, "Mano", FP64),
+        Cell("HSDP", 4, "Mano", FP64),
         Trouble(Cell("FSDP2", 4, "Muon", FP64, 3), "missing"),
         Trouble(Cell("FSDP2", 4, "SOAP-often", FP64, 3), "missing"),
         Trouble(Cell("HSDP", 4, "Shampoo", FP64, 3), "inf"),
@@ -208,6 +216,9 @@ def test_one_sum_and_one_round_each_way_a_step(cell: Cell, found: Find) -> None:
     in parts they go on from copy to copy, here of two kinds of tensors."""
     a_step = {"DDP": 0, "DDP+group": 2, "HSDP": 6}.get(cell.layout, 4)
     expected = a_step * cell.steps
+    if cell.row == "Mano":  # two sums, and for columns, which lie across ranks, one more
+        of_gradients = 1 if cell.layout == "HSDP" else 0  # from copy to copy, by FSDP2 itself
+        expected = (2 + of_gradients) * cell.steps + (cell.steps + 1) // 2
     for outcome in found(cell):
         assert outcome["collectives"] == expected
 

@@ -36,7 +36,7 @@ def test_vectors_neither_decay_nor_adapt_whatever_the_optimizer(optim: str, run:
         assert [group["adapt"] for group in groups] == [True, False]
 
 
-@pytest.mark.parametrize("optim", ["muon", "soap_muon"])
+@pytest.mark.parametrize("optim", ["muon", "mano", "soap_muon"])
 def test_each_group_keeps_what_the_modules_say(optim: str, run: Any) -> None:
     groups = run(f"optim={optim}", "optim.weight_decay=0.1")[0]["groups"]
     # The hidden matrix, the head by AdamW, and the vectors.
