@@ -190,6 +190,7 @@ class TrainConfig:
     precision: str = choice("fp32", "fp32", "bf16", "fp16")
     clip_norm: float | None = real(None, above=0.0)
     resume: str | None = None
+    branch_from: str | None = None
     stop_at: float | None = spec(None, moment)
     stop_before_walltime: float = real(300.0, least=0.0)
     mode: LRFindConfig | None = None
@@ -238,6 +239,8 @@ class TrainConfig:
                 "a sweep of mode=lr_find is short and made in one piece: leave resume and "
                 "checkpoint.every_samples at null, and checkpoint.every_minutes"
             )
+        if self.branch_from is not None:
+            raise ConfigError("mode=lr_find begins with new weights: leave branch_from at null")
         if self.guard != GuardConfig():
             raise ConfigError("mode=lr_find ends where it blows up: leave guard as it is")
 

@@ -16,7 +16,8 @@ from largebatch.study.decisions import Decisions
 from largebatch.study.reading import RunSummary
 
 _NO_PART_IN_A_CURVE: Final = (
-    "seed", "objective", "study", "mode", "resume", "stop_at", "stop_before_walltime", "logger",
+    "seed", "objective", "study", "mode", "resume", "branch_from", "stop_at",
+    "stop_before_walltime", "logger",
     "record", "checkpoint", "throughput", "batch.size", "optim.lr", "scaling",
     "target.give_up_samples",
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Where a run stands, and what of it a ramp may decide on."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,6 +69,25 @@ def crossing(
         return float(steps)
     share = (loss_before - target) / (loss_before - loss)
     return math.exp(math.log(steps_before) + share * math.log(steps / steps_before))
+
+
+def of_trunk(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What a branch takes over of its trunk's state: all but how that ended, and what its ramp and
+    its noise scale had come to.
+
+    Args:
+        own: the state of the branch before its first step.
+    """
+    ended = {"status": "exhausted", "reason": None, "crossed_at": None}
+    progress = state["progress"] | ended
+    due_at = state["evaluation_due_at"]
+    return {
+        **state,
+        "progress": progress,
+        "plan": own["plan"],
+        "noise": {"scales": {}, "samples": progress["samples"]},
+        "evaluation_due_at": own["evaluation_due_at"] if due_at is None else due_at,
+    }
 
 
 # What a ramp may decide on.

@@ -25,7 +25,7 @@ from largebatch.train.guard import Guard
 from largebatch.train.loop import Loop, Parts
 from largebatch.train.lr_find.results import publish
 from largebatch.train.lr_find.search import LRFinder
-from largebatch.train.progress import RunProgress
+from largebatch.train.progress import RunProgress, of_trunk
 from largebatch.train.reporting.provenance import git_commit, provenance
 from largebatch.train.reporting.reporter import NullReporter, Reporter
 from largebatch.train.run_spec import RunSpec
@@ -113,6 +113,8 @@ def _opened(spec: RunSpec, task: Task, world: int) -> tuple[RunFolder, SafeLogge
         resumed, lock = spec.resumption.samples, spec.resumption.lock
         if spec.resumption.checkpoint is not None:
             check_data(spec.resumption.checkpoint, task)
+    if spec.origin is not None:
+        check_data(spec.origin, task)
     logger = _logger(spec)  # first: what is refused leaves a folder as it was
     try:
         return RunFolder(spec.folder, spec.hydra_files, resumed, lock, world), logger
@@ -135,6 +137,7 @@ class Run:
         """Make the steps; returns the summary."""
         config, spec = self.spec.config, self.spec
         before = None if spec.resumption is None else spec.resumption.checkpoint
+        before = spec.origin or before
         checkpoints = self.checkpoints() if config.checkpoint.saves or before is not None else None
         finder = None if config.mode is None else LRFinder(config.mode)
         # One rank's clock is enough: what one finds due, all do.
@@ -143,7 +146,9 @@ class Run:
         with StopSignal(math.inf if stop is None else stop.at) as signal:
             loop = self.loop(signal, finder, checkpoints if config.checkpoint.saves else None)
             if checkpoints is not None and before is not None:
-                loop.load_state_dict(checkpoints.load(before))
+                state = checkpoints.load(before)
+                taken = state if spec.origin is None else of_trunk(state, loop.state_dict())
+                loop.load_state_dict(taken)
             if spec.resumption is not None and spec.resumption.hole is not None:
                 at = {"step": self.progress.steps, "samples": self.progress.samples}
                 self.reporter.event({"kind": "hole", "reason": spec.resumption.hole} | at)

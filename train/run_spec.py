@@ -17,6 +17,7 @@ from largebatch.common.memory import RANK_BYTES, check_memory
 from largebatch.conf.build import build
 from largebatch.conf.config import ScalingConfig, TrainConfig, typed
 from largebatch.distributed.ranks import Ranks
+from largebatch.records.checkpoints import samples_of
 from largebatch.records.record import check_free
 from largebatch.schedules import (
     RULES,
@@ -30,6 +31,7 @@ from largebatch.schedules import (
     Rule,
 )
 from largebatch.schedules.scaling import check_options
+from largebatch.train.checkpoints.branch import find_branch
 from largebatch.train.checkpoints.files import check_elsewhere
 from largebatch.train.checkpoints.resume import Resumption, find_resumption
 from largebatch.train.lr_find.results import check_table
@@ -61,6 +63,8 @@ class RunSpec:
     """Which small gradients the noise scale is measured with, `auto` resolved."""
     resumption: Resumption | None = None
     """Of the run that is in the folder already."""
+    origin: Path | None = None
+    """The checkpoint of another run that this one begins from."""
     current: Path | None = None
     """Where paths are relative to, with hydra.job.chdir; None: where each rank was started."""
     words: Mapping[str, Any] = field(default_factory=dict)
@@ -84,6 +88,7 @@ def received_spec(words: Mapping[str, Any]) -> RunSpec:
         noise_source=words["noise_source"],
         current=words["current"] and Path(words["current"]),
         resumption=resumed and Resumption(resumed[0] and Path(resumed[0]), resumed[1]),
+        origin=words["origin"] and Path(words["origin"]),
         words=words,
     )
 
@@ -121,6 +126,12 @@ def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
         resumption = find_resumption(folder, hydra_files["config.yaml"], world, plan)
     if resumption is None:
         check_free(folder)
+    try:
+        origin = _origin(config, composed, resumption, max(ranks.size, config.engine.nproc))
+    except BaseException:
+        if resumption is not None:
+            resumption.release()
+        raise
     names: dict[str, Any] = {
         "optimizer": str(settings.runtime.choices["optim"]),
         "task": str(settings.runtime.choices["task"]),
@@ -137,6 +148,7 @@ def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
         "names": names,
         "noise_source": source,
         "resumed": resumption and [checkpoint and str(checkpoint), resumption.samples],
+        "origin": origin and str(origin),
     }
     return RunSpec(
         config=config,
@@ -146,6 +158,7 @@ def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
         hydra_files=hydra_files,
         noise_source=source,
         resumption=resumption,
+        origin=origin,
         current=Path.cwd() if settings.job.chdir else None,
         words=words,
     )
@@ -159,6 +172,25 @@ def _name(settings: Any, folder: Path) -> str:
             return str(settings.sweep.subdir)
         words = [word for word in words if word not in planned["common"]]
     return " ".join(words) or "/".join(folder.parts[-2:])
+
+
+def _origin(
+    config: TrainConfig, composed: DictConfig, resumption: Resumption | None, world: int
+) -> Path | None:
+    """Where the run branches from; None: nowhere, or it resumes from a checkpoint of its own."""
+    if config.branch_from is None or (resumption is not None and resumption.checkpoint is not None):
+        return None
+    resolved = OmegaConf.create(OmegaConf.to_yaml(composed, resolve=True))
+    begun_in = Path(HydraConfig.get().runtime.cwd)
+    origin = find_branch(config.branch_from, begun_in, resolved, world)
+    seen, budget = samples_of(origin), config.budget.samples
+    until = min(budget, config.target.give_up_samples or budget)
+    if seen >= until:
+        raise ConfigError(
+            f"branch_from={config.branch_from} has seen {seen} samples, and this run ends at "
+            f"{until}: raise budget.samples above it, or branch from an earlier checkpoint"
+        )
+    return origin
 
 
 def checked_plan(config: TrainConfig, data_parallel_size: int) -> tuple[Plan, str | None]:

@@ -152,7 +152,7 @@ def test_half_a_line_and_what_is_made_again_may_be_damaged(
         ("summary.json", '{"status": [7]}', "summary.json: status must be one of reached, "),
         (".hydra/config.yaml", "", "config.yaml is damaged (it is empty): restore it, or choose"),
         (".hydra/config.yaml", "seed: [", "config.yaml is damaged (while parsing"),
-        (".hydra/config.yaml", "seed: 0\n", "config.yaml has no batch, budget, clip_norm, evalu"),
+        (".hydra/config.yaml", "seed: 0\n", "config.yaml has no batch, budget, evaluation, guard"),
         (".hydra/config.yaml", "!!python/name:os.system\n", "config.yaml is damaged (could not"),
         (".hydra/config.yaml", "\x00", "config.yaml is damaged ("),
         ("metrics.jsonl", "5\n", "metrics.jsonl:1 must be an object, got 5: mend that line, or"),

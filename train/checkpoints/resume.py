@@ -84,7 +84,7 @@ def find_resumption(
             _check_ended(folder, plan, may_grow=False)
             return Resumption(None, 0, lock)
         state = read_state(checkpoint)
-        _check_world(checkpoint, state.get("saved_by", {}), world, verify)
+        check_world(checkpoint, state.get("saved_by", {}), world, verify)
         samples = int(state["progress"]["samples"])
         if plan is not None:
             check_past(
@@ -169,7 +169,7 @@ def last_good(folder: Path, verify: str = "auto") -> Path | None:
     return None
 
 
-def _check_world(checkpoint: Path, saved: dict[str, Any], world: int | None, verify: str) -> None:
+def check_world(checkpoint: Path, saved: dict[str, Any], world: int | None, verify: str) -> None:
     """Refuse early what only a world of the same size can read."""
     if not saved.get("zero_stage") or world in (None, saved["world"]):
         return
@@ -199,9 +199,11 @@ def check_same(folder: Path, config: str) -> int:
     """
     if not (folder / CONFIG).exists():
         return 0
-    before, now = _decisive(_recorded(folder)), _decisive(OmegaConf.create(config))
-    groups = [{key.split(".")[0] for key in keys} for keys in (now, before)]
-    if missing := sorted(groups[0] - groups[1]):
+    before, now = decisive(recorded(folder)), decisive(OmegaConf.create(config))
+    known = {key.split(".")[0] for key in before}
+    # What is null says nothing: it may be a key that there was not yet.
+    asked = {key.split(".")[0] for key, value in now.items() if value is not None}
+    if missing := sorted(asked - known):
         raise ConfigError(
             f"{folder / CONFIG} has no {', '.join(missing[:4])}: it is not whole, or another "
             "version has written it; restore it, or choose another hydra.run.dir"
@@ -230,7 +232,7 @@ def _budget(values: Mapping[str, Any]) -> int:
         return 0
 
 
-def _recorded(folder: Path) -> Any:
+def recorded(folder: Path) -> Any:
     """The configuration in the record, as data: nothing is resolved, imported or called."""
     try:
         return read_yaml(folder / CONFIG)
@@ -238,7 +240,7 @@ def _recorded(folder: Path) -> Any:
         raise ConfigError(f"{error}: restore it, or choose another hydra.run.dir") from error
 
 
-def _decisive(config: Any) -> dict[str, Any]:
+def decisive(config: Any) -> dict[str, Any]:
     """Every value that decides a trajectory, by its key with dots."""
     flat: dict[str, Any] = {}
 
