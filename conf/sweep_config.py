@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from largebatch.common.errors import ConfigError
-from largebatch.conf.specs import count, each_count, real
+from largebatch.conf.specs import choice, count, each_count, real
 from largebatch.schedules.scaling import RULES, options_of
 
 SEARCHABLE = ("lr", "momentum", "beta2", "damping", "weight_decay")
@@ -25,6 +25,10 @@ class LRFindConfig:
             raise ConfigError(f"mode.low must be < mode.high = {self.high:g}, got {self.low:g}")
 
 
+STEPS, LOSS = "steps_to_target", "loss_at_budget"
+"""What a study may ask: how many steps to a loss, or what loss after so many samples, decayed."""
+
+
 @dataclass
 class StudyConfig:
     optimizers: list[str] = field(default_factory=list)
@@ -37,12 +41,16 @@ class StudyConfig:
     join: bool = False
     rules: list[str] = field(default_factory=list)
     rule_batches: list[int] = field(default_factory=list, metadata=each_count(least=1))
+    protocol: str = choice(STEPS, STEPS, LOSS)
+    budgets: list[int] = field(default_factory=list, metadata=each_count(least=1))
 
     def __post_init__(self) -> None:
         for name in ("optimizers", "batch_sizes", "select_seeds"):
             if not getattr(self, name):
                 raise ConfigError(f"study.{name} must name at least one, got an empty list")
         self.batch_sizes = sorted(set(self.batch_sizes))
+        self.budgets = sorted(set(self.budgets))
+        self._check_protocol()
         if both := sorted({*self.select_seeds} & {*self.report_seeds}):
             raise ConfigError(
                 "study.report_seeds must not be among study.select_seeds (a seed that chose the "
@@ -69,3 +77,17 @@ class StudyConfig:
         unknown = [rule for rule in self.rules if rule not in known]
         if unknown:
             raise ConfigError(f"study.rules must be among {', '.join(known)}, got {unknown}")
+
+    def _check_protocol(self) -> None:
+        if self.protocol == STEPS and self.budgets:
+            raise ConfigError(
+                f"study.budgets are of study.protocol={LOSS}, got {self.budgets}: under "
+                f"{STEPS} budget.samples is the most that a run may take"
+            )
+        if self.protocol == LOSS and not self.budgets:
+            raise ConfigError(f"study.protocol={LOSS} needs study.budgets, in samples: got none")
+        if self.protocol == LOSS and self.rules:
+            raise ConfigError(
+                f"study.rules are compared by steps to a target, got {self.rules} with "
+                f"study.protocol={LOSS}: leave them at []"
+            )

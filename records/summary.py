@@ -86,6 +86,7 @@ class Summary:
     eval_loss: float | None
     seconds: float | None
     give_up_samples: int | None
+    budget_samples: int | None
     provenance: Mapping[str, Any]
     config: Mapping[str, Any]
     """Resolved; empty in records that do not hold it."""
@@ -128,6 +129,7 @@ def read_summary(path: Path) -> Summary:
         eval_loss=record.take("eval_loss", fields.number_or_none),
         seconds=record.find("seconds", fields.number_or_none),
         give_up_samples=record.find("give_up_samples", whole()),
+        budget_samples=record.find("budget_samples", whole()),
         provenance=provenance.values,
         config=record.find("config", fields.mapping) or {},
         data_hash=provenance.find("data_hash", text),

@@ -27,6 +27,7 @@ class Decision:
         dropped: settings that were to be reported, and missed on a report seed.
         open_below: no rate below the best was found to be worse; `open_above` likewise.
         trials: runs made for the point.
+        budget: in samples, of a study that asks for the loss after so many.
     """
 
     optimizer: str
@@ -36,6 +37,13 @@ class Decision:
     open_below: bool
     open_above: bool
     trials: int
+    budget: int | None = None
+
+    @property
+    def place(self) -> tuple[str, int] | tuple[str, int, int]:
+        """Optimizer and batch size, and the budget where there is one."""
+        place = self.optimizer, self.batch_size
+        return place if self.budget is None else (*place, self.budget)
 
 
 class SameRule(NamedTuple):
@@ -60,7 +68,7 @@ class Decisions:
     select_seeds: tuple[int, ...] = ()
     report_seeds: tuple[int, ...] = ()
     tuned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    points: Mapping[tuple[str, int], Decision] = field(default_factory=dict)
+    points: Mapping[tuple[str, int] | tuple[str, int, int], Decision] = field(default_factory=dict)
     same_rules: tuple[SameRule, ...] = ()
     most_trials: int | None = None
 
@@ -107,7 +115,7 @@ def _decisions(record: Fields) -> Decisions:
         tuple(record.take("select_seeds", seeds)),
         tuple(record.take("report_seeds", seeds)),
         {name: tuple(tuned.take(name, list_of(text))) for name in tuned.values},
-        {(point.optimizer, point.batch_size): point for point in points},
+        {point.place: point for point in points},
         tuple(
             SameRule(
                 rule.take("optimizer", text),
@@ -133,6 +141,7 @@ def _decision(record: Fields) -> Decision:
         record.take("open_below", flag),
         record.take("open_above", flag),
         record.take("trials", whole()),
+        record.find("budget", whole(1)),
     )
 
 

@@ -2,10 +2,11 @@
 
 Written into DIR, or where `--out` says: `report.html` (self-contained), `curve`, `ratio`,
 `learning_rate` and `basins` as .png and .svg, `curve.csv`, `fits.csv`, `pairs.csv`, `basin.csv`,
-and `rules.csv` where runs under a scaling rule stand beside tuned ones. Several folders are
-compared on one page. Folders of single runs are drawn over their course instead, laid over each
-other (`single_runs/`). Exit code 0, or 2 and one sentence on stderr where there is nothing to
-report.
+and `rules.csv` where runs under a scaling rule stand beside tuned ones. Runs that spent their
+budgets without a target have `final_loss` .png and .svg, `final_loss.csv`, `loss_pairs.csv` and
+`loss_basin.csv`. Several folders are compared on one page. Folders of single runs are drawn over
+their course instead, laid over each other (`single_runs/`). Exit code 0, or 2 and one sentence on
+stderr where there is nothing to report.
 """
 
 import argparse
@@ -21,6 +22,9 @@ from typing import TYPE_CHECKING, Final
 
 from largebatch.records import printable
 from largebatch.records.names import METRICS
+from largebatch.study.final_loss.page import FIGURE, loss_html, print_losses
+from largebatch.study.final_loss.section import LossSection
+from largebatch.study.final_loss.tables import write_loss_csv
 from largebatch.study.page.csv_files import write_csv_files
 from largebatch.study.page.html import Drawn, page_of, section_titles
 from largebatch.study.page.references import SOURCES, Reference, references
@@ -29,6 +33,9 @@ from largebatch.study.section_study import Study, read_study
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from largebatch.study.page.axes import Picture
+    from largebatch.study.page.styles import Style
 
 _LONGEST_NAME: Final = 60
 
@@ -60,11 +67,17 @@ def write_report(
     study = read_study(*folders)
     target = Path(folders[0] if out is None else out)
     target.mkdir(parents=True, exist_ok=True)
-    tables = write_csv_files(study, target)
+    tables = write_csv_files(study, target) if study.sections else {}
+    if study.losses:
+        tables |= write_loss_csv(study.losses, target)
     pictures: dict[str, Path] = {}
     drawn = [
         _draw(study, place, target, name, pictures, published)
         for place, name in enumerate(_file_names(study))
+    ]
+    further = [
+        (one.title, loss_html(one, _draw_losses(study, one, target, pictures)))
+        for one in study.losses
     ]
     words = ["largebatch", "report", *map(str, folders)]
     words += ["--reference", ",".join(reference)] if reference else []
@@ -72,7 +85,7 @@ def write_report(
     html = target / "report.html"
     sources = [SOURCES[name] for name in reference]
     files = [*tables.values(), *pictures.values()]
-    html.write_text(page_of(study, drawn, files, command, sources), encoding="utf-8")
+    html.write_text(page_of(study, drawn, files, command, sources, further), encoding="utf-8")
     return StudyReport(study, html, pictures, tables)
 
 
@@ -82,6 +95,10 @@ def print_report(report: StudyReport, console: "Console | None" = None) -> None:
 
     console = console or Console()
     print_study(report.study, console)
+    for one in report.study.losses:
+        print_losses(one, console)
+    for problem in report.study.problems:
+        console.print(f"note: {printable(problem)}", style="yellow", highlight=False, markup=False)
     console.print(f"report: {report.html}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -142,16 +159,10 @@ def _draw(
     published: Sequence[Reference],
 ) -> dict[str, Drawn]:  # fmt: skip
     """Draw a section's pictures, write them as files and note these in `pictures`."""
-    from largebatch.common.figures import paper_style
-    from largebatch.study.page.axes import NARROW, WIDE, Picture
     from largebatch.study.page.figures import ratio_figure, steps_figure
     from largebatch.study.page.rate_figures import basin_figure, rate_figure
-    from largebatch.study.page.styles import curve_styles
-    from largebatch.study.page.svg import svg_of, themed, write_png
 
-    section = study.sections[place]
-    curves = [(c.name, c.optimizer) for s in study.sections for c in s.section.curves]
-    styles = curve_styles(curves)
+    section, styles = study.sections[place], _styles(study)
     kinds: dict[str, tuple[Callable[..., Picture], str]] = {
         "curve": (partial(steps_figure, published=published), "Steps to target against batch size"),
         "ratio": (ratio_figure, "Steps against batch size, over those of the first curve"),
@@ -160,19 +171,53 @@ def _draw(
     }
     if not any(pair.points for pair in section.pairs if pair.other == section.names[0]):
         del kinds["ratio"]
-    drawn = {}
-    for name, (draw, description) in kinds.items():
-        prefix = f"{name}{suffix}-"
-        told = escape(f"{description}: {section_titles(study)[place]}")
-        with paper_style():
-            picture = draw(study, section, styles, WIDE)
-            png = pictures[f"{name}{suffix}"] = folder / f"{name}{suffix}.png"
-            write_png(picture, png)
-            wide = svg_of(picture, f"w-{prefix}")
-            path = pictures[f"{name}{suffix}.svg"] = folder / f"{name}{suffix}.svg"
-            path.write_text(wide, encoding="utf-8")
-            phone = draw(study, section, styles, NARROW)
-            phone.tips.clear()  # no pointer rests on a phone
-            narrow = svg_of(phone, f"n-{prefix}")
-        drawn[name] = Drawn(themed(wide, told), themed(narrow, told))
-    return drawn
+    titles = section_titles(study)
+    return {
+        name: _drawn(
+            partial(draw, study, section, styles), f"{name}{suffix}",
+            f"{description}: {titles[place]}", folder, pictures,
+        )
+        for name, (draw, description) in kinds.items()
+    }  # fmt: skip
+
+
+def _draw_losses(
+    study: Study, section: LossSection, folder: Path, pictures: dict[str, Path]
+) -> dict[str, Drawn]:
+    """Draw the final losses of a section."""
+    from largebatch.study.final_loss.figures import final_loss_figure
+
+    several = len(study.losses) > 1
+    suffix = re.sub(r"[^A-Za-z0-9.]+", "-", f"-{section.task}")[:_LONGEST_NAME] if several else ""
+    draw = partial(final_loss_figure, section, _styles(study))
+    told = f"Final loss against batch size: {section.title}"
+    return {FIGURE: _drawn(draw, f"{FIGURE}{suffix}", told, folder, pictures)}
+
+
+def _styles(study: Study) -> Mapping[str, "Style"]:
+    from largebatch.study.page.styles import curve_styles
+
+    curves = [(c.name, c.optimizer) for s in study.sections for c in s.section.curves]
+    return curve_styles([*curves, *(pair for one in study.losses for pair in one.curves)])
+
+
+def _drawn(
+    draw: Callable[[float], "Picture"], name: str, told: str, folder: Path,
+    pictures: dict[str, Path],
+) -> Drawn:  # fmt: skip
+    """Draw for paper and for phones, write the files and note these in `pictures`."""
+    from largebatch.common.figures import paper_style
+    from largebatch.study.page.axes import NARROW, WIDE
+    from largebatch.study.page.svg import svg_of, themed, write_png
+
+    with paper_style():
+        picture = draw(WIDE)
+        png = pictures[name] = folder / f"{name}.png"
+        write_png(picture, png)
+        wide = svg_of(picture, f"w-{name}-")
+        path = pictures[f"{name}.svg"] = folder / f"{name}.svg"
+        path.write_text(wide, encoding="utf-8")
+        phone = draw(NARROW)
+        phone.tips.clear()  # no pointer rests on a phone
+        narrow = svg_of(phone, f"n-{name}-")
+    return Drawn(themed(wide, escape(told)), themed(narrow, escape(told)))

@@ -11,6 +11,8 @@ from typing import Any, Final
 from largebatch.records import printable
 from largebatch.study.curves import Section, StudyCurve, flattened, sections_of
 from largebatch.study.decisions import Decisions, read_decisions
+from largebatch.study.final_loss.points import has_spent
+from largebatch.study.final_loss.section import LossSection, Source, loss_sections
 from largebatch.study.points import (
     RulePoint,
     StudyPoint,
@@ -94,11 +96,14 @@ class Study:
     folders: Sequence[Path]
     sections: Sequence[SectionStudy]
     problems: Sequence[str]
+    losses: Sequence[LossSection] = ()
+    """Of runs that had no target, and spent their budgets."""
 
     @property
     def runs(self) -> list[RunSummary]:
         """Of all sections."""
-        return [run for section in self.sections for run in section.section.runs]
+        found = [run for section in self.sections for run in section.section.runs]
+        return found + [run for section in self.losses for run in section.runs]
 
     def short(self, folder: Path) -> str:
         """A run's folder as its study knows it."""
@@ -124,6 +129,7 @@ def read_study(*folders: Path | str) -> Study:
     problems: list[str] = []
     curves: dict[tuple[str, float, str], list[tuple[StudyCurve, Decisions]]] = defaultdict(list)
     found: dict[tuple[str, float, str], Section] = {}
+    without_target: list[Source] = []
     for root in roots:
         noted: list[str] = []
         runs, decisions, sections = _sections(root, noted)
@@ -141,11 +147,16 @@ def read_study(*folders: Path | str) -> Study:
                 )
                 for curve in section.curves
             ]
-        if not sections:
+        aimless = [run for run in runs if run.target_loss is None]
+        without_target.append((names[root], aimless, decisions))
+        if not sections and not any(map(has_spent, aimless)):
             lost = ": ".join(["no finished run with a target" if runs else "no finished run", ""])
             raise ValueError("; ".join([f"{lost.rstrip(': ')} below {root}", *noted]))
     return Study(
-        roots, [_section_study(found[key], curves[key]) for key in sorted(found)], problems
+        roots,
+        [_section_study(found[key], curves[key]) for key in sorted(found)],
+        problems,
+        loss_sections(without_target),
     )
 
 
@@ -203,7 +214,10 @@ def _sections(root: Path, problems: list[str]) -> tuple[list[RunSummary], Decisi
     problems += noted
     conclusive = [run for run in found if run.conclusive]
     decisions = read_decisions(root, problems)
-    return conclusive, decisions, sections_of(conclusive, decisions, problems)
+    # A run that has spent its budget without a target says what loss that comes to.
+    of_losses = any(map(has_spent, conclusive))
+    aimed = [run for run in conclusive if run.target_loss is not None or not of_losses]
+    return conclusive, decisions, sections_of(aimed, decisions, problems)
 
 
 def _names(roots: Sequence[Path]) -> dict[Path, str]:

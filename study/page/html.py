@@ -48,9 +48,10 @@ class Drawn:
 def page_title(study: Study) -> str:
     """What the study asks, and of what."""
     question = "How far can the batch grow?"
+    titles = [*section_titles(study), *(one.title for one in study.losses)]
     if len(study.sections) > 1:
         return f"{question} {plural(len(study.sections), 'task')}"
-    return f"{question} {section_titles(study)[0]}"
+    return f"{question} {printable(titles[0])}"
 
 
 def section_titles(study: Study) -> list[str]:
@@ -71,21 +72,25 @@ def section_titles(study: Study) -> list[str]:
 
 def page_of(
     study: Study, pictures: Sequence[Mapping[str, Drawn]], files: Iterable[Path], command: str,
-    sources: Sequence[str] = (),
+    sources: Sequence[str] = (), more: Sequence[tuple[str, str]] = (),
 ) -> str:  # fmt: skip
-    """The page; `pictures` are those of each section by name, `sources` of published curves."""
+    """The page; `pictures` are those of each section by name, `sources` of published curves, `more`
+    the titles and bodies of further sections.
+    """
     from largebatch.study.page.svg import style_sheet
 
-    several = len(study.sections) > 1
-    titles = section_titles(study)
+    titles = [*section_titles(study), *(printable(title) for title, _ in more)]
+    several = len(titles) > 1
     headings = [
         f'<h2 id="task-{number}">{escape(title)}</h2>' if several else ""
         for number, title in enumerate(titles, 1)
     ]
     bodies = [
         _section(section, drawn, heading, sources)
-        for section, drawn, heading in zip(study.sections, pictures, headings, strict=True)
+        for section, drawn, heading in zip(study.sections, pictures, headings, strict=False)
     ]
+    further = zip(headings[len(study.sections) :], more, strict=True)
+    bodies += [f"<section>{heading}{body}</section>" for heading, (_, body) in further]
     template = Template((TEMPLATES / "report.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(page_title(study)),
@@ -118,7 +123,7 @@ def _section(
     first = study.names[0]
     bars = "Bars are 95% intervals. " if study.has_intervals else "One seed a point: no bars. "
     parts += [
-        _heading("Steps to target"),
+        heading_of("Steps to target"),
         _figure(
             drawn, "curve",
             f"Optimizer steps to the target against the global batch size, each at its best "
@@ -134,7 +139,7 @@ def _section(
             else "One seed a point: no band. "
         )
         parts += [
-            _heading(f"Against {first}"),
+            heading_of(f"Against {first}"),
             _figure(
                 drawn, "ratio",
                 f"Steps over those of {first}, the curve of fewest steps, seed by seed. {bands}"
@@ -142,9 +147,9 @@ def _section(
             ),
         ]  # fmt: skip
     parts += [
-        _heading("Critical batch size and what is worth it"),
+        heading_of("Critical batch size and what is worth it"),
         table_of(fits_table(study), _FITS_NOTE),
-        _heading("Learning rates"),
+        heading_of("Learning rates"),
         _figure(
             drawn, "learning_rate",
             "Best peak learning rate at each batch size, one panel a curve; all panels span the "
@@ -160,14 +165,14 @@ def _section(
             "missed the target or diverged; triangles were cut, since they could only have lost.",
         ),
         table_of(basins_table(study), "How far off the best rate may be."),
-        _heading("Points"),
+        heading_of("Points"),
         table_of(points_table(study), "Steps are geometric means over the seeds."),
     ]  # fmt: skip
     if "ratio" in drawn:
         parts.append(table_of(ratios_table(study), f"Steps over those of {first}."))
     if study.rules:
         parts += [
-            _heading("Scaling rules"),
+            heading_of("Scaling rules"),
             table_of(
                 rules_table(study.rules),
                 "Learning rates that a rule carried over from the base batch, against the best one "
@@ -175,7 +180,7 @@ def _section(
             ),
         ]
     parts += [
-        _heading("Trials"),
+        heading_of("Trials"),
         table_of(
             trials_table(study),
             "What each curve was given" + _allowed(study) + ". Runs that were cut ended early, "
@@ -215,7 +220,8 @@ def _published(sources: Sequence[str], first: str) -> str:
     )
 
 
-def _heading(text: str) -> str:
+def heading_of(text: str) -> str:
+    """A heading within a section."""
     return f"<h3>{escape(text)}</h3>"
 
 

@@ -22,8 +22,6 @@ def print_study(study: Study, console: "Console") -> None:
             console.print(line, highlight=False, markup=False)
         if section.rules:
             console.print(terminal_table("scaling rules", rules_table(section.rules)))
-    for problem in study.problems:
-        console.print(f"note: {printable(problem)}", style="yellow", highlight=False, markup=False)
 
 
 def _short(listing: Listing) -> Listing:

@@ -23,7 +23,7 @@ from largebatch.records.record import telling, words_of
 from largebatch.records.summary import status
 from largebatch.study.decisions import write_decisions
 from largebatch.study.protocol.progress import StudyProgress
-from largebatch.study.protocol.protocol import Protocol, StudyJob
+from largebatch.study.protocol.questions import Job, Question
 from largebatch.study.protocol.search import Result
 
 LOCK: Final = ".lock"
@@ -53,7 +53,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def conduct(
-    protocol: Protocol, folder: Path, arguments: Sequence[str], launch: Launch
+    protocol: Question, folder: Path, arguments: Sequence[str], launch: Launch
 ) -> dict[str, int]:
     """Run the protocol to its end in `folder`; returns how many runs were made and how many found.
 
@@ -63,11 +63,11 @@ def conduct(
         arguments: overrides that every job shares.
     """
     count = {"made": 0, "found": 0}
-    launched: list[StudyJob] = []
+    launched: list[Job] = []
 
     def next_jobs() -> list[list[str]]:
         """What is asked and not there; what is there is told at once, and more is asked."""
-        new: list[StudyJob] = []
+        new: list[Job] = []
         while jobs := protocol.ask():
             for job in jobs:
                 result = finished(folder, job)
@@ -111,7 +111,7 @@ def in_rounds(launch: Callable[[list[list[str]]], None]) -> Launch:
     return launch_rounds
 
 
-def finished(folder: Path, job: StudyJob) -> Result | None:
+def finished(folder: Path, job: Job) -> Result | None:
     """The result of `job`'s run once it has ended; None where there is none, or that of another.
 
     Seeds that join a study move its best scores: a run that is there may have given up too early
@@ -125,6 +125,8 @@ def finished(folder: Path, job: StudyJob) -> Result | None:
         steps = summary.take("steps_to_target", optional(whole(1)))
         between = summary.find("steps_to_target_interpolated", number_or_none)
         loss = _or_infinite(summary.take("eval_loss", number_or_none))
+        if ended == "diverged":  # whatever it was evaluated at before
+            loss = math.inf
         result = Result(steps if between is None else between, loss)
     except FileNotFoundError:
         return None
@@ -160,7 +162,7 @@ def make_room(folder: Path, words: Sequence[str]) -> None:
         shutil.rmtree(folder)
 
 
-def result_of(folder: Path, job: StudyJob) -> Result:
+def result_of(folder: Path, job: Job) -> Result:
     """What a job's record says.
 
     Raises:

@@ -12,7 +12,15 @@ from largebatch.conf.sweep_config import StudyConfig
 from largebatch.records import RecordError, read_fields
 from largebatch.study.decisions import STUDY
 
-GROWING = ("optimizers", "batch_sizes", "select_seeds", "report_seeds", "rules", "rule_batches")
+GROWING = (
+    "budgets",
+    "optimizers",
+    "batch_sizes",
+    "select_seeds",
+    "report_seeds",
+    "rules",
+    "rule_batches",
+)
 """Keys of a study that may gain entries without another word."""
 
 

@@ -12,12 +12,10 @@ from rich.console import Console
 
 from largebatch.common.progress import BarOrLines, minutes, time_left
 from largebatch.records.names import SUMMARY
-from largebatch.study.protocol.protocol import Place, Protocol, StudyJob
+from largebatch.study.protocol.questions import Job, Place, Question
 from largebatch.study.protocol.search import MOST_CONFIRMED, Search
 
 _TYPICAL_CLIMB: Final = 5
-_STARTUP_SAMPLES: Final = 4_000
-"""A point's cost grows with its batch size from about this many samples' worth of overhead."""
 
 
 class StudyProgress(BarOrLines):
@@ -26,21 +24,21 @@ class StudyProgress(BarOrLines):
     The time left is an estimate: the number of trials of a search is known only when it is done.
     """
 
-    def __init__(self, protocol: Protocol, folder: Path, console: Console | None = None) -> None:
+    def __init__(self, protocol: Question, folder: Path, console: Console | None = None) -> None:
         super().__init__(console or Console(stderr=True), 0.1)
         self._protocol, self._folder = protocol, folder
         self._begin = time.monotonic()
         self._fraction_found: float | None = None
         self._num_runs = 0
-        self._under_way: tuple[StudyJob, ...] = ()
+        self._under_way: tuple[Job, ...] = ()
         self._shares = self._look()
 
-    def launched(self, jobs: Sequence[StudyJob]) -> None:
+    def launched(self, jobs: Sequence[Job]) -> None:
         """Note jobs that are to run."""
         self._under_way += tuple(jobs)
         self._shares = self._look()
 
-    def ended(self, job: StudyJob) -> None:
+    def ended(self, job: Job) -> None:
         """Note a job whose result the protocol has been told."""
         self._under_way = tuple(other for other in self._under_way if other != job)
         self._num_runs += 1
@@ -66,7 +64,7 @@ class StudyProgress(BarOrLines):
             over.set()
             watcher.join()
 
-    def _arrived(self) -> list[StudyJob]:
+    def _arrived(self) -> list[Job]:
         jobs = self._under_way
         return [job for job in jobs if (self._folder / job.folder / SUMMARY).exists()]
 
@@ -84,11 +82,11 @@ class StudyProgress(BarOrLines):
         """How much of the study's cost is behind it, by guess between 0 and 1."""
         arrived: dict[Place, int] = {}
         for job in self._arrived():
-            place = (job.optimizer, job.batch_size)
-            arrived[place] = arrived.get(place, 0) + 1
+            if job.is_trial:
+                arrived[job.place] = arrived.get(job.place, 0) + 1
         total = done = 0.0
         for place, (told, takes) in self._shares.items():
-            cost = place[1] + _STARTUP_SAMPLES
+            cost = self._protocol.cost(place)
             total += cost
             is_done = told == takes == 1.0
             done += cost * (1.0 if is_done else min(0.9, (told + arrived.get(place, 0)) / takes))

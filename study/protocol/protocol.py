@@ -9,7 +9,7 @@ the two (see `tuned_keys.py`).
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from largebatch.conf.sweep_config import StudyConfig
 from largebatch.schedules.scaling import scale_lr
@@ -40,6 +40,16 @@ class StudyJob(NamedTuple):
     """Where `rule` scales from; None for a tuned learning rate."""
 
     @property
+    def place(self) -> "Place":
+        """The point it is of."""
+        return self.optimizer, self.batch_size
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether its result counts by itself."""
+        return True
+
+    @property
     def folder(self) -> str:
         """Where its record lies, below the study's folder."""
         how = f"lr-{self.lr:.4g}" if self.base_batch is None else f"{self.rule}-{self.base_batch}"
@@ -47,8 +57,8 @@ class StudyJob(NamedTuple):
         return f"{self.optimizer}/batch-{self.batch_size}/{how}/seed-{self.trial.seed}"
 
     @property
-    def overrides(self) -> list[str]:
-        """What makes it of the study's configuration."""
+    def setting(self) -> list[str]:
+        """The overrides of the optimizer's setting, the batch size and the seed."""
         scaling = [f"scaling={self.rule}", f"scaling.base_batch={self.base_batch}"]
         return [
             f"optim={self.optimizer}",
@@ -57,6 +67,13 @@ class StudyJob(NamedTuple):
             *(override for _, _, override in self.tuned),
             *(scaling if self.base_batch is not None else ["scaling=none"]),
             f"seed={self.trial.seed}",
+        ]
+
+    @property
+    def overrides(self) -> list[str]:
+        """What makes it of the study's configuration."""
+        return [
+            *self.setting,
             f"target.give_up_samples={self.most_samples}",
             f"hydra.sweep.subdir={self.folder}",
         ]
@@ -69,6 +86,9 @@ class StudyJob(NamedTuple):
 
 Place = tuple[str, int]
 """An optimizer and a batch size."""
+
+STARTUP_SAMPLES: Final = 4_000
+"""A point's cost grows with its batch size from about this many samples' worth of overhead."""
 
 
 @dataclass
@@ -123,6 +143,10 @@ class Protocol:
             for batch_size in self.study.batch_sizes
         ]
 
+    def cost(self, place: Place) -> float:
+        """What a point costs, beside others."""
+        return place[1] + STARTUP_SAMPLES
+
     @property
     def done(self) -> bool:
         return all(place in self.searches and self.searches[place].done for place in self.places)
@@ -157,7 +181,7 @@ class Protocol:
             tuple(self.study.select_seeds),
             tuple(self.study.report_seeds),
             {name: tuple(key.name for key in keys) for name, keys in self.keys.items()},
-            {(point.optimizer, point.batch_size): point for point in points},
+            {point.place: point for point in points},
             tuple(
                 SameRule(optimizer, rule, base, batch_size)
                 for optimizer, batch_size in sorted(self._rules_asked)

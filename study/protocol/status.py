@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from largebatch.common.files import lock
-from largebatch.conf.config import BudgetConfig
+from largebatch.conf.config import BudgetConfig, in_samples
 from largebatch.conf.specs import typed_as
 from largebatch.conf.sweep_config import StudyConfig
 from largebatch.records import read_fields
@@ -15,7 +15,7 @@ from largebatch.records.names import METRICS, SUMMARY
 from largebatch.study.decisions import STUDY
 from largebatch.study.protocol.conduct import LOCK, finished
 from largebatch.study.protocol.progress import StudyProgress
-from largebatch.study.protocol.protocol import Protocol, StudyJob
+from largebatch.study.protocol.questions import Job, Question, question_of
 
 
 @dataclass
@@ -70,7 +70,7 @@ def read_status(folder: Path) -> StudyStatus:
     """
     protocol = read_protocol(folder)
     rows = {name: OptimizerStatus(name) for name in protocol.study.optimizers}
-    waiting: list[StudyJob] = []
+    waiting: list[Job] = []
     while jobs := protocol.ask():
         for job in jobs:
             result = finished(folder, job)
@@ -94,7 +94,7 @@ def read_status(folder: Path) -> StudyStatus:
     )
 
 
-def read_protocol(folder: Path) -> Protocol:
+def read_protocol(folder: Path) -> Question:
     """The protocol of the study in `folder`, told nothing yet.
 
     Raises:
@@ -103,11 +103,13 @@ def read_protocol(folder: Path) -> Protocol:
     """
     record = read_fields(folder / STUDY)
     study = typed_as(StudyConfig, OmegaConf.create(record.take("study", mapping)))
-    given = record.inside("config").take("budget", mapping)  # as it was written: 2e6, tokens
-    budget = typed_as(BudgetConfig, OmegaConf.create(given)).samples
+    config = record.inside("config")
+    given = config.take("budget", mapping)  # as it was written: 2e6, tokens
+    budget = typed_as(BudgetConfig, OmegaConf.create(given))
     names = [f"optim={name}" for name in study.optimizers]
     optimizers = {name.removeprefix("optim="): record.take(name, mapping) for name in names}
-    return Protocol(study, optimizers, budget)
+    curve = in_samples(config.find("lr", mapping) or {}, "lr", budget.tokens_per_sample)
+    return question_of(study, optimizers, budget.samples, curve)
 
 
 def _seconds(run: Path) -> float:

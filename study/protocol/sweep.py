@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from largebatch.common.errors import ConfigError, SweepFailed
 from largebatch.conf.config import typed
+from largebatch.conf.sweep_config import LOSS, STEPS, StudyConfig
 from largebatch.study.protocol.conduct import (
     Launch,
     More,
@@ -24,7 +25,7 @@ from largebatch.study.protocol.conduct import (
     tie_workers_to_this_process,
 )
 from largebatch.study.protocol.identity import check_grid, check_identity
-from largebatch.study.protocol.protocol import Protocol
+from largebatch.study.protocol.questions import question_of
 from largebatch.study.report import StudyReport, print_report, write_report
 
 Compose = Callable[[list[str]], DictConfig]
@@ -44,13 +45,12 @@ def sweep(
     if shared.study is None:
         raise ConfigError("hydra/sweeper=largebatch_study needs a study: study=bytes or your own")
     _refuse_sweeps(arguments)
-    if shared.target.loss is None:
-        raise ConfigError("a study counts steps to a target: target.loss must be given")
+    _check_target(shared.study, shared.target.loss)
     optimizers = {
         name: typed(_without_hydra(compose([*arguments, f"optim={name}"]))).optim
         for name in shared.study.optimizers
     }
-    protocol = Protocol(shared.study, optimizers, shared.budget.samples)
+    protocol = question_of(shared.study, optimizers, shared.budget.samples, shared.lr)
     folder = Path(str(config.hydra.sweep.dir))
     with owned(folder):
         check_identity(folder, _identity(composed, optimizers))
@@ -63,6 +63,16 @@ def sweep(
     print(f"study took {time.perf_counter() - begin:.0f} s ({count['made']} runs made{found})")
     print(f"report: {os.path.relpath(report.html)}")
     return report
+
+
+def _check_target(study: StudyConfig, target: float | None) -> None:
+    if study.protocol == STEPS and target is None:
+        raise ConfigError("a study counts steps to a target: target.loss must be given")
+    if study.protocol == LOSS and target is not None:
+        raise ConfigError(
+            f"study.protocol={LOSS} spends its budgets whole, and a run ends at its target: set "
+            f"target.loss=null, got {target:g}"
+        )
 
 
 def _launch_by(launcher: Launcher) -> Launch:
