@@ -24,6 +24,9 @@ COMMANDS: Final = {
     "plan": Command("largebatch.train.plan.command", "a run's schedule, printed and drawn"),
     "report": Command("largebatch.study.report", "tables and pictures of the runs below a folder"),
     "study": Command("largebatch.study.command", "how far a study in a folder is"),
+    "branch": Command(
+        "largebatch.train.branch.command", "how large the batch may be from a checkpoint on"
+    ),
     "submit": Command("largebatch.launch.jobs.submit", "a job on a cluster: its script, submitted"),
     "doctor": Command("largebatch.launch.doctor.command", "what is wrong here; a job's preflight"),
     "env": Command(
