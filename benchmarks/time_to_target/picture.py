@@ -1,0 +1,52 @@
+"""Time to target and node-hours against tiles."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from largebatch.benchmarks.time_to_target.model import TimeCurve, TimePoint
+from largebatch.common.figures import COLOURS, GREY, GRID, paper_style
+from largebatch.study.statistics.intervals import Estimate
+
+
+def time_figure(curves: Sequence[TimeCurve], tiles_per_node: int) -> Figure:
+    """Two panels; bands are 95% intervals, an upright line is where more tiles do not pay."""
+    with paper_style():
+        figure = Figure(figsize=(7.4, 3.3), layout="constrained")
+        times, hours = figure.subplots(1, 2)
+        for place, curve in enumerate(curves):
+            colour = COLOURS[place % len(COLOURS)]
+            _draw(times, curve, [point.seconds for point in curve.points], colour)
+            _draw(hours, curve, [point.node_hours for point in curve.points], colour)
+            if curve.pays_to is not None:
+                for panel in (times, hours):
+                    panel.axvline(curve.pays_to.value, color=colour, linewidth=0.9, linestyle=":")
+        first: TimePoint = curves[0].points[0]
+        counts = [point.tiles for point in curves[0].points]
+        ideal = [first.seconds.value * first.tiles / count for count in counts]
+        times.plot(counts, ideal, color=GREY, linestyle="--", linewidth=1.0, label="ideal")
+        times.set_ylabel("Seconds to target")
+        hours.set_ylabel("Node-hours")
+        times.legend(frameon=False)
+        for panel in (times, hours):
+            panel.set(xscale="log", yscale="log", xlabel=f"Tiles, {tiles_per_node} a node")
+            panel.grid(True, color=GRID, linewidth=0.6)
+        figure.suptitle("Projection from a curve and a cost model, not a measurement", fontsize=9.5)
+    return figure
+
+
+def _draw(axes: Axes, curve: TimeCurve, values: Sequence[Estimate], colour: str) -> None:
+    counts = [point.tiles for point in curve.points]
+    axes.plot(
+        counts, [value.value for value in values], color=colour, marker="o", markersize=3.5,
+        linewidth=1.4, label=curve.optimizer,
+    )  # fmt: skip
+    ends = [
+        (count, value.low, value.high)
+        for count, value in zip(counts, values, strict=True)
+        if value.low is not None and value.high is not None
+    ]
+    if ends:
+        at, low, high = zip(*ends, strict=True)
+        axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
