@@ -95,8 +95,10 @@ ROOMS = {
     "train/engines": ["checkpoints", "noise", "tasks"],
     "train/reporting": [".", "models", "tasks", "trackers"],
     "train/plan": ["."],
+    "train/branch": [".", "checkpoints"],
     "study/statistics": [],
     "study/page": [".", "statistics"],
+    "study/final_loss": [".", "page", "statistics"],
     "study/protocol": ["."],
     "study/nqm": [".", "protocol"],
     "study/single_runs": [".", "page"],
@@ -111,6 +113,7 @@ ROOMS = {
     "benchmarks/scale": [".", "collectives"],
     "benchmarks/second_order": ["."],
     "benchmarks/statistics": ["."],
+    "benchmarks/time_to_target": [".", "collectives", "scale"],
 }
 LARGEST_FOLDER, LONGEST_FILE = 15, 400
 
