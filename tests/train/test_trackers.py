@@ -12,6 +12,7 @@ import pytest
 from fixture_types import Train
 
 from largebatch.train.trackers.base import Labels
+from largebatch.train.trackers.study import log_study
 from largebatch.train.trackers.wandb import Wandb, has_login
 
 RUN = ("task=digits", "optim=lamb", "optim.lr=0.05", "batch.size=64", "budget.samples=192",
@@ -154,3 +155,38 @@ def test_the_environments_mode_wins_and_a_resumed_run_keeps_its_id(
     assert files
     assert not others
     assert (folder / "wandb" / "run_id").read_text().strip() == first
+
+
+def test_a_study_is_one_run_more_with_its_pictures_and_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from matplotlib.figure import Figure
+    from wandb.proto import wandb_internal_pb2
+
+    from largebatch.common.figures import COLOURS
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    study, table, picture = tmp_path / "bytes", tmp_path / "curve.csv", tmp_path / "curve.png"
+    study.mkdir()
+    table.write_text("optimizer,steps\nlamb,19.4\n")
+    Figure(figsize=(0.2, 0.2), facecolor=COLOURS[0]).savefig(picture)
+    node = {"_target_": "largebatch.train.trackers.wandb.Wandb", "project": "p", "group": None}
+    for _ in range(2):
+        log_study(node, study, {"curve": picture}, {"curve": table})
+    assert capsys.readouterr().err == ""
+    files = [*(study / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert len({file.stem for file in files}) == 1  # the second continues the first
+    runs, told = [], {}
+    for data in stored(files[0].read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "run":
+            runs.append((record.run.run_group, record.run.job_type, record.run.display_name))
+        elif record.WhichOneof("record_type") == "history":
+            told |= {tuple(item.nested_key): item.value_json for item in record.history.item}
+    assert runs[0] == ("bytes", "study", "bytes: the study")
+    kinds = {key[0]: json.loads(value) for key, value in told.items() if key[1:] == ("_type",)}
+    assert kinds == {"curve": "image-file", "tables/curve": "table-file"}
+    assert told["tables/curve", "nrows"] == "1"
+    log_study({"_target_": "no.such.Logger"}, study, {}, {})
+    assert "the logger has not taken the study" in capsys.readouterr().err

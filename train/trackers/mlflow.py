@@ -68,3 +68,26 @@ class MLflow:
         if (self._folder / SUMMARY).exists():
             self._client.log_artifact(self._id, os.fspath(self._folder / SUMMARY))
         self._client.set_terminated(self._id, _STATUS.get(summary["status"], "FINISHED"))
+
+    @staticmethod
+    def log_study(
+        folder: Path, group: str, pictures: Mapping[str, Path], tables: Mapping[str, Path],
+        experiment: str,
+    ) -> None:  # fmt: skip
+        """One run named after the study, tagged as its runs are, with the files as artifacts; a
+        study that is made again continues it.
+        """
+        from mlflow import MlflowClient
+
+        client, known = MlflowClient(), folder / "mlflow_study_id"
+        if known.exists():
+            made = known.read_text(encoding="utf-8").strip()
+        else:
+            found = client.get_experiment_by_name(experiment)
+            place = client.create_experiment(experiment) if found is None else found.experiment_id
+            tags = {"group": group, "kind": "study"}
+            made = client.create_run(place, run_name=f"{group}: the study", tags=tags).info.run_id
+            known.write_text(f"{made}\n", encoding="utf-8")
+        for path in (*pictures.values(), *tables.values()):
+            client.log_artifact(made, os.fspath(path))
+        client.set_terminated(made, "FINISHED")

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from largebatch.common.errors import ConfigError
 from largebatch.common.text import say
 from largebatch.train.trackers.base import Labels, sectioned
+from largebatch.train.trackers.study import rows_of
 
 _HOST: Final = "https://api.wandb.ai"
 
@@ -52,8 +53,7 @@ class Wandb:
             tags=[labels.optimizer, labels.task],
             dir=folder,
             config=labels.flat() | {"config": dict(config)},
-            # None: as WANDB_MODE says.
-            mode=None if "WANDB_MODE" in os.environ else "online" if has_login() else "offline",
+            mode=_mode(),
             id=first,
             resume="allow",
             settings=wandb.Settings(silent=True),
@@ -74,6 +74,36 @@ class Wandb:
         url, stored = self._run.url, Path(self._run.dir).parent
         self._run.finish(exit_code=int(summary["status"] == "failed"))
         say(f"W&B: {url}" if url else f"W&B: upload it by `wandb sync {os.path.relpath(stored)}`")
+
+    @staticmethod
+    def log_study(
+        folder: Path, group: str, pictures: Mapping[str, Path], tables: Mapping[str, Path],
+        project: str,
+    ) -> None:  # fmt: skip
+        """One run of the job type `study`, in the group of the study's runs; a study that is made
+        again continues it.
+        """
+        import wandb
+
+        known = folder / "wandb" / "study_id"
+        first = known.read_text(encoding="utf-8").strip() if known.exists() else None
+        run = wandb.init(
+            project=project, group=group, name=f"{group}: the study", job_type="study", dir=folder,
+            mode=_mode(), id=first, resume="allow", settings=wandb.Settings(silent=True),
+        )  # fmt: skip
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(f"{run.id}\n", encoding="utf-8")
+        found: dict[str, Any] = {name: wandb.Image(str(path)) for name, path in pictures.items()}
+        for name, path in tables.items():
+            columns, rows = rows_of(path)
+            found[f"tables/{name}"] = wandb.Table(columns=[*columns], data=rows)
+        run.log(found)
+        run.finish()
+
+
+def _mode() -> Any:
+    """As WANDB_MODE says, without it online where there is a login."""
+    return None if "WANDB_MODE" in os.environ else "online" if has_login() else "offline"
 
 
 def has_login() -> bool:

@@ -8,7 +8,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 @dataclass
@@ -35,8 +35,9 @@ class StudySweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         # Hydra imports its plugins at every start: what they stand on comes only when it is used.
         from largebatch.study.protocol.sweep import sweep
+        from largebatch.train.trackers.study import log_study
 
-        return sweep(
+        report = sweep(
             arguments,
             config=self.config,
             compose=lambda overrides: self.hydra_context.config_loader.load_sweep_config(
@@ -44,3 +45,8 @@ class StudySweeper(Sweeper):
             ),
             launcher=self.launcher,
         )
+        pictures = {name: path for name, path in report.pictures.items() if path.suffix == ".png"}
+        node = OmegaConf.to_container(self.config.logger, resolve=True)
+        assert isinstance(node, dict)
+        log_study(node, report.html.parent, pictures, report.tables)
+        return report
