@@ -413,7 +413,7 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path: Path, simulate: Simulate) -> 
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.9, "0:59"), (187, "3:07"), (6000, "100:00")]
+    ("seconds", "text"), [(0, "0:00"), (59.9, "0:59"), (187, "3:07"), (6000, "1:40:00")]
 )
 def test_times_are_minutes_and_seconds(seconds: float, text: str) -> None:
     assert minutes(seconds) == text
