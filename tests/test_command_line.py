@@ -177,7 +177,7 @@ _largebatch
 echo "${{COMPREPLY[*]}}"
 """
     done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=20
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert done.stdout.splitlines() == ["lamb"], done.stderr
     assert not (tmp_path / "ran").exists()

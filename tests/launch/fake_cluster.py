@@ -53,7 +53,7 @@ class Cluster:
     def run(self, number: int, nodes: Sequence[str] | None = None) -> Done:
         """A job from its begin to its end."""
         process = self.begin(number, nodes)
-        said, errors = process.communicate(timeout=420)
+        said, errors = process.communicate(timeout=600)
         self.ended(number)
         return Done(process.args, process.returncode, said, errors)
 

@@ -203,7 +203,7 @@ def fly(
         for rank in (range(size) if present is None else present)
     ]
     codes: list[int | None] = []
-    deadline = started + 60
+    deadline = started + 600
     for process in processes:
         with suppress(subprocess.TimeoutExpired):
             process.wait(max(0.1, deadline - time.monotonic()))

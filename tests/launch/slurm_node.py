@@ -106,7 +106,7 @@ def is_idle(environment: dict[str, str]) -> bool:
 
 
 def wait_for(true: Callable[[], bool], folder: Path) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while not true():
         if time.monotonic() > deadline:
             logs = "\n".join(path.read_text()[-2000:] for path in folder.glob("*.log"))

@@ -44,7 +44,7 @@ def unpacked(archive: Path, target: Path) -> Path:
 def say(*command: str | Path) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=30, env=environment
+        list(map(str, command)), capture_output=True, text=True, timeout=600, env=environment
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

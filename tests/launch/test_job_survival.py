@@ -46,7 +46,7 @@ def last_weights(record: Path) -> dict[str, torch.Tensor]:
 
 
 def wait_for_steps(record: Path, steps: int) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 600
     lines = record / "metrics.jsonl"
     while not lines.exists() or lines.read_text().count("\n") < steps:
         assert time.monotonic() < deadline

@@ -185,7 +185,7 @@ def start_recorder(root: Path, out: Path, every: float) -> "subprocess.Popen[str
 
 
 def wait_for_lines(path: Path, lines: int) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 600
     while not path.exists() or path.read_bytes().count(b"\n") < lines:
         assert time.monotonic() < end
         time.sleep(0.01)

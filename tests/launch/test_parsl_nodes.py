@@ -78,7 +78,7 @@ class Sweep:
 
     @staticmethod
     def wait_until(true: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 600
         while not true():
             assert time.monotonic() < deadline
             time.sleep(0.02)

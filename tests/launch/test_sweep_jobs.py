@@ -149,7 +149,7 @@ def test_a_job_of_this_machine_has_ended_once_its_process_is_gone(tmp_path: Path
     assert jobs.ended([job, before]) == {before}  # an id is not that of a process with its number
     assert LocalJobs().ended([job]) == set()  # as a sweep that is started again finds it
     (tmp_path / "end").touch()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 600
     while not jobs.ended([job]):
         assert time.monotonic() < deadline
         time.sleep(0.01)

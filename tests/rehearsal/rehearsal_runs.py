@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Outcome = dict[str, Any]
 
-LONGEST = 200
+LONGEST = 1100
 """Seconds that all runs of a process may take: then it says where it was, and ends."""
 
 

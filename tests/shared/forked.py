@@ -1,9 +1,9 @@
 """Commands of the project as processes of their own that start in a moment, not in seconds.
 
 Most of a command's start is the import of torch and its like. One server a session has imported
-them; each process is a fork of it, with its own arguments, environment, folder, streams and, at
-its end, an interpreter that shuts down as any other. Where imports themselves, or what Python reads
-from its environment at its start, are under test, use subprocess.
+them; each process is a fork of it, with its own arguments, environment, folder and streams. Where
+imports themselves, what Python reads from its environment at its start, or how an interpreter is
+taken down, are under test, use subprocess.
 """
 
 import os
@@ -25,7 +25,7 @@ CHILD = Path(__file__).parent / "forked_child.py"
 FOLDER = "FORKED_SERVERS"
 """The variable that says where the sockets of this session's servers are."""
 
-START_SECONDS = 120
+START_SECONDS = 600
 
 
 def set_up() -> None:

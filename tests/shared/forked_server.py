@@ -1,6 +1,8 @@
 """The server behind forked.py: `python forked_server.py SOCKET OWNER`."""
 
+import atexit
 import builtins
+import contextlib
 import fcntl
 import gc
 import importlib
@@ -57,7 +59,44 @@ def main() -> None:
     gc.freeze()
     request = serve(path, owner)
     if request is not None:
+        end(run(request, base))
+
+
+def run(request: Request, base: list[str]) -> int:
+    """Become what was asked for; returns its exit code, as the interpreter would make it."""
+    try:
         become(request, base)
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return (stop.code or 0) & 0xFF
+        print(stop.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())
+        return -signal.SIGINT
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def end(code: int) -> None:
+    """End as an interpreter does: threads, then what is registered, then the streams.
+
+    It does not take its modules apart. In a fork that copies nearly every page of the server's
+    memory, which took most of the time of a short command: 0.4 s.
+    """
+    if "mpi4py.MPI" in sys.modules:  # which finalizes MPI as the interpreter is taken down
+        sys.exit(code)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or with nobody at its other end
+            stream.flush()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
 
 
 def serve(path: Path, owner: int) -> Request | None:

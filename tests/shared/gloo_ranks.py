@@ -62,7 +62,7 @@ def work_as_rank(
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=600),
         )
     outcomes = {}
     for job in jobs:

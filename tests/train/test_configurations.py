@@ -60,7 +60,7 @@ SLICES = 5
 
 ALONE = Ranks("none", 0, 1, 0, 1, "127.0.0.1", 0)
 ENOUGH = 20.0
-"""Seconds within which any value has to be refused or taken, on a busy machine too."""
+"""Seconds of processor time within which any value has to be refused or taken."""
 
 
 def compose(words: tuple[str, ...]) -> DictConfig:
@@ -121,7 +121,7 @@ def changed(node: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 def outcome(part: str, composed: DictConfig, config: TrainConfig, key: str, value: Any) -> str:
     """What became of a value: "right", or the sentence it is refused with."""
     _, group = PARTS[part]
-    signal.setitimer(signal.ITIMER_REAL, ENOUGH)
+    signal.setitimer(signal.ITIMER_PROF, ENOUGH)
     try:
         if group in ("task", "model", "optim", "lr", "batch"):  # free of types until they are built
             now = replace(config, **{group: changed(getattr(config, group), key, value)})
@@ -134,7 +134,7 @@ def outcome(part: str, composed: DictConfig, config: TrainConfig, key: str, valu
     except ValueError as error:  # of `typed`, which `replace` goes around, a ConfigError
         told = str(error)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     assert told.strip()
     assert "\n" not in told, told
     return told
@@ -155,11 +155,11 @@ def too_long(number: int, frame: Any) -> None:
 def _cheap() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    before = signal.signal(signal.SIGALRM, too_long)
+    before = signal.signal(signal.SIGPROF, too_long)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-    signal.signal(signal.SIGALRM, before)
+    signal.signal(signal.SIGPROF, before)
     torch.set_num_threads(threads)
 
 

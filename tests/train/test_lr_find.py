@@ -224,7 +224,7 @@ def test_a_row_waits_for_the_tables_lock(tmp_path: Path) -> None:
         writer.join(timeout=0.3)
         assert writer.is_alive()
         assert path.read_text() == ""
-    writer.join(timeout=30)
+    writer.join(timeout=600)
     assert table(path) == [dict.fromkeys(COLUMNS, "a")]
 
 

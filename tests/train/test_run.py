@@ -181,7 +181,7 @@ def test_a_signal_ends_the_run_between_two_steps(
     try:
         wait_for_lines(tmp_path / "run" / "metrics.jsonl", 20)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 128 + number

@@ -122,7 +122,7 @@ def sweep(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A sweep of two slow runs, both under way."""
     (tmp_path / "gate").touch()
     started = start(tmp_path)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not all((tmp_path / "s" / name / "metrics.jsonl").exists() for name in "01"):
         assert started.poll() is None, started.communicate()
         assert time.monotonic() < deadline
