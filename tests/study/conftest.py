@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from largebatch.study.page.html import Drawn
 from largebatch.study.protocol.search import Result
 
 Simulate = Callable[[str, int, float, int, int], Result]
@@ -31,3 +32,15 @@ def simulate() -> Simulate:
         return Result(steps, 2.19 - 0.001 / (1 + abs(octaves)))
 
     return run
+
+
+@pytest.fixture
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without pictures, which take nearly all of their time; but for tests marked drawn."""
+    if request.node.get_closest_marker("drawn"):
+        return
+
+    def draw(*_: object) -> dict[str, Drawn]:
+        return dict.fromkeys(("curve", "learning_rate", "basins"), Drawn("", ""))
+
+    monkeypatch.setattr("largebatch.study.report._draw", draw)

@@ -21,6 +21,8 @@ from largebatch.study.section_study import SectionStudy, read_study, runs
 CURVE_COLUMNS = (
     "optimizer,batch_size,steps,samples,lr,trials,at_edge,missed,seeds,low,high,interpolated,cut"
 )
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 PICTURES = ("basins", "curve", "learning_rate", "ratio")
 
 
@@ -38,6 +40,7 @@ def points(folder: Path) -> list[StudyPoint]:
     return only(folder).all_points
 
 
+@pytest.mark.drawn
 def test_a_study_becomes_its_files_with_exact_columns(tmp_path: Path) -> None:
     record_study(tmp_path / "runs", STEPS)
     assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
@@ -343,6 +346,7 @@ STRANGE = {  # as it is in a record, and in a cell
 }  # fmt: skip
 
 
+@pytest.mark.drawn
 def test_names_are_text_in_pictures_tables_and_on_the_terminal(tmp_path: Path) -> None:
     for number, name in enumerate(STRANGE):
         record(tmp_path / "runs" / f"{number}", 100, optimizer=name, task='$t$ {} "quoted"')
@@ -364,6 +368,7 @@ def test_names_are_text_in_pictures_tables_and_on_the_terminal(tmp_path: Path) -
     assert "_hidden" in drawn
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("changes", "titles"),
     [
