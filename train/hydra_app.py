@@ -29,6 +29,7 @@ from largebatch.conf.user_configs import first, tell_replaced, unreadable_file
 from largebatch.records.record import unwritable
 
 _WITH_VALUE: Final = ("cfg", "package", "info", "config_path", "config_name", "experimental_rerun")
+_OWN_CLASS: Final = re.compile(r"(task|model)=([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)")
 _FLAGS: Final = ("help", "hydra_help", "resolve", "run", "multirun", "shell_completion")
 
 
@@ -47,6 +48,7 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: Sequen
     options.multirun = options.multirun or (command == "sweep" and not shows)
     keep_request()
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    options.overrides = own_classes(options.overrides)
     sys.argv = [f"largebatch {command}", *_canonical(options), *options.overrides]
     begun = False
 
@@ -95,6 +97,24 @@ def parse_options(arguments: Sequence[str]) -> Namespace:
 
     parser.error = refuse  # type: ignore[method-assign, assignment] # its own prints and exits
     return parser.parse_intermixed_args(arguments)
+
+
+def own_classes(words: Sequence[str]) -> list[str]:
+    """Let a class's dotted name be a task or a model by itself, and its arguments plain keys.
+
+    >>> own_classes(["task=my_project.MyTask", "task.size=8", "seed=1"])
+    ['task=custom', 'task._target_=my_project.MyTask', '++task.size=8', 'seed=1']
+    """
+    named = {found[1] for word in words if (found := _OWN_CLASS.fullmatch(word))}
+    spelled: list[str] = []
+    for word in words:
+        if found := _OWN_CLASS.fullmatch(word):
+            spelled += [f"{found[1]}=custom", f"{found[1]}._target_={found[2]}"]
+        elif word.partition(".")[0] in named and "=" in word:
+            spelled.append(f"++{word}")
+        else:
+            spelled.append(word)
+    return spelled
 
 
 def _canonical(options: Namespace) -> list[str]:

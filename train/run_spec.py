@@ -134,8 +134,8 @@ def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
         raise
     names: dict[str, Any] = {
         "optimizer": str(settings.runtime.choices["optim"]),
-        "task": str(settings.runtime.choices["task"]),
-        "model": _model(config, str(settings.runtime.choices["model"])),
+        "task": _choice(config.task, str(settings.runtime.choices["task"])),
+        "model": _choice(config.model, str(settings.runtime.choices["model"])),
         "sweep": None if single else Path(settings.sweep.dir).name,
         "name": _name(settings, folder),
     }
@@ -242,8 +242,9 @@ def noise_source(
     )
 
 
-def _model(config: TrainConfig, choice: str) -> str:
-    return str(config.model["_target_"]) if choice == "custom" else choice
+def _choice(node: Mapping[str, Any], choice: str) -> str:
+    """The name of a choice; of a class of the user's own, that class."""
+    return str(node["_target_"]) if choice == "custom" else choice
 
 
 def make_plan(config: TrainConfig) -> Plan:

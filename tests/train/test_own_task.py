@@ -38,6 +38,15 @@ def test_a_task_that_is_none_is_refused_in_a_sentence(
     assert all(word in told for word in named), told
 
 
+def test_a_dotted_name_is_a_task_or_model_by_itself(train: Train, tmp_path: Path) -> None:
+    words = ("task=own_tasks.Right", "model=torch.nn.Linear", "model.in_features=64",
+             "model.out_features=10")  # fmt: skip
+    assert train(*words, *RUN[2:]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["task"], summary["model"]) == ("own_tasks.Right", "torch.nn.Linear")
+    assert summary["num_parameters"] == 650
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
