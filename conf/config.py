@@ -74,6 +74,7 @@ class BudgetConfig:
 class EvaluationConfig:
     growth: float = real(1.03, least=1.0)
     within: float | None = real(None, least=0.0)
+    micro_batch_size: int | None = count(None, least=1)
 
 
 @dataclass

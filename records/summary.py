@@ -30,6 +30,10 @@ class SummaryRecord(TypedDict, total=False):
     loss: float | None
     eval_loss: float | None
     seconds: float
+    evaluation_seconds: float
+    """Of these, spent on evaluations."""
+    record_seconds: float
+    """Spent on record lines, since the run began or was resumed."""
     task: str
     model: str
     optimizer: str

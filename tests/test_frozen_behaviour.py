@@ -99,7 +99,9 @@ RUN = (
     "hydra.run.dir=.",
 )  # fmt: skip
 COLUMNS = ("loss", "grad_norm", "noise_scale", "skipped")
-OF_THE_MACHINE = ("seconds", "throughput", "provenance")
+OF_THE_MACHINE = (
+    "seconds", "evaluation_seconds", "record_seconds", "throughput", "provenance"
+)  # fmt: skip
 FROZEN_APART = ("config",)  # see frozen/configurations
 # Relative, with other kernels than the golden file's. Measured with AVX2's, and with scalar ones,
 # in place of AVX-512's: LARS, LAMB and K-FAC below 1e-6, Shampoo 9e-5 (roots), Muon 1.1e-3

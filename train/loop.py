@@ -332,6 +332,7 @@ class Loop:
         with self._clock.paused():
             self.reporter.phase("evaluate")
             record["eval_loss"] = eval_loss()
+        self.progress.evaluation_seconds += self._clock.pause
         self.progress.take_evaluation(record["eval_loss"], self.stopping.target_loss)
         if self.plan.is_open:
             measured = {"batch_size": point.batch_size, "step_seconds": step_seconds}

@@ -15,7 +15,7 @@ class RunProgress:
     samples: int = 0
     loss: float | None = None
     running_loss: float | None = None
-    """Training losses, each new one weighing 0.2 of the average."""
+    """Training losses, each new one weighing 0.2 of the average, and more in the first steps."""
     eval_loss: float | None = None
     eval_steps: int | None = None
     """Where it was evaluated; None where evaluations have been passed over since."""
@@ -25,6 +25,7 @@ class RunProgress:
     """Why it ended, where the guard has ended it."""
     left_out: int = 0
     """Samples of the order that were left out, by rolling back: what comes stands so much later."""
+    evaluation_seconds: float = 0.0
     should_stop: bool = False
     """Whether no step is to follow: the run ends, or has to roll back."""
 
@@ -39,7 +40,9 @@ class RunProgress:
         self.loss = loss
         if math.isfinite(loss):
             before = loss if self.running_loss is None else self.running_loss
-            self.running_loss = 0.8 * before + 0.2 * loss
+            # An average over a tenth of the steps or less: it would lag behind a fast fall.
+            weight = min(1.0, max(0.2, 10 / max(1, self.steps)))
+            self.running_loss = before + weight * (loss - before)
 
     def take_evaluation(self, loss: float, target: float | None) -> None:
         """Take in an evaluation loss, made now."""

@@ -184,7 +184,13 @@ class Run:
         """The loop; a sweep of learning rates is not evaluated."""
         config, parts = self.spec.config, self.parts
         evaluation = Evaluation(
-            partial(evaluate, parts.task, parts.engine, self.ranks, self.micro_batch_size),
+            partial(
+                evaluate,
+                parts.task,
+                parts.engine,
+                self.ranks,
+                config.evaluation.micro_batch_size or self.micro_batch_size,
+            ),
             EvaluationGrid(config.evaluation.growth),
             config.evaluation.within,
         )
@@ -250,6 +256,8 @@ class Run:
             "loss": progress.loss,
             "eval_loss": progress.eval_loss,
             "seconds": self.reporter.seconds(),
+            "evaluation_seconds": round(progress.evaluation_seconds, 4),
+            "record_seconds": self.reporter.record_seconds(),
             "task": self.spec.task,
             "model": self.spec.model,
             "optimizer": self.spec.optimizer,

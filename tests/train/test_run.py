@@ -91,9 +91,23 @@ def test_evaluations_stand_on_the_geometric_grid(
 ) -> None:
     train(*DIGITS, "target.loss=null", "budget.samples=3200", "evaluation.growth=1.5",
           "hydra.run.dir=run")  # fmt: skip
-    lines, _ = read_run(tmp_path / "run")
+    lines, summary = read_run(tmp_path / "run")
+    assert 0 < summary["evaluation_seconds"] < summary["seconds"]
+    assert 0 < summary["record_seconds"] < summary["seconds"]
     evaluated = [line["step"] for line in lines if "eval_loss" in line]
     assert evaluated == [1, 2, 3, 5, 8, 12, 18, 27, 41, 50]  # and the last step
+
+
+def test_an_evaluation_is_the_same_in_smaller_and_larger_pieces(
+    train: Train, read_run: ReadRun, tmp_path: Path
+) -> None:
+    losses = []
+    for size in ("null", "100", "4096"):  # 1,437 samples: the last piece is a smaller one
+        train(*SHORT, f"evaluation.micro_batch_size={size}", f"hydra.run.dir=in-{size}")
+        lines, _ = read_run(tmp_path / f"in-{size}")
+        losses.append([line["eval_loss"] for line in lines if "eval_loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_record_every_thins_the_lines_but_keeps_evaluations(

@@ -59,6 +59,9 @@ class NullReporter:
     def seconds(self) -> float:
         return 0.0
 
+    def record_seconds(self) -> float:
+        return 0.0
+
     def recorded_steps(self) -> int:
         return 0
 
@@ -87,6 +90,7 @@ class Reporter(NullReporter):
         self._heartbeat = Heartbeat(folder.path, world_size)
         self._begin = time.perf_counter() - folder.seconds
         self._steps = self._samples = 0
+        self._recording = 0.0
 
     def __enter__(self) -> Self:
         self._heartbeat.__enter__()
@@ -100,12 +104,17 @@ class Reporter(NullReporter):
         """Since training began, before an interruption too."""
         return round(time.perf_counter() - self._begin, 4)
 
+    def record_seconds(self) -> float:
+        """Spent on lines, since this process began; without what `watch` did with them."""
+        return round(self._recording, 4)
+
     def recorded_steps(self) -> int:
         """Of the last line that was written."""
         return self._folder.last.step
 
     def line(self, record: StepRecord) -> None:
         """A complete record, each in its turn."""
+        begin = time.perf_counter()
         rates = self._throughput.line(record["global_batch_size"], record["step_seconds"])
         line = {**record} | rates | {"seconds": self.seconds()}
         del line["step_seconds"]
@@ -115,6 +124,7 @@ class Reporter(NullReporter):
         if is_shown or self._steps % self._every == 0:
             self._folder.write(line)
             self._logger.log(line)
+        self._recording += time.perf_counter() - begin
         self._watch(line)
 
     def event(self, event: dict[str, Any]) -> None:

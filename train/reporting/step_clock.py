@@ -11,6 +11,7 @@ class StepClock:
     """
 
     def __init__(self) -> None:
+        self.pause = 0.0
         self.start()
 
     def start(self) -> None:
@@ -28,10 +29,11 @@ class StepClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the enclosed time from step timing."""
+        """Exclude the enclosed time from step timing; `pause` says how long it was."""
         before = time.perf_counter()
         yield
-        self._begun += time.perf_counter() - before
+        self.pause = time.perf_counter() - before
+        self._begun += self.pause
 
     def mean_of_steps(self) -> float:
         """Seconds of a step, over those since this was last asked."""

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,6 +99,7 @@ def _beginning(path: Path) -> bytes:
         return file.read(_LONGEST)
 
 
+@cache
 def package_versions() -> str:
     """The packages with the versions that are installed."""
     return ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
