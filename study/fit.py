@@ -22,9 +22,7 @@ __all__ = ["FEWEST_POINTS", "CurveFit", "fit_curve"]
 class CurveFit:
     """S_min in steps, E_min in samples, B_crit in samples a step, the shape n.
 
-    `b_crit_range` holds the lowest and the highest B_crit over fits that leave one point out. It
-    shows how much hangs on a single point and is *not* a confidence interval; None below one point
-    more than a fit needs. `rms` is the root mean square of the log residuals (0.04 is 4 %).
+    `rms` is the root mean square of the log residuals (0.04 is 4 %).
     `identified` is true where the measured batches reach below B_crit / 4 and above 4 B_crit;
     elsewhere B_crit is an extrapolation. `num_censored` counts the misses that bound the fit.
     """
@@ -32,7 +30,6 @@ class CurveFit:
     s_min: float
     e_min: float
     b_crit: float
-    b_crit_range: tuple[float, float] | None
     rms: float
     identified: bool
     num_points: int
@@ -77,16 +74,12 @@ def fit_curve(
     sizes = np.concatenate([batch, missed[binding]])
     values = np.concatenate([counts, too_few[binding]])
     is_bound = np.arange(len(sizes)) >= len(batch)
-    # The first row has all points, each further one lacks one of them.
-    rows = np.tile(values, (len(batch) + 1, 1))
-    rows[np.arange(1, len(rows)), np.arange(len(batch))] = np.nan
-    curves = fit_many(sizes, rows, is_bound, shape)
-    b_crit, spread = float(curves.b_crit[0]), curves.b_crit
+    curves = fit_many(sizes, values, is_bound, shape)
+    b_crit = float(curves.b_crit[0])
     return CurveFit(
         s_min=float(curves.s_min[0]),
         e_min=float(curves.e_min[0]),
         b_crit=b_crit,
-        b_crit_range=None if np.isnan(spread).any() else (float(spread.min()), float(spread.max())),
         rms=float(curves.rms[0]),
         identified=min(batch_sizes) < b_crit / 4 and max(batch_sizes) > 4 * b_crit,
         num_points=len(batch),
