@@ -12,6 +12,7 @@ from typing import Final
 
 from largebatch.common.text import duration
 from largebatch.records import printable
+from largebatch.study.costs import read_cost
 from largebatch.study.page.answers import answers
 from largebatch.study.page.tables import (
     Listing,
@@ -288,6 +289,8 @@ def _provenance(study: Study) -> list[str]:
     ]
     if seconds:
         facts.append(f"together they took {duration(seconds)}")
+    costs = [cost.in_words() for cost in map(read_cost, study.folders) if cost is not None]
+    facts += [words for words in costs if words]
     return [*facts, *provenance_of([run.provenance for run in runs])]
 
 

@@ -53,14 +53,16 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def conduct(
-    protocol: Question, folder: Path, arguments: Sequence[str], launch: Launch
-) -> dict[str, int]:
+    protocol: Question, folder: Path, arguments: Sequence[str], launch: Launch,
+    ended: Callable[[Path], None] = lambda run: None,
+) -> dict[str, int]:  # fmt: skip
     """Run the protocol to its end in `folder`; returns how many runs were made and how many found.
 
     A point is asked again as soon as its own trials are in, whatever else runs.
 
     Args:
         arguments: overrides that every job shares.
+        ended: is told the folder of each run that was made.
     """
     count = {"made": 0, "found": 0}
     launched: list[Job] = []
@@ -86,6 +88,7 @@ def conduct(
     def more(place: int) -> list[list[str]]:
         job = launched[place]
         protocol.tell(job, result_of(folder, job))
+        ended(folder / job.folder)
         count["made"] += 1
         progress.ended(job)
         return next_jobs()

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from largebatch.common.errors import ConfigError, SweepFailed
 from largebatch.conf.config import typed
 from largebatch.conf.sweep_config import LOSS, STEPS, StudyConfig
+from largebatch.study.costs import StudyCost, add_cost
 from largebatch.study.protocol.conduct import (
     Launch,
     More,
@@ -56,11 +57,19 @@ def sweep(
         check_identity(folder, _identity(composed, optimizers))
         check_grid(folder, shared.study)
         tie_workers_to_this_process()
-        count = conduct(protocol, folder, arguments, _launch_by(launcher))
+        cost, conducted = StudyCost(), time.perf_counter()
+        count = conduct(protocol, folder, arguments, _launch_by(launcher), cost.take)
+        workers = getattr(launcher, "num_workers", None)
+        if workers is not None:
+            cost.worker_seconds = workers * (time.perf_counter() - conducted)
+        if cost.runs:
+            add_cost(folder, cost)
         report = write_report(folder)
     print_report(report)
     found = f", {count['found']} were there" if count["found"] else ""
     print(f"study took {time.perf_counter() - begin:.0f} s ({count['made']} runs made{found})")
+    if said := cost.in_words():
+        print(said)
     print(f"report: {os.path.relpath(report.html)}")
     return report
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,6 +48,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_a_study_ends_with_table_seconds_and_report(whole: tuple[Path, str]) -> None:
     folder, output = whole
     assert "study took " in output
+    shares = re.search(
+        r"(\d+) runs in .* of workers: (\d+)% training, (\d+)% evaluation, (\d+)% records, "
+        r"(\d+)% waiting", output,
+    )  # fmt: skip
+    assert shares is not None
+    assert f"({shares[1]} runs made)" in output
+    assert 98 <= sum(int(share) for share in shares.groups()[1:]) <= 102
+    assert shares[0] in (folder / "report.html").read_text()
     assert output.rstrip().endswith("report.html")
     for name in ("report.html", "curve.png", "learning_rate.png", "curve.csv", "fits.csv"):
         assert (folder / name).stat().st_size > 50

@@ -31,6 +31,7 @@ class CoresLauncher(Launcher):
 
     def __init__(self, n_jobs: int) -> None:
         self._n_jobs = n_jobs
+        self.num_workers: int | None = None  # once jobs are launched
         self._workers: Any = None
 
     def setup(
@@ -55,7 +56,8 @@ class CoresLauncher(Launcher):
         from largebatch.launch.sweeps.workers import Sweep, Workers, num_workers
 
         if self._workers is None:
-            self._workers = Workers(num_workers(self._n_jobs))
+            self.num_workers = num_workers(self._n_jobs)
+            self._workers = Workers(self.num_workers)
         sweep = Sweep(self.hydra_context, self.config, self._task_function)
         returned: Sequence[JobReturn] = self._workers.launch(
             sweep, job_overrides, initial_job_idx, more
