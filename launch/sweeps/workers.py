@@ -252,12 +252,14 @@ _sweeps: Final[dict[bytes, Sweep]] = {}
 
 def _run(shared: bytes, number: int, overrides: Sequence[str]) -> JobReturn | KeyboardInterrupt:
     try:
-        setup_globals()
-        sweep, singletons = pickle.loads(shared)
-        Singleton.set_state(singletons)
-        # One object for all jobs of a sweep: what it has composed stays with it.
-        done: JobReturn = _sweeps.setdefault(shared, sweep).run(number, overrides)
-        return done
+        # One object for all jobs of a sweep: what it has composed stays with it, and Hydra looks
+        # for its plugins once.
+        if shared not in _sweeps:
+            setup_globals()
+            sweep, singletons = pickle.loads(shared)
+            Singleton.set_state(singletons)
+            _sweeps[shared] = sweep
+        return _sweeps[shared].run(number, overrides)
     except KeyboardInterrupt as error:
         return error
     except BaseException as error:  # of a configuration, an import, or the task's own sys.exit
