@@ -2,11 +2,14 @@
 rules.
 
 The search at `start_batch` begins at the optimizer's own learning rate; the others follow outwards,
-each from the best setting of the neighbour nearer to the start. Where keys beside the rate are
-tuned, the smallest and the largest batch come first, and the sizes between take what lies between
-the two (see `tuned_keys.py`).
+each from the best setting of the neighbour nearer to the start, its rate moved by half of what the
+square-root rule says, and by a grid point at least: optima move by something between nothing and
+that rule. Where keys beside the
+rate are tuned, that is at `start_batch` and at the largest batch; the sizes between take what lies
+between the two, those below what was found at `start_batch` (see `tuned_keys.py`).
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -23,6 +26,9 @@ from largebatch.study.protocol.search import (
     Values,
 )
 from largebatch.study.protocol.tuned_keys import TunedKey, between, tuned_keys
+
+HOPE: Final = 1.3
+"""A search's first runs are cut at this many times the steps that its neighbour leaves to hope."""
 
 
 class StudyJob(NamedTuple):
@@ -99,17 +105,17 @@ class Protocol:
         optimizers: each one's configuration; its learning rate is the origin of its grid.
         budget_samples: a run that needs more is a miss.
         searches: of every place, as far as opened.
-        probes: where keys beside the rate are tuned, the climb at `start_batch` that the searches
-            at the ends start from.
     """
 
     study: StudyConfig
     optimizers: Mapping[str, Mapping[str, Any]]
     budget_samples: int
     searches: dict[Place, Search] = field(default_factory=dict)
-    probes: dict[str, Search] = field(default_factory=dict)
     keys: dict[str, tuple[TunedKey, ...]] = field(init=False)
     _rules_asked: set[Place] = field(default_factory=set)
+    _rules_reached: dict[tuple[str, int, str], bool] = field(default_factory=dict)
+    """Of an optimizer, a batch size and a rule: whether the first report seed reached the target,
+    once it is known; the others follow then, and the entry goes."""
 
     def __post_init__(self) -> None:
         self.keys = {
@@ -121,19 +127,19 @@ class Protocol:
         self._open_searches()
         jobs = [
             self._job(optimizer, batch_size, trial)
-            for (optimizer, batch_size), search in self._all()
+            for (optimizer, batch_size), search in self.searches.items()
             for trial in search.ask()
         ]
         jobs += [job for optimizer in self.study.optimizers for job in self._rule_jobs(optimizer)]
         return sorted(jobs, key=lambda job: job.most_samples, reverse=True)
 
     def tell(self, job: StudyJob, result: Result) -> None:
-        """The result of a job; those of rules decide nothing, the report reads their records."""
-        if job.base_batch is not None:
-            return
-        for place, search in self._all():
-            if place == (job.optimizer, job.batch_size) and search.awaits(job.trial):
-                search.tell(job.trial, result)
+        """The result of a job; that of a rule decides whether its other seeds are run."""
+        if job.base_batch is None:
+            self.searches[job.optimizer, job.batch_size].tell(job.trial, result)
+        elif job.trial.seed == self._rule_seeds[0]:
+            rule = job.optimizer, job.batch_size, job.rule
+            self._rules_reached[rule] = result.steps is not None
 
     @property
     def places(self) -> list[Place]:
@@ -202,11 +208,6 @@ class Protocol:
         close = abs(rate / self.lr(optimizer, tuned.grid_point) - 1) < 1e-3
         return close and base.values == tuned.values
 
-    def _all(self) -> Iterator[tuple[Place, Search]]:
-        for optimizer, probe in self.probes.items():
-            yield (optimizer, self.study.start_batch), probe
-        yield from self.searches.items()
-
     def _job(
         self, optimizer: str, batch_size: int, trial: SearchTrial, rule: str = "none",
         base_batch: int | None = None,
@@ -220,17 +221,15 @@ class Protocol:
 
     def _open_searches(self) -> None:
         for optimizer in self.study.optimizers:
-            keys = self.keys[optimizer]
-            if keys and optimizer not in self.probes:
-                self.probes[optimizer] = self._search(optimizer, self.study.start_batch, probe=True)
             for batch_size, neighbour in self._order(optimizer):
-                before = self._before(optimizer, neighbour)
-                is_open = (optimizer, batch_size) in self.searches
-                if is_open or (neighbour is not None and before is None):
+                if (optimizer, batch_size) in self.searches:
+                    continue
+                before = None if neighbour is None else self._done(optimizer, neighbour)
+                if neighbour is not None and before is None:
                     continue
                 fixed = None
-                if keys and batch_size not in self._ends:
-                    fixed = self._values_between(optimizer, batch_size)
+                if self.keys[optimizer] and batch_size not in self._tuned_at:
+                    fixed = self._values_at(optimizer, batch_size)
                     if fixed is None:
                         continue
                 self.searches[optimizer, batch_size] = self._search(
@@ -238,58 +237,59 @@ class Protocol:
                 )
 
     @property
-    def _ends(self) -> tuple[int, int]:
+    def _tuned_at(self) -> tuple[int, int]:
         """The batch sizes at which keys beside the rate are tuned."""
-        return self.study.batch_sizes[0], self.study.batch_sizes[-1]
+        return self.study.start_batch, self.study.batch_sizes[-1]
 
-    def _values_between(self, optimizer: str, batch_size: int) -> Values | None:
-        """What lies between the values found at the ends; None until both are known."""
-        searches = [self.searches.get((optimizer, size)) for size in self._ends]
-        if any(search is None or not search.done for search in searches):
+    def _values_at(self, optimizer: str, batch_size: int) -> Values | None:
+        """What follows from the values found where they are tuned; None until these are known."""
+        searches = [self._done(optimizer, size) for size in self._tuned_at]
+        found = [
+            (search.chosen or search.best or search.start).values for search in searches if search
+        ]
+        if batch_size < self.study.start_batch and searches[0] is not None:
+            return found[0]
+        if len(found) < len(searches):
             return None
-        low, high = (
-            (search.chosen or search.best or search.start).values
-            for search in searches
-            if search is not None
-        )
-        return between(self.keys[optimizer], batch_size, self._ends, (low, high))
+        return between(self.keys[optimizer], batch_size, self._tuned_at, (found[0], found[1]))
 
-    def _before(self, optimizer: str, neighbour: int | None) -> Search | None:
-        """The search that another starts from, once it is done."""
-        if neighbour is None:
-            return None
-        before = self.searches.get((optimizer, neighbour))
-        if before is None and neighbour == self.study.start_batch:
-            before = self.probes.get(optimizer)
-        return before if before is not None and before.done else None
+    def _done(self, optimizer: str, batch_size: int) -> Search | None:
+        """The search at a batch size, once it is done."""
+        search = self.searches.get((optimizer, batch_size))
+        return search if search is not None and search.done else None
 
     def _search(
         self, optimizer: str, batch_size: int, before: Search | None = None,
-        neighbour: int | None = None, fixed: Values | None = None, *, probe: bool = False,
+        neighbour: int | None = None, fixed: Values | None = None,
     ) -> Search:  # fmt: skip
         keys = self.keys[optimizer]
         own = tuple(key.start for key in keys)
         start, most_steps = Setting(0, own), self.budget_samples // batch_size
+        climb_steps = most_steps
         if before is not None and neighbour is not None:
             start = before.best or before.start
             if before.best is not None:
-                # Twice what would be no gain (larger) or perfect scaling (smaller) is hopeless.
-                scaling = max(1.0, neighbour / batch_size)
-                most_steps = min(most_steps, int(2 * scaling * before.best_steps))
+                doublings = math.log2(batch_size / neighbour)
+                moved = math.copysign(max(1, round(abs(doublings) / 2)), doublings)
+                start = start._replace(grid_point=start.grid_point + int(moved))
+                # Of what would be no gain (larger) or perfect scaling (smaller) more is hopeless.
+                worst = max(1.0, neighbour / batch_size) * before.best_steps
+                climb_steps = math.ceil(HOPE * worst)
+                most_steps = min(most_steps, int(2 * worst))
         if fixed is not None and fixed != start.values:
             moves = zip(keys, fixed, start.values, strict=True)
             shift = sum(key.shifts[to] - key.shifts[since] for key, to, since in moves)
             start = Setting(start.grid_point + shift, fixed)
-        tunes = fixed is None and not probe
+        tunes = fixed is None
         return Search(
             start,
             max(1, most_steps),
             tuple(self.study.select_seeds),
             tuple(self.study.report_seeds),
-            climb_only=probe,
             grid_sizes=tuple(len(key.grid) for key in keys) if tunes else (),
             shifts=tuple(key.shifts for key in keys) if tunes else (),
             most_trials=self.study.most_trials,
+            climb_steps=max(1, min(climb_steps, most_steps)),
         )
 
     def _order(self, optimizer: str) -> Iterator[tuple[int, int | None]]:
@@ -301,30 +301,37 @@ class Protocol:
             *((sizes[i], sizes[i - 1]) for i in range(middle + 1, len(sizes))),
             *((sizes[i], sizes[i + 1]) for i in range(middle - 1, -1, -1)),
         ]
-        if not self.keys[optimizer]:
+        if not self.keys[optimizer] or start == sizes[-1]:
             yield from outwards
             return
-        yield from ((size, start) for size in sorted({*self._ends}))
-        yield from ((size, since or start) for size, since in outwards if size not in self._ends)
+        yield from ((size, start if size == sizes[-1] else since) for size, since in outwards)
 
     def _rule_jobs(self, optimizer: str) -> Iterator[StudyJob]:
-        """The rules from the smallest batch's chosen rate, where both ends are known."""
+        """The rules from the smallest batch's chosen rate, where both ends are known: the first
+        report seed, and where it reaches the target the others.
+        """
         base = self.study.batch_sizes[0]
         for batch_size in self.study.rule_batches:
             ends = [self.searches.get((optimizer, size)) for size in (base, batch_size)]
-            if (optimizer, batch_size) in self._rules_asked or batch_size == base:
+            if batch_size == base or any(search is None or not search.done for search in ends):
                 continue
-            if any(search is None or not search.done for search in ends):
-                continue
+            is_new = (optimizer, batch_size) not in self._rules_asked
             self._rules_asked.add((optimizer, batch_size))
             chosen = None if ends[0] is None else ends[0].chosen
             if chosen is None or ends[1] is None or ends[1].chosen is None:
                 continue
             give_up = max(1, int(2 * ends[1].best_steps))
             for rule in self.study.rules:
+                seeds = self._rule_seeds[:1] if is_new else []
+                if self._rules_reached.pop((optimizer, batch_size, rule), False):
+                    seeds = self._rule_seeds[1:]
                 if self.same_as_tuned(optimizer, rule, batch_size):
                     continue
-                for seed in self.study.report_seeds or self.study.select_seeds[:1]:
+                for seed in seeds:
                     yield self._job(
                         optimizer, batch_size, SearchTrial(chosen, seed, give_up), rule, base
                     )
+
+    @property
+    def _rule_seeds(self) -> list[int]:
+        return self.study.report_seeds or self.study.select_seeds[:1]

@@ -71,21 +71,22 @@ class Search:
         most_steps: a run that needs more is a miss.
         select_seeds: choose the setting, the first by climbing, the others by confirming.
         report_seeds: measure it; none: the selecting seeds' own runs are all there is.
-        climb_only: the search ends with its climb, and serves others as a start.
         grid_sizes: of each tuned key, the number of values on its grid.
         shifts: of each tuned key and value, how many grid points of the rate it moves the start by,
             so that one value's best rate is a start for the next.
         most_trials: of the climb, which ends where they are spent.
+        climb_steps: at which its runs are cut as long as none has reached the target; None: at
+            `most_steps`.
     """
 
     start: Setting
     most_steps: int
     select_seeds: tuple[int, ...] = (0,)
     report_seeds: tuple[int, ...] = ()
-    climb_only: bool = False
     grid_sizes: tuple[int, ...] = ()
     shifts: tuple[tuple[int, ...], ...] = ()
     most_trials: int = 64
+    climb_steps: int | None = None
     _results: dict[tuple[Setting, int], Result] = field(default_factory=dict)
     _asked: set[tuple[Setting, int]] = field(default_factory=set)
     _cut: set[tuple[Setting, int]] = field(default_factory=set)
@@ -107,10 +108,6 @@ class Search:
             and trial.give_up_steps < self.most_steps
         ):
             self._cut.add(run)
-
-    def awaits(self, trial: SearchTrial) -> bool:
-        """Whether the trial was asked and has not been told."""
-        return (trial.setting, trial.seed) in self._asked
 
     @property
     def done(self) -> bool:
@@ -178,12 +175,10 @@ class Search:
     def _wanted(self) -> list[tuple[Setting, int, int]]:
         """What comes next: more of the climb, else of the confirmation, else of the report."""
         if not self.is_spent and (climb := list(self._climb())):
-            give_up = self.most_steps
+            give_up = self.climb_steps or self.most_steps
             if self.best is not None:
-                give_up = min(give_up, math.ceil(CUT * self.best_steps))
+                give_up = min(self.most_steps, math.ceil(CUT * self.best_steps))
             return [(setting, self.select_seeds[0], give_up) for setting in climb]
-        if self.climb_only:
-            return []
         seeds = self.select_seeds
         if confirm := [m for setting in self._to_confirm() for m in self._missing(setting, seeds)]:
             return confirm

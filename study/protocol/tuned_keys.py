@@ -1,7 +1,8 @@
 """What a study tunes of an optimizer beside its learning rate: momentum, and more on request.
 
-Each key has a grid of values that climbs walk. It is tuned at the smallest and at the largest batch
-size; the sizes between take the value that lies between the two, by the logarithm of the batch.
+Each key has a grid of values that climbs walk. It is tuned at the batch size where a study starts
+and at the largest; the sizes between take the value that lies between the two, by the logarithm of
+the batch, and the smaller ones that of the start.
 """
 
 import math
@@ -9,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-_DECAYS: Final = (0.0, 0.5, 0.7, 0.85, 0.9, 0.95, 0.98, 0.99)
-"""1 - value falls by about a factor sqrt(2) to 2 a step."""
+_DECAYS: Final = (0.5, 0.75, 0.9, 0.95, 0.98)
+"""1 - value falls by a factor 2 to 2.5 a step, two to a side of 0.9; an optimizer's own takes the
+place of the nearest."""
 _SECOND_DECAYS: Final = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 _FACTORS: Final = (0.1, 0.3, 1.0, 3.0, 10.0)
 _WEIGHT_DECAYS: Final = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
@@ -60,9 +62,9 @@ def between(
 ) -> tuple[int, ...]:
     """Each key's place on its grid at `batch_size`, from those found at the two `ends`.
 
-    >>> key = TunedKey("momentum", (0.0, 0.5, 0.7, 0.85, 0.9), 4, (0, 0, 0, 0, 0))
-    >>> [between([key], size, (64, 4096), ([4], [1]))[0] for size in (64, 256, 1024, 4096)]
-    [4, 3, 2, 1]
+    >>> key = TunedKey("momentum", (0.5, 0.75, 0.9, 0.95), 2, (0, 0, 0, 0))
+    >>> [between([key], size, (64, 4096), ([3], [0]))[0] for size in (64, 256, 1024, 4096)]
+    [3, 2, 1, 0]
     """
     share = math.log(batch_size / ends[0]) / math.log(ends[1] / ends[0])
     pairs = zip(keys, *found, strict=True)
@@ -72,13 +74,13 @@ def between(
 def _momentum(optim: Mapping[str, Any]) -> TunedKey | None:
     own, betas = optim.get("momentum"), optim.get("betas")
     if isinstance(own, float | int):
-        grid = _with(own, [value for value in _DECAYS if value or not optim.get("nesterov")])
+        grid = _decays(own)
         sums = optim.get("_target_") in _ACCUMULATING
         shifts = tuple(_rate_shift(value, own) if sums else 0 for value in grid)
         return TunedKey("momentum", grid, grid.index(own), shifts)
     if _is_pair(betas):
         assert betas is not None
-        grid = _with(betas[0], _DECAYS)
+        grid = _decays(betas[0])
         return TunedKey("momentum", grid, grid.index(betas[0]), (0,) * len(grid), betas[1])
     return None
 
@@ -118,6 +120,12 @@ _KINDS: Final = {
 
 def _with(own: float, values: Sequence[float]) -> tuple[float, ...]:
     return tuple(sorted({float(own), *values}))
+
+
+def _decays(own: float) -> tuple[float, ...]:
+    """The values with an optimizer's own in place of the one whose 1 - value is nearest to it."""
+    nearest = min(_DECAYS, key=lambda value: abs(math.log((1 - value) / (1 - own))))
+    return tuple(sorted({*_DECAYS} - {nearest} | {float(own)}))
 
 
 def _rate_shift(momentum: float, own: float) -> int:

@@ -136,6 +136,15 @@ def test_runs_of_the_climb_are_cut_behind_the_wall_and_no_others() -> None:
         best = min([best, *climbed])
 
 
+def test_runs_are_cut_by_hope_until_one_has_reached_the_target() -> None:
+    search = make(most_steps=200, climb_steps=120)
+    rounds = finish(search, table({0: 130, -1: 110, -2: 150}))
+    assert [{trial.give_up_steps for trial in trials} for trials in rounds[:3]] == [
+        {120}, {120}, {127}
+    ]  # fmt: skip
+    assert search.chosen == Setting(-1)
+
+
 @pytest.mark.parametrize("slope", [1, -1])
 def test_a_best_point_at_the_edge_extends_the_grid_as_far_as_it_goes(slope: int) -> None:
     search = make(2)
@@ -268,13 +277,6 @@ def test_one_seed_is_chosen_and_reported_by_itself() -> None:
     search = Search(Setting(0), 1000)
     rounds = finish(search, bowl(1))
     assert search.chosen == Setting(1)
-    assert {trial.seed for trials in rounds for trial in trials} == {0}
-
-
-def test_a_search_that_only_climbs_ends_with_its_climb() -> None:
-    search = make(climb_only=True)
-    rounds = finish(search, bowl(1))
-    assert search.best == Setting(1)
     assert {trial.seed for trials in rounds for trial in trials} == {0}
 
 
