@@ -4,9 +4,9 @@ rules.
 The search at `start_batch` begins at the optimizer's own learning rate; the others follow outwards,
 each from the best setting of the neighbour nearer to the start, its rate moved by half of what the
 square-root rule says, and by a grid point at least: optima move by something between nothing and
-that rule. Where keys beside the
-rate are tuned, that is at `start_batch` and at the largest batch; the sizes between take what lies
-between the two, those below what was found at `start_batch` (see `tuned_keys.py`).
+that rule. Where keys beside the rate are tuned, that is at `start_batch` and at the largest batch;
+the sizes between take what lies between the two, those below what was found at `start_batch` (see
+`tuned_keys.py`).
 """
 
 import math
