@@ -135,10 +135,22 @@ def _no_such_choice(error: BaseException) -> str | None:
     )
 
 
+_COUNTED_OTHERWISE: Final = {
+    "budget.epochs": "give budget.samples, epochs times the task's num_train (`largebatch plan` "
+    "prints the steps)",
+    "target.accuracy": "a target is an evaluation loss: give target.loss",
+    "evaluation.every": "evaluations lie on a grid that grows: give evaluation.growth, 1 evaluates "
+    "after every step",
+}
+"""Keys that other tools have."""
+
+
 def _no_such_key(error: BaseException) -> str | None:
     """Of a key that the configuration, or a group of it, does not have: with the nearest it has."""
     if not isinstance(error, (ConfigAttributeError, ConfigKeyError)) or error.full_key is None:
         return None
+    if error.full_key in _COUNTED_OTHERWISE:
+        return f"there is no key {error.full_key}: {_COUNTED_OTHERWISE[error.full_key]}"
     above, _, key = error.full_key.rpartition(".")
     siblings = [str(name) for name in error.parent_node or ()]
     near = get_close_matches(key, siblings, n=1)

@@ -61,9 +61,15 @@ class TargetConfig:
 class BudgetConfig:
     samples: int = count(1_000_000, least=1)
     tokens: int | None = count(None, least=1)
+    steps: int | None = count(None, least=1)
     tokens_per_sample: int = count(1, least=1)
 
     def __post_init__(self) -> None:
+        if self.tokens is not None and self.steps is not None:
+            raise ConfigError(
+                f"budget.tokens={self.tokens:,} and budget.steps={self.steps:,} are two budgets: "
+                "give one"
+            )
         if self.tokens is not None:
             per = self.tokens_per_sample
             self.samples = whole_number(self.tokens, "budget.tokens", per) // per
@@ -223,11 +229,44 @@ class TrainConfig:
             self._check_sweep()
         self.optim["lr"] = real_number(self.optim.get("lr"), "optim.lr", above=0.0)
         per = self.budget.tokens_per_sample
+        self._steps_in_samples()
         self.lr, self.batch = (
             in_samples(node, name, per) for node, name in ((self.lr, "lr"), (self.batch, "batch"))
         )
         if self.batch.get("unit") == "tokens":
             self.batch["tokens_per_sample"] = per
+
+    def _steps_in_samples(self) -> None:
+        """Turn lengths in steps into samples, where each step has the same number of them."""
+        given = {f"lr.{key}": self.lr.pop(key) for key in [*self.lr] if key.endswith("_steps")}
+        given["budget.steps"] = self.budget.steps
+        self.budget.steps = None
+        size = self.batch.get("size")
+        size = None if size is None else whole_number(size, "batch.size", 1)
+        fixed = str(self.batch.get("_target_")).endswith(".ConstantBatch") and self.study is None
+        for key, steps in given.items():
+            if steps is None:
+                continue
+            counts = [
+                whole_number(one, key) for one in (steps if isinstance(steps, list) else [steps])
+            ]
+            in_samples = key.replace("steps", "samples")
+            if size is None or not fixed:
+                why = "a study has many" if self.study is not None else "the run may have several"
+                last = (
+                    "" if size is None else f" ({counts[-1]:,} x {size:,} = {counts[-1] * size:,})"
+                )
+                raise ConfigError(
+                    f"{key}={steps} is no number of samples where {why} batch sizes: give "
+                    f"{in_samples}, which is steps times batch size{last}"
+                )
+            if key == "budget.steps":
+                self.budget.samples = counts[0] * size
+            else:
+                found = [count * size for count in counts]
+                self.lr[in_samples.removeprefix("lr.")] = (
+                    found if isinstance(steps, list) else found[0]
+                )
 
     def _check_sweep(self) -> None:
         """Refuse what mode=lr_find has no use for."""

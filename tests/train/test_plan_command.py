@@ -172,6 +172,18 @@ def test_more_stages_than_fit_are_counted(plan: PlanCommand) -> None:
     assert len(lines) == 1 + 20 + 1 + 20 + 2
 
 
+def test_lengths_in_steps_are_samples_where_all_steps_are_alike(plan: PlanCommand) -> None:
+    shared = ("batch.size=64", "lr=step")
+    steps = described(
+        plan, *shared, "budget.steps=100", "lr.warmup_steps=10", "lr.drop_steps=[50,75]"
+    )
+    samples = described(
+        plan, *shared, "budget.samples=6400", "lr.warmup_samples=640", "lr.drop_samples=[3200,4800]"
+    )
+    assert steps["stages"] == samples["stages"]
+    assert steps["totals"] == samples["totals"]
+
+
 def test_what_is_decided_during_the_run_is_said_to_be(plan: PlanCommand) -> None:
     assert described(plan, "batch=loss_triggered")["decided_during_the_run"] is True
     _, output, _ = plan("--no-picture", "batch=loss_triggered")
@@ -190,6 +202,10 @@ def test_a_split_over_more_ranks_than_there_are_is_planned(plan: PlanCommand) ->
     [
         (["batch=rampup", "--ranks", "48"], ["64", "48", "48 or 96", "128 (96 or 144)"]),
         (["batch=seesaw", "lr=constant"], ["batch=seesaw", "lr=cosine"]),
+        (["batch=rampup", "budget.steps=100"], ["budget.samples", "100 x 256 = 25,600"]),
+        (["batch=rampup", "lr=cosine", "lr.warmup_steps=9"], ["lr.warmup_samples", "9 x 256"]),
+        (["budget.steps=9", "budget.tokens=9"], ["budget.tokens=9", "budget.steps=9", "one"]),
+        (["budget.epochs=3"], ["budget.epochs", "num_train"]),
         (["batch=smith", "lr=cosine"], ["batch=smith", "lr=step"]),
         (["batch=stages", "batch.spec=64"], ["batch.spec", "64"]),
         (["batch=stages", "batch.spec=0:64 1B:128"], ["1000000000", "4000000", "budget.samples"]),
