@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from largebatch.benchmarks.collectives.models import Cost, Link, rabenseifner
-from largebatch.benchmarks.harness import Record, check, say
+from largebatch.benchmarks.harness import Record, check, console, say
 from largebatch.benchmarks.scale.steps import (
     EXCHANGES,
     LAYOUTS,
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     record = measure(matrices(), sizes, Link(options.alpha, options.beta))
-    show(record, Console())
+    show(record, console())
     if options.json is not None:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -22,7 +22,7 @@ from numpy.random import Generator
 from rich.console import Console
 from rich.table import Table
 
-from largebatch.benchmarks.harness import check, make_table, say
+from largebatch.benchmarks.harness import check, console, make_table, say
 from largebatch.benchmarks.statistics.coverage import (
     Coverage,
     Measured,
@@ -59,7 +59,6 @@ CELLS: Final[tuple[tuple[Landscape, int, float], ...]] = (
     *((LAMB_LIKE, count, 1.0) for count in SEEDS),
 )
 """Landscapes, report seeds, and the shape n of the true curve."""
-WIDTH: Final = 120  # of a pipe or a file, so that no cell is cut
 TIMES: Final = "\N{MULTIPLICATION SIGN}"
 FACTORS: Final = {"S_min", "E_min", "B_crit", "n", "cbs20", "b_80", "b_50"}
 TABLES: Final = {
@@ -109,8 +108,7 @@ def main(arguments: Sequence[str]) -> int:
         "published": published(),
         "seconds": time.perf_counter() - began,
     }
-    console = Console()
-    show(record, console if console.is_terminal else Console(width=WIDTH))
+    show(record, console())
     if options.json is not None:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -22,7 +22,7 @@ from largebatch.benchmarks.collectives.models import (
     Cluster,
     Link,
 )
-from largebatch.benchmarks.harness import check
+from largebatch.benchmarks.harness import check, console
 from largebatch.benchmarks.scale.command import table
 from largebatch.benchmarks.time_to_target.model import Step, TimeCurve, bubble, time_curves
 from largebatch.benchmarks.time_to_target.picture import time_figure
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    show(curves, step, options, Console())
+    show(curves, step, options, console())
     if options.out is not None:
         write_csv(curves, step, options.out / "time.csv")
         figure = time_figure(curves, step.cluster.ranks_per_node)
