@@ -160,6 +160,24 @@ class GuardConfig:
         return "rollback" in (self.non_finite, self.spike)
 
 
+AVERAGES = ("ema", "gpa", "schedule_free")
+
+
+@dataclass
+class AverageConfig:
+    """The average of the weights that is evaluated; `train/weight_average.py` has the formulas."""
+
+    kind: str | None = choice(None, *AVERAGES)
+    decay: float = real(0.999, least=0.0)
+    interpolation: float = real(0.9, least=0.0)
+
+    def __post_init__(self) -> None:
+        for name in ("decay", "interpolation"):
+            value = getattr(self, name)
+            if not value < 1:
+                raise ConfigError(f"average.{name} must be in [0, 1), got {value:g}")
+
+
 FORMULAS = ("auto", "palm", "megatron", "megatron_recompute", "counted")
 
 
@@ -192,6 +210,7 @@ class TrainConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
     precision: str = choice("fp32", "fp32", "bf16", "fp16")

@@ -41,6 +41,7 @@ from largebatch.train.reporting.provenance import device_name
 from largebatch.train.reporting.throughput import Throughput, chosen, peaks_of
 from largebatch.train.run_spec import RunSpec
 from largebatch.train.tasks import Task, check_task, loss_of
+from largebatch.train.weight_average import WeightAverage
 
 MOST_TRIED: Final = 10_000_000
 """Parameters of a model that is tried on the host first, which is milliseconds."""
@@ -83,7 +84,20 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
                 find_micro_batch_size(engine, optimizer, task, ranks, sizes)
             )
     noise = build_noise(spec, engine, optimizer)
-    return Parts(task, engine, optimizer, noise, num_parameters, data, groups)
+    average = build_average(config, engine)
+    return Parts(task, engine, optimizer, noise, average, num_parameters, data, groups)
+
+
+def build_average(config: TrainConfig, engine: Engine) -> WeightAverage | None:
+    """The average of the weights, where one is asked for."""
+    if config.average.kind is None:
+        return None
+    if not engine.can_skip:
+        raise ConfigError(
+            "average is not for engine=deepspeed, which keeps the weights that it steps to itself: "
+            "use engine=ddp or fsdp, or average=none"
+        )
+    return WeightAverage(config.average, engine.model)
 
 
 def check_batches(plan: Plan, task: Task, ranks: Ranks) -> None:

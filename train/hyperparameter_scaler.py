@@ -6,6 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from largebatch.schedules import Hyper, Plan, Point
+from largebatch.train.weight_average import WeightAverage
 
 
 class HyperparameterScaler:
@@ -17,8 +18,10 @@ class HyperparameterScaler:
         batch_size: what the groups hold now is of this batch size; None before the first step.
     """
 
-    def __init__(self, plan: Plan, optimizer: Optimizer) -> None:
-        self._plan = plan
+    def __init__(
+        self, plan: Plan, optimizer: Optimizer, average: WeightAverage | None = None
+    ) -> None:
+        self._plan, self._average = plan, average
         self._optimizer = optimizer  # whose groups are others once a state is loaded
         self._bases = [Hyper.of_group(group, plan.base_lr) for group in optimizer.param_groups]
         self.batch_size: int | None = None
@@ -40,10 +43,22 @@ class HyperparameterScaler:
                     continue
                 group[name] = value
                 moved.setdefault(name, value)
+        moved |= self._scale_average(point.batch_size)
         before, self.batch_size = self.batch_size, point.batch_size
         if before:
             moved |= self._correct_momentum(point.lr)
         return {"batch_change": {"from": before} | moved} if before or moved else {}
+
+    def _scale_average(self, batch_size: int) -> dict[str, Any]:
+        """Bring the decay of the weights' average to a batch size."""
+        average = self._average
+        if average is None or average.kind == "schedule_free":
+            return {}
+        hyper = Hyper(lr=self._plan.base_lr, ema_decay=average.base_decay)
+        decay, before = self._plan.rescale(hyper, batch_size).ema_decay, average.decay
+        assert decay is not None
+        average.decay = decay
+        return {} if decay == before else {"ema_decay": decay}
 
     def _correct_momentum(self, lr: float) -> dict[str, Any]:
         """Bring buffers that hold the last step's learning rate to `lr`, as Goyal et al. 2017 ask.

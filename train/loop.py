@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,6 +30,7 @@ from largebatch.train.reporting.step_clock import StepClock
 from largebatch.train.reporting.trust_ratios import trust_ratios
 from largebatch.train.stop_signal import Stopping
 from largebatch.train.tasks import Batch, Task
+from largebatch.train.weight_average import WeightAverage
 
 if TYPE_CHECKING:
     from largebatch.train.checkpoints.checkpoint import Checkpoints
@@ -39,7 +41,7 @@ class Parts:
     """What a run is made of, and what the summary says of that.
 
     Attributes:
-        noise: measures the noise scale, where it is asked for.
+        noise, average: the noise scale's, and that of the weights, where they are asked for.
         data: the task's provenance.
         groups: what tells the optimizer's groups from one another.
     """
@@ -48,6 +50,7 @@ class Parts:
     engine: Engine
     optimizer: Optimizer
     noise: GradientNoise | None = None
+    average: WeightAverage | None = None
     num_parameters: int = 0
     data: Mapping[str, str] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
@@ -86,7 +89,7 @@ class Loop:
     _scaler: HyperparameterScaler = field(init=False)
 
     def __post_init__(self) -> None:
-        self._scaler = HyperparameterScaler(self.plan, self.parts.optimizer)
+        self._scaler = HyperparameterScaler(self.plan, self.parts.optimizer, self.parts.average)
 
     def run(self) -> RunProgress:
         """Step until the target, the budget, an interruption, or numbers the guard stops at."""
@@ -170,7 +173,8 @@ class Loop:
         for group in optimizer.param_groups:
             group["lr"] = lr
         limits = GradientLimits(self.clip_norm, self.skip_above())
-        metrics = self.parts.engine.update(optimizer, limits)
+        with nullcontext() if (average := self.parts.average) is None else average.step(lr):
+            metrics = self.parts.engine.update(optimizer, limits)
         return metrics | StepMetrics({}, trust_ratios(optimizer, self.record_layers))
 
     def skip_above(self) -> float | None:

@@ -183,14 +183,10 @@ class Run:
     ) -> Loop:
         """The loop; a sweep of learning rates is not evaluated."""
         config, parts = self.spec.config, self.parts
+        most = config.evaluation.micro_batch_size or self.micro_batch_size
+        find = partial(evaluate, parts.task, parts.engine, self.ranks, most)
         evaluation = Evaluation(
-            partial(
-                evaluate,
-                parts.task,
-                parts.engine,
-                self.ranks,
-                config.evaluation.micro_batch_size or self.micro_batch_size,
-            ),
+            find if parts.average is None else partial(parts.average.evaluated, find),
             EvaluationGrid(config.evaluation.growth),
             config.evaluation.within,
         )
@@ -217,6 +213,8 @@ class Run:
 
         config, tell = self.spec.config.checkpoint, self.reporter
         tensors = self.parts.engine.tensors(self.parts.optimizer)
+        if self.parts.average is not None:
+            tensors.hold("average", self.parts.average.tensors())
         data = data_of(self.parts.task) if self.ranks.is_first and config.saves else {}
 
         def about() -> dict[str, Any]:

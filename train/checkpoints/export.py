@@ -17,6 +17,8 @@ from largebatch.train.checkpoints.reading import PlainReader, deepspeed_classes,
 from largebatch.train.checkpoints.torch_format import quiet
 
 _MODEL = "model."
+_AVERAGE = "average.weights."
+"""Of a run with an average of the weights, which is what it was evaluated with."""
 
 
 def export(checkpoint: Path, file: Path) -> int:
@@ -73,9 +75,19 @@ def _of_torch(checkpoint: Path) -> dict[str, Tensor]:
         for name, meta in known.items()
         if name.startswith(_MODEL) and isinstance(meta, TensorStorageMetadata)
     }
+    averages: dict[str, Any] = {
+        name: torch.empty(meta.size, dtype=meta.properties.dtype)
+        for name, meta in known.items()
+        if name.startswith(_AVERAGE) and isinstance(meta, TensorStorageMetadata)
+    }
     with quiet(), weights_only(checkpoint):
-        state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
-    return {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()}
+        state_dict_loader.load(tensors | averages, storage_reader=reader, no_dist=True)
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own = name.removeprefix(_MODEL)
+        average = averages.get(f"{_AVERAGE}{own}")
+        found[own] = tensor if average is None else average.to(tensor.dtype)
+    return found
 
 
 def _of_deepspeed(checkpoint: Path, zero_stage: int) -> dict[str, Tensor]:

@@ -53,6 +53,9 @@ class CheckpointTensors(Protocol):
     def describe(self) -> dict[str, Any]:
         """`kind`, `world`, and what else decides who can load it: it goes into state.json."""
 
+    def hold(self, name: str, tensors: dict[str, Any]) -> None:
+        """Save these too, under a name, and load them in place."""
+
     def begin_save(self, draft: Path, staged: bool) -> Writing:
         """Begin to save into the folder `draft`; every rank calls it.
 
@@ -94,6 +97,10 @@ class DistributedTensors:
     def __init__(self, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
         self._model, self._optimizer, self._ranks = model, optimizer, ranks
         self._plan: SharedPlan | None = None
+        self._held: dict[str, Any] = {}
+
+    def hold(self, name: str, tensors: dict[str, Any]) -> None:
+        self._held[name] = tensors
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "dcp", "world": self._ranks.size}
@@ -145,7 +152,7 @@ class DistributedTensors:
 
     def _tensors(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._model, self._optimizer)
-        return {"model": model, "optimizer": optimizer}
+        return {"model": model, "optimizer": optimizer, **self._held}
 
 
 # DeepSpeed ---------------------------------------------------------------------------------------
@@ -158,6 +165,9 @@ class DeepSpeedTensors:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
+
+    def hold(self, name: str, tensors: dict[str, Any]) -> None:
+        raise NotImplementedError  # what needs it is refused with the engine
 
     def describe(self) -> dict[str, Any]:
         return {
