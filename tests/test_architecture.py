@@ -387,7 +387,7 @@ def test_a_custom_choice_without_its_class_is_refused_by_the_key(
 
 def test_every_custom_choice_is_one_of_these() -> None:
     custom = sorted(path.parent.name for path in (ROOT / "conf").glob("*/custom.yaml"))
-    assert custom == ["model", "scaling", "task"]
+    assert custom == ["model", "scaling", "study", "task"]
 
 
 def test_every_optimizer_is_in_a_study_and_every_study_names_optimizers_there_are() -> None:
