@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+import largebatch.conf.resolvers  # noqa: F401 — registers them
 from largebatch.common.errors import ConfigError
 from largebatch.common.numbers import moment, real_number, whole_number
 from largebatch.conf.engine_config import EngineConfig

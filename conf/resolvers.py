@@ -1,9 +1,9 @@
 """Resolvers of the configuration's own.
 
 `${unique:}` in names of folders: of runs that begin in the same second, each has its own.
-`${exit_codes:}` in help. `${nearest:256,SIZES}` and `${among:[64,256],SIZES}` follow a study's batch
-sizes: who gives other sizes need not move what stands beside them. `${class_name:PATH}` is the last
-part of a class's dotted name.
+`${exit_codes:}` in help. `${nearest:256,SIZES}` and `${among:[64,256],SIZES}` follow a study's
+batch sizes: who gives other sizes need not move what stands beside them. `${class_name:PATH}` is
+the last part of a class's dotted name.
 """
 
 import math

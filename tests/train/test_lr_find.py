@@ -400,7 +400,7 @@ def test_a_sweep_without_a_finding_fails_and_adds_no_row(
     assert summary["status"] == "failed"
     assert said in summary["error"]
     assert "lr_find" not in summary
-    assert capsys.readouterr().err == f"largebatch: {summary['error']}\n"
+    assert capsys.readouterr().err.endswith(f"\nlargebatch: {summary['error']}\n")
     assert not (tmp_path / "runs" / "lr_find.csv").exists()
     assert (tmp_path / "runs" / "one" / "lr_find.png").exists()  # shows why
 
