@@ -4,12 +4,14 @@ import csv
 import json
 import os
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fixture_types import Train
+from wandb.proto import wandb_internal_pb2
 
 from largebatch.train.trackers.base import Labels
 from largebatch.train.trackers.study import log_study
@@ -41,6 +43,23 @@ def stored(log: bytes) -> Iterator[bytes]:
             parts = b""
 
 
+def records_in(folder: Path) -> Iterator[wandb_internal_pb2.Record]:
+    """Of the only run in `folder/wandb`, once wandb's own process has written the last of them."""
+    until = time.monotonic() + 600
+    while time.monotonic() < until:
+        found, whole = [], []
+        for file in (folder / "wandb").glob("offline-run-*/run-*.wandb"):
+            for data in stored(file.read_bytes()):
+                found.append(wandb_internal_pb2.Record())
+                found[-1].ParseFromString(data)
+            whole.append(bool(found) and found[-1].WhichOneof("record_type") == "exit")
+        if whole and all(whole):
+            yield from found
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{folder} holds no whole run")
+
+
 def labels(name: str = "mine") -> Labels:
     return Labels(name, "sweep", "lamb", "bytes", "byte_mlp", 64, 0.1, 0, None)
 
@@ -48,17 +67,13 @@ def labels(name: str = "mine") -> Labels:
 def test_wandbs_file_has_axis_sections_name_and_config(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from wandb.proto import wandb_internal_pb2
-
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert train(*RUN, "logger=wandb") == 0
-    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    assert f"wandb sync {os.path.relpath(file.parent)}" in capsys.readouterr().err
+    assert train(*RUN, "logger=wandb", "logger.group=mine") == 0
+    (stored_in,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert f"wandb sync {os.path.relpath(stored_in)}" in capsys.readouterr().err
     rows, axes = [], {}
     config: dict[str, Any] = {}
-    for data in stored(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in records_in(tmp_path / "run"):
         kind = record.WhichOneof("record_type")
         if kind == "history":
             row = {item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json)
@@ -67,7 +82,7 @@ def test_wandbs_file_has_axis_sections_name_and_config(
         elif kind == "metric":
             axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
         elif kind == "run":
-            name = record.run.display_name
+            name, group = record.run.display_name, record.run.run_group
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
     assert {axes[f"{section}/*"] for section in ("train", "eval", "optim", "noise")} == {"samples"}
     assert [row["samples"] for row in rows] == [64, 128, 192]
@@ -76,6 +91,7 @@ def test_wandbs_file_has_axis_sections_name_and_config(
     assert rows[-1]["eval/loss"] == lines[-1]["eval_loss"]
     assert {"optim/lr", "optim/batch_size", "noise/grad_trace"} <= rows[0].keys()
     assert name == " ".join(word for word in RUN if not word.startswith("hydra."))
+    assert group == "mine"
     assert {key: config[key] for key in FLAT} == FLAT
     assert config["config"]["optim"]["lr"] == 0.05
 
@@ -125,6 +141,27 @@ def test_mlflows_store_has_metrics_by_samples_and_a_resumed_run_continues(
     assert run.data.params["optim.lr"] == "0.05"
 
 
+@pytest.mark.filterwarnings("ignore")  # sqlalchemy about mlflow
+def test_mlflow_keeps_a_study_as_one_run_with_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store := f"sqlite:///{tmp_path}/runs.db")
+    study, table = tmp_path / "bytes", tmp_path / "curve.csv"
+    study.mkdir()
+    table.write_text("optimizer,steps\nlamb,19.4\n")
+    node = {"_target_": "largebatch.train.trackers.mlflow.MLflow", "experiment": "mine"}
+    for _ in range(2):
+        log_study(node, study, {}, {"curve": table})
+    client = MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("bytes: the study", "FINISHED")
+    assert run.data.tags["group"] == "bytes"
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["curve.csv"]
+
+
 @pytest.mark.parametrize("key", ["", "0" * 40])
 def test_a_login_by_netrc_counts_for_its_own_host(
     key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -150,9 +187,9 @@ def test_the_environments_mode_wins_and_a_resumed_run_keeps_its_id(
         logger = Wandb(folder, {"seed": 0}, labels(), "project")
         logger.log({"step": step, "samples": 64 * step, "loss": 1.0 / step})
         logger.finish({"status": "interrupted"})
+    assert [*records_in(folder)]
     files = [*(folder / "wandb").glob("offline-run-*/run-*.wandb")]
     first, *others = {file.stem.removeprefix("run-") for file in files}
-    assert files
     assert not others
     assert (folder / "wandb" / "run_id").read_text().strip() == first
 
@@ -161,7 +198,6 @@ def test_a_study_is_one_run_more_with_its_pictures_and_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from matplotlib.figure import Figure
-    from wandb.proto import wandb_internal_pb2
 
     from largebatch.common.figures import COLOURS
 
@@ -174,16 +210,14 @@ def test_a_study_is_one_run_more_with_its_pictures_and_tables(
     for _ in range(2):
         log_study(node, study, {"curve": picture}, {"curve": table})
     assert capsys.readouterr().err == ""
-    files = [*(study / "wandb").glob("offline-run-*/run-*.wandb")]
-    assert len({file.stem for file in files}) == 1  # the second continues the first
     runs, told = [], {}
-    for data in stored(files[0].read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in records_in(study):
         if record.WhichOneof("record_type") == "run":
             runs.append((record.run.run_group, record.run.job_type, record.run.display_name))
         elif record.WhichOneof("record_type") == "history":
             told |= {tuple(item.nested_key): item.value_json for item in record.history.item}
+    files = (study / "wandb").glob("offline-run-*/run-*.wandb")
+    assert len({file.stem for file in files}) == 1  # the second continues the first
     assert runs[0] == ("bytes", "study", "bytes: the study")
     kinds = {key[0]: json.loads(value) for key, value in told.items() if key[1:] == ("_type",)}
     assert kinds == {"curve": "image-file", "tables/curve": "table-file"}

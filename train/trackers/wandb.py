@@ -102,8 +102,11 @@ class Wandb:
 
 
 def _mode() -> Any:
-    """As WANDB_MODE says, without it online where there is a login."""
-    return None if "WANDB_MODE" in os.environ else "online" if has_login() else "offline"
+    """As WANDB_MODE says, without it online where there is a login.
+
+    wandb itself reads the variable once in a process.
+    """
+    return os.environ.get("WANDB_MODE") or ("online" if has_login() else "offline")
 
 
 def has_login() -> bool:
