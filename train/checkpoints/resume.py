@@ -201,7 +201,9 @@ def check_same(folder: Path, config: str) -> int:
         return 0
     before, now = decisive(recorded(folder)), decisive(OmegaConf.create(config))
     known = {key.split(".")[0] for key in before}
-    # What is null says nothing: it may be a key that there was not yet.
+    # What is null, or a group whose kind is, says nothing: it may be one that there was not yet.
+    off = {key.split(".")[0] for key, value in now.items() if key.endswith(".kind") and not value}
+    now = {key: value for key, value in now.items() if key.split(".")[0] not in off - known}
     asked = {key.split(".")[0] for key, value in now.items() if value is not None}
     if missing := sorted(asked - known):
         raise ConfigError(
