@@ -42,14 +42,13 @@ def and_more(names: Sequence[object], most: int) -> str:
     return ", ".join(map(str, names[:most])) + (f" and {rest:,} more" if rest > 0 else "")
 
 
-def differing(lists: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Of each list of words those that are not in all of them.
+def common_words(lists: Sequence[Sequence[str]]) -> set[str]:
+    """The words that all of several lists have, which set none of them apart.
 
-    >>> differing([["a", "b"], ["a", "c"]])
-    [['b'], ['c']]
+    >>> common_words([["a", "b"], ["a", "c"]]), common_words([["a", "b"]])
+    ({'a'}, set())
     """
-    common = set.intersection(*map(set, lists)) if len(lists) > 1 else set()
-    return [[word for word in words if word not in common] for words in lists]
+    return set.intersection(*map(set, lists)) if len(lists) > 1 else set()
 
 
 def int_spans(numbers: Iterable[int]) -> list[tuple[int, int]]:

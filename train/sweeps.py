@@ -19,7 +19,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from largebatch.common.errors import ConfigError, RunFailed, SweepFailed
-from largebatch.common.text import say
+from largebatch.common.text import common_words, say
 from largebatch.records import find_fields
 from largebatch.records.names import SUMMARY
 from largebatch.records.outcomes import UNFINISHED
@@ -111,8 +111,7 @@ class EveryRun(Launcher):
                     del config["hydra"]
                 self._check_one(folder, OmegaConf.to_yaml(config, resolve=True))
         self._words += map(list, batch)
-        common = set.intersection(*map(set, self._words)) if len(self._words) > 1 else set()
-        told = {"runs": len(self._words), "common": sorted(common)}
+        told = {"runs": len(self._words), "common": sorted(common_words(self._words))}
         os.environ[PLANNED] = json.dumps(told)
 
     def _note_ended(self, path: Path) -> None:

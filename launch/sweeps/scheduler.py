@@ -17,7 +17,7 @@ from rich.console import Console
 
 from largebatch.common.progress import BarOrLines, time_left
 from largebatch.common.signals import on_stop_signal
-from largebatch.common.text import differing
+from largebatch.common.text import common_words
 from largebatch.launch.sweeps.backend import Attempt, Backend, Ended
 from largebatch.launch.sweeps.record import (
     SweepRecord,
@@ -141,8 +141,11 @@ class TrialScheduler:
 
     def __post_init__(self) -> None:
         self.outcomes: dict[str, Outcome] = {}
-        own = differing([trial.words for trial in self.trials])
-        self._own_words = {trial.name: words for trial, words in zip(self.trials, own, strict=True)}
+        common = common_words([trial.words for trial in self.trials])
+        self._own_words = {
+            trial.name: [word for word in trial.words if word not in common]
+            for trial in self.trials
+        }
         self._waiting: deque[Trial] = deque()
         self._running: dict[str, Attempt] = {}
         self._failures: dict[str, int] = {}

@@ -111,7 +111,7 @@ def read_history(folder: Path, problems: list[str]) -> RunHistory:
 def names_of(histories: Sequence[RunHistory]) -> list[str]:
     """Name runs by what they differ in; by their folders where that does not tell them apart.
 
-    The seed alone is named where it is all that differs.
+    The optimizer stands first, the seed last.
     """
     if len(histories) == 1:
         return [_folder_name(histories[0])]

@@ -88,7 +88,7 @@ def end(code: int) -> None:
     """
     if "mpi4py.MPI" in sys.modules:  # which finalizes MPI as the interpreter is taken down
         sys.exit(code)
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()  # type: ignore[attr-defined] # what the interpreter itself begins with
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed, or with nobody at its other end
