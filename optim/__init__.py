@@ -2,12 +2,13 @@
 subclasses.
 """
 
+from largebatch.optim.factory import create, names
+from largebatch.optim.groups import param_groups
 from largebatch.optim.kfac import KFAC
 from largebatch.optim.lamb import LAMB
 from largebatch.optim.lars import LARS
 from largebatch.optim.mano import Mano
 from largebatch.optim.muon import Muon
-from largebatch.optim.param_groups import param_groups
 from largebatch.optim.shampoo import Shampoo
 from largebatch.optim.soap import SOAP
 from largebatch.optim.soap_muon import SOAPMuon
@@ -21,5 +22,12 @@ __all__ = [
     "Muon",
     "SOAPMuon",
     "Shampoo",
+    "create",
+    "names",
     "param_groups",
 ]
+
+
+def __dir__() -> list[str]:
+    # The modules beside these are how they are made; `zero.bind` is imported where ZeRO is used.
+    return sorted(__all__)

@@ -35,8 +35,8 @@ from torch import Tensor
 from largebatch.optim.base import Group
 from largebatch.optim.blockwise.block_work import PartAtWork
 from largebatch.optim.blockwise.blocks import Block, matrices_of
+from largebatch.optim.blockwise.hidden_matrices import ADAMW, SPLIT, Given, OfHiddenMatrices
 from largebatch.optim.blockwise.work_group import BlockedLayer, BlockWorkGroup
-from largebatch.optim.hidden_matrices import ADAMW, SPLIT, Given, OfHiddenMatrices
 from largebatch.optim.math.tensors import squares_dtype, write
 from largebatch.optim.options import require_one_of
 from largebatch.optim.sharding.layout import local

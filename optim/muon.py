@@ -34,8 +34,8 @@ from torch import Tensor
 from largebatch.optim.base import Group
 from largebatch.optim.blockwise.block_work import BlockAtWork
 from largebatch.optim.blockwise.blocks import Block, matrices_of
+from largebatch.optim.blockwise.hidden_matrices import ADAMW, SPLIT, Given, OfHiddenMatrices
 from largebatch.optim.blockwise.step_stats import BlockDirection, square
-from largebatch.optim.hidden_matrices import ADAMW, SPLIT, Given, OfHiddenMatrices
 from largebatch.optim.math.newton_schulz import COEFFICIENTS, NewtonSchulz
 from largebatch.optim.options import require, require_one_of
 

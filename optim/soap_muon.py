@@ -24,8 +24,8 @@ from torch import Tensor
 from largebatch.optim.base import Group
 from largebatch.optim.blockwise.block_work import BlockAtWork
 from largebatch.optim.blockwise.blocks import Block, matrices_of
+from largebatch.optim.blockwise.hidden_matrices import ADAMW, SPLIT, Given, OfHiddenMatrices
 from largebatch.optim.blockwise.step_stats import BlockDirection
-from largebatch.optim.hidden_matrices import ADAMW, SPLIT, Given, OfHiddenMatrices
 from largebatch.optim.muon import check_orthogonal, orthogonal_directions
 from largebatch.optim.soap import SOAP
 

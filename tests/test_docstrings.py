@@ -17,7 +17,8 @@ WITH_EXAMPLES = [
 
 
 def test_the_main_public_names_have_examples() -> None:
-    names = ("kfac", "lamb", "lars", "muon", "param_groups", "shampoo", "soap")
+    names = ("factory", "groups", "kfac", "lamb", "lars", "mano", "muon", "shampoo", "soap",
+             "soap_muon")  # fmt: skip
     expected = {f"largebatch.optim.{name}" for name in names}
     expected |= {f"largebatch.schedules.{name}" for name in ("curves", "plan", "ramps", "scaling")}
     expected |= {f"largebatch.study.{name}" for name in ("fit", "statistics.intervals")}

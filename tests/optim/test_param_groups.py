@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.optim import LAMB, LARS
-from largebatch.optim.param_groups import param_groups
+from largebatch.optim.groups import param_groups
 
 
 class GatedRMSNorm(nn.Module):  # somebody's own
@@ -418,7 +418,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from largebatch.optim.param_groups import param_groups
+from largebatch.optim.groups import param_groups
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)

@@ -18,8 +18,8 @@ from torch.optim.optimizer import StateDict
 from largebatch.optim.base import Group
 from largebatch.optim.blockwise.optimizer import BlockwiseOptimizer
 from largebatch.optim.blockwise.work_group import BlockedLayer
+from largebatch.optim.groups import EMBEDDING, ParamEntry, find_parameters, is_called
 from largebatch.optim.options import require, require_one_of
-from largebatch.optim.param_groups import EMBEDDING, ParamEntry, find_parameters, is_called
 from largebatch.optim.sharding.layout import Name, split_sizes
 
 NAMES: Final = (
