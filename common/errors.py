@@ -138,7 +138,8 @@ def _no_such_choice(error: BaseException) -> str | None:
 _COUNTED_OTHERWISE: Final = {
     "budget.epochs": "give budget.samples, epochs times the task's num_train (`largebatch plan` "
     "prints the steps)",
-    "target.accuracy": "a target is an evaluation loss: give target.loss",
+    "target.accuracy": "a metric of the task is aimed at by target.metric=accuracy "
+    "target.value=0.97, say",
     "evaluation.every": "evaluations lie on a grid that grows: give evaluation.growth, 1 evaluates "
     "after every step",
 }

@@ -16,6 +16,7 @@ from largebatch.common.numbers import moment, real_number, whole_number
 from largebatch.conf.engine_config import EngineConfig
 from largebatch.conf.specs import choice, count, real, spec, typed_as
 from largebatch.conf.sweep_config import LRFindConfig, StudyConfig
+from largebatch.records.target import DIRECTIONS, MIN, Target, direction_of
 from largebatch.schedules.scaling import RULES, check_hold, check_options
 
 Node = dict[str, Any]
@@ -54,8 +55,46 @@ class ScalingConfig:
 
 @dataclass
 class TargetConfig:
+    """An evaluation loss; or, where one is named, a metric of the task."""
+
     loss: float | None = real(None)
+    metric: str | None = None
+    value: float | None = real(None)
+    direction: str | None = choice(None, *DIRECTIONS)
     give_up_samples: int | None = count(None, least=1)
+
+    def __post_init__(self) -> None:
+        if self.metric is None:
+            given = {"value": self.value, "direction": self.direction}
+            for key, value in given.items():
+                if value is not None:
+                    raise ConfigError(
+                        f"target.{key}={value} is of target.metric, which is null: give "
+                        "target.metric=accuracy, say, or target.loss alone"
+                    )
+            return
+        if self.value is None:
+            raise ConfigError(
+                f"target.metric={self.metric} needs target.value: what it is to reach"
+            )
+        self.direction = self.direction or direction_of(self.metric)
+        if self.direction is None:
+            raise ConfigError(
+                f"target.metric={self.metric} does not say which way it is better: give "
+                "target.direction=max (more is) or target.direction=min"
+            )
+        self.loss = None  # the task's own
+        if self.metric == "loss":
+            if self.direction != MIN:
+                raise ConfigError("target.metric=loss is better below: leave out target.direction")
+            self.loss, self.metric, self.value, self.direction = self.value, None, None, None
+
+    @property
+    def aim(self) -> Target | None:
+        """What an evaluation is to reach."""
+        if self.metric is not None and self.value is not None and self.direction is not None:
+            return Target(self.metric, self.value, self.direction)
+        return None if self.loss is None else Target("loss", self.loss)
 
 
 @dataclass
@@ -226,7 +265,7 @@ class TrainConfig:
     objective: str | None = choice(None, "steps", "samples", "loss")
 
     def __post_init__(self) -> None:
-        if self.objective in ("steps", "samples") and self.target.loss is None:
+        if self.objective in ("steps", "samples") and self.target.aim is None:
             raise ConfigError(
                 f"objective={self.objective} counts to target.loss, which is null: give a target, "
                 "or take objective=loss"
@@ -239,7 +278,7 @@ class TrainConfig:
         if self.evaluation.within is not None and self.target.loss is None:
             raise ConfigError(
                 f"evaluation.within={self.evaluation.within:g} is a distance from target.loss, "
-                "which is null: give a target, or leave evaluation.within at null"
+                "which is null: give target.loss, or leave evaluation.within at null"
             )
         if self.resume not in (None, "auto"):
             raise ConfigError(f"resume must be null or auto, got {self.resume!r}")

@@ -16,5 +16,8 @@ WATCH: Final = "watch"
 REQUEST: Final = "request"
 """In it, what the ranks are asked."""
 
+EVALUATED: Final = "eval_"
+"""What fields of an evaluation begin with: its loss, and the task's metrics."""
+
 MOST_RANKS: Final = 1 << 20
 """Of a run that anybody could have made: what lists ranks is bounded by it."""

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
+from largebatch.common.text import printable
 from largebatch.records import fields
-from largebatch.records.fields import RecordError, must_be, optional, text, whole
+from largebatch.records.fields import Fields, RecordError, must_be, optional, text, whole
 from largebatch.records.names import SUMMARY
 from largebatch.records.outcomes import STATUSES, UNFINISHED
 from largebatch.records.reading import read_fields
+from largebatch.records.target import DIRECTIONS, Target
 
 _RATES: Final = (1e-30, 1e30)
 """What a learning rate may be: a picture has to hold all of them."""
@@ -43,6 +45,12 @@ class SummaryRecord(TypedDict, total=False):
     scaling: dict[str, Any]
     seed: int
     target_loss: float | None
+    target_metric: str
+    """With `target_value` and `target_direction`: where a metric of the task was aimed at."""
+    target_value: float
+    target_direction: str
+    metrics: dict[str, float]
+    """Of the last evaluation, where the task has some."""
     budget_samples: int
     give_up_samples: int | None
     data_parallel_size: int
@@ -80,7 +88,7 @@ class Summary:
     lr: float
     rule: str
     base_batch: int | None
-    target_loss: float | None
+    target: Target | None
     steps: int
     samples: int
     steps_to_target: int | None
@@ -88,6 +96,8 @@ class Summary:
     steps_interpolated: float | None
     """Steps to the target, between the evaluations around it interpolated."""
     eval_loss: float | None
+    metrics: Mapping[str, float]
+    """Of the last evaluation, those that are finite."""
     seconds: float | None
     give_up_samples: int | None
     budget_samples: int | None
@@ -124,13 +134,14 @@ def read_summary(path: Path) -> Summary:
         lr=record.take("lr", learning_rate),
         rule=scaling.take("rule", text),
         base_batch=scaling.take("base_batch", optional(whole())),
-        target_loss=record.take("target_loss", loss),
+        target=_target_of(record),
         steps=record.take("steps", whole()),
         samples=record.take("samples", whole()),
         steps_to_target=record.take("steps_to_target", optional(whole(1))),
         samples_to_target=record.take("samples_to_target", optional(whole(1))),
         steps_interpolated=record.find("steps_to_target_interpolated", fields.number_or_none),
         eval_loss=record.take("eval_loss", fields.number_or_none),
+        metrics=_metrics_of(record),
         seconds=record.find("seconds", fields.number_or_none),
         give_up_samples=record.find("give_up_samples", whole()),
         budget_samples=record.find("budget_samples", whole()),
@@ -148,6 +159,43 @@ def read_summary(path: Path) -> Summary:
     if run.status == "reached" and run.steps_to_target is None:
         raise RecordError(f"{record.where}: its status is reached but steps_to_target is null")
     return run
+
+
+def aim_fields(target: Target | None) -> SummaryRecord:
+    """What a summary says of a target beside `target_loss`, where that is none."""
+    if target is None or target.metric == "loss":
+        return {}
+    return {
+        "target_metric": target.metric,
+        "target_value": target.value,
+        "target_direction": target.direction,
+    }
+
+
+def aimed_at(summary: Mapping[str, Any]) -> Target | None:
+    """What a run has aimed at, of a summary that this process has made."""
+    if summary.get("target_metric") is not None:
+        value, direction = summary["target_value"], summary["target_direction"]
+        return Target(summary["target_metric"], value, direction)
+    value = summary.get("target_loss")
+    return None if value is None else Target("loss", value)
+
+
+def _target_of(record: Fields) -> Target | None:
+    value, metric = record.take("target_loss", loss), record.find("target_metric", text)
+    if metric is None:
+        return None if value is None else Target("loss", value)
+    return Target(
+        metric,
+        record.take("target_value", fields.within(-_LOSSES, _LOSSES)),
+        record.take("target_direction", fields.one_of(*DIRECTIONS)),
+    )
+
+
+def _metrics_of(record: Fields) -> dict[str, float]:
+    inner = record.find_inside("metrics")
+    found = {printable(name): inner.find(name, fields.number_or_none) for name in inner}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def has_ended(run: Path) -> bool:
@@ -169,7 +217,7 @@ def objective(summary: Mapping[str, Any]) -> float:
     A run that missed its target, or diverged, is infinite.
     """
     what = summary.get("config", {}).get("objective")
-    if what != "loss" and summary.get("target_loss") is not None:
+    if what != "loss" and aimed_at(summary) is not None:
         steps = summary.get("steps_to_target_interpolated") or summary.get("steps_to_target")
         if steps is None:
             return math.inf
@@ -181,16 +229,18 @@ def objective(summary: Mapping[str, Any]) -> float:
 
 def in_words(summary: Mapping[str, Any], folder: Path) -> str:
     """One line: how the run ended, what it took, and where its record is."""
-    found, target = summary.get("eval_loss"), summary.get("target_loss")
+    found, target = summary.get("eval_loss"), aimed_at(summary)
     ended = "budget spent" if summary["status"] == "exhausted" else summary["status"]
     if target is not None:
         verb = "reached" if ended == "reached" else f"{ended} without reaching"
-        ended = f"{verb} {target:g}"
+        ended = f"{verb} {f'{target.value:g}' if target.metric == 'loss' else target}"
     took = (
         f"{summary.get('steps') or 0:,} steps, {summary.get('samples') or 0:,} samples, "
         f"{summary.get('seconds') or 0:.1f} s of training"
     )
     evaluation = "" if found is None else f"; evaluation loss {found:.4f}"
+    for name, value in summary.get("metrics", {}).items():
+        evaluation += f", {name} {value:.4f}"
     why = f" ({summary['reason']})" if summary.get("reason") else ""
     return f"{ended} after {took}{evaluation}{why}: {folder}"
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
+from largebatch.records.target import Target
 from largebatch.study.decisions import Decisions
 from largebatch.study.reading import RunSummary
 
@@ -52,7 +53,7 @@ class Section:
     """The curves of one task, target and data set."""
 
     task: str
-    target_loss: float
+    target: Target
     data_hash: str | None
     curves: list[StudyCurve]
 
@@ -64,20 +65,21 @@ class Section:
     @property
     def title(self) -> str:
         """What was measured."""
-        return f"{self.task}: steps to evaluation loss {self.target_loss:g}"
+        evaluation = "evaluation " if self.target.metric == "loss" else ""
+        return f"{self.task}: steps to {evaluation}{self.target}"
 
 
 def sections_of(
     runs: Sequence[RunSummary], decisions: Decisions, problems: list[str]
 ) -> list[Section]:
     """The sections that the conclusive runs make up, in order of task; others are noted."""
-    groups: dict[tuple[str, float, str | None], list[RunSummary]] = defaultdict(list)
-    aimless = [run for run in runs if run.target_loss is None]
+    groups: dict[tuple[str, Target, str | None], list[RunSummary]] = defaultdict(list)
+    aimless = [run for run in runs if run.target is None]
     if aimless:
-        problems.append(f"{len(aimless)} run(s) have no target loss and were left out")
+        problems.append(f"{len(aimless)} run(s) have no target and were left out")
     for run in runs:
-        if run.target_loss is not None:
-            groups[run.task, run.target_loss, run.data_hash].append(run)
+        if run.target is not None:
+            groups[run.task, run.target, run.data_hash].append(run)
     silent = sum(not run.config for run in runs)
     if silent:
         problems.append(

@@ -148,7 +148,8 @@ def _file_names(study: Study) -> list[str]:
         return [""]
     names: list[str] = []
     for section in study.sections:
-        text = f"-{section.section.task}-{section.section.target_loss:g}"
+        target = str(section.section.target).removeprefix("loss ")
+        text = f"-{section.section.task}-{target}"
         name = re.sub(r"[^A-Za-z0-9.]+", "-", text)[:_LONGEST_NAME]
         names.append(name if name not in names else f"{name}-{len(names) + 1}")
     return names

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from largebatch.records import printable
+from largebatch.records.names import EVALUATED
+from largebatch.records.target import Target
 from largebatch.study.curves import Section, StudyCurve, flattened, sections_of
 from largebatch.study.decisions import Decisions, read_decisions
 from largebatch.study.final_loss.points import has_spent
@@ -127,15 +129,15 @@ def read_study(*folders: Path | str) -> Study:
         raise ValueError(f"a folder is given twice: {', '.join(map(str, roots))}")
     names = _names(roots)
     problems: list[str] = []
-    curves: dict[tuple[str, float, str], list[tuple[StudyCurve, Decisions]]] = defaultdict(list)
-    found: dict[tuple[str, float, str], Section] = {}
+    curves: dict[tuple[str, Target, str], list[tuple[StudyCurve, Decisions]]] = defaultdict(list)
+    found: dict[tuple[str, Target, str], Section] = {}
     without_target: list[Source] = []
     for root in roots:
         noted: list[str] = []
         runs, decisions, sections = _sections(root, noted)
         problems += [f"{names[root]}: {note}" for note in noted] if len(roots) > 1 else noted
         for section in sections:
-            key = section.task, section.target_loss, section.data_hash or ""
+            key = section.task, section.target, section.data_hash or ""
             found.setdefault(key, section)
             taken = {curve.name for curve, _ in curves[key]}
             curves[key] += [
@@ -147,7 +149,7 @@ def read_study(*folders: Path | str) -> Study:
                 )
                 for curve in section.curves
             ]
-        aimless = [run for run in runs if run.target_loss is None]
+        aimless = [run for run in runs if run.target is None]
         without_target.append((names[root], aimless, decisions))
         if not sections and not any(map(has_spent, aimless)):
             lost = ": ".join(["no finished run with a target" if runs else "no finished run", ""])
@@ -190,7 +192,8 @@ def runs(folder: Path | str, *, config: bool = False) -> list[dict[str, Any]]:
 def _row(run: RunSummary, curve: StudyCurve, chosen: bool) -> dict[str, Any]:
     return {
         "task": run.task,
-        "target_loss": run.target_loss,
+        "target_metric": None if run.target is None else run.target.metric,
+        "target_value": None if run.target is None else run.target.value,
         "optimizer": curve.name,
         "batch_size": run.batch_size,
         "seed": run.seed,
@@ -204,6 +207,7 @@ def _row(run: RunSummary, curve: StudyCurve, chosen: bool) -> dict[str, Any]:
         "num_steps": run.steps,
         "samples": run.samples,
         "eval_loss": run.eval_loss,
+        **{f"{EVALUATED}{name}": value for name, value in run.metrics.items()},
         "seconds": run.seconds,
         "folder": str(run.folder),
     }
@@ -216,7 +220,7 @@ def _sections(root: Path, problems: list[str]) -> tuple[list[RunSummary], Decisi
     decisions = read_decisions(root, problems)
     # A run that has spent its budget without a target says what loss that comes to.
     of_losses = any(map(has_spent, conclusive))
-    aimed = [run for run in conclusive if run.target_loss is not None or not of_losses]
+    aimed = [run for run in conclusive if run.target is not None or not of_losses]
     return conclusive, decisions, sections_of(aimed, decisions, problems)
 
 

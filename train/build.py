@@ -1,7 +1,7 @@
 """What a run is made of, built as its configuration says: task, model, engine, optimizer."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from largebatch.conf.config import TrainConfig
 from largebatch.conf.engine_config import EngineConfig
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import param_groups
+from largebatch.records.target import Target
 from largebatch.schedules import Plan
 from largebatch.train.engines.base import Engine
 from largebatch.train.engines.initial_values import InitialValues, NotRecorded, record
@@ -36,11 +37,13 @@ from largebatch.train.guard import Guard
 from largebatch.train.loop import Parts
 from largebatch.train.noise.example_gradients import ExampleGradients
 from largebatch.train.noise.gradient_noise import GradientNoise
+from largebatch.train.progress import Evaluated
 from largebatch.train.reporting.flops import flops_of
 from largebatch.train.reporting.provenance import device_name
 from largebatch.train.reporting.throughput import Throughput, chosen, peaks_of
 from largebatch.train.run_spec import RunSpec
-from largebatch.train.tasks import Task, check_task, loss_of
+from largebatch.train.tasks import Task, check_mean, check_task, loss_of
+from largebatch.train.tasks.metrics import metrics_of
 from largebatch.train.weight_average import WeightAverage
 
 MOST_TRIED: Final = 10_000_000
@@ -56,8 +59,8 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
     torch.manual_seed(config.seed)
     model, values = build_model(config, ranks, device)
     num_parameters = sum(p.numel() for p in model.parameters())
-    if num_parameters <= MOST_TRIED:
-        try_one_pass(task, model)
+    names = try_one_pass(task, model) if num_parameters <= MOST_TRIED else None
+    check_aim(config.target.aim, task, names)
     prepare_model(config.engine, model, device, ranks)
     engine: Engine = build(
         config.engine.target,
@@ -109,17 +112,33 @@ def check_batches(plan: Plan, task: Task, ranks: Ranks) -> None:
         check_memory(held, f"a global batch of {size} samples", "lower batch.size")
 
 
-def try_one_pass(task: Task, model: nn.Module) -> None:
-    """Compute the loss of a few samples, and leave nothing behind: whether model and task fit.
+def check_aim(aim: Target | None, task: Task, names: Collection[str] | None) -> None:
+    """Refuse a target that is no metric of the task's.
+
+    Args:
+        names: of its metrics; None: not known before the first evaluation.
+    """
+    if aim is not None and (names is not None or not hasattr(task, "metrics")):
+        Evaluated(0.0, dict.fromkeys(names or (), 0.0)).value(aim.metric)
+
+
+def try_one_pass(task: Task, model: nn.Module) -> list[str]:
+    """Compute loss and metrics of a few samples, and leave nothing behind: whether model and task
+    fit. Returns the metrics' names.
 
     Raises:
-        ConfigError: a model and a task of this package's do not; others' errors are their own.
+        ConfigError: a model and a task of this package's do not, or a loss that is none; others'
+            errors are their own.
     """
     batch = task.train_batch(np.arange(min(32, task.num_train), dtype=np.int64))
     model.eval()
     try:
         with torch.random.fork_rng(devices=[]):
-            loss_of(task, model, batch)
+            loss = loss_of(task, model, batch)
+            with torch.no_grad():
+                names = [*metrics_of(task, model, batch)]
+            if not is_known(type(task)):
+                check_mean(task, model, batch, loss)
     except ConfigError:
         raise
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -131,6 +150,7 @@ def try_one_pass(task: Task, model: nn.Module) -> None:
             "what model.* takes must be the same"
         ) from error
     model.train()
+    return names
 
 
 def build_model(

@@ -22,7 +22,7 @@ from largebatch.distributed.ranks import Ranks, die_with_parent
 from largebatch.distributed.team import Team, find_team, started_team
 from largebatch.records.outcomes import STATUS_CODES, ExitCode
 from largebatch.records.record import RunEnded
-from largebatch.records.summary import SummaryRecord, in_words, objective
+from largebatch.records.summary import SummaryRecord, aimed_at, in_words, objective
 from largebatch.train.hydra_app import again, import_from_here, parse_options, run_hydra
 from largebatch.train.run_spec import RunSpec, received_spec, resolve_run
 from largebatch.train.sweeps import failure_of, place, reported, shown_folder
@@ -207,7 +207,7 @@ def train(team: Team, spec: RunSpec | None, display: bool = False) -> SummaryRec
 
 def exit_code(summary: SummaryRecord) -> int:
     """The exit code of a run that ended as `summary` says."""
-    if summary["status"] == "exhausted" and summary["target_loss"] is not None:
+    if summary["status"] == "exhausted" and aimed_at(summary) is not None:
         return ExitCode.MISSED
     if summary["status"] == "interrupted" and "signal" in summary:
         return 128 + int(summary["signal"])

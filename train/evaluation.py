@@ -1,4 +1,4 @@
-"""When to evaluate, and the evaluation loss."""
+"""When to evaluate, and the evaluation: the loss, and the task's metrics."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,9 @@ import torch.distributed as dist
 
 from largebatch.distributed.ranks import Ranks
 from largebatch.train.engines.base import Engine
+from largebatch.train.progress import Evaluated
 from largebatch.train.tasks import Task
+from largebatch.train.tasks.metrics import MetricSums
 
 _MOST_AT_ONCE = 4096
 
@@ -36,12 +38,12 @@ class Evaluation:
     """What a loop evaluates with.
 
     Attributes:
-        loss: the evaluation loss now, the same number on every rank.
+        find: the evaluation now, the same on every rank.
         within: evaluate only while the running training loss is at most so far above the target;
             None: wherever the grid says.
     """
 
-    loss: Callable[[], float]
+    find: Callable[[], Evaluated]
     grid: EvaluationGrid
     within: float | None = None
 
@@ -53,8 +55,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(task: Task, engine: Engine, ranks: Ranks, most: int | None = None) -> float:
-    """The mean loss over the evaluation set, each rank taking its share; the same on all ranks.
+def evaluate(task: Task, engine: Engine, ranks: Ranks, most: int | None = None) -> Evaluated:
+    """The mean loss over the evaluation set and the task's metrics, each rank taking its share; the
+    same on all ranks.
 
     Every rank makes the same number of forward passes, on samples of no weight where it has no
     more: a sharded model gathers its weights in each.
@@ -66,12 +69,14 @@ def evaluate(task: Task, engine: Engine, ranks: Ranks, most: int | None = None) 
     share = math.ceil(task.num_eval / ranks.size)
     begin, end = share * ranks.rank, min(share * (ranks.rank + 1), task.num_eval)
     most = min(most or _MOST_AT_ONCE, _MOST_AT_ONCE)
-    total = torch.zeros((), device=engine.device)
+    total, metrics = torch.zeros((), device=engine.device), MetricSums(engine.device)
     for start in range(begin, begin + share, most):
         chunk = np.arange(start, min(start + most, end), dtype=np.int64)
         batch = task.eval_batch(chunk if len(chunk) else np.zeros(1, np.int64))
-        total += engine.loss(task, batch) * len(chunk)
+        loss, found = engine.evaluate(task, batch)
+        total += loss * len(chunk)
+        metrics.add(found, counts=len(chunk) > 0)
     if ranks.size > 1:
         dist.all_reduce(total)
     engine.model.train()
-    return float(total) / task.num_eval
+    return Evaluated(float(total) / task.num_eval, metrics.means(ranks.size))

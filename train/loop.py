@@ -23,7 +23,7 @@ from largebatch.train.evaluation import Evaluation
 from largebatch.train.guard import Guard, GuardAction
 from largebatch.train.hyperparameter_scaler import HyperparameterScaler
 from largebatch.train.noise.gradient_noise import GradientNoise
-from largebatch.train.progress import RAMP_SIGNALS, RunProgress
+from largebatch.train.progress import RAMP_SIGNALS, Evaluated, RunProgress
 from largebatch.train.reporting.async_metrics import AsyncMetrics
 from largebatch.train.reporting.reporter import NullReporter
 from largebatch.train.reporting.step_clock import StepClock
@@ -244,16 +244,16 @@ class Loop:
         if action is not None:
             self.act_on(action)
 
-    def judge_evaluation(self, eval_loss: float) -> None:
-        """End the run at a loss that reaches the target, or that the guard stops at."""
-        progress, target = self.progress, self.stopping.target_loss
-        if not math.isfinite(eval_loss):
-            progress.end("diverged", f"eval_loss is {eval_loss}")
-        elif target is not None and eval_loss <= target:
+    def judge_evaluation(self, found: Evaluated) -> None:
+        """End the run at an evaluation that meets the target, or that the guard stops at."""
+        progress, target = self.progress, self.stopping.target
+        if not math.isfinite(found.loss):
+            progress.end("diverged", f"eval_loss is {found.loss}")
+        elif target is not None and target.is_met(found.value(target.metric)):
             progress.end("reached")
         else:
             action = self.guard.take_evaluation(
-                eval_loss, progress.steps, progress.samples, self.plan.budget_samples
+                found.loss, progress.steps, progress.samples, self.plan.budget_samples
             )
             if action is not None:
                 self.act_on(action)
@@ -327,22 +327,22 @@ class Loop:
         assert record is not None
         self.judge(record)
         if not self.is_broken:  # weights that are rolled back, or given up, are not evaluated
-            self.evaluate(point, record, self.evaluation.loss)
+            self.evaluate(point, record, self.evaluation.find)
         self.report(record)
 
-    def evaluate(self, point: Point, record: StepRecord, eval_loss: Callable[[], float]) -> None:
+    def evaluate(self, point: Point, record: StepRecord, find: Callable[[], Evaluated]) -> None:
         """Evaluate, and let the ramp decide what follows."""
         step_seconds = self._clock.mean_of_steps()
         with self._clock.paused():
             self.reporter.phase("evaluate")
-            record["eval_loss"] = eval_loss()
-        self.progress.evaluation_seconds += self._clock.pause
-        self.progress.take_evaluation(record["eval_loss"], self.stopping.target_loss)
+            found = find()
+        cast(dict[str, Any], record).update(found.fields())
+        self.progress.take_evaluation(found, self.stopping.target, self._clock.pause)
         if self.plan.is_open:
             measured = {"batch_size": point.batch_size, "step_seconds": step_seconds}
             noise = self.parts.noise
             self.decide({**record} | ({} if noise is None else noise.readings()) | measured)
-        self.judge_evaluation(record["eval_loss"])
+        self.judge_evaluation(found)
 
     def decide(self, measured: dict[str, Any]) -> None:
         """Give the plan what the run has measured, in rank 0's words: all ranks decide alike."""

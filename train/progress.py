@@ -2,8 +2,46 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from largebatch.common.errors import ConfigError
+from largebatch.records.names import EVALUATED
+from largebatch.records.target import MAX, Target
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation has found, the same on every rank.
+
+    Attributes:
+        loss: the mean over the evaluation set.
+        metrics: of the task, by name.
+    """
+
+    loss: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def value(self, metric: str) -> float:
+        """The loss, or the metric of this name.
+
+        Raises:
+            ConfigError: the task has no such metric.
+        """
+        if metric == "loss":
+            return self.loss
+        if metric not in self.metrics:
+            had = f"has {', '.join(self.metrics)}" if self.metrics else "has no metrics"
+            raise ConfigError(
+                f"target.metric={metric} is none of the task's, which {had}: aim at one that its "
+                "method metrics(model, batch) returns, or at target.loss"
+            )
+        return self.metrics[metric]
+
+    def fields(self) -> dict[str, float]:
+        """What a record line says of it."""
+        found = {"loss": self.loss} | dict(self.metrics)
+        return {f"{EVALUATED}{name}": value for name, value in found.items()}
 
 
 @dataclass
@@ -17,10 +55,12 @@ class RunProgress:
     running_loss: float | None = None
     """Training losses, each new one weighing 0.2 of the average, and more in the first steps."""
     eval_loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the task, when it was evaluated last."""
     eval_steps: int | None = None
     """Where it was evaluated; None where evaluations have been passed over since."""
     crossed_at: float | None = None
-    """The step at which the evaluation loss crossed the target, interpolated."""
+    """The step at which the evaluation loss, or the metric, crossed the target, interpolated."""
     reason: str | None = None
     """Why it ended, where the guard has ended it."""
     left_out: int = 0
@@ -44,11 +84,18 @@ class RunProgress:
             weight = min(1.0, max(0.2, 10 / max(1, self.steps)))
             self.running_loss = before + weight * (loss - before)
 
-    def take_evaluation(self, loss: float, target: float | None) -> None:
-        """Take in an evaluation loss, made now."""
-        if target is not None and loss <= target:
-            self.crossed_at = crossing(self.eval_steps, self.eval_loss, self.steps, loss, target)
-        self.eval_loss, self.eval_steps = loss, self.steps
+    def take_evaluation(self, found: Evaluated, target: Target | None, seconds: float) -> None:
+        """Take in an evaluation, made now in so many seconds."""
+        self.evaluation_seconds += seconds
+        if target is not None and target.is_met(value := found.value(target.metric)):
+            metrics: Mapping[str, float | None] = {"loss": self.eval_loss, **self.metrics}
+            sign, before = -1.0 if target.direction == MAX else 1.0, metrics.get(target.metric)
+            before = None if before is None else sign * before
+            self.crossed_at = crossing(
+                self.eval_steps, before, self.steps, sign * value, sign * target.value
+            )
+        self.eval_loss, self.metrics = found.loss, dict(found.metrics)
+        self.eval_steps = self.steps
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -17,7 +17,7 @@ from largebatch.distributed.ranks import Ranks
 from largebatch.distributed.team import Team
 from largebatch.distributed.walltime import find_stop
 from largebatch.records.record import RunFolder, unwritable
-from largebatch.records.summary import SummaryRecord
+from largebatch.records.summary import SummaryRecord, aim_fields
 from largebatch.train.build import build_parts, build_throughput
 from largebatch.train.checkpoints.data_identity import check_data, data_of
 from largebatch.train.evaluation import Evaluation, EvaluationGrid, evaluate
@@ -190,7 +190,7 @@ class Run:
             EvaluationGrid(config.evaluation.growth),
             config.evaluation.within,
         )
-        stopping = Stopping(signal, config.target.loss, config.target.give_up_samples)
+        stopping = Stopping(signal, config.target.aim, config.target.give_up_samples)
         return Loop(
             plan=self.spec.plan,
             parts=parts,
@@ -243,7 +243,7 @@ class Run:
         config, progress = self.spec.config, self.progress
         reached = progress.status == "reached"
         batch_size = self.spec.plan.final_batch_size
-        return {
+        found: SummaryRecord = {
             "status": progress.status,
             "reason": progress.reason,
             "steps_to_target": progress.steps if reached else None,
@@ -279,6 +279,10 @@ class Run:
             "provenance": provenance(self.ranks, self.device) | dict(self.parts.data),
             "config": asdict(config),
         }
+        found |= aim_fields(config.target.aim)
+        if progress.metrics:
+            found["metrics"] = dict(progress.metrics)
+        return found
 
 
 def _too_much(device: torch.device, micro_batch_size: int, error: BaseException) -> str:

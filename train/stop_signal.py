@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Final, Self
 
 from largebatch.records.step_record import StepRecord
+from largebatch.records.target import Target
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU)
 
@@ -78,13 +79,19 @@ class Stopping:
 
     Attributes:
         signal: of the operating system, or a time of day.
-        target_loss: the run ends at the first evaluation at or below it.
+        target: the run ends at the first evaluation that meets it.
         give_up_samples: ends a run without its target; schedules do not see it.
         enough: takes each complete record, a step late; true ends the run as if its budget were
             spent.
     """
 
     signal: StopSignal = field(default_factory=StopSignal)
-    target_loss: float | None = None
+    target: Target | None = None
     give_up_samples: int | None = None
     enough: Callable[[StepRecord], bool] = lambda record: False
+
+    @property
+    def target_loss(self) -> float | None:
+        """Where the target is a loss: that."""
+        is_loss = self.target is not None and self.target.metric == "loss"
+        return self.target.value if self.target is not None and is_loss else None

@@ -16,13 +16,15 @@ batch norm, are those of training.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from largebatch.conf.config import AverageConfig
 from largebatch.optim.sharding.layout import local
+
+T = TypeVar("T")
 
 
 class WeightAverage:
@@ -93,7 +95,7 @@ class WeightAverage:
                 torch._foreach_copy_(_locals(self._params), kept)
             self._reshard()
 
-    def evaluated(self, evaluate: Callable[[], float]) -> float:
+    def evaluated(self, evaluate: Callable[[], T]) -> T:
         """What `evaluate` finds of the average."""
         with self.in_place():
             return evaluate()

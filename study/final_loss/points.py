@@ -56,7 +56,7 @@ class LossPoint:
 
 def has_spent(run: RunSummary) -> bool:
     """Whether a run without a target has spent its budget, or diverged on the way."""
-    if run.target_loss is not None or run.give_up_samples is not None:
+    if run.target is not None or run.give_up_samples is not None:
         return False
     spent = run.budget_samples is not None and run.samples >= run.budget_samples
     return run.status == "diverged" or (run.status == "exhausted" and spent)

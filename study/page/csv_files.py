@@ -130,6 +130,12 @@ def _basin_rows(study: Study, tuned: Sequence[str]) -> Iterator[tuple[SectionStu
                 )  # fmt: skip
 
 
+def _target(section: SectionStudy) -> float | str:
+    """The loss, or the metric with its value."""
+    target = section.section.target
+    return target.value if target.metric == "loss" else str(target)
+
+
 def _ends(estimate: Estimate | None) -> tuple[float | None, float | None]:
     return (None, None) if estimate is None else (estimate.low, estimate.high)
 
@@ -146,6 +152,6 @@ def _write(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*columns, *(["task", "target"] if several else [])])
         for section, row in rows:
-            where = [section.section.task, section.section.target_loss] if several else []
+            where = [section.section.task, _target(section)] if several else []
             writer.writerow([cell(value) for value in (*row, *where)])
     return path

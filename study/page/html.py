@@ -57,13 +57,13 @@ def page_title(study: Study) -> str:
 
 def section_titles(study: Study) -> list[str]:
     """Of each section its task and target, the data where these do not tell, and what was tried."""
-    measured = [(one.section.task, one.section.target_loss) for one in study.sections]
+    measured = [(one.section.task, one.section.target) for one in study.sections]
     titles = []
     for one, (task, target) in zip(study.sections, measured, strict=True):
         data = one.section.data_hash or "unknown"
         alike = measured.count((task, target)) > 1
         titles.append(
-            f"{printable(task)} to loss {target:g}"
+            f"{printable(task)} to {printable(target)}"
             + f" (data {printable(short_hash(data))})" * alike
             + f": {plural(len(one.names), 'curve')}, {plural(len(one.batch_sizes), 'batch size')}, "
             f"{plural(len(one.seeds), 'seed')}"

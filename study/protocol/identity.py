@@ -44,13 +44,20 @@ def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
         ) from None
     current = json.loads(json.dumps(identity))
     for name in sorted(known.keys() & current.keys()):
-        if known[name] != current[name]:
+        if _given(known[name]) != _given(current[name]):
             raise ConfigError(
                 f"{folder} holds runs of another study: "
                 f"{_difference(name, known[name], current[name])}; choose another folder with "
                 "hydra.sweep.dir=…, or move it away"
             )
     write_whole(path, json.dumps({**known, **current}, indent=1) + "\n")
+
+
+def _given(value: Any) -> Any:
+    """Without what is null: a key that there was not yet was not given."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _given(inner) for key, inner in value.items() if inner is not None}
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

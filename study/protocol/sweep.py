@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from largebatch.common.errors import ConfigError, SweepFailed
 from largebatch.conf.config import typed
 from largebatch.conf.sweep_config import LOSS, STEPS, StudyConfig
+from largebatch.records.target import Target
 from largebatch.study.costs import StudyCost, add_cost
 from largebatch.study.protocol.conduct import (
     Launch,
@@ -46,7 +47,7 @@ def sweep(
     if shared.study is None:
         raise ConfigError("hydra/sweeper=largebatch_study needs a study: study=bytes or your own")
     _refuse_sweeps(arguments)
-    _check_target(shared.study, shared.target.loss)
+    _check_target(shared.study, shared.target.aim)
     optimizers = {
         name: typed(_without_hydra(compose([*arguments, f"optim={name}"]))).optim
         for name in shared.study.optimizers
@@ -74,13 +75,15 @@ def sweep(
     return report
 
 
-def _check_target(study: StudyConfig, target: float | None) -> None:
+def _check_target(study: StudyConfig, target: Target | None) -> None:
     if study.protocol == STEPS and target is None:
-        raise ConfigError("a study counts steps to a target: target.loss must be given")
+        raise ConfigError(
+            "a study counts steps to a target: give target.loss, or target.metric and target.value"
+        )
     if study.protocol == LOSS and target is not None:
         raise ConfigError(
             f"study.protocol={LOSS} spends its budgets whole, and a run ends at its target: set "
-            f"target.loss=null, got {target:g}"
+            f"target.loss=null and target.metric=null, got {target}"
         )
 
 

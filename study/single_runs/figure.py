@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from largebatch.common.figures import GREY
+from largebatch.records.names import EVALUATED
 from largebatch.study.labels import plain
 from largebatch.study.page.axes import (
     WIDE,
@@ -37,6 +38,8 @@ AXES: Final[Mapping[Against, tuple[str, str]]] = {
 }
 MOST_POINTS: Final = 800
 """Of a line in a picture: more cannot be told apart, and a page of megabytes opens slowly."""
+MOST_METRICS: Final = 6
+"""That have a panel."""
 _SMOOTHED: Final = 50
 """Running means reach back over this fraction of a run's lines."""
 _WIDE_SPAN: Final = 8.0
@@ -50,7 +53,7 @@ class Panel:
     key: str
     label: str
     height: float
-    kind: Literal["loss", "noisy", "line", "steps"]
+    kind: Literal["loss", "noisy", "line", "steps", "evaluated"]
     always: bool = True
 
 
@@ -71,13 +74,13 @@ def runs_figure(
 ) -> Picture:  # fmt: skip
     """All panels that any of the runs has something for, over `against`."""
     panels = [
-        panel for panel in PANELS
+        panel for panel in (PANELS[0], *_metric_panels(histories), *PANELS[1:])
         if panel.always or any(history.has(panel.key) for history in histories)
     ]  # fmt: skip
     handles = curve_handles(styles, names) if len(names) > 1 else []
     handles += [handle("o", "evaluation", markersize=4.5)]
     handles += [Line2D([], [], color=GREY, linewidth=1.6, label="training, running mean")]
-    targets = {one.target_loss for one in histories if one.target_loss is not None}
+    targets = {one.target for one in histories if one.target is not None}
     if targets:
         handles.append(Line2D([], [], color=GREY, linestyle="--", label="target"))
     picture, drawn = new_panels(
@@ -89,14 +92,25 @@ def runs_figure(
         axes.set_ylabel(panel.label, fontsize=8.5 if width >= WIDE else 7.5)
         _set_scale(axes, panel, histories)
         set_grid(axes)
-    for target in targets:
-        drawn[0].axhline(target, color=GREY, linestyle="--", linewidth=1.0)
+        for target in targets:
+            if target.metric == panel.key.removeprefix(EVALUATED):
+                axes.axhline(target.value, color=GREY, linestyle="--", linewidth=1.0)
     last = drawn[-1]
     last.set_xlabel(AXES[against][1])
     last.set_xlim(left=0)
     last.xaxis.set_major_locator(MaxNLocator(6 if width >= WIDE else 4))
     last.xaxis.set_major_formatter(FuncFormatter(plain))
     return picture
+
+
+def _metric_panels(histories: Sequence[RunHistory]) -> list[Panel]:
+    """One a metric of the tasks."""
+    names = dict.fromkeys(name for history in histories for name in history.metrics)
+    return [
+        Panel(f"{EVALUATED}{name}", f"{name[:1].upper()}{name[1:]}".replace("_", " "), 1.4,
+              "evaluated")
+        for name in [*names][:MOST_METRICS]
+    ]  # fmt: skip
 
 
 def thinned(x: Series, y: Series, most: int = MOST_POINTS) -> tuple[Series, Series]:
@@ -137,6 +151,9 @@ def _draw(
 ) -> None:  # fmt: skip
     if not history.has(panel.key) or not history.has(against):
         return
+    if panel.kind == "evaluated":
+        _draw_evaluations(picture, axes, panel, history, name, style, against)
+        return
     x, y = history.columns[against], history.columns[panel.key]
     if panel.key == "noise_scale":
         y = np.where(history.columns.get("noise_resolved", np.zeros_like(y)) == 1, y, np.nan)
@@ -153,29 +170,33 @@ def _draw(
     axes.plot(x, running_mean(y, len(y) / _SMOOTHED), color=style.colour, linestyle=style.line,
               linewidth=1.6)  # fmt: skip
     if panel.kind == "loss" and history.has("eval_loss"):
-        _draw_evaluations(picture, axes, history, name, style, against)
+        _draw_evaluations(picture, axes, panel, history, name, style, against)
 
 
 def _draw_evaluations(
-    picture: Picture, axes: Axes, history: RunHistory, name: str, style: Style, against: str
-) -> None:
-    x, y = history.columns[against], history.columns["eval_loss"]
+    picture: Picture, axes: Axes, panel: Panel, history: RunHistory, name: str, style: Style,
+    against: str,
+) -> None:  # fmt: skip
+    key = "eval_loss" if panel.kind == "loss" else panel.key
+    x, y = history.columns[against], history.columns[key]
     places = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
     places = places[:: -(-len(places) // 200)]
     (line,) = axes.plot(
-        x[places], y[places], linestyle="none", color=style.colour, marker=style.marker,
+        x[places], y[places], linestyle="none" if panel.kind == "loss" else style.line,
+        linewidth=1.3, color=style.colour, marker=style.marker,
         markersize=4, markeredgecolor="white", markeredgewidth=0.5, clip_on=False,
     )  # fmt: skip
-    picture.tell(line, [_tip(history, name, int(place)) for place in places])
+    picture.tell(line, [_tip(history, name, key, int(place)) for place in places])
 
 
-def _tip(history: RunHistory, name: str, place: int) -> str:
+def _tip(history: RunHistory, name: str, key: str, place: int) -> str:
     def value(key: str) -> str:
         column = history.columns.get(key)
         return "unknown" if column is None else three_digits(column[place])
 
+    what = "evaluation loss" if key == "eval_loss" else key.removeprefix(EVALUATED)
     return (
-        f"{name}: evaluation loss {history.columns['eval_loss'][place]:.4g} after step "
+        f"{name}: {what} {history.columns[key][place]:.4g} after step "
         f"{value('step')}, {value('samples')} samples; rate {value('lr')}"
     )
 

@@ -16,10 +16,20 @@ from largebatch.common.text import shown
 from largebatch.records import RecordError, printable
 from largebatch.records.columns import read_columns
 from largebatch.records.configuration import read_yaml
-from largebatch.records.fields import Check, Fields, flag, mapping, number, text, within
-from largebatch.records.names import CONFIG, METRICS, SUMMARY
+from largebatch.records.fields import (
+    Check,
+    Fields,
+    flag,
+    mapping,
+    number,
+    one_of,
+    text,
+    within,
+)
+from largebatch.records.names import CONFIG, EVALUATED, METRICS, SUMMARY
 from largebatch.records.reading import find_fields
 from largebatch.records.summary import status
+from largebatch.records.target import DIRECTIONS, Target, direction_of
 from largebatch.study.curves import differences, flattened
 
 Series = NDArray[np.float64]
@@ -54,13 +64,19 @@ class RunHistory:
     columns: Mapping[str, Series]
     status: str
     optimizer: str
-    target_loss: float | None
+    target: Target | None
     provenance: Mapping[str, Any]
     identity: Mapping[str, Any]
 
     def has(self, key: str) -> bool:
         """Whether any line has a number for `key`."""
         return key in self.columns and bool(np.isfinite(self.columns[key]).any())
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the task's metrics that it was evaluated by, in order."""
+        found = (key for key in self.columns if key.startswith(EVALUATED) and self.has(key))
+        return sorted(key.removeprefix(EVALUATED) for key in found if key != "eval_loss")
 
     def last(self, key: str) -> float | None:
         """The last number recorded for `key`."""
@@ -83,7 +99,7 @@ def read_history(folder: Path, problems: list[str]) -> RunHistory:
     """
     columns = {
         key: np.array(column)
-        for key, column in read_columns(folder / METRICS, READ.get, problems).items()
+        for key, column in read_columns(folder / METRICS, check_of, problems).items()
     }
     samples = columns.get("samples", np.empty(0))
     shown_lines = increasing(samples)
@@ -102,10 +118,28 @@ def read_history(folder: Path, problems: list[str]) -> RunHistory:
         columns={key: column[shown_lines] for key, column in columns.items()},
         status=summary.find("status", status) or "running",
         optimizer=printable(summary.find("optimizer", text) or kind),
-        target_loss=Fields(identity, summary.where, problems).find("target.loss", number),
+        target=_target(Fields(identity, summary.where, problems)),
         provenance=summary.find("provenance", mapping) or {},
         identity=identity,
     )
+
+
+def check_of(key: str) -> Check[Any] | None:
+    """By what check a field of a line is taken; None: it is not drawn."""
+    is_metric = key.startswith(EVALUATED) and key.isidentifier()
+    return READ.get(key, SCALE if is_metric else None)
+
+
+def _target(identity: Fields) -> Target | None:
+    """What a configuration aims at."""
+    metric = identity.find("target.metric", text)
+    value = identity.find("target.loss" if metric is None else "target.value", number)
+    if value is None:
+        return None
+    if metric is None or metric == "loss":
+        return Target("loss", value)
+    direction = identity.find("target.direction", one_of(*DIRECTIONS)) or direction_of(metric)
+    return None if direction is None else Target(metric, value, direction)
 
 
 def names_of(histories: Sequence[RunHistory]) -> list[str]:

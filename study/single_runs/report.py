@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from largebatch.common.figures import paper_style
 from largebatch.common.text import duration
 from largebatch.records import printable
-from largebatch.records.names import METRICS
+from largebatch.records.names import EVALUATED, METRICS
 from largebatch.study.page.axes import NARROW, WIDE
 from largebatch.study.page.html import TEMPLATES, figure_of, items_of, provenance_of, table_of
 from largebatch.study.page.styles import curve_styles
@@ -24,7 +24,7 @@ from largebatch.study.page.svg import style_sheet, svg_of, themed, write_png
 from largebatch.study.page.tables import Entry, Listing
 from largebatch.study.page.terminal import terminal_table
 from largebatch.study.page.words import DASH, plural
-from largebatch.study.single_runs.figure import Against, runs_figure
+from largebatch.study.single_runs.figure import MOST_METRICS, Against, runs_figure
 from largebatch.study.single_runs.history import RunHistory, is_run, names_of, read_history
 from largebatch.study.single_runs.layers import write_layers
 from largebatch.study.single_runs.noise import write_noise
@@ -125,8 +125,9 @@ def print_runs(report: RunsReport, console: "Console | None" = None) -> None:
 
 
 def runs_table(histories: dict[str, RunHistory]) -> Listing:
-    """How each run stands: steps, samples, losses, rate, batch size, time."""
-    heads = ["run", "status", "steps", "samples", "loss", "eval", "rate", "batch", "time"]
+    """How each run stands: steps, samples, losses, metrics, rate, batch size, time."""
+    metrics = sorted({name for one in histories.values() for name in one.metrics})[:MOST_METRICS]
+    heads = ["run", "status", "steps", "samples", "loss", "eval", *metrics, "rate", "batch", "time"]
     rows = []
     for name, history in histories.items():
         seconds = history.last("seconds")
@@ -135,7 +136,10 @@ def runs_table(histories: dict[str, RunHistory]) -> Listing:
                 Entry(name),
                 Entry(history.status),
                 *(_number(history.last(key), ",.0f") for key in ("step", "samples")),
-                *(_number(history.last(key), ".4g") for key in ("loss", "eval_loss", "lr")),
+                *(
+                    _number(history.last(key), ".4g")
+                    for key in ("loss", "eval_loss", *(EVALUATED + name for name in metrics), "lr")
+                ),
                 _number(history.last("global_batch_size"), ",.0f"),
                 Entry(DASH if seconds is None else duration(seconds), seconds),
             ]

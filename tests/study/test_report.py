@@ -292,6 +292,10 @@ def test_broken_and_unfinished_folders_are_named_and_skipped(tmp_path: Path) -> 
     assert "the key lr is missing" in write_report(tmp_path).html.read_text()
 
 
+OF_A_METRIC = {"target_loss": None, "target_metric": "accuracy", "target_value": 0.97,
+               "target_direction": "max", "metrics": {"accuracy": 0.971}}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -304,6 +308,8 @@ def test_broken_and_unfinished_folders_are_named_and_skipped(tmp_path: Path) -> 
         ({"steps": 10**400}, "steps must be a whole number >= 0, got 1000"),
         ({"lr": 1e300}, "lr must be a learning rate from"),
         ({"target_loss": [2]}, "target_loss must be a finite number, got [2]"),
+        (OF_A_METRIC | {"target_direction": "up"}, "target_direction must be one of min, max"),
+        ({"metrics": {"accuracy": "high"}}, "accuracy must be a finite number"),
         ({"provenance": {"data_hash": {}}}, "provenance: data_hash must be text, got {}"),
     ],
 )
@@ -374,6 +380,7 @@ def test_names_are_text_in_pictures_tables_and_on_the_terminal(tmp_path: Path) -
     [
         ({"task": "digits"}, ("bytes to loss 2.2", "digits to loss 2.2")),
         ({"target_loss": 1.95}, ("bytes to loss 2.2", "bytes to loss 1.95")),
+        (OF_A_METRIC, ("bytes to loss 2.2", "bytes to accuracy 0.97")),
         ({"provenance": {"data_hash": "ffff"}}, ("data 0f3a0f3a0f3a…", "data ffff")),
     ],
 )
@@ -387,9 +394,10 @@ def test_tasks_targets_and_data_sets_are_sections(
     assert page.count("<section>") == 2
     assert all(title in page for title in titles)
     found = rows(tmp_path / "curve.csv")
-    assert [(row["task"], row["target"]) for row in found] == sorted(
-        [("bytes", "2.2"), (changes.get("task", "bytes"), f"{changes.get('target_loss', 2.2):g}")],
-        key=lambda where: (where[0], float(where[1])),
+    target = changes.get("target_loss", 2.2)
+    target = "accuracy 0.97" if target is None else f"{target:g}"
+    assert sorted((row["task"], row["target"]) for row in found) == sorted(
+        [("bytes", "2.2"), (changes.get("task", "bytes"), target)]
     )
     names = sorted(path.name for path in tmp_path.glob("curve*.png"))
     assert len(names) == 2
@@ -458,7 +466,7 @@ def test_nothing_to_report_is_two_and_one_sentence(
     assert "no finished run below" in said
     record(tmp_path / "aimless", None, target_loss=None)
     assert main([str(tmp_path)]) == 2
-    assert "have no target loss" in capsys.readouterr().err
+    assert "have no target and" in capsys.readouterr().err
 
 
 def test_a_study_in_which_everything_missed_still_reports(tmp_path: Path) -> None:

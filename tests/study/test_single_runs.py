@@ -11,6 +11,7 @@ from largebatch.study.page.styles import curve_styles
 from largebatch.study.report import main
 from largebatch.study.single_runs.figure import runs_figure
 from largebatch.study.single_runs.history import RunHistory, names_of, read_history
+from largebatch.study.single_runs.report import runs_table
 
 
 def config(**optim: Any) -> dict[str, Any]:
@@ -70,7 +71,11 @@ def test_a_run_that_still_lives_is_read_by_its_configuration(tmp_path: Path) -> 
     )
     problems: list[str] = []
     found = read_history(folder, problems)
-    assert (found.status, found.optimizer, found.target_loss) == ("running", "lars", 2.5)
+    assert (found.status, found.optimizer, found.target) == (
+        "running",
+        "lars",
+        ("loss", 2.5, "min"),
+    )
     assert found.last("step") == 40
     assert problems == []
 
@@ -91,6 +96,28 @@ def test_the_panels_hold_what_was_recorded(tmp_path: Path) -> None:
     assert picture.tips == {
         "tips-0": ["run: evaluation loss 1.25 after step 40, 2,560 samples; rate 0.1"]
     }
+
+
+def test_a_metric_has_a_panel_with_its_target(tmp_path: Path) -> None:
+    of = config() | {"target": {"loss": None, "metric": "accuracy", "value": 0.9}}
+    folder = write_run(tmp_path / "run", of=of)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for place, value in ((9, 0.5), (39, 0.95)):
+        lines[place] |= {"eval_loss": 1.5, "eval_accuracy": value, "eval_$x^{$": 1.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_history(folder, [])
+    assert (run.target, run.metrics) == (("accuracy", 0.9, "max"), ["accuracy"])
+    picture = runs_figure([run], ["run"], curve_styles([("run", "lamb")]), 7.0)
+    loss, accuracy, *_ = picture.figure.axes
+    assert len(loss.lines) == 3  # no target
+    assert accuracy.get_ylabel() == "Accuracy"
+    evaluated, target = accuracy.lines
+    np.testing.assert_allclose(evaluated.get_xydata(), [[640.0, 0.5], [2560.0, 0.95]])
+    np.testing.assert_allclose(target.get_ydata(), 0.9)
+    assert "run: accuracy 0.5 after step 10, 640 samples; rate 0.1" in picture.tips["tips-1"]
+    table = runs_table({"run": run})
+    assert "accuracy" in table.heads
+    assert table.rows[0][table.heads.index("accuracy")].text == "0.95"
 
 
 def test_a_diverged_loss_does_not_flatten_the_picture(tmp_path: Path) -> None:

@@ -31,6 +31,52 @@ class Right:
         return {"data": "noise", "data_hash": "0"}
 
 
+class Sorted(Right):
+    """With metrics."""
+
+    def metrics(self, model: nn.Module, batch: Batch) -> Any:
+        right = model(batch[0]).argmax(1) == batch[1]
+        return {"accuracy": (right.sum(), len(right)), "constant": (3.0 * len(right), len(right))}
+
+
+class MetricOfEach(Right):
+    def metrics(self, model: nn.Module, batch: Batch) -> Any:
+        return {"accuracy": (model(batch[0]).argmax(1) == batch[1], len(batch[1]))}
+
+
+class MetricWithoutCount(Right):
+    def metrics(self, model: nn.Module, batch: Batch) -> Any:
+        return {"accuracy": (model(batch[0]).argmax(1) == batch[1]).float().mean()}
+
+
+class MetricByNoName(Right):
+    def metrics(self, model: nn.Module, batch: Batch) -> Any:
+        return {"top 5": (1.0, 2)}
+
+
+class MetricAlone(Right):
+    def metrics(self, model: nn.Module, batch: Batch) -> Any:
+        return 0.5
+
+
+class LossOfOutputs(Right):
+    def loss(self, outputs: Tensor) -> Any:  # type: ignore[override]
+        return outputs.mean()
+
+
+class Overcounted(Right):
+    num_train = 101
+
+    def train_batch(self, indices: Indices) -> Batch:
+        rows = torch.from_numpy(indices)
+        return IMAGES[rows], rows % 10
+
+
+class SummedLoss(Right):
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
 class Huge(Right):
     replacement = False
     num_train = 10**12

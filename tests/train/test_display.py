@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from largebatch.conf.config import TargetConfig
 from largebatch.records.summary import in_words
 from largebatch.train.reporting.display import Display, begun, fitted
 
@@ -15,7 +16,7 @@ from largebatch.train.reporting.display import Display, begun, fitted
 def spec(target: float | None = 2.2, first: int = 256, resumed: int | None = None) -> Any:
     return SimpleNamespace(
         config=SimpleNamespace(
-            target=SimpleNamespace(loss=target, give_up_samples=None),
+            target=TargetConfig(loss=target),
             budget=SimpleNamespace(samples=1_000_000),
         ),
         plan=SimpleNamespace(
@@ -94,6 +95,11 @@ def test_what_matters_least_goes_first() -> None:
          "1.5 s of training: runs/a"),
         ({"status": "diverged", "target_loss": None, "reason": "loss is nan"},
          "diverged after 1,000 steps, 64,000 samples, 1.5 s of training (loss is nan): runs/a"),
+        ({"status": "reached", "target_loss": None, "target_metric": "accuracy",
+          "target_value": 0.9, "target_direction": "max", "eval_loss": 0.2,
+          "metrics": {"accuracy": 0.91}},
+         "reached accuracy 0.9 after 1,000 steps, 64,000 samples, 1.5 s of training; "
+         "evaluation loss 0.2000, accuracy 0.9100: runs/a"),
     ],
 )  # fmt: skip
 def test_how_a_run_ended_is_one_line(summary: dict[str, Any], words: str) -> None:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import LAMB, LARS
 from largebatch.records.step_record import StepRecord
+from largebatch.records.target import Target
 from largebatch.schedules import Constant, ConstantBatch, Plan
 from largebatch.train.data.sampler import Sampler
 from largebatch.train.engines.ddp import DDP
@@ -18,7 +19,7 @@ from largebatch.train.evaluation import Evaluation, EvaluationGrid
 from largebatch.train.loop import Loop, Parts
 from largebatch.train.models import MLP
 from largebatch.train.noise.gradient_noise import GradientNoise
-from largebatch.train.progress import crossing
+from largebatch.train.progress import Evaluated, crossing
 from largebatch.train.reporting.async_metrics import AsyncMetrics
 from largebatch.train.reporting.reporter import NullReporter
 from largebatch.train.stop_signal import Stopping
@@ -70,7 +71,7 @@ def make_loop(optimizer: type[Optimizer], lines: list[dict[str, Any]], steps: in
         ),
         sampler=Sampler(task.num_train, 0, False),
         ranks=Ranks(),
-        evaluation=Evaluation(lambda: math.nan, EvaluationGrid(1.0, due_at=10**9)),
+        evaluation=Evaluation(lambda: Evaluated(math.nan), EvaluationGrid(1.0, due_at=10**9)),
         reporter=Kept(lines),
     )
 
@@ -152,12 +153,12 @@ def evaluated(losses: dict[int, float], within: float | None, target: float) -> 
     asked: list[int] = []
     loop = make_loop(torch.optim.SGD, [], steps=20)
 
-    def eval_loss() -> float:
+    def find() -> Evaluated:
         asked.append(loop.progress.steps)
-        return losses.get(loop.progress.steps, 9.0)
+        return Evaluated(losses.get(loop.progress.steps, 9.0))
 
-    loop.evaluation = Evaluation(eval_loss, EvaluationGrid(1.0), within)
-    loop.stopping = Stopping(target_loss=target)
+    loop.evaluation = Evaluation(find, EvaluationGrid(1.0), within)
+    loop.stopping = Stopping(target=Target("loss", target))
     take = loop.progress.take_loss
 
     def take_loss(loss: float) -> None:
@@ -187,11 +188,17 @@ def test_a_run_is_evaluated_where_its_running_loss_is_near_the_target_and_at_its
     assert len(near) == 15
 
 
-def test_the_crossing_of_the_target_is_interpolated_between_evaluations() -> None:
+@pytest.mark.parametrize("target", [Target("loss", 2.0), Target("accuracy", 0.95333333, "max")])
+def test_the_crossing_of_the_target_is_interpolated_between_evaluations(target: Target) -> None:
     loop = make_loop(torch.optim.SGD, [], steps=20)
-    losses = {4: 2.4, 8: 1.8}
-    loop.evaluation = Evaluation(lambda: losses[loop.progress.steps], EvaluationGrid(2.0, due_at=4))
-    loop.stopping = Stopping(target_loss=2.0)
+    found = {4: (2.4, 0.9), 8: (1.8, 0.98)}
+
+    def find() -> Evaluated:
+        loss, accuracy = found[loop.progress.steps]
+        return Evaluated(loss, {"accuracy": accuracy})
+
+    loop.evaluation = Evaluation(find, EvaluationGrid(2.0, due_at=4))
+    loop.stopping = Stopping(target=target)
     progress = loop.run()
     assert (progress.status, progress.steps) == ("reached", 8)
     # Log steps against the loss: two thirds of the way from 4 to 8.

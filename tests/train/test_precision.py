@@ -197,7 +197,7 @@ def products_under_deepspeed(stage: int) -> Outcome:
     engine = DeepSpeed(MLP(16, 32, 8), Ranks(), CPU, 64, Precision("bf16", CPU), stage=stage)
     engine.attach(LAMB(list(engine.model.named_parameters()), lr=0.01), None)
     engine.forward_backward(Watching(), batch(), ACCUMULATION * MICRO)
-    engine.loss(Watching(), batch())
+    engine.evaluate(Watching(), batch())
     return {"dtypes": seen}
 
 

@@ -16,6 +16,17 @@ WRONG = {
         ["evaluation.within=0.3", "target.loss=null"],
         ["evaluation.within=0.3", "target.loss"],
     ),
+    "a metric without a value": (["target.metric=accuracy"], ["target.value"]),
+    "a value of no metric": (["target.value=0.9"], ["target.value=0.9", "target.metric"]),
+    "a metric of no known direction": (
+        ["target.metric=shine", "target.value=1"],
+        ["target.metric=shine", "target.direction=max"],
+    ),
+    "a loss that is to rise": (
+        ["target.metric=loss", "target.value=1", "target.direction=max"],
+        ["target.metric=loss"],
+    ),
+    "a metric by its own key": (["target.accuracy=0.9"], ["target.metric=accuracy"]),
     "an unknown key": (["optim.lrr=0.1"], ["optim.lrr", "did you mean optim.lr?"]),
     "an unknown group": (["optm=lamb"], ["optm", "did you mean optim?"]),
     "an added unknown key": (["+colour=blue"], ["colour"]),

@@ -202,6 +202,7 @@ class Branching:
             f"budget.samples={max(trunk.budget, self.ends_at)}",
             "budget.tokens=null",
             "target.loss=null",
+            *(f"target.{key}=null" for key in ("metric", "value", "direction")),
             f"target.give_up_samples={self.ends_at}",
             "evaluation.within=null",
             "evaluation.growth=1000000",  # training losses are compared, and one evaluation ends it

@@ -5,7 +5,7 @@ All give the same trajectory for one global batch, up to rounding.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from largebatch.train.engines.precision import Precision
 from largebatch.train.engines.update import GradientLimits, StepMetrics, Update
 from largebatch.train.noise.small_gradients import SmallGradients
 from largebatch.train.tasks import Batch, Task, loss_of, to_device
+from largebatch.train.tasks.metrics import Metrics, metrics_of, one_pass
 
 if TYPE_CHECKING:
     from largebatch.train.checkpoints.tensors import CheckpointTensors
@@ -71,10 +72,14 @@ class Engine(ABC):
         """From now on."""
         self._micro_batch_size = micro_batch_size
 
-    def loss(self, task: Task, batch: Batch) -> Tensor:
-        """The mean loss over `batch`, on the device, in the run's precision."""
-        with self.precision.autocast():
-            return loss_of(task, self.model, to_device(batch, self.device))
+    def evaluate(self, task: Task, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The mean loss over `batch` and the task's metrics, on the device, in the run's
+        precision.
+        """
+        batch = to_device(batch, self.device)
+        passes = nullcontext if getattr(task, "metrics", None) is None else one_pass
+        with self.precision.autocast(), passes(self.model):
+            return loss_of(task, self.model, batch), metrics_of(task, self.model, batch)
 
     def forward_backward(self, task: Task, batch: Batch, global_batch_size: int) -> Tensor:
         """Make the gradient of the global batch's mean loss, for `update` to use.

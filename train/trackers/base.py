@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Protocol
 
+from largebatch.records.names import EVALUATED
+
 _SECTIONS: Final = {
     "loss": "train", "samples_per_second": "train", "step_seconds": "train", "mfu": "train",
     "hfu": "train", "tflops_per_device": "train", "eval_loss": "eval", "lr": "optim",
@@ -12,7 +14,12 @@ _SECTIONS: Final = {
     "skipped": "optim", "overflow": "optim", "loss_scale": "optim",
 }  # fmt: skip
 _NAMES: Final = {"eval_loss": "loss", "global_batch_size": "batch_size"}
-_PREFIXES: Final = {"noise": "noise", "grad_norm": "optim", "trust_ratio": "optim"}
+_PREFIXES: Final = {
+    EVALUATED: "eval",
+    "noise": "noise",
+    "grad_norm": "optim",
+    "trust_ratio": "optim",
+}
 
 
 class Logger(Protocol):
@@ -56,6 +63,8 @@ def sectioned(line: Mapping[str, Any]) -> dict[str, float]:
 
     >>> sectioned({"samples": 64, "loss": 2.5, "eval_loss": None, "lr": 0.1, "skipped": False})
     {'train/loss': 2.5, 'optim/lr': 0.1, 'optim/skipped': 0.0}
+    >>> sectioned({"eval_loss": 2.5, "eval_accuracy": 0.5})
+    {'eval/loss': 2.5, 'eval/accuracy': 0.5}
     >>> sectioned({"noise_scale": 9.0, "trust_ratio/net.0.weight": 0.5, "data_parallel_size": 2})
     {'noise/noise_scale': 9.0, 'optim/trust_ratio/net.0.weight': 0.5}
     """
@@ -65,7 +74,8 @@ def sectioned(line: Mapping[str, Any]) -> dict[str, float]:
         if section is None:
             section = next((name for start, name in _PREFIXES.items() if key.startswith(start)), "")
         if section and isinstance(value, int | float) and math.isfinite(value):
-            found[f"{section}/{_NAMES.get(key, key)}"] = float(value)
+            name = _NAMES.get(key, key.removeprefix(EVALUATED))
+            found[f"{section}/{name}"] = float(value)
     return found
 
 
