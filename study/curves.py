@@ -7,11 +7,12 @@ named by what differs. Runs of several tasks, targets or data are sections, each
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
+from largebatch.common.mappings import flattened
 from largebatch.records.target import Target
 from largebatch.study.decisions import Decisions
 from largebatch.study.reading import RunSummary
@@ -112,27 +113,26 @@ def curves_of(runs: Sequence[RunSummary], decisions: Decisions) -> list[StudyCur
 def tuned_value(run: RunSummary, name: str) -> float | None:
     """The value of a tuned key in a run's configuration."""
     optim = run.config.get("optim")
-    flat = dict(flattened(optim, "optim.")) if isinstance(optim, Mapping) else {}
+    flat = leaves(optim, "optim.") if isinstance(optim, Mapping) else {}
     for path in _TUNED[name]:
         if isinstance(flat.get(path), int | float):
             return float(flat[path])
     return None
 
 
-def flattened(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a configuration by their full names; betas by place.
+def leaves(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return the leaves of a configuration by their full names; betas by place.
 
-    >>> dict(flattened({"optim": {"lr": 0.1, "betas": [0.9, 0.99]}, "clip_norm": None}))
+    >>> leaves({"optim": {"lr": 0.1, "betas": [0.9, 0.99]}, "clip_norm": None})
     {'optim.lr': 0.1, 'optim.betas.0': 0.9, 'optim.betas.1': 0.99, 'clip_norm': None}
     """
-    for key, value in config.items():
-        path = f"{above}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from flattened(value, f"{path}.")
-        elif key == "betas" and isinstance(value, Sequence):
-            yield from ((f"{path}.{place}", entry) for place, entry in enumerate(value))
+    found = {}
+    for path, value in flattened(config, above).items():
+        if path.split(".")[-1] == "betas" and isinstance(value, Sequence):
+            found |= {f"{path}.{place}": entry for place, entry in enumerate(value)}
         else:
-            yield path, value
+            found[path] = value
+    return found
 
 
 def _identity(run: RunSummary, tuned: Sequence[str]) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _identity(run: RunSummary, tuned: Sequence[str]) -> dict[str, Any]:
     searched = {path for name in tuned for path in _TUNED[name]}
     return {
         path: value
-        for path, value in sorted(flattened(run.config))
+        for path, value in sorted(leaves(run.config).items())
         if path not in searched and not _has_no_part(path)
     }
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 from largebatch.records import printable
 from largebatch.records.names import EVALUATED
 from largebatch.records.target import Target
-from largebatch.study.curves import Section, StudyCurve, flattened, sections_of
+from largebatch.study.curves import Section, StudyCurve, leaves, sections_of
 from largebatch.study.decisions import Decisions, read_decisions
 from largebatch.study.final_loss.points import has_spent
 from largebatch.study.final_loss.section import LossSection, Source, loss_sections
@@ -184,7 +184,7 @@ def runs(folder: Path | str, *, config: bool = False) -> list[dict[str, Any]]:
             rows += [_row(run, curve, id(run) in chosen) for run in curve.runs]
             if config:
                 for row, run in zip(rows[-len(curve.runs) :], curve.runs, strict=True):
-                    row |= {f"config.{key}": value for key, value in flattened(run.config)}
+                    row |= {f"config.{key}": value for key, value in leaves(run.config).items()}
     columns = dict.fromkeys(key for row in rows for key in row)
     return [{key: row.get(key) for key in columns} for row in rows]
 

@@ -30,7 +30,7 @@ from largebatch.records.names import CONFIG, EVALUATED, METRICS, SUMMARY
 from largebatch.records.reading import find_fields
 from largebatch.records.summary import status
 from largebatch.records.target import DIRECTIONS, Target, direction_of
-from largebatch.study.curves import differences, flattened
+from largebatch.study.curves import differences, leaves
 
 Series = NDArray[np.float64]
 
@@ -111,7 +111,7 @@ def read_history(folder: Path, problems: list[str]) -> RunHistory:
     summary = find_fields(folder / SUMMARY, problems)
     summary = summary or Fields({}, printable(folder / SUMMARY), problems)
     config = summary.find("config", mapping) or _config(folder, problems)
-    identity = dict(flattened(config))
+    identity = leaves(config)
     kind = str(identity.get("optim._target_", "optimizer")).rpartition(".")[2].lower()
     return RunHistory(
         folder=folder,

@@ -77,18 +77,3 @@ def sectioned(line: Mapping[str, Any]) -> dict[str, float]:
             name = _NAMES.get(key, key.removeprefix(EVALUATED))
             found[f"{section}/{name}"] = float(value)
     return found
-
-
-def flattened(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Return a configuration by dotted names.
-
-    >>> flattened({"optim": {"lr": 0.1}, "clip_norm": None})
-    {'optim.lr': 0.1, 'clip_norm': None}
-    """
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            found |= flattened(value, f"{above}{key}.")
-        else:
-            found[f"{above}{key}"] = value
-    return found

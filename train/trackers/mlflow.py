@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from largebatch.common.errors import ConfigError
+from largebatch.common.mappings import flattened
 from largebatch.records.names import SUMMARY
-from largebatch.train.trackers.base import Labels, flattened, sectioned
+from largebatch.train.trackers.base import Labels, sectioned
 
 _STATUS: Final = {"failed": "FAILED", "diverged": "FAILED", "interrupted": "KILLED"}
 _LONGEST: Final = 6000

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from largebatch.common.errors import ConfigError
-from largebatch.train.trackers.base import Labels, flattened, sectioned
+from largebatch.common.mappings import flattened
+from largebatch.train.trackers.base import Labels, sectioned
 
 
 class TensorBoard:
