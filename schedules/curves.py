@@ -4,16 +4,57 @@ A curve is a function of the samples seen before the step. Warm-up counts the ba
 the factor rises linearly, min(1, (samples + batch) / warmup_samples), so that the first step is not
 wasted at zero and the peak is met by the step that completes the warm-up. The decay runs from the
 end of the warm-up to the budget, whatever batch sizes lie between.
+
+The shapes are functions of the progress through the decay, from 0 to 1; the classes say where it
+begins and ends, and between which factors it runs.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from largebatch.common.numbers import check_fits, real_number, whole_number
 from largebatch.schedules.fields import Checked, count, real
+
+
+def linear(progress: float) -> float:
+    """Fall from 1 to 0 in a straight line."""
+    return 1.0 - progress
+
+
+def half_cosine(progress: float) -> float:
+    """Fall from 1 to 0 by half a cosine (Loshchilov & Hutter, 1608.03983, equation 5)."""
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def one_minus_sqrt(progress: float) -> float:
+    """Fall from 1 to 0 as 1 - sqrt(progress) (Hägele et al., 2405.18392)."""
+    return 1.0 - math.sqrt(progress)
+
+
+def power_law(progress: float, power: float) -> float:
+    """Fall from 1 to 0 as (1 - progress)^power: 1 is linear, 2 is LARS's own (1708.03888)."""
+    return math.pow(1.0 - progress, power)
+
+
+def inverse_sqrt(samples: float, timescale: float) -> float:
+    """Fall from 1 as sqrt(t / (t + samples)), without an end (Vaswani et al., 1706.03762)."""
+    return math.sqrt(timescale / (timescale + samples))
+
+
+def geometric(progress: float, first: float, last: float) -> float:
+    """Go from `first` to `last` in equal ratios."""
+    return math.pow(first, 1.0 - progress) * math.pow(last, progress)
+
+
+SHAPES: Final[Mapping[str, Callable[[float], float]]] = {
+    "linear": linear,
+    "cosine": half_cosine,
+    "sqrt": one_minus_sqrt,
+}
+"""Decays of `lr=wsd`, by the names of `lr.shape`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +113,12 @@ class Linear(_Decaying):
     """A straight line from the peak to `final_fraction` of it."""
 
     def decay(self, done: int, total: int) -> float:
-        return self._above_final(1.0 - done / total)
+        return self._above_final(linear(done / total))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(_Decaying):
-    """Half a cosine from the peak to `final_fraction` of it (Loshchilov & Hutter, 1608.03983).
+    """Half a cosine from the peak to `final_fraction` of it.
 
     >>> curve = Cosine(warmup_samples=100)
     >>> [curve.factor(samples, 50, budget_samples=1100) for samples in (0, 50, 100, 600)]
@@ -85,19 +126,17 @@ class Cosine(_Decaying):
     """
 
     def decay(self, done: int, total: int) -> float:
-        return self._above_final(_half_wave(done / total))
+        return self._above_final(half_cosine(done / total))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Polynomial(_Decaying):
-    """(1 - progress)^power from the peak to `final_fraction`; 1 is linear, 2 is LARS's own
-    schedule.
-    """
+    """A power of what is left of the run, from the peak to `final_fraction` of it."""
 
     power: float = real("lr.power", 1.0, above=0.0)
 
     def decay(self, done: int, total: int) -> float:
-        return self._above_final(math.pow(1.0 - done / total, self.power))
+        return self._above_final(power_law(done / total, self.power))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +192,7 @@ class StepDecay(Curve):
 
 @dataclass(frozen=True, kw_only=True)
 class InverseSqrt(Curve):
-    """sqrt(t / (t + samples since the warm-up)); it knows no end (Vaswani et al., 1706.03762).
+    """sqrt(t / (t + samples since the warm-up)), whatever the budget.
 
     Attributes:
         timescale_samples: t; None for the warm-up's length, as in the paper, where the factor is
@@ -172,10 +211,7 @@ class InverseSqrt(Curve):
     def decay(self, done: int, total: int) -> float:
         del total
         timescale = self.timescale_samples or self.warmup_samples
-        return math.sqrt(timescale / (timescale + done))
-
-
-SHAPES: Final = ("linear", "cosine", "sqrt")
+        return inverse_sqrt(done, timescale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,8 +221,7 @@ class WSD(_Decaying):
     Attributes:
         decay_fraction: the decay's share of the budget.
         decay_samples: its length in samples; in place of `decay_fraction`.
-        shape: of the decay: "linear", "cosine", or "sqrt" for 1 - sqrt(progress) (Hägele et al.,
-            2405.18392).
+        shape: of the decay, one of `SHAPES`.
     """
 
     decay_fraction: float = real("lr.decay_fraction", 0.2, least=0.0, most=1.0)
@@ -220,14 +255,7 @@ class WSD(_Decaying):
     def decay(self, done: int, total: int) -> float:
         length = self.decaying(total + self.warmup_samples)
         progress = max(0.0, 1.0 - (total - done) / length) if length else 0.0
-        match self.shape:
-            case "linear":
-                fraction = 1.0 - progress
-            case "cosine":
-                fraction = _half_wave(progress)
-            case _:
-                fraction = 1.0 - math.sqrt(progress)
-        return self._above_final(fraction)
+        return self._above_final(SHAPES[self.shape](progress))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,11 +281,7 @@ class GeometricSweep(Curve):
     def decay(self, done: int, total: int) -> float:
         del total
         progress = min(1.0, done / self.sweep_samples)
-        return math.pow(self.first, 1.0 - progress) * math.pow(self.last, progress)
-
-
-def _half_wave(progress: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return geometric(progress, self.first, self.last)
 
 
 def _rising(values: tuple[float, ...], name: str) -> tuple[float, ...]:
