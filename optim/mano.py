@@ -37,7 +37,7 @@ from largebatch.optim.blockwise.block_work import PartAtWork
 from largebatch.optim.blockwise.blocks import Block, matrices_of
 from largebatch.optim.blockwise.hidden_matrices import ADAMW, SPLIT, Given, OfHiddenMatrices
 from largebatch.optim.blockwise.work_group import BlockedLayer, BlockWorkGroup
-from largebatch.optim.math.tensors import squares_dtype, write
+from largebatch.optim.math.tensors import averaged_momentum, squares_dtype, write
 from largebatch.optim.options import require_one_of
 from largebatch.optim.sharding.layout import local
 from largebatch.optim.sharding.placement import Box
@@ -139,11 +139,11 @@ class Mano(OfHiddenMatrices):
 
     def _next_momentum(self, part: PartAtWork, skip: Tensor | None) -> Tensor:
         """Advance M by a gradient, and return what is projected."""
-        momentum = part.group["momentum"]
         buffer = local(self.state[part.layer.param]["momentum_buffer"])
-        mean = buffer.lerp(part.grad, 1 - momentum)
+        momentum, nesterov = part.group["momentum"], part.group["nesterov"]
+        mean, update = averaged_momentum(part.grad, buffer, momentum, nesterov)
         write([buffer], [mean], skip)
-        return part.grad.lerp(mean, momentum) if part.group["nesterov"] else mean
+        return update
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from largebatch.optim.blockwise.blocks import Block, matrices_of
 from largebatch.optim.blockwise.hidden_matrices import ADAMW, SPLIT, Given, OfHiddenMatrices
 from largebatch.optim.blockwise.step_stats import BlockDirection, square
 from largebatch.optim.math.newton_schulz import COEFFICIENTS, NewtonSchulz
+from largebatch.optim.math.tensors import averaged_momentum
 from largebatch.optim.options import require, require_one_of
 
 if TYPE_CHECKING:
@@ -167,7 +168,15 @@ class Muon(OfHiddenMatrices):
 
     def _work_on_all(self, blocks: Sequence[BlockAtWork]) -> list[BlockDirection]:
         """Advance M of each matrix, and orthogonalise all of them."""
-        return orthogonal_directions(blocks, [next_momentum(block) for block in blocks])
+        updates = []
+        for block in blocks:
+            momentum, nesterov = block.group["momentum"], block.group["nesterov"]
+            mean, update = averaged_momentum(
+                block.grad, block.state["momentum"], momentum, nesterov
+            )
+            block.put("momentum", mean)
+            updates.append(update)
+        return orthogonal_directions(blocks, updates)
 
 
 def orthogonal_directions(
@@ -189,10 +198,3 @@ def orthogonal_directions(
 
 def method_of(group: Group) -> NewtonSchulz:
     return NewtonSchulz(group["ns_steps"], group["coefficients"], group["ns_precision"] == "bf16")
-
-
-def next_momentum(block: BlockAtWork) -> Tensor:
-    """Advance M by a gradient, and return what is orthogonalised."""
-    momentum, grad = block.group["momentum"], block.grad
-    mean = block.put("momentum", block.state["momentum"].lerp(grad, 1 - momentum))
-    return grad.lerp(mean, momentum) if block.group["nesterov"] else mean

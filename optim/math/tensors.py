@@ -23,6 +23,16 @@ def root(squares: Tensor) -> Tensor:
     return torch.where(squares > 0, squares * squares.rsqrt(), squares)
 
 
+def averaged_momentum(
+    grad: Tensor, mean: Tensor, momentum: float, nesterov: bool
+) -> tuple[Tensor, Tensor]:
+    """M ← μ M + (1 - μ) G; returns the new M, and the update: μ M + (1 - μ) G again with Nesterov
+    momentum, else M itself. All of the gradient's shape.
+    """
+    mean = mean.lerp(grad, 1 - momentum)
+    return mean, grad.lerp(mean, momentum) if nesterov else mean
+
+
 def norm_in_stretches(chunk: Tensor, dtype: torch.dtype) -> Tensor:
     """‖chunk‖₂ as the norm of the norms of its stretches, 0-d."""
     norm: Callable[..., Tensor] = torch.linalg.vector_norm
