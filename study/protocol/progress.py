@@ -94,7 +94,7 @@ class StudyProgress(BarOrLines):
 
     def _typical_trials(self, search: Search) -> int:
         confirmed = MOST_CONFIRMED * (len(search.select_seeds) - 1)
-        climbs = 1 + 2 * len(search.grid_sizes)
+        climbs = 1 + sum(min(2, len(allowed) - 1) for allowed in search.ranges)
         return _TYPICAL_CLIMB * climbs + confirmed + len(search.report_seeds)
 
     def show(self) -> None:

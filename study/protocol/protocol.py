@@ -5,8 +5,8 @@ The search at `start_batch` begins at the optimizer's own learning rate; the oth
 each from the best setting of the neighbour nearer to the start, its rate moved by half of what the
 square-root rule says, and by a grid point at least: optima move by something between nothing and
 that rule. Where keys beside the rate are tuned, that is at `start_batch` and at the largest batch;
-the sizes between take what lies between the two, those below what was found at `start_batch` (see
-`tuned_keys.py`).
+the sizes between try what lies from the one to the other, those below take what was found at
+`start_batch` (see `tuned_keys.py`).
 """
 
 import math
@@ -25,7 +25,7 @@ from largebatch.study.protocol.search import (
     Setting,
     Values,
 )
-from largebatch.study.protocol.tuned_keys import TunedKey, between, tuned_keys
+from largebatch.study.protocol.tuned_keys import TunedKey, tuned_keys
 
 HOPE: Final = 1.3
 """A search's first runs are cut at this many times the steps that its neighbour leaves to hope."""
@@ -227,31 +227,34 @@ class Protocol:
                 before = None if neighbour is None else self._done(optimizer, neighbour)
                 if neighbour is not None and before is None:
                     continue
-                fixed = None
-                if self.keys[optimizer] and batch_size not in self._tuned_at:
-                    fixed = self._values_at(optimizer, batch_size)
-                    if fixed is None:
-                        continue
-                self.searches[optimizer, batch_size] = self._search(
-                    optimizer, batch_size, before, neighbour, fixed
-                )
+                ranges = self._ranges(optimizer, batch_size)
+                if ranges is not None:
+                    self.searches[optimizer, batch_size] = self._search(
+                        optimizer, batch_size, before, neighbour, ranges
+                    )
 
     @property
     def _tuned_at(self) -> tuple[int, int]:
         """The batch sizes at which keys beside the rate are tuned."""
         return self.study.start_batch, self.study.batch_sizes[-1]
 
-    def _values_at(self, optimizer: str, batch_size: int) -> Values | None:
-        """What follows from the values found where they are tuned; None until these are known."""
-        searches = [self._done(optimizer, size) for size in self._tuned_at]
-        found = [
-            (search.chosen or search.best or search.start).values for search in searches if search
-        ]
-        if batch_size < self.study.start_batch and searches[0] is not None:
-            return found[0]
-        if len(found) < len(searches):
+    def _ranges(self, optimizer: str, batch_size: int) -> tuple[range, ...] | None:
+        """Of each tuned key, the places on its grid that a search may take; None until known."""
+        keys = self.keys[optimizer]
+        if not keys or batch_size in self._tuned_at:
+            return tuple(range(len(key.grid)) for key in keys)
+        ends = [self._values_at(optimizer, size) for size in self._tuned_at]
+        if batch_size < self.study.start_batch:
+            ends[1] = ends[0]
+        if ends[0] is None or ends[1] is None:
             return None
-        return between(self.keys[optimizer], batch_size, self._tuned_at, (found[0], found[1]))
+        pairs = zip(ends[0], ends[1], strict=True)
+        return tuple(range(min(pair), max(pair) + 1) for pair in pairs)
+
+    def _values_at(self, optimizer: str, batch_size: int) -> Values | None:
+        """The values found at a batch size, once its search is done."""
+        search = self._done(optimizer, batch_size)
+        return search and (search.chosen or search.best or search.start).values
 
     def _done(self, optimizer: str, batch_size: int) -> Search | None:
         """The search at a batch size, once it is done."""
@@ -259,8 +262,8 @@ class Protocol:
         return search if search is not None and search.done else None
 
     def _search(
-        self, optimizer: str, batch_size: int, before: Search | None = None,
-        neighbour: int | None = None, fixed: Values | None = None,
+        self, optimizer: str, batch_size: int, before: Search | None, neighbour: int | None,
+        ranges: tuple[range, ...],
     ) -> Search:  # fmt: skip
         keys = self.keys[optimizer]
         own = tuple(key.start for key in keys)
@@ -276,18 +279,18 @@ class Protocol:
                 worst = max(1.0, neighbour / batch_size) * before.best_steps
                 climb_steps = math.ceil(HOPE * worst)
                 most_steps = min(most_steps, int(2 * worst))
-        if fixed is not None and fixed != start.values:
-            moves = zip(keys, fixed, start.values, strict=True)
-            shift = sum(key.shifts[to] - key.shifts[since] for key, to, since in moves)
-            start = Setting(start.grid_point + shift, fixed)
-        tunes = fixed is None
+        allowed = zip(start.values, ranges, strict=True)
+        values = tuple(min(max(value, places[0]), places[-1]) for value, places in allowed)
+        moves = zip(keys, values, start.values, strict=True)
+        shift = sum(key.shifts[to] - key.shifts[since] for key, to, since in moves)
+        start = Setting(start.grid_point + shift, values)
         return Search(
             start,
             max(1, most_steps),
             tuple(self.study.select_seeds),
             tuple(self.study.report_seeds),
-            grid_sizes=tuple(len(key.grid) for key in keys) if tunes else (),
-            shifts=tuple(key.shifts for key in keys) if tunes else (),
+            ranges=ranges,
+            shifts=tuple(key.shifts for key in keys),
             most_trials=self.study.most_trials,
             climb_steps=max(1, min(climb_steps, most_steps)),
         )

@@ -71,7 +71,7 @@ class Search:
         most_steps: a run that needs more is a miss.
         select_seeds: choose the setting, the first by climbing, the others by confirming.
         report_seeds: measure it; none: the selecting seeds' own runs are all there is.
-        grid_sizes: of each tuned key, the number of values on its grid.
+        ranges: of each tuned key, the places on its grid that the climb may take.
         shifts: of each tuned key and value, how many grid points of the rate it moves the start by,
             so that one value's best rate is a start for the next.
         most_trials: of the climb, which ends where they are spent.
@@ -83,7 +83,7 @@ class Search:
     most_steps: int
     select_seeds: tuple[int, ...] = (0,)
     report_seeds: tuple[int, ...] = ()
-    grid_sizes: tuple[int, ...] = ()
+    ranges: tuple[range, ...] = ()
     shifts: tuple[tuple[int, ...], ...] = ()
     most_trials: int = 64
     climb_steps: int | None = None
@@ -208,9 +208,9 @@ class Search:
         yield from (walk := list(self._walk(best)))
         if walk:
             return
-        for place in range(len(self.grid_sizes)):
+        for place, allowed in enumerate(self.ranges):
             for value in (best.values[place] - 1, best.values[place] + 1):
-                if 0 <= value < self.grid_sizes[place]:
+                if value in allowed:
                     yield from self._climb_at(best, place, value)
 
     def _climb_at(self, best: Setting, place: int, value: int) -> Iterator[Setting]:

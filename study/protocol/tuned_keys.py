@@ -1,8 +1,8 @@
 """What a study tunes of an optimizer beside its learning rate: momentum, and more on request.
 
 Each key has a grid of values that climbs walk. It is tuned at the batch size where a study starts
-and at the largest; the sizes between take the value that lies between the two, by the logarithm of
-the batch, and the smaller ones that of the start.
+and at the largest; the sizes between try the values from the one to the other, and the smaller ones
+take that of the start.
 """
 
 import math
@@ -52,23 +52,6 @@ def tuned_keys(optim: Mapping[str, Any], names: Sequence[str]) -> tuple[TunedKey
     """The keys of `names` that an optimizer's configuration has, the rate aside."""
     found = (_KINDS[name](optim) for name in names if name != "lr")
     return tuple(key for key in found if key is not None)
-
-
-def between(
-    keys: Sequence[TunedKey],
-    batch_size: int,
-    ends: tuple[int, int],
-    found: tuple[Sequence[int], Sequence[int]],
-) -> tuple[int, ...]:
-    """Each key's place on its grid at `batch_size`, from those found at the two `ends`.
-
-    >>> key = TunedKey("momentum", (0.5, 0.75, 0.9, 0.95), 2, (0, 0, 0, 0))
-    >>> [between([key], size, (64, 4096), ([3], [0]))[0] for size in (64, 256, 1024, 4096)]
-    [3, 2, 1, 0]
-    """
-    share = math.log(batch_size / ends[0]) / math.log(ends[1] / ends[0])
-    pairs = zip(keys, *found, strict=True)
-    return tuple(round(low + share * (high - low)) for _, low, high in pairs)
 
 
 def _momentum(optim: Mapping[str, Any]) -> TunedKey | None:

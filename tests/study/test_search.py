@@ -307,7 +307,7 @@ def test_a_second_key_is_tuned_with_the_rate(best: tuple[int, int], shift: int) 
     target = Setting(best[0], (best[1],))
     search = Search(
         Setting(0, (3,)), 10_000, (0, 1), (2, 3),
-        grid_sizes=(6,), shifts=(tuple(shift * value for value in range(6)),),
+        ranges=(range(6),), shifts=(tuple(shift * value for value in range(6)),),
     )  # fmt: skip
     finish(search, plane(target, shift))
     assert search.chosen == target
@@ -315,7 +315,9 @@ def test_a_second_key_is_tuned_with_the_rate(best: tuple[int, int], shift: int) 
 
 
 def test_a_second_key_costs_a_few_trials_a_value() -> None:
-    search = Search(Setting(0, (3,)), 10_000, (0, 1), (2, 3), grid_sizes=(6,), shifts=((0,) * 6,))
+    search = Search(
+        Setting(0, (3,)), 10_000, (0, 1), (2, 3), ranges=(range(6),), shifts=((0,) * 6,)
+    )
     rounds = finish(search, plane(Setting(0, (3,))))
     values = [t.setting.values for trials in rounds for t in trials if t.seed == 0]
     assert {value: values.count((value,)) for value in (2, 4)} == {2: 3, 4: 3}
