@@ -90,6 +90,6 @@ def check_grid(folder: Path, study: StudyConfig) -> None:
                 raise ConfigError(
                     f"{folder} holds a study with study.{key}={was}, and this one has {value}: "
                     "choose another folder with hydra.sweep.dir=…, or let it join what is there "
-                    "with +study.join=true"
+                    "with study.join=true"
                 )
     write_whole(path, json.dumps({**known, "study": now}, indent=1) + "\n")
