@@ -7,7 +7,6 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
@@ -15,6 +14,7 @@ from largebatch.optim.loading import in_own_order, of_no_parameter
 from largebatch.optim.math.tensors import compute_dtype, gradient_of, on_device, scalar
 from largebatch.optim.options import require
 from largebatch.optim.sharding.layout import Name
+from largebatch.optim.untraced import untraced
 
 Group = dict[str, Any]
 """A parameter group, as torch's optimizers have them."""
@@ -33,7 +33,7 @@ class GroupedOptimizer(Optimizer):
 
     # Not compiled, whoever compiles: plans, owners and step counts are looked up by a parameter's
     # identity, which a graph would hold fixed from its first call on.
-    @_disable_dynamo
+    @untraced
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""

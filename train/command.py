@@ -185,6 +185,7 @@ def train(team: Team, spec: RunSpec | None, display: bool = False) -> SummaryRec
     """Train as rank 0 orders; returns the summary."""
     from largebatch.distributed.rank_dump import answering
     from largebatch.distributed.ranks import pick_device, process_group, set_threads
+    from largebatch.optim.untraced import leave_out_dynamo
     from largebatch.train.reporting.display import Display
     from largebatch.train.run import run
 
@@ -194,6 +195,8 @@ def train(team: Team, spec: RunSpec | None, display: bool = False) -> SummaryRec
     if spec.current is not None:
         os.chdir(spec.current)
     set_threads(ranks)
+    if not spec.config.engine.compile:
+        leave_out_dynamo()
     with refusing():
         device = pick_device(spec.config.engine.device, ranks, spec.config.engine.ipex)
     always = spec.config.engine.needs_group

@@ -47,7 +47,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
@@ -70,6 +69,7 @@ from largebatch.optim.kronecker.layers import (
 from largebatch.optim.math.matrix_roots import full_precision
 from largebatch.optim.math.tensors import scalar
 from largebatch.optim.sharding.layout import is_dtensor
+from largebatch.optim.untraced import untraced
 
 
 class FactorStatistics:
@@ -205,11 +205,11 @@ class FactorStatistics:
 
     # What backward passes do --------------------------------------------------------------------
 
-    @_disable_dynamo
+    @untraced
     def _reach(self, call: ModelCall, grad: Tensor) -> None:
         call.reached, self._arrived = self._enter(), call
 
-    @_disable_dynamo
+    @untraced
     def _arrive(self, record: ForwardRecord, grad: Tensor) -> None:
         if not accumulates(record.leaf):
             record.in_penalty |= torch.is_grad_enabled()  # as `create_graph` sets it
@@ -239,7 +239,7 @@ class FactorStatistics:
             Variable._execution_engine.queue_callback(self._finish)  # as DDP does
         return task
 
-    @_disable_dynamo
+    @untraced
     def _finish(self) -> None:
         """A backward pass has ended. Without a gradient where FSDP2 has not reduced it yet."""
         self._arrived = None
@@ -369,7 +369,7 @@ class Hook:
         self._statistics = None if statistics is None else weakref.ref(statistics)
         self._method, self._layer = method, layer
 
-    @_disable_dynamo  # in a compiled model it runs between two graphs
+    @untraced  # in a compiled model it runs between two graphs
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         statistics = None if self._statistics is None else self._statistics()
         if statistics is None:
