@@ -13,6 +13,8 @@ BENCHMARKS: Final = {
     "second_order": ("second_order.command", "cost of Shampoo, SOAP and K-FAC beside AdamW"),
     "scale": ("scale.command", "what one rank of 38,400 sends, holds and works out"),
     "time": ("time_to_target.command", "time to target and node-hours of a study on N tiles"),
+    "start": ("start", "commands from their start, beside import torch"),
+    "loop": ("loop", "what the loop adds to a step, beside a bare one"),
     "report": ("report", "reading, fitting and drawing thousands of recorded runs"),
     "statistics": ("statistics.command", "how often a study's intervals cover"),
 }
