@@ -137,7 +137,7 @@ def looped(
         logger = SafeLogger(NoLogger)
         with Reporter(folder, logger, Throughput(None, 1), 1, 1, lambda line: None) as reporter:
             yield Loop(plan, parts, sampler, Ranks(), evaluation, reporter).run
-        folder.close({"status": "exhausted"})  # type: ignore[typeddict-item] # nobody reads it
+        folder.close({"status": "exhausted"})
 
 
 @contextmanager

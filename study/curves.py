@@ -126,7 +126,7 @@ def leaves(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     >>> leaves({"optim": {"lr": 0.1, "betas": [0.9, 0.99]}, "clip_norm": None})
     {'optim.lr': 0.1, 'optim.betas.0': 0.9, 'optim.betas.1': 0.99, 'clip_norm': None}
     """
-    found = {}
+    found: dict[str, Any] = {}
     for path, value in flattened(config, above).items():
         if path.split(".")[-1] == "betas" and isinstance(value, Sequence):
             found |= {f"{path}.{place}": entry for place, entry in enumerate(value)}

@@ -254,7 +254,7 @@ class Protocol:
     def _values_at(self, optimizer: str, batch_size: int) -> Values | None:
         """The values found at a batch size, once its search is done."""
         search = self._done(optimizer, batch_size)
-        return search and (search.chosen or search.best or search.start).values
+        return None if search is None else (search.chosen or search.best or search.start).values
 
     def _done(self, optimizer: str, batch_size: int) -> Search | None:
         """The search at a batch size, once it is done."""
