@@ -298,8 +298,10 @@ def test_bias_corrections_count_the_weight_after_a_change_of_betas(
         for param, optimizer in ((plain, one), (ramped, other)):
             param.grad = grad.clone()
             optimizer.step()
-        # SOAP: what is null moves by some thousandths of a step.
-        torch.testing.assert_close(ramped, plain, rtol=0, atol=1e-5)
+        # In steps: a count too many or too few moves by hundredths at least. In SOAP's basis all
+        # but the diagonal of this gradient is null, which rounding moves by a thousandth each time.
+        limit = 3e-3 * (step + 1) if make is MAKES["SOAP"] else 1e-5
+        torch.testing.assert_close(ramped / 1e-3, plain / 1e-3, rtol=0, atol=limit)
     saved = copy.deepcopy(one.state_dict())
     for name in [*saved["state"][0]]:
         if name.endswith(("_extra_steps", "dropped_elements")):
