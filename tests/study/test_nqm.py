@@ -6,6 +6,7 @@ supplement of Zhang et al. 2019 (arXiv:1907.04164), and knows nothing of matrice
 
 import doctest
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
 
@@ -25,6 +26,9 @@ from largebatch.study.nqm import (
 )
 from largebatch.study.nqm.__main__ import main
 from largebatch.study.nqm.model import one_step
+from largebatch.study.nqm.runs import Simulation
+
+NESTEROV = Descent(momentum=0.9, nesterov=True)
 
 Rate = tuple[float, float]
 """A learning rate and a batch size, those of one step."""
@@ -377,9 +381,9 @@ def test_the_command_prints_the_exact_steps_and_critical_batch_of_the_study(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     few = "study.batch_sizes=[4,64,512,2048]", "study.rule_batches=[]"
-    rows = [line.split() for line in printed([*few, "task.dimension=100"], capsys)]
-    spectrum = power_law(100, 0.5)
-    for row, size in zip(rows[1:5], (4, 64, 512, 2048), strict=True):
+    lines = printed([*few, "task.dimension=100"], capsys)
+    spectrum, table = power_law(100, 0.5), [line.split() for line in lines[1:5]]
+    for row, size in zip(table, (4, 64, 512, 2048), strict=True):
         assert int(row[0]) == size
         for lr, count in ((row[1], row[2]), (row[4], row[5])):
             there = steps_to_target(spectrum, Descent(), float(lr), size, 0.3)
@@ -387,10 +391,36 @@ def test_the_command_prints_the_exact_steps_and_critical_batch_of_the_study(
         assert math.log(float(row[4]) / 0.45, math.sqrt(2)) == pytest.approx(
             round(math.log(float(row[4]) / 0.45, math.sqrt(2))), abs=1e-3
         )
-    fit = fit_curve([int(row[0]) for row in rows[1:5]], [float(row[2]) for row in rows[1:5]])
-    assert fit is not None
-    assert rows[6][:5] == ["all", "rates,", "steps:", "critical", "batch"]
-    assert float(rows[6][5]) == pytest.approx(fit.b_crit, rel=1e-3)
+    for meant, column in (
+        ("all rates", 3),
+        ("rates of the grid", 6),
+        ("runs, rates of the grid", 8),
+    ):
+        fit = fit_curve([int(row[0]) for row in table], [float(row[column]) for row in table])
+        assert fit is not None
+        (line,) = (line for line in lines if line.startswith(f"{meant}, n = 1:"))
+        told = re.search("critical batch ([0-9.]+)", line)
+        assert told is not None
+        assert float(told[1]) == pytest.approx(fit.b_crit, rel=1e-2)
+
+
+@pytest.mark.parametrize("descent", [Descent(), Descent(momentum=0.9), NESTEROV], ids=str)
+def test_runs_with_little_noise_need_the_expected_steps(descent: Descent) -> None:
+    spectrum = power_law(2000, 0.5)
+    simulation = Simulation(spectrum=spectrum, descent=descent, target=0.5, growth=1.0, runs=8)
+    lr = 0.5 if descent.momentum == 0 else 0.05
+    (best,) = best_steps(spectrum, descent, [4096], 0.5, [lr])
+    assert simulation.steps(4096, lr, 1e4) == pytest.approx(best.crossing, rel=0.03)
+    assert simulation.steps(4096, lr, 0.8 * best.crossing) == math.inf
+
+
+def test_a_run_passes_a_target_that_the_expected_loss_stays_above() -> None:
+    """The last 3 % of the way are noise: the expected loss ends above, and runs waver below."""
+    spectrum, lr, batch = power_law(200, 0.5), 1.0, 8
+    floor = float(loss_after(spectrum, Descent(), [lr], batch, 10_000)[0])
+    simulation = Simulation(spectrum=spectrum, descent=Descent(), target=0.97 * floor, runs=8)
+    assert steps_to_target(spectrum, Descent(), lr, batch, 0.97 * floor) == math.inf
+    assert simulation.steps(batch, lr, 10_000) < 1000
 
 
 @pytest.mark.parametrize(
