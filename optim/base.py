@@ -3,10 +3,11 @@
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, Final, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
@@ -14,10 +15,41 @@ from largebatch.optim.loading import in_own_order, of_no_parameter
 from largebatch.optim.math.tensors import compute_dtype, gradient_of, on_device, scalar
 from largebatch.optim.options import require
 from largebatch.optim.sharding.layout import Name
-from largebatch.optim.untraced import untraced
 
 Group = dict[str, Any]
 """A parameter group, as torch's optimizers have them."""
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+_UNTRACED_OF_TORCH: Final = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+
+_untraced: list[Callable[..., object]] = []
+
+
+def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Mark a function that a compiled caller runs uncompiled, as torch marks its optimizers'
+    methods.
+    """
+    _untraced.append(function)
+    return _disable_dynamo(function)
+
+
+def leave_out_dynamo() -> None:
+    """Have such functions called directly from now on, in a process that compiles nothing.
+
+    The first call of what is marked imports torch._dynamo, and with it torch.distributed.fsdp and
+    sympy: some 800 files, and most of the time of `import torch`. The mark keeps what it calls in
+    an attribute of the function, where this puts the function itself; without effect in a torch
+    that keeps it elsewhere. Compiled code would trace into them; and the steps of torch's own
+    optimizers import torch._dynamo all the same.
+    """
+    marked = (getattr(Optimizer, name) for name in _UNTRACED_OF_TORCH)
+    inner = (getattr(function, "__wrapped__", None) for function in marked)
+    for function in (*_untraced, *inner):
+        if function is not None:
+            vars(function).setdefault("__dynamo_disable", function)
 
 
 class GroupedOptimizer(Optimizer):

@@ -185,7 +185,7 @@ def train(team: Team, spec: RunSpec | None, display: bool = False) -> SummaryRec
     """Train as rank 0 orders; returns the summary."""
     from largebatch.distributed.rank_dump import answering
     from largebatch.distributed.ranks import pick_device, process_group, set_threads
-    from largebatch.optim.untraced import leave_out_dynamo
+    from largebatch.optim.base import leave_out_dynamo
     from largebatch.train.reporting.display import Display
     from largebatch.train.run import run
 

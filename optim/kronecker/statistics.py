@@ -51,6 +51,7 @@ from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from largebatch.optim.base import untraced
 from largebatch.optim.kronecker.graph import (
     accumulates,
     before_views,
@@ -69,7 +70,6 @@ from largebatch.optim.kronecker.layers import (
 from largebatch.optim.math.matrix_roots import full_precision
 from largebatch.optim.math.tensors import scalar
 from largebatch.optim.sharding.layout import is_dtensor
-from largebatch.optim.untraced import untraced
 
 
 class FactorStatistics:
