@@ -2,7 +2,7 @@
 
 import largebatch.study as study
 
-pandas.DataFrame(study.runs("studies/bytes"))  # a row a run
+study.runs("studies/bytes").to_pandas()  # a row a run
 study.intervals(rows)   # of any table with optimizer, batch_size, seed and steps
 study.pairs(rows)
 """
@@ -11,6 +11,7 @@ from largebatch.study.fit import CurveFit, fit_curve
 from largebatch.study.points import RulePoint, StudyPoint, curve_points, rule_points
 from largebatch.study.reading import RunSummary, read_runs
 from largebatch.study.report import StudyReport, print_report, write_report
+from largebatch.study.run_table import RunTable
 from largebatch.study.section_study import SectionStudy, Study, read_study, runs
 from largebatch.study.statistics.intervals import CurveEstimates, Estimate, intervals
 from largebatch.study.statistics.pairs import Pair, pairs
@@ -23,6 +24,7 @@ __all__ = [
     "Pair",
     "RulePoint",
     "RunSummary",
+    "RunTable",
     "SectionStudy",
     "SeedSteps",
     "Study",

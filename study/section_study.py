@@ -24,6 +24,7 @@ from largebatch.study.points import (
     steps_of,
 )
 from largebatch.study.reading import RunSummary, read_runs
+from largebatch.study.run_table import RunTable
 from largebatch.study.statistics.intervals import CurveEstimates, Estimate, intervals
 from largebatch.study.statistics.pairs import Pair, pairs
 from largebatch.study.statistics.table import SeedSteps
@@ -162,8 +163,8 @@ def read_study(*folders: Path | str) -> Study:
     )
 
 
-def runs(folder: Path | str, *, config: bool = False) -> list[dict[str, Any]]:
-    """The finished runs below a folder, as rows for a table: `pandas.DataFrame(runs(DIR))`.
+def runs(folder: Path | str, *, config: bool = False) -> RunTable:
+    """The finished runs below a folder, as rows for a table: `runs(DIR).to_pandas()`.
 
     `optimizer` is the name of the run's curve, `steps` are those to the target (None: not reached),
     interpolated where the record allows it; `chosen` says whether the run is one that its point is
@@ -186,7 +187,7 @@ def runs(folder: Path | str, *, config: bool = False) -> list[dict[str, Any]]:
                 for row, run in zip(rows[-len(curve.runs) :], curve.runs, strict=True):
                     row |= {f"config.{key}": value for key, value in leaves(run.config).items()}
     columns = dict.fromkeys(key for row in rows for key in row)
-    return [{key: row.get(key) for key in columns} for row in rows]
+    return RunTable({key: row.get(key) for key in columns} for row in rows)
 
 
 def _row(run: RunSummary, curve: StudyCurve, chosen: bool) -> dict[str, Any]:

@@ -495,6 +495,25 @@ def test_runs_are_rows_of_a_table_and_the_chosen_ones_give_the_reports_estimates
     assert "config.optim.betas.0" in runs(tmp_path, config=True)[0]
 
 
+def test_rows_become_a_data_frame_where_there_is_pandas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path / "a", 100, **OF_A_METRIC)
+    record(tmp_path / "b", 80, seed=1, **(OF_A_METRIC | {"metrics": {}}))
+    found = runs(tmp_path)
+    assert [row["eval_accuracy"] for row in found] == [0.971, None]
+    assert {(row["target_metric"], row["target_value"]) for row in found} == {("accuracy", 0.97)}
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install pandas"):
+        found.to_pandas()
+    monkeypatch.undo()
+    pandas = pytest.importorskip("pandas")
+    frame = found.to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame.shape == (2, len(found[0]))
+    assert frame["steps"].tolist() == [100.0, 80.0]
+
+
 def test_reading_runs_loads_neither_torch_nor_the_plotting() -> None:
     heavy = "{'torch', 'matplotlib', 'scipy', 'rich', 'hydra'}"
     code = f"import sys, largebatch.study.report; print({heavy} & set(sys.modules))"
