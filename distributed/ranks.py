@@ -208,13 +208,20 @@ def set_threads(ranks: Ranks) -> None:
 _servers: "WeakValueDictionary[tuple[str, int], TCPStore]" = WeakValueDictionary()
 """Of this process, by address: what meets again in it (a preflight, then the run) shares one."""
 
+_lasting: "dict[tuple[str, int], TCPStore]" = {}
+"""By address, where ranks meet more than once: a rank may come to the next meeting before rank 0
+does, and the server has to outlast the one before."""
+
 MEETING: Final = timedelta(minutes=30)
 """How long ranks wait for one another before there is a run."""
 
 
-def meet(ranks: Ranks, timeout: timedelta = MEETING) -> "Store | None":
+def meet(ranks: Ranks, timeout: timedelta = MEETING, name: str = "") -> "Store | None":
     """The store in which all ranks meet before they know anything else; None for one rank. Rank 0
     does not wait for the others here.
+
+    Args:
+        name: of this meeting, where the ranks meet more than once.
 
     Raises:
         ConfigError: rank 0's address is not of its node, its port is taken, there is no rank 0 in
@@ -236,7 +243,9 @@ def meet(ranks: Ranks, timeout: timedelta = MEETING) -> "Store | None":
         ) from error
     # torchrun's agent keeps one store through all restarts, with the words of those that failed.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"largebatch/attempt-{attempt}", store)
+    if name:
+        _lasting.setdefault((ranks.master_addr, ranks.master_port), store)
+    return PrefixStore(f"largebatch/attempt-{attempt}{name and f'/{name}'}", store)
 
 
 def open_store(ranks: Ranks, timeout: timedelta) -> "TCPStore":

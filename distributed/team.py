@@ -69,10 +69,13 @@ class Team:
 
     An exception that leaves it is this rank's fault, and becomes that of all ranks: `RanksEnded`
     is raised in its place, on every rank.
+
+    Args:
+        name: what tells this team from others of the same processes.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, name: str = "") -> None:
+        self.ranks, self._name = ranks, name
         self._store: Store | None = None
         self._looking: threading.Thread | None = None
         self._fault: dict[str, Any] | None = None
@@ -182,7 +185,7 @@ class Team:
 
     def _meet(self) -> "Store":
         if self._store is None:
-            store = meet(self.ranks)
+            store = meet(self.ranks, name=self._name)
             assert store is not None
             if not self.ranks.is_first and store.add(f"here/{self.ranks.rank}", 1) > 1:
                 raise ConfigError(

@@ -90,6 +90,7 @@ ROOMS = {
     "optim/layerwise": [".", "math", "sharding"],
     "optim/blockwise": [".", "math", "sharding"],
     "optim/kronecker": [".", "blockwise", "math", "sharding"],
+    "train/api": [".", "tasks"],
     "train/tasks": ["data"],
     "train/checkpoints": ["tasks"],
     "train/engines": ["checkpoints", "noise", "tasks"],

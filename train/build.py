@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
 from functools import partial
 from typing import Any, Final
 
@@ -41,8 +42,8 @@ from largebatch.train.progress import Evaluated
 from largebatch.train.reporting.flops import flops_of
 from largebatch.train.reporting.provenance import device_name
 from largebatch.train.reporting.throughput import Throughput, chosen, peaks_of
-from largebatch.train.run_spec import RunSpec
-from largebatch.train.tasks import Task, check_mean, check_task, loss_of
+from largebatch.train.run_spec import Given, RunSpec
+from largebatch.train.tasks import Task, check_mean, check_task, loss_of, to_device
 from largebatch.train.tasks.metrics import metrics_of
 from largebatch.train.weight_average import WeightAverage
 
@@ -52,12 +53,15 @@ MOST_TRIED: Final = 10_000_000
 
 def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
     """Task, model, engine and optimizer as configured, the model the same on every rank."""
-    config = spec.config
-    task: Task = build(config.task, "task")
+    config, given = spec.config, spec.given or Given()
+    task: Task = build(config.task, "task") if given.task is None else given.task
     data = check_task(task)
     check_batches(spec.plan, task, ranks)
     torch.manual_seed(config.seed)
-    model, values = build_model(config, ranks, device)
+    if given.model is None:
+        model, values = build_model(config, ranks, device)
+    else:
+        model, values = taken_over(given.model, ranks, device), None
     num_parameters = sum(p.numel() for p in model.parameters())
     names = try_one_pass(task, model) if num_parameters <= MOST_TRIED else None
     check_aim(config.target.aim, task, names)
@@ -131,6 +135,8 @@ def try_one_pass(task: Task, model: nn.Module) -> list[str]:
             errors are their own.
     """
     batch = task.train_batch(np.arange(min(32, task.num_train), dtype=np.int64))
+    first = next(model.parameters(), None)  # a caller's model may be on a device already
+    batch = batch if first is None else to_device(batch, first.device)
     model.eval()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -180,6 +186,15 @@ def build_model(
     return model, None
 
 
+def taken_over(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
+    """A model of the caller's, the values of rank 0's on every rank."""
+    for tensor in (*model.parameters(), *model.buffers()) if ranks.size > 1 else ():
+        value = tensor.detach().to(device)
+        dist.broadcast(value, 0)
+        tensor.detach().copy_(value)
+    return model
+
+
 def check_held(num_bytes: int, values: InitialValues, ranks: Ranks, device: torch.device) -> None:
     """Refuse a model of whose values this node cannot hold what its ranks take on the host."""
     shards = num_bytes // ranks.size if device.type == "cpu" else 0
@@ -213,12 +228,24 @@ def build_throughput(spec: RunSpec, task: Task, ranks: Ranks, device: torch.devi
     flops = None
     if config.formula is not None or known or config.peak_tflops is not None:
         with refusing():
-            flops = flops_of(
-                partial(build, spec.config.model, "model"), task, config.formula or "auto"
-            )
+            given = spec.given or Given()
+            make = partial(build, spec.config.model, "model")
+            if given.skeleton is not None:
+                make = partial(copied, given.skeleton)
+            if given.model is None or given.skeleton is not None:
+                flops = flops_of(make, task, config.formula or "auto")
     peak = chosen(config.peak_tflops, name)
     others = tuple(other for other in known if other != peak)
     return Throughput(flops, ranks.size, peak, others, config.steps_left_out)
+
+
+def copied(skeleton: nn.Module) -> nn.Module:
+    """A model of zeros from one on the meta device, on the device that is the default."""
+    model = deepcopy(skeleton).to_empty(device=torch.get_default_device())
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    return model
 
 
 def build_noise(spec: RunSpec, engine: Engine, optimizer: Optimizer) -> GradientNoise | None:

@@ -183,6 +183,19 @@ def follow(team: Team) -> int:
 
 def train(team: Team, spec: RunSpec | None, display: bool = False) -> SummaryRecord:
     """Train as rank 0 orders; returns the summary."""
+    import largebatch.train.run  # noqa: F401 — while rank 0 still composes
+
+    return train_as_told(team, told(team, spec), display)
+
+
+def told(team: Team, spec: RunSpec | None) -> RunSpec:
+    """Rank 0's order, on every rank."""
+    words = team.tell(None if spec is None else spec.words)
+    return spec or received_spec(words)
+
+
+def train_as_told(team: Team, spec: RunSpec, display: bool = False) -> SummaryRecord:
+    """Train by an order that every rank has; returns the summary."""
     from largebatch.distributed.rank_dump import answering
     from largebatch.distributed.ranks import pick_device, process_group, set_threads
     from largebatch.optim.base import leave_out_dynamo
@@ -190,8 +203,6 @@ def train(team: Team, spec: RunSpec | None, display: bool = False) -> SummaryRec
     from largebatch.train.run import run
 
     ranks = team.ranks
-    words = team.tell(None if spec is None else spec.words)
-    spec = spec or received_spec(words)
     if spec.current is not None:
         os.chdir(spec.current)
     set_threads(ranks)

@@ -161,6 +161,8 @@ class Run:
                     micro_batch_size = self.micro_batch_size
                     raise MemoryError(_too_much(self.device, micro_batch_size, error)) from error
                 raise
+        if self.spec.given is not None:
+            self.hand_back()
         if stop is not None and self.progress.status == "interrupted" and signal.is_time:
             self.progress.reason = stop.why
         summary = self.summary()
@@ -205,6 +207,13 @@ class Run:
             record_layers=config.record.layers,
             progress=self.progress,
         )
+
+    def hand_back(self) -> None:
+        """Leave the caller's model without the run's hooks, the average for its weights."""
+        if self.parts.noise is not None:
+            self.parts.noise.source.remove()
+        if self.parts.average is not None:
+            self.parts.average.settle()
 
     def checkpoints(self) -> "Checkpoints":
         """Where this run is saved, and resumed from."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -38,6 +38,11 @@ from largebatch.train.lr_find.results import check_table
 from largebatch.train.lr_find.search import as_sweep, sweep_plan
 from largebatch.train.sweeps import planned_sweep
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from largebatch.train.tasks import Task
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -69,6 +74,18 @@ class RunSpec:
     """Where paths are relative to, with hydra.job.chdir; None: where each rank was started."""
     words: Mapping[str, Any] = field(default_factory=dict)
     """What the other ranks are sent, in values of JSON."""
+    given: "Given | None" = None
+    """Objects in the place of those that the configuration names."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller of a run in Python has made; None: the run makes it by the configuration."""
+
+    task: "Task | None" = None
+    model: "nn.Module | None" = None
+    skeleton: "nn.Module | None" = None
+    """The model on the meta device, where it can be copied."""
 
 
 def received_spec(words: Mapping[str, Any]) -> RunSpec:
@@ -93,9 +110,13 @@ def received_spec(words: Mapping[str, Any]) -> RunSpec:
     )
 
 
-def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
-    """The order of the run that Hydra has composed."""
-    settings = HydraConfig.get()
+def resolve_run(composed: DictConfig, ranks: Ranks, settings: Any = None) -> RunSpec:
+    """The order of the run that Hydra has composed.
+
+    Args:
+        settings: Hydra's own; None: those of the program that Hydra runs.
+    """
+    settings = HydraConfig.get() if settings is None else settings
     config = typed(composed)
     single = settings.mode == RunMode.RUN
     if single and config.study is not None:
@@ -127,7 +148,8 @@ def resolve_run(composed: DictConfig, ranks: Ranks) -> RunSpec:
     if resumption is None:
         check_free(folder)
     try:
-        origin = _origin(config, composed, resumption, max(ranks.size, config.engine.nproc))
+        world, begun_in = max(ranks.size, config.engine.nproc), Path(settings.runtime.cwd)
+        origin = _origin(config, composed, resumption, world, begun_in)
     except BaseException:
         if resumption is not None:
             resumption.release()
@@ -175,13 +197,13 @@ def _name(settings: Any, folder: Path) -> str:
 
 
 def _origin(
-    config: TrainConfig, composed: DictConfig, resumption: Resumption | None, world: int
-) -> Path | None:
+    config: TrainConfig, composed: DictConfig, resumption: Resumption | None, world: int,
+    begun_in: Path,
+) -> Path | None:  # fmt: skip
     """Where the run branches from; None: nowhere, or it resumes from a checkpoint of its own."""
     if config.branch_from is None or (resumption is not None and resumption.checkpoint is not None):
         return None
     resolved = OmegaConf.create(OmegaConf.to_yaml(composed, resolve=True))
-    begun_in = Path(HydraConfig.get().runtime.cwd)
     origin = find_branch(config.branch_from, begun_in, resolved, world)
     seen, budget = samples_of(origin), config.budget.samples
     until = min(budget, config.target.give_up_samples or budget)

@@ -95,6 +95,12 @@ class WeightAverage:
                 torch._foreach_copy_(_locals(self._params), kept)
             self._reshard()
 
+    def settle(self) -> None:
+        """Leave the average as the model's weights: training is over."""
+        with torch.no_grad():
+            _write(self._params, self._average)
+        self._reshard()
+
     def evaluated(self, evaluate: Callable[[], T]) -> T:
         """What `evaluate` finds of the average."""
         with self.in_place():

@@ -1,0 +1,1 @@
+"""Training from Python: what the command line does, as a function."""
