@@ -29,9 +29,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 study: $(VENV)/.train
 	$(BIN)/largebatch sweep study=$(STUDY) $(ARGS)
 
-# Files side by side, one more than two cores hold as many tests wait; a thread a process.
+# Files side by side, one more than two cores, as many tests wait; a thread a process. Commands under
+# test find the bytecode of those before them.
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 compat:
 	$(MAKE) test VENV=.venv-torch-$(TORCH) TORCH=torch==$(TORCH)

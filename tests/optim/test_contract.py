@@ -29,7 +29,10 @@ def test_two_runs_are_the_same_to_the_bit(row: ContractRow) -> None:
 
 
 @each_row
-@pytest.mark.parametrize("saved_after", [0, 1, 4, 5, 10])
+@pytest.mark.parametrize(
+    "saved_after",
+    [1, 5, 10, *(pytest.param(after, marks=pytest.mark.matrix) for after in (0, 4))],
+)
 def test_a_run_resumed_from_a_saved_state_dict_continues_as_if_never_stopped(
     row: ContractRow, saved_after: int
 ) -> None:

@@ -102,8 +102,10 @@ def test_a_run_that_was_cut_off_is_discarded_and_run_again(
     assert not (whole / name / "left-over").exists()
 
 
-@pytest.mark.parametrize("interrupts", [False, True], ids=["killed", "interrupted"])
-@pytest.mark.parametrize("dies_at", [0, 1, 2, 7, 20, 41])
+@pytest.mark.parametrize(
+    ("dies_at", "interrupts"),
+    [(0, True), (1, False), (2, True), (7, False), (20, True), (41, False)],
+)
 def test_a_study_cut_off_anywhere_comes_to_the_same_end(
     dies_at: int, interrupts: bool, whole: Path, tmp_path: Path, simulate: Simulate
 ) -> None:
