@@ -104,8 +104,8 @@ def step_seconds(
     parts = parts_of(workload, make, device)
     evaluation = None
     if evaluated:
-        loss = partial(evaluate, parts.task, parts.engine, Ranks())
-        evaluation = Evaluation(loss, EvaluationGrid(GROWTH))
+        find = partial(evaluate, parts.task, parts.engine, Ranks())
+        evaluation = Evaluation(find, EvaluationGrid(GROWTH))
     call = looped if in_loop else bare
     with call(parts, workload.batch_size, num_steps, evaluation) as steps:
         return timed(steps, device) / num_steps
@@ -157,7 +157,7 @@ def bare(
             optimizer.zero_grad()
             assert math.isfinite(loss.item())
             if evaluation is not None and evaluation.grid.is_due(step + 1):
-                evaluation.loss()
+                evaluation.find()
                 evaluation.grid.advance(step + 1)
 
     yield steps

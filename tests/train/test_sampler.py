@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
-from largebatch.train.data.sampler import Indices, Sampler, mix, random_words
+from largebatch.train.data.sampler import Indices, Sampler, mix, random_word, random_words
 
 KINDS = pytest.mark.parametrize("replacement", [True, False], ids=["replacement", "epochs"])
 
@@ -146,3 +146,11 @@ def test_streams_of_one_seed_are_unrelated() -> None:
     shifted = random_words(0, 0, positions + 1)
     assert len({int(word) for stream in words for word in stream}) == 3000
     assert shifted[:-1].tolist() == words[0][1:].tolist()
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63 + 5, 2**64 - 1])
+@pytest.mark.parametrize("position", [0, 1, 2**40, 2**62])
+def test_one_word_is_that_of_the_arrays(seed: int, position: int) -> None:
+    for stream in (0, 3, 1 << 43):
+        (word,) = random_words(seed, stream, np.array([position], np.int64))
+        assert random_word(seed, stream, position) == int(word)

@@ -3,10 +3,9 @@
 A resumed run draws what the undisturbed one would have drawn, and no generator's state is saved.
 """
 
-import numpy as np
 import torch
 
-from largebatch.train.data.sampler import random_words
+from largebatch.train.data.sampler import random_word
 
 # Beside the streams of the samples' order, which count epochs.
 _FIRST_STREAM = 1 << 40
@@ -14,8 +13,8 @@ _FIRST_STREAM = 1 << 40
 
 def seed_step(device: torch.device, seed: int, position: int, rank: int) -> None:
     """Seed torch's generators, of the CPU and of `device`, for the step at `position`."""
-    (word,) = random_words(seed, _FIRST_STREAM + rank, np.array([position], np.int64))
-    value = int(word >> np.uint64(1))  # a signed 64-bit number holds it
+    # A signed 64-bit number holds it.
+    value = random_word(seed, _FIRST_STREAM + rank, position) >> 1
     torch.default_generator.manual_seed(value)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(value)

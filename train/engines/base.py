@@ -90,7 +90,7 @@ class Engine(ABC):
         Returns:
             This rank's part of the global mean loss: the parts of all ranks add up to it.
         """
-        part = torch.zeros((), device=self.device)
+        part: Tensor | None = None
         for micro_batch, is_last in self._micro_batches(batch, global_batch_size):
             share = micro_batch[0].shape[0] / global_batch_size
             with self._synchronised(is_last):
@@ -98,12 +98,18 @@ class Engine(ABC):
                     loss = loss_of(task, self._replica, to_device(micro_batch, self.device))
                 # Engines average over ranks: times their number, the shares add up to the global
                 # mean.
-                self._backward(loss * (share * self.data_parallel_size))
-            part += loss.detach() * share
+                factor = share * self.data_parallel_size
+                self._backward(loss if factor == 1.0 else loss * factor)
+            mine = (loss.detach() * share).float()
+            part = mine if part is None else part.add_(mine)
+        assert part is not None, "a rank takes one micro-batch at least"
         return part
 
     def _micro_batches(self, batch: Batch, global_batch_size: int) -> Iterator[tuple[Batch, bool]]:
         size, length = self.micro_batch_size(global_batch_size), batch[0].shape[0]
+        if size >= length:
+            yield batch, True
+            return
         for start in range(0, length, size):
             yield tuple(tensor[start : start + size] for tensor in batch), start + size >= length
 
