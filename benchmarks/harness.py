@@ -34,7 +34,7 @@ from largebatch.common.files import read_json
 from largebatch.distributed.ranks import Ranks
 from largebatch.train.reporting.provenance import provenance
 
-WIDTH: Final = 120  # columns of a table that goes to a pipe or a file
+WIDTH: Final = 160  # columns of a table that goes to a pipe or a file
 NUM_WARM_UP: Final = 2  # the first step makes the state
 FEWEST_ROUNDS: Final = 3
 MEMORY_BYTES: Final = 2**28
