@@ -188,44 +188,43 @@ def settings(printed: str) -> dict[str, Any]:
     return dict(flat(yaml.safe_load(printed), ""))
 
 
-@pytest.fixture
-def show(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Any:
-    """`largebatch train WORDS --cfg job`; of a cluster, what `largebatch submit` composes."""
-
-    def run(*words: str) -> dict[str, Any]:
-        if words[:1] and words[0].startswith("cluster="):
-            with initialize_config_module("largebatch.conf", version_base="1.3"):
-                return settings(OmegaConf.to_yaml(compose("submit", list(words))))
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["largebatch"])
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-        assert cli.main(["train", *words, "--cfg", "job"]) == 0
-        return settings(capsys.readouterr().out)
-
-    return run
+def composed(*words: str) -> dict[str, Any]:
+    """What `train WORDS --cfg job` shows; of a cluster, what `submit` does."""
+    name = "submit" if words[:1] and words[0].startswith("cluster=") else "train"
+    return settings(OmegaConf.to_yaml(compose(name, list(words))))
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_every_choice_composes_to_the_same_configuration(group: str, show: Any) -> None:
-    plain = show("cluster=local") if group == "cluster" else show()
+def test_every_choice_composes_to_the_same_configuration(group: str) -> None:
     found = {}
-    for choice in sorted(path.stem for path in (ROOT / "conf" / group).glob("[!_]*.yaml")):
-        shown = show(f"{group}={choice}")
-        found[choice] = {
-            "given": dict(item for item in shown.items() if item not in plain.items()),
-            "without": [key for key in plain if key not in shown],
-        }
+    with initialize_config_module("largebatch.conf", version_base="1.3"):
+        plain = composed(*(["cluster=local"] if group == "cluster" else []))
+        for choice in sorted(path.stem for path in (ROOT / "conf" / group).glob("[!_]*.yaml")):
+            shown = composed(f"{group}={choice}")
+            found[choice] = {
+                "given": dict(item for item in shown.items() if item not in plain.items()),
+                "without": [key for key in plain if key not in shown],
+            }
     kept = frozen(f"configurations/{group}", found)
     assert found == kept
 
 
-@pytest.mark.parametrize("words", [(), ("cluster=local",)], ids=["train", "submit"])
-def test_the_default_configuration_stays(words: tuple[str, ...], show: Any) -> None:
-    found = show(*words)
-    assert found == frozen(f"configurations/default_{'submit' if words else 'train'}", found)
+def test_the_default_configuration_of_a_job_stays() -> None:
+    with initialize_config_module("largebatch.conf", version_base="1.3"):
+        found = composed("cluster=local")
+    assert found == frozen("configurations/default_submit", found)
+
+
+def test_the_default_configuration_that_the_command_shows_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["largebatch"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert cli.main(["train", "--cfg", "job"]) == 0
+    found = settings(capsys.readouterr().out)
+    assert found == frozen("configurations/default_train", found)
 
 
 # What is saved -----------------------------------------------------------------------------------
