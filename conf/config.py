@@ -18,14 +18,15 @@ from largebatch.conf.specs import choice, count, real, spec, typed_as
 from largebatch.conf.sweep_config import LRFindConfig, StudyConfig
 from largebatch.records.target import DIRECTIONS, MIN, Target, direction_of
 from largebatch.schedules.scaling import RULES, check_hold, check_options
+from largebatch.schedules.transfer import STEPS
 
 Node = dict[str, Any]
 
 
 @dataclass
 class ScalingConfig:
-    """`optim.lr`, `optim.betas`, … are those of `base_batch`; `schedules/scaling.py` has the
-    rules.
+    """`optim.lr`, `optim.betas`, … are those of `base_batch` (`schedules/scaling.py` has the
+    rules), and of a model of the base's width and depth (`schedules/transfer.py`).
     """
 
     rule: str = choice("none", *RULES, "custom")
@@ -35,8 +36,17 @@ class ScalingConfig:
     exponent: Any = None
     noise_scale: Any = None
     function: str | None = None
+    base_width: int | None = count(None, least=1)
+    base_depth: int | None = count(None, least=1)
+    base_model: Node | None = None
+    step: str | None = choice(None, *STEPS)
 
     def __post_init__(self) -> None:
+        if self.base_model is not None and self.across_sizes:
+            raise ConfigError(
+                "scaling.base_model is for models other than the package's transformer, whose "
+                "scaling.base_width and scaling.base_depth say it all: leave one at null"
+            )
         if (self.rule == "custom") != (self.function is not None):
             raise ConfigError(
                 "scaling.function names the rule where scaling=custom, and nothing else, got "
@@ -45,6 +55,11 @@ class ScalingConfig:
         check_hold(self.hold)
         if self.rule in RULES:
             check_options(RULES[self.rule], self.options)
+
+    @property
+    def across_sizes(self) -> bool:
+        """Whether rates come from a transformer of another size."""
+        return self.base_width is not None or self.base_depth is not None
 
     @property
     def options(self) -> dict[str, Any]:

@@ -97,6 +97,7 @@ ROOMS = {
     "train/reporting": [".", "models", "tasks", "trackers"],
     "train/plan": ["."],
     "train/branch": [".", "checkpoints"],
+    "train/transfer": [".", "models", "tasks"],
     "study/statistics": [],
     "study/page": [".", "statistics"],
     "study/final_loss": [".", "page", "statistics"],

@@ -45,6 +45,7 @@ from largebatch.train.reporting.throughput import Throughput, chosen, peaks_of
 from largebatch.train.run_spec import Given, RunSpec
 from largebatch.train.tasks import Task, check_mean, check_task, loss_of, to_device
 from largebatch.train.tasks.metrics import metrics_of
+from largebatch.train.transfer.groups import transferred
 from largebatch.train.weight_average import WeightAverage
 
 MOST_TRIED: Final = 10_000_000
@@ -76,7 +77,7 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
         precision=Precision(config.precision, device),
         **({} if values is None else {"values": values}),
     )
-    optimizer = build_optimizer(config.optim, engine.model, ranks)
+    optimizer = build_optimizer(config, engine.model, ranks)
     groups = describe_groups(optimizer)
     if not engine.can_skip and Guard(config.guard).skips:
         raise ConfigError(
@@ -277,19 +278,20 @@ def build_noise(spec: RunSpec, engine: Engine, optimizer: Optimizer) -> Gradient
         raise ConfigError(f"{meant if noise.small == 'auto' else ''}{error}") from error
 
 
-def build_optimizer(node: Mapping[str, Any], model: nn.Module, ranks: Ranks) -> Optimizer:
-    """Build the optimizer over groups of the model's parameters, as `optim.groups` makes them, and
-    over the model itself where it asks for modules.
+def build_optimizer(config: TrainConfig, model: nn.Module, ranks: Ranks) -> Optimizer:
+    """Build the optimizer over groups of the model's parameters, as `optim.groups` makes them and
+    `scaling` brings them to the model's size, and over the model itself where it asks for modules.
 
     One with a keyword `process_group` is given that of all ranks, to share its work over them.
     """
+    node = config.optim
     if node.get("_partial_") is not True:
         raise ConfigError(
             "optim._partial_ must be true, the parameters come later, got "
             f"{in_yaml(node.get('_partial_'))}"
         )
     asked = node.get("groups") or {}
-    groups = build_groups(asked, model)
+    groups = transferred(build_groups(asked, model), model, config)
     make = build({key: value for key, value in node.items() if key != "groups"}, "optim")
     with refusing():
         if "momentum" in make.keywords:  # torch's own take any that is not negative
@@ -331,5 +333,10 @@ def describe_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
             "weight_decay": float(group.get("weight_decay", 0.0)),
         }
         | {name: group[name] for name in ("adapt", "precondition") if name in optimizer.defaults}
+        | {
+            name: group[name]
+            for name, usual in (("lr_factor", 1.0), ("eps", optimizer.defaults.get("eps")))
+            if group.get(name, usual) != usual
+        }
         for group in optimizer.param_groups
     ]

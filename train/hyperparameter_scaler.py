@@ -1,4 +1,6 @@
-"""Moves betas, eps, weight decay and momentum with the batch, as plan and optimizer say."""
+"""Moves betas, eps, weight decay and momentum with the batch, as plan and optimizer say; and the
+learning rate of each group with every step.
+"""
 
 from typing import Any
 
@@ -10,9 +12,8 @@ from largebatch.train.weight_average import WeightAverage
 
 
 class HyperparameterScaler:
-    """Made before any optimizer state is loaded: what the groups hold then is of `base_batch`.
-
-    The learning rate is not its affair: it moves with every step.
+    """Made before any optimizer state is loaded: what the groups hold then is of `base_batch`, and
+    their `lr_factor` is what the learning rate of a group is multiplied by.
 
     Attributes:
         batch_size: what the groups hold now is of this batch size; None before the first step.
@@ -24,7 +25,13 @@ class HyperparameterScaler:
         self._plan, self._average = plan, average
         self._optimizer = optimizer  # whose groups are others once a state is loaded
         self._bases = [Hyper.of_group(group, plan.base_lr) for group in optimizer.param_groups]
+        self._factors = [float(group.get("lr_factor", 1.0)) for group in optimizer.param_groups]
         self.batch_size: int | None = None
+
+    def set_lr(self, lr: float) -> None:
+        """Give each group the step's learning rate, times its factor."""
+        for group, factor in zip(self._optimizer.param_groups, self._factors, strict=True):
+            group["lr"] = lr * factor
 
     def apply(self, point: Point) -> dict[str, Any]:
         """Set what holds at `point`'s batch size; returns what the step's line says of a change.
@@ -67,8 +74,9 @@ class HyperparameterScaler:
         where the learning rate is outside of the buffer.
         """
         moved: dict[str, Any] = {}
-        for group in self._optimizer.param_groups:
-            if not group.get("lr_in_buffer") or group["lr"] in (0.0, lr):
+        for group, factor in zip(self._optimizer.param_groups, self._factors, strict=True):
+            new = lr * factor
+            if not group.get("lr_in_buffer") or group["lr"] in (0.0, new):
                 continue
             buffers = [
                 self._optimizer.state[param]["momentum_buffer"]
@@ -76,7 +84,7 @@ class HyperparameterScaler:
                 if "momentum_buffer" in self._optimizer.state.get(param, {})
             ]
             if buffers:
-                factor = lr / group["lr"]
-                torch._foreach_mul_(buffers, factor)
-                moved.setdefault("momentum_buffer", factor)
+                grown = new / group["lr"]
+                torch._foreach_mul_(buffers, grown)
+                moved.setdefault("momentum_buffer", grown)
         return moved

@@ -170,8 +170,7 @@ class Loop:
     def update(self, lr: float) -> StepMetrics:
         """One optimizer step at learning rate `lr`."""
         optimizer = self.parts.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        self._scaler.set_lr(lr)
         limits = GradientLimits(self.clip_norm, self.skip_above())
         with nullcontext() if (average := self.parts.average) is None else average.step(lr):
             metrics = self.parts.engine.update(optimizer, limits)

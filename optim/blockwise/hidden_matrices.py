@@ -173,6 +173,17 @@ class OfHiddenMatrices(BlockwiseOptimizer):
         return super()._translated(state_dict)
 
 
+def left_to_adamw(model: nn.Module, patterns: Sequence[str] = ()) -> set[Tensor]:
+    """Return the parameters of a model that AdamW steps under these optimizers, unless their groups
+    split them.
+
+    Args:
+        patterns: of names (`fnmatch`) that it takes too.
+    """
+    by_adamw = _by_module(model, find_parameters(model), patterns)
+    return {param for param, taken in by_adamw.items() if taken}
+
+
 def _by_module(
     model: nn.Module, entries: list[ParamEntry], patterns: Sequence[str]
 ) -> dict[Tensor, bool]:

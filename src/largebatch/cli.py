@@ -22,6 +22,9 @@ COMMANDS: Final = {
     "train": Command("largebatch.train.command", "one training run (Hydra overrides)"),
     "sweep": Command("largebatch.train.sweep_command", "many runs or a study (Hydra multirun)"),
     "plan": Command("largebatch.train.plan.command", "a run's schedule, printed and drawn"),
+    "coord": Command(
+        "largebatch.train.transfer.command", "do layers change alike at every width: a quick check"
+    ),
     "report": Command("largebatch.study.report", "tables and pictures of the runs below a folder"),
     "study": Command("largebatch.study.command", "how far a study in a folder is"),
     "branch": Command(

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Final
 
-OVERRIDES: Final = ("train", "sweep", "plan")
+OVERRIDES: Final = ("train", "sweep", "plan", "coord")
 """Commands whose words Hydra knows."""
 
 _BASH: Final = """_largebatch() {

@@ -76,7 +76,7 @@ def check_plan(config: TrainConfig) -> None:
 
 def check_optimizer(config: TrainConfig) -> None:
     check_plan(config)
-    build_optimizer(config.optim, MLP(8, 4, 2), ALONE)
+    build_optimizer(config, MLP(8, 4, 2), ALONE)
 
 
 def check_model(config: TrainConfig) -> None:

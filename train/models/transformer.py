@@ -99,17 +99,27 @@ class TransformerBlock(nn.Module):
         hidden: int,
         rotary_base: float,
         norm_eps: float,
+        branch: float = 1.0,
     ) -> None:
         super().__init__()
+        self.branch = branch
         self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
         self.attention = Attention(dim, heads, kv_heads, rotary_base)
         self.mlp_norm = nn.RMSNorm(dim, eps=norm_eps)
         self.mlp = SwiGLU(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
-        return out
+        x = self._add(x, self.attention(self.attention_norm(x)))
+        return self._add(x, self.mlp(self.mlp_norm(x)))
+
+    def _add(self, x: Tensor, written: Tensor) -> Tensor:
+        """The residual stream after a branch."""
+        return x + written if self.branch == 1.0 else torch.add(x, written, alpha=self.branch)
+
+
+def usual_hidden(dim: int) -> int:
+    """The width of a SwiGLU that is not given: 8/3 of `dim`, rounded up."""
+    return -(-8 * dim // (3 * _WIDTHS_OF)) * _WIDTHS_OF
 
 
 class Transformer(nn.Module):
@@ -122,6 +132,11 @@ class Transformer(nn.Module):
         tie_embeddings: the output matrix is the embedding.
         init_std: of every matrix; those that write to the residual stream are smaller by
             √(2 · depth), so that its variance does not grow with depth (GPT-2).
+        base_dim: the `dim` that rates and `init_std` were tuned at, which makes it µP: hidden
+            matrices begin smaller by √(dim / base_dim), logits are taken times base_dim / dim. For
+            heads that grow in number, not in size. None: neither.
+        base_depth: the same of `depth`: what is added to the residual stream is taken times
+            base_depth / depth, and begins as at that depth (arXiv:2505.01618). None: neither.
 
     Raises:
         ValueError: sizes that do not fit each other, or a longer sequence.
@@ -140,6 +155,8 @@ class Transformer(nn.Module):
         tie_embeddings: bool = False,
         norm_eps: float = 1e-5,
         init_std: float = 0.02,
+        base_dim: int | None = None,
+        base_depth: int | None = None,
     ) -> None:
         super().__init__()
         self.vocabulary = whole_number(vocabulary, "model.vocabulary", 2)
@@ -155,8 +172,8 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"{_KV_HEADS} must divide model.heads = {self.heads}, got {self.kv_heads}"
             )
-        width = -(-8 * self.dim // (3 * _WIDTHS_OF)) * _WIDTHS_OF
-        self.hidden = width if hidden is None else whole_number(hidden, "model.hidden", 1)
+        width = usual_hidden(self.dim) if hidden is None else hidden
+        self.hidden = whole_number(width, "model.hidden", 1)
         self.max_length = whole_number(max_length, "model.max_length", 1)
         self.init_std = real_number(init_std, "model.init_std", above=0.0)
         rotary_base = real_number(rotary_base, "model.rotary_base", above=1.0)
@@ -165,12 +182,21 @@ class Transformer(nn.Module):
         depth = whole_number(depth, "model.depth", 1)
         if depth > MOST_BLOCKS:
             raise ValueError(f"model.depth must be at most {MOST_BLOCKS} blocks, got {depth}")
+        self.base_dim = self.dim if base_dim is None else whole_number(base_dim, _BASE_DIM, 1)
+        base = depth if base_depth is None else whole_number(base_depth, "model.base_depth", 1)
+        self.base_depth = base
         device = torch.get_default_device()
         with torch.device("meta"):  # torch's own initial values are neither drawn nor kept
             self.embedding = nn.Embedding(self.vocabulary, self.dim)
             self.blocks = nn.ModuleList(
                 TransformerBlock(
-                    self.dim, self.heads, self.kv_heads, self.hidden, rotary_base, norm_eps
+                    self.dim,
+                    self.heads,
+                    self.kv_heads,
+                    self.hidden,
+                    rotary_base,
+                    norm_eps,
+                    branch=self.base_depth / depth,
                 )
                 for _ in range(depth)
             )
@@ -194,13 +220,16 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the initial weights, as the constructor does."""
-        small = self.init_std / math.sqrt(2 * len(self.blocks))
+        std = self.init_std * math.sqrt(self.base_dim / self.dim)
+        small = std / math.sqrt(2 * self.base_depth)
         for name, param in self.named_parameters():
             if name.endswith("norm.weight"):
                 param.fill_(1.0)
+            elif not name.startswith("blocks."):
+                param.normal_(0.0, self.init_std)
             else:
                 writes = name.endswith(("attention.output.weight", "mlp.down.weight"))
-                param.normal_(0.0, small if writes else self.init_std)
+                param.normal_(0.0, small if writes else std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.shape[-1] > self.max_length:
@@ -211,8 +240,11 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)  # (samples, length, dim)
         for block in self.blocks:
             x = block(x)
-        logits: Tensor = self.head(self.norm(x))
+        x = self.norm(x)
+        if self.base_dim != self.dim:
+            x = x * (self.base_dim / self.dim)
+        logits: Tensor = self.head(x)
         return logits
 
 
-_KV_HEADS = "model.kv_heads"
+_KV_HEADS, _BASE_DIM = "model.kv_heads", "model.base_dim"

@@ -1,0 +1,235 @@
+"""`largebatch bench transfer`: is the best rate of a narrow decoder the best of a wide one?
+
+For each optimizer the loss after a few steps at rates a factor √2 apart, at each width with rates
+of the narrowest (`scaling.base_width`) and, at the widest, with one rate for all tensors. Rates are
+searched from the optimizer's own outwards until both sides are worse; a parabola through the best
+and its neighbours says where between them the best one lies. One seed, constant rate after a linear
+warm-up over a tenth of the steps.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from largebatch.benchmarks.harness import check
+from largebatch.common.errors import ConfigError
+from largebatch.conf.build import build
+from largebatch.conf.config import TrainConfig, typed
+from largebatch.train.tasks import Task
+from largebatch.train.transfer.coordinates import ShortRun, widened
+
+OPTIMIZERS: Final = "adamw,lamb,muon,shampoo,soap"
+STEP: Final = math.sqrt(2.0)
+MOST_RATES: Final = 16
+"""Of one search: 2^7.5 between the lowest and the highest."""
+TEXT: Final = (
+    "task=text", "task.num_bytes=1_000_000", "task.sequence_length=32", "model.depth=2",
+    "model.heads=4", "model.hidden=128",
+)  # fmt: skip
+"""A decoder of heads of 16, its SwiGLU twice as wide as it."""
+
+Losses = dict[int, float]
+"""By the rate, in powers of √2."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`largebatch bench transfer`; 0, or 2 where an option cannot be."""
+    parser = argparse.ArgumentParser(prog="largebatch bench transfer", description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="of largebatch train, for every run")
+    parser.add_argument("--optimizers", default=OPTIMIZERS, help=f"(default: {OPTIMIZERS})")
+    parser.add_argument("--widths", default="64,256", help="the first is tuned (default: 64,256)")
+    parser.add_argument("--steps", type=int, default=80, help="of a run (default: 80)")
+    parser.add_argument("--samples", type=int, default=16, help="in a batch (default: 16)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it here")
+    options = parser.parse_args(arguments)
+    try:
+        widths = sorted(int(width) for width in options.widths.split(","))
+        check(len(widths) >= 2, "--widths", "two or more", options.widths)
+        check(options.steps >= 10, "--steps", "10 or more", options.steps)
+        check(options.samples >= 1, "--samples", "1 or more", options.samples)
+        record = measure(
+            options.optimizers.split(","), widths, options.overrides, options.steps, options.samples
+        )
+    except (ConfigError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    print(table(record))
+    if options.json is not None:
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if options.picture is not None:
+        draw(record, options.picture)
+    return 0
+
+
+def measure(
+    optimizers: Sequence[str],
+    widths: Sequence[int],
+    overrides: Sequence[str],
+    steps: int,
+    samples: int,
+) -> dict[str, Any]:
+    """Search the rate of each optimizer at each width; returns the record of all losses."""
+    curves: list[dict[str, Any]] = []
+    task: Task | None = None
+    for optimizer in optimizers:
+        start = None
+        for width, transferred in _asked(widths):
+            config = configured(optimizer, width, widths[0] if transferred else None, overrides)
+            task = build(config.task, "task") if task is None else task
+            loss = LossAtRate(config, task, steps, samples)
+            losses = search(loss, 0 if start is None else start)
+            best = min(losses, key=losses.__getitem__)
+            start = best if start is None else start
+            curve = {
+                "optimizer": optimizer,
+                "width": width,
+                "transferred": transferred,
+                "losses": {loss.rate(power): value for power, value in sorted(losses.items())},
+                "best_lr": loss.rate(vertex(losses)),
+                "best_loss": losses[best],
+            }
+            curves.append(curve)
+            print(f"{optimizer} {width}: {curve['best_lr']:.3g}", file=sys.stderr, flush=True)
+    return {
+        "benchmark": "transfer", "widths": list(widths), "steps": steps, "samples": samples,
+        "overrides": list(overrides), "curves": curves,
+    }  # fmt: skip
+
+
+def _asked(widths: Sequence[int]) -> list[tuple[int, bool]]:
+    """Widths, and whether rates come from the first: one that is not, for comparison."""
+    return [*((width, True) for width in widths), (widths[-1], False)]
+
+
+def configured(
+    optimizer: str, width: int, base: int | None, overrides: Sequence[str]
+) -> TrainConfig:
+    """The run at a width, with rates of the width `base`; None: with one rate for all tensors."""
+    from hydra import compose, initialize_config_module
+
+    words = [*TEXT, f"optim={optimizer}", *overrides]
+    words += [] if base is None else [f"scaling.base_width={base}"]
+    with initialize_config_module("largebatch.conf", version_base="1.3"):
+        return widened(typed(compose("train", words)), "dim", width)
+
+
+class LossAtRate:
+    """The evaluation loss of a run at a rate, in powers of √2 from the optimizer's own."""
+
+    def __init__(self, config: TrainConfig, task: Task, steps: int, samples: int) -> None:
+        self._config, self._task = config, task
+        self._own = float(config.optim["lr"])
+        self._steps, self._samples = steps, samples
+
+    def rate(self, power: float) -> float:
+        return self._own * float(STEP**power)
+
+    def __call__(self, power: int) -> float:
+        optim = self._config.optim | {"lr": self.rate(power)}
+        run = ShortRun(replace(self._config, optim=optim), self._task, self._samples)
+        warmup = max(1, self._steps // 10)
+        for step in range(self._steps):
+            run.set_lr_factor(min(1.0, (step + 1) / warmup))
+            if not math.isfinite(run.step()):
+                return math.inf
+        loss = run.evaluate()
+        return loss if math.isfinite(loss) else math.inf
+
+
+def search(loss: Callable[[int], float], start: int) -> Losses:
+    """Losses at rates around the best, found from `start` downhill; both its sides are there."""
+    found = {power: loss(power) for power in (start - 2, start, start + 2)}
+    while len(found) < MOST_RATES:
+        best = min(found, key=found.__getitem__)
+        if best == min(found):
+            found[best - 2] = loss(best - 2)
+        elif best == max(found):
+            found[best + 2] = loss(best + 2)
+        else:
+            missing = [power for power in (best - 1, best + 1) if power not in found]
+            if not missing:
+                break
+            found[missing[0]] = loss(missing[0])
+    return found
+
+
+def vertex(losses: Mapping[int, float]) -> float:
+    """Where the best rate lies, by the parabola through the best one and those beside it."""
+    best = min(losses, key=losses.__getitem__)
+    left, right = losses.get(best - 1, math.inf), losses.get(best + 1, math.inf)
+    if not (math.isfinite(left) and math.isfinite(right)):
+        return float(best)
+    curvature = left + right - 2 * losses[best]
+    return best if curvature <= 0 else best + 0.5 * (left - right) / curvature
+
+
+def ratios(record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """By optimizer the best rate of the widest over that of the narrowest: with rates of the
+    narrowest brought to each tensor, and with one rate for all.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    for name in dict.fromkeys(curve["optimizer"] for curve in record["curves"]):
+        first, *_, wide, plain = (c for c in record["curves"] if c["optimizer"] == name)
+        found[name] = wide["best_lr"] / first["best_lr"], plain["best_lr"] / first["best_lr"]
+    return found
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """A table in Markdown: best rates, their ratio, and losses at them."""
+    first, last = record["widths"][0], record["widths"][-1]
+    lines = [
+        f"| optimizer | best rate at {first} | at {last} | ratio | within √2 | "
+        f"one rate for all: at {last} | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, (ratio, plain) in ratios(record).items():
+        narrow, *_, wide, bare = (c for c in record["curves"] if c["optimizer"] == name)
+        within = "yes" if 1 / STEP <= ratio <= STEP else "no"
+        lines.append(
+            f"| {name} | {narrow['best_lr']:.3g} | {wide['best_lr']:.3g} | {ratio:.2f} | {within} "
+            f"| {bare['best_lr']:.3g} | {plain:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """A panel for each optimizer: loss against rate, a line for each width."""
+    from matplotlib.figure import Figure
+
+    from largebatch.common.figures import COLOURS, DPI, GREY, GRID, paper_style
+
+    names = list(ratios(record))
+    with paper_style():
+        figure = Figure(figsize=(2.1 * len(names) + 0.6, 2.6), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(1, len(names), sharey=True))
+        for axes, name in zip(panels, names, strict=True):
+            curves = [c for c in record["curves"] if c["optimizer"] == name]
+            for place, curve in enumerate(curves):
+                points = sorted((float(lr), loss) for lr, loss in curve["losses"].items())
+                own = curve["transferred"]
+                axes.plot(
+                    *zip(*points, strict=True), marker="o", markersize=2.5, linewidth=1.2,
+                    color=COLOURS[place] if own else GREY, linestyle="-" if own else "--",
+                    label=f"{curve['width']}" + ("" if own else ", one rate"),
+                )  # fmt: skip
+                axes.axvline(
+                    curve["best_lr"], color=COLOURS[place] if own else GREY, linewidth=0.6,
+                    linestyle=":",
+                )  # fmt: skip
+            axes.set_xscale("log")
+            axes.set_title(name)
+            axes.set_xlabel("Learning rate")
+            axes.grid(True, color=GRID, linewidth=0.6)
+        least = min(c["best_loss"] for c in record["curves"])
+        panels[0].set_ylim(least - 0.05, least + 1.0)
+        panels[0].set_ylabel(f"Loss after {record['steps']} steps")
+        panels[-1].legend(title="Width", frameon=False, loc="upper left")
+        figure.savefig(path, dpi=DPI)
