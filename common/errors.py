@@ -129,10 +129,8 @@ def _no_such_choice(error: BaseException) -> str | None:
         return f"--config-name must be a file of yours with --config-dir, got {choice!r}"
     if not group or not options:
         return None
-    return (
-        f"{group} must be one of {', '.join(options)}, or a file of yours with --config-dir, "
-        f"got {choice!r}"
-    )
+    choices = ", ".join(name for name in options if not name.startswith("_"))
+    return f"{group} must be one of {choices}, or a file of yours with --config-dir, got {choice!r}"
 
 
 _COUNTED_OTHERWISE: Final = {

@@ -106,6 +106,7 @@ def main(argv: Sequence[str]) -> int:
     """`largebatch report DIR … [--out DIR]`; 0, or 2 where there is nothing to report."""
     parser = argparse.ArgumentParser(
         prog="largebatch report",
+        usage="largebatch report [OPTIONS] FOLDER …",
         description=__doc__.split("\n")[0],
         epilog="exit codes: 0 done; 2 refused, or nothing to report",
     )

@@ -526,3 +526,13 @@ def test_reading_runs_loads_neither_torch_nor_the_plotting() -> None:
         env={"PYTHONPATH": str(source)},
     )
     assert done.stdout.strip() == "set()"
+
+
+def test_without_a_folder_it_says_so_in_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "usage: largebatch report [OPTIONS] FOLDER …",
+        "largebatch report: error: the following arguments are required: folder",
+    ]

@@ -31,6 +31,7 @@ WRONG = {
     "an unknown group": (["optm=lamb"], ["optm", "did you mean optim?"]),
     "an added unknown key": (["+colour=blue"], ["colour"]),
     "an unknown choice": (["optim=lion"], ["optim", "'lion'", "lamb"]),
+    "an unknown study": (["study=mine"], ["study must be one of autoencoder, bytes", "'mine'"]),
     "a number for a group": (["batch=512"], ["batch=512", "batch.size=512"]),
     "a number for a section": (["budget=1e5"], ["budget", "100000", "budget.samples"]),
     "a word for a count": (["budget.samples=many"], ["budget.samples", "many"]),
