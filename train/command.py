@@ -184,8 +184,12 @@ def follow(team: Team) -> int:
 def train(team: Team, spec: RunSpec | None, display: bool = False) -> SummaryRecord:
     """Train as rank 0 orders; returns the summary."""
     import largebatch.train.run  # noqa: F401 — while rank 0 still composes
+    from largebatch.optim.base import leave_out_dynamo
 
-    return train_as_told(team, told(team, spec), display)
+    spec = told(team, spec)
+    if not spec.config.engine.compile:  # nor does anything else in a process of this command's
+        leave_out_dynamo()
+    return train_as_told(team, spec, display)
 
 
 def told(team: Team, spec: RunSpec | None) -> RunSpec:
@@ -198,7 +202,6 @@ def train_as_told(team: Team, spec: RunSpec, display: bool = False) -> SummaryRe
     """Train by an order that every rank has; returns the summary."""
     from largebatch.distributed.rank_dump import answering
     from largebatch.distributed.ranks import pick_device, process_group, set_threads
-    from largebatch.optim.base import leave_out_dynamo
     from largebatch.train.reporting.display import Display
     from largebatch.train.run import run
 
@@ -206,8 +209,6 @@ def train_as_told(team: Team, spec: RunSpec, display: bool = False) -> SummaryRe
     if spec.current is not None:
         os.chdir(spec.current)
     set_threads(ranks)
-    if not spec.config.engine.compile:
-        leave_out_dynamo()
     with refusing():
         device = pick_device(spec.config.engine.device, ranks, spec.config.engine.ipex)
     always = spec.config.engine.needs_group

@@ -105,8 +105,8 @@ def rehearse(
             call = partial(_as_rank, rank, world_size, port, runs, folder, own, like, steps)
             ranks.append(Popen(call, children=False, stdout=said, stderr=said))
     failed = all_ended(ranks)
-    said = "" if failed is None else (own / f"said{failed}").read_text()
-    assert failed is None, f"rank {failed} of {[run.name for run in runs]}: {said[-4000:]}"
+    said = [(own / f"said{rank}").read_text()[-4000:] for rank in range(world_size)]
+    assert failed is None, f"rank {failed} of {[run.name for run in runs]}: {said}"
     return [torch.load(own / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
