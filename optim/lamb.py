@@ -24,11 +24,17 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from largebatch.optim.base import Group
-from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer, SyncedStep
-from largebatch.optim.layerwise.step_plan import ChunkGroup, StepPlan, descend, norms_of
+from largebatch.optim.layerwise import lamb_on_cpu
+from largebatch.optim.layerwise.chunks import ChunkGroup, Way, descend, norms_of
+from largebatch.optim.layerwise.cpu_step import CpuStep
+from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer
+from largebatch.optim.layerwise.overflows import Overflows
+from largebatch.optim.layerwise.step_inputs import SyncedStep
+from largebatch.optim.layerwise.step_plan import StepPlan
+from largebatch.optim.layerwise.steps_together import StepsTogether
 from largebatch.optim.math.adam import average, chunk_directions, lr_correction
 from largebatch.optim.math.bias_correction import rebased
-from largebatch.optim.math.tensors import Tensors, scalar, write
+from largebatch.optim.math.tensors import Tensors, float_of, scalar, write
 from largebatch.optim.math.trust_ratio import UNBOUNDED, Bounds, trust_ratio
 from largebatch.optim.options import require_bounds, require_one_of, resolved
 from largebatch.optim.sharding.layout import Name, local
@@ -58,9 +64,6 @@ VARIANTS = MappingProxyType(
 
 # State, where betas have changed: what is added to `step` for the bias correction of m, and of v.
 EXTRA_STEPS = tuple(f"{average}_extra_steps" for average in ("exp_avg", "exp_avg_sq"))
-
-# Elements of v that are looked through in every step, at least.
-RESTART_STRETCH = 1 << 16
 
 # Devices whose torch has one kernel for Adam's moments and direction together.
 FUSED_DEVICES = ("cpu", "cuda", "xpu")
@@ -103,6 +106,8 @@ class LAMB(LayerwiseOptimizer):
     """
 
     _known_state = ("exp_avg", "exp_avg_sq")
+
+    _followed: tuple[StepPlan | None, list[tuple[float, ...]]]
 
     def __init__(
         self,
@@ -154,25 +159,39 @@ class LAMB(LayerwiseOptimizer):
         require_bounds(options, "weight_norm_bounds")
         require_bounds(options, "trust_bounds")
 
+    def _has_cpu_way(self, group: Group) -> bool:
+        return not group["eps_inside_sqrt"]
+
     def _make_step(self) -> None:
         plan = self._plan()
         synced = self._sync(plan)
-        self._make_state(plan)
-        self._follow_betas(plan.params)
-        self._advance_steps(plan, synced.skip)
-        updates: list[Tensors] = []
-        weight_norms: list[Tensor] = []
-        update_norms: list[Tensor] = []
-        for chunks in plan.chunk_groups:
+        states = self._make_state(plan)
+        self._follow_betas_of(plan)
+        self._advance_steps(plan, synced, states)
+        if synced.is_skipped:
+            return
+        on_cpu = self._on_cpu(plan, synced, states)
+        ages = self._ages_on_cpu(plan, on_cpu)
+        updates: dict[int, Tensors] = {}
+
+        def first(chunks: ChunkGroup) -> tuple[Tensor, Tensor]:
+            if chunks.way is not Way.GENERAL:
+                return lamb_on_cpu.advance(chunks, on_cpu, chunks.of_places(ages))
             weights = self._weights(chunks)
-            update = self._update(chunks, weights, synced)
-            weight_norms += norms_of(chunks, weights)
-            update_norms += norms_of(chunks, update)
-            updates.append(update)
-        ratios = self._trust_ratios(plan, weight_norms, update_norms)
-        for chunks, update in zip(plan.chunk_groups, updates, strict=True):
-            self._descend(chunks, update, ratios, synced.skip)
-        self._restart_overflown(plan, synced.skip)
+            update = updates[id(chunks)] = self._update(chunks, weights, synced)
+            return norms_of(chunks, weights), norms_of(chunks, update)
+
+        def second(chunks: ChunkGroup, ratio: Tensor) -> None:
+            lr = scalar(chunks.group["lr"], ratio)
+            scale = lr * ratio * self._late_correction(chunks, ratio)
+            if chunks.way is not Way.GENERAL:
+                rate = float_of(lr)
+                lamb_on_cpu.descend(chunks, on_cpu, chunks.of_places(ages), scale, rate)
+            else:
+                self._descend(chunks, updates.pop(id(chunks)), scale, lr, synced.skip)
+
+        self._walk(plan, first, second)
+        self._overflows.restart(plan, self.state, synced.skip)
 
     def _update(self, chunks: ChunkGroup, weights: Tensors, synced: SyncedStep) -> Tensors:
         """Advance t, m and v by one gradient, and return u."""
@@ -217,6 +236,20 @@ class LAMB(LayerwiseOptimizer):
             for key in EXTRA_STEPS
         )  # type: ignore[return-value] # two of them
 
+    def _ages_on_cpu(self, plan: StepPlan, on_cpu: CpuStep) -> list[lamb_on_cpu.Ages]:
+        """As `_ages`, by place, where all parameters are on the host."""
+        if not plan.on_cpu:
+            return []
+        return lamb_on_cpu.ages_of(self._steps.flat.tolist(), on_cpu.states, EXTRA_STEPS)
+
+    def _follow_betas_of(self, plan: StepPlan) -> None:
+        """Follow the betas of a step's parameters, unless all are those of the step before."""
+        betas = [tuple(group["betas"]) for group in self.param_groups]
+        plan_before, betas_before = self._followed
+        if plan_before is not plan or betas_before != betas:
+            self._follow_betas(plan.params)
+            self._followed = plan, betas
+
     def _follow_betas(self, params: Iterable[tuple[Group, Tensor]]) -> None:
         """Note in the state by how much betas that have changed make it older or younger."""
         for group, param in params:
@@ -236,8 +269,9 @@ class LAMB(LayerwiseOptimizer):
     def _forget_plans(self) -> None:
         super()._forget_plans()
         self._last_betas: dict[Tensor, tuple[float, ...]] = {}
-        self._restarted: dict[Name, Tensor] = {}
-        self._turn = 0
+        self._overflows = Overflows()
+        self._followed = None, []
+        self._steps = StepsTogether()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -252,31 +286,6 @@ class LAMB(LayerwiseOptimizer):
         self._follow_betas(self._all_params())
         return super().state_dict()
 
-    def _restart_overflown(self, plan: StepPlan, skip: Tensor | None) -> None:
-        """Begin anew where a squared gradient was beyond FP32 and has made v infinite.
-
-        Such an element has not moved, its direction being m / ∞, and would never again: its m and
-        v become 0, and `layer_stats` counts it. Parameters take turns, so that looking through v
-        costs little: all of a small model are looked at in every step, of a large one a sixteenth.
-        """
-        every = [chunk for chunks in plan.chunk_groups for chunk in chunks.members]
-        wanted = max(RESTART_STRETCH, sum(chunk.numel for chunk in every) // 16)
-        for _ in range(len(every)):
-            chunk = every[self._turn % len(every)]
-            self._turn += 1
-            state, name = self.state[chunk.param], plan.names[chunk.layer]
-            exp_avg, exp_avg_sq = (chunk.of(local(state[key])) for key in self._known_state)
-            lost = exp_avg_sq == math.inf
-            if skip is not None:
-                lost = lost.logical_and(skip.logical_not().to(lost.device))
-            for moment in (exp_avg, exp_avg_sq):
-                moment.masked_fill_(lost, 0.0)
-            count = lost.sum(dtype=torch.float32)
-            self._restarted[name] = self._restarted.get(name, 0.0) + count
-            wanted -= chunk.numel
-            if wanted <= 0:
-                break
-
     def layer_stats(self) -> dict[Name, dict[str, Tensor]]:
         """As of all; and `dropped_elements`: how many of the layer's elements on this rank have
         begun anew since the optimizer was made or loaded, because their second moment had become
@@ -285,25 +294,33 @@ class LAMB(LayerwiseOptimizer):
         stats = super().layer_stats()
         for name, layer in stats.items():
             none = torch.zeros_like(layer["trust_ratio"], dtype=torch.float32)
-            layer["dropped_elements"] = self._restarted.get(name, none)
+            layer["dropped_elements"] = self._overflows.dropped.get(name, none)
         return stats
 
-    def _advance_steps(self, plan: StepPlan, skip: Tensor | None) -> None:
-        """Advance t, the updates that a parameter has had: 0-d, FP32, on its device."""
+    def _advance_steps(
+        self, plan: StepPlan, synced: SyncedStep, states: list[dict[str, Any]]
+    ) -> None:
+        """Advance t, the updates that a parameter has had: 0-d, FP32, on its device.
+
+        On a CPU, where a call costs more than the addition, all of them lie in one tensor.
+        """
+        if plan.on_cpu and not synced.is_skipped:
+            self._steps.lay_out(states).add_(1)
+            return
         steps = []
-        for _, param in plan.params:
-            state, device = self.state[param], local(param).device
+        for (_, param), state in zip(plan.params, states, strict=True):
+            device = local(param).device
             if "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             elif state["step"].device != device:  # as ZeroRedundancyOptimizer loads it
                 state["step"] = state["step"].to(device)
             steps.append(state["step"])
-        if not steps:
+        if not steps or synced.is_skipped:
             return
-        if skip is None:
+        if synced.skip is None:
             torch._foreach_add_(steps, 1)
         else:
-            write(steps, torch._foreach_add(steps, 1), skip)
+            write(steps, torch._foreach_add(steps, 1), synced.skip)
 
     def _fused_direction(
         self,
@@ -318,7 +335,7 @@ class LAMB(LayerwiseOptimizer):
 
         From a weight of 0 and with a learning rate of -1, AdamW goes to the direction itself.
         """
-        flat = self._scratch(chunks).zero_()
+        flat = torch.zeros(chunks.numel, dtype=chunks.dtype, device=chunks.device)
         parts = torch.split(flat, [chunk.numel for chunk in chunks.members])
         direction = [part.view(avg.shape) for part, avg in zip(parts, exp_avg, strict=True)]
         beta1, beta2 = chunks.group["betas"]
@@ -351,21 +368,22 @@ class LAMB(LayerwiseOptimizer):
             adapt=self._adapts(group),
         )
 
+    def _late_correction(self, chunks: ChunkGroup, ratio: Tensor) -> float | Tensor:
+        """The bias correction of each chunk that comes after the ratio, or 1."""
+        if chunks.group["bias_correction"] != "lr":
+            return 1.0
+        ages = [torch.stack([*age]).to(chunks.dtype) for age in self._ages(chunks)]
+        return lr_correction(ages[0], ages[1], chunks.group["betas"])
+
     def _descend(
-        self, chunks: ChunkGroup, update: Tensors, ratios: Tensor, skip: Tensor | None
+        self, chunks: ChunkGroup, update: Tensors, scale: Tensor, lr: Tensor, skip: Tensor | None
     ) -> None:
         """w ← w - lr · r · u."""
         group, weights = chunks.group, self._weights(chunks)
-        ratio = chunks.of_layers(ratios)
-        lr = scalar(group["lr"], ratio)
-        scale = lr * ratio
-        if group["bias_correction"] == "lr":
-            ages = [torch.stack([*age]).to(chunks.dtype) for age in self._ages(chunks)]
-            scale *= lr_correction(ages[0], ages[1], group["betas"])
         if group["decay"] == "decoupled" and group["weight_decay"]:
             # Of the old weight, and within the one step, so that it is skipped and rounded with it.
             update = torch._foreach_mul(update, scale.unbind())
             decay = torch._foreach_mul(weights, lr * group["weight_decay"])
             torch._foreach_add_(update, decay)
             scale = torch.ones_like(scale)
-        descend(chunks, weights, update, scale, skip)
+        descend(chunks, weights, self._params_of(chunks), update, scale, skip)

@@ -24,9 +24,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.base import Group
-from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer, SyncedStep
-from largebatch.optim.layerwise.step_plan import ChunkGroup, descend, norms_of
-from largebatch.optim.math.tensors import Tensors, scalar, write
+from largebatch.optim.layerwise import lars_on_cpu
+from largebatch.optim.layerwise.chunks import ChunkGroup, Way, descend, norms_of
+from largebatch.optim.layerwise.optimizer import LayerwiseOptimizer
+from largebatch.optim.layerwise.step_inputs import SyncedStep
+from largebatch.optim.math.tensors import Tensors, float_of, scalar, write
 from largebatch.optim.math.trust_ratio import UNBOUNDED, trust_ratio
 from largebatch.optim.options import require, require_one_of, resolved
 
@@ -148,19 +150,37 @@ class LARS(LayerwiseOptimizer):
     def _make_step(self) -> None:
         plan = self._plan()
         synced = self._sync(plan)
-        self._make_state(plan)
-        weight_norms: list[Tensor] = []
-        update_norms: list[Tensor] = []
-        for chunks in plan.chunk_groups:
-            weights = self._weights(chunks)
-            grads = self._gradients(chunks, synced)
-            if chunks.group["denominator"] == "joint":
-                grads = decayed(grads, weights, chunks.group)
-            weight_norms += norms_of(chunks, weights)
-            update_norms += norms_of(chunks, grads)
-        ratios = self._trust_ratios(plan, weight_norms, update_norms)
-        for chunks in plan.chunk_groups:
-            self._descend(chunks, ratios, synced)
+        states = self._make_state(plan)
+        if synced.is_skipped:
+            return
+        on_cpu = self._on_cpu(plan, synced, states)
+
+        def first(chunks: ChunkGroup) -> tuple[Tensor, Tensor]:
+            if chunks.way is not Way.GENERAL:
+                return lars_on_cpu.measure(chunks, on_cpu)
+            return self._measure(chunks, synced)
+
+        def second(chunks: ChunkGroup, ratio: Tensor) -> None:
+            inside, outside = self._rates(chunks.group)
+            scale = ratio * scalar(inside, ratio)
+            if chunks.way is not Way.GENERAL:
+                lars_on_cpu.descend(chunks, on_cpu, scale, float_of(outside))
+            else:
+                self._descend(chunks, scale, outside, synced)
+
+        self._walk(plan, first, second)
+
+    def _measure(self, chunks: ChunkGroup, synced: SyncedStep) -> tuple[Tensor, Tensor]:
+        """‖w‖, and ‖g‖ or ‖g + β w‖, of each chunk."""
+        weights, grads = self._weights(chunks), self._gradients(chunks, synced)
+        if chunks.group["denominator"] == "joint":
+            grads = decayed(grads, weights, chunks.group)
+        return norms_of(chunks, weights), norms_of(chunks, grads)
+
+    def _rates(self, group: Group) -> tuple[float | Tensor, float | Tensor]:
+        """What is multiplied into the buffer, and what is not."""
+        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        return (lr, 1.0) if group["lr_in_buffer"] else (1.0, lr)
 
     def _state_keys(self, group: Group) -> tuple[str, ...]:
         return self._known_state if group["momentum"] else ()
@@ -184,19 +204,18 @@ class LARS(LayerwiseOptimizer):
             ratio = torch.where((update_norm == 0) & (weight_norm != 0), 0.0, ratio)
         return ratio
 
-    def _descend(self, chunks: ChunkGroup, ratios: Tensor, synced: SyncedStep) -> None:
+    def _descend(
+        self, chunks: ChunkGroup, scale: Tensor, outside: float | Tensor, synced: SyncedStep
+    ) -> None:
         """Advance b and move the weights."""
         group, weights = chunks.group, self._weights(chunks)
-        ratio = chunks.of_layers(ratios)
-        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-        inside, outside = (lr, 1.0) if group["lr_in_buffer"] else (1.0, lr)
-        grads, scale = self._gradients(chunks, synced), ratio * scalar(inside, ratio)
+        grads = self._gradients(chunks, synced)
         if group["momentum"] and not group["nesterov"]:
             steps = self._plain_momentum(chunks, grads, weights, scale, synced.skip)
         else:
             scaled = torch._foreach_mul(decayed(grads, weights, group), scale.unbind())
             steps = self._nesterov_momentum(chunks, scaled, synced.skip)
-        descend(chunks, weights, steps, outside, synced.skip)
+        descend(chunks, weights, self._params_of(chunks), steps, outside, synced.skip)
 
     def _plain_momentum(
         self,

@@ -20,8 +20,7 @@ What composes with what, in this order: unscale, agree on `found_inf`, clip by t
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -30,14 +29,20 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from largebatch.optim.base import Group, ShardedOptimizer
+from largebatch.optim.layerwise.chunks import ChunkGroup, Way, norms_of
+from largebatch.optim.layerwise.cpu_blocks import Scratch
+from largebatch.optim.layerwise.cpu_step import CpuStep, locals_of
+from largebatch.optim.layerwise.layer_stats import LayerStats
 from largebatch.optim.layerwise.state_import import to_native
-from largebatch.optim.layerwise.step_plan import ChunkGroup, StepPlan, build_step_plan, norms_of
+from largebatch.optim.layerwise.step_inputs import SyncedStep
+from largebatch.optim.layerwise.step_plan import StepPlan, Wave, build_step_plan, key_of
 from largebatch.optim.layerwise.unbound import Unbound, refuse_redundancy
 from largebatch.optim.loading import as_kept, as_state, laid_out_as
 from largebatch.optim.math.tensors import (
     Tensors,
     compute_dtype,
-    gradient_of,
+    float_of,
+    gradients_of,
     in_dtype,
     on_device,
     root,
@@ -46,40 +51,7 @@ from largebatch.optim.math.trust_ratio import ADAPT_UNDECAYED
 from largebatch.optim.options import require, require_one_of
 from largebatch.optim.sharding.layout import Layout, Name, layout_of, local
 
-
-@dataclass(frozen=True)
-class SyncedStep:
-    """Inputs of a step that all ranks decide alike, before any moment is touched."""
-
-    gradients: Mapping[Tensor, Tensor]
-    """The local part of each parameter's gradient, as it is, placed like the parameter."""
-    divisor: Tensor | None
-    """0-d: what every gradient is divided by, loss scale and clip together."""
-    skip: Tensor | None
-    """0-d bool: where true, nothing may change."""
-
-
-@dataclass(frozen=True)
-class LayerStats:
-    """The layers' norms and ratios of a step, vectors over `names`."""
-
-    names: list[Name]
-    moved: list[int]
-    adapts: list[bool]
-    """Whether a layer has a trust ratio, or 1 by choice."""
-    weight_norm: Tensor
-    update_norm: Tensor
-    trust_ratio: Tensor
-
-    def adapting(self) -> Iterator[Name]:
-        return (self.names[layer] for layer in self.moved if self.adapts[layer])
-
-    def by_layer(self) -> Iterator[tuple[Name, dict[str, Tensor]]]:
-        keys = ("weight_norm", "update_norm", "trust_ratio")
-        values = [*zip(*(getattr(self, key).unbind() for key in keys), strict=True)]
-        for layer in self.moved:
-            stats = dict(zip(keys, values[layer], strict=True))
-            yield self.names[layer], stats | {"adapts": torch.tensor(self.adapts[layer])}
+NO_STATE: dict[str, Any] = {}
 
 
 class LayerwiseOptimizer(ShardedOptimizer):
@@ -106,7 +78,8 @@ class LayerwiseOptimizer(ShardedOptimizer):
 
     def _forget_plans(self) -> None:
         self._plans: dict[Any, StepPlan] = {}
-        self._scratch_kept: dict[torch.dtype, Tensor] = {}
+        self._last_plan: tuple[Any, StepPlan | None] = None, None
+        self._scratch = Scratch()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "variant": self.variant}
@@ -171,20 +144,20 @@ class LayerwiseOptimizer(ShardedOptimizer):
         """
         self._bound.update(layouts)
         self._clip_norm = clip_norm
-        self._plans.clear()
+        self._forget_plans()
 
     # The phases of a step -----------------------------------------------------------------------
 
     def _plan(self) -> StepPlan:
         """What there is to do. A sparse gradient is refused before anything has changed."""
-        self._refuse_sparse()
-        key: list[Any] = []
-        for group in self.param_groups:
-            key.append((id(group), group["norm_groups"], group["norm_dim"]))
-            for param in group["params"]:
-                key.append((id(param), param.grad is None, param.dtype, param.device, param.shape))
-                key.append(param.stride())  # of all: what lies in order decides how it is cut
-        known = self._plans.get(tuple(key))
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        if not {grad.layout for grad in grads if grad is not None} <= {torch.strided}:
+            self._refuse_sparse()
+        key = key_of(self.param_groups, params, grads, self._has_cpu_way)
+        last_key, known = self._last_plan
+        if last_key != key:  # hashing is dearer than comparing
+            known = self._plans.get(key)
         if known is None:
             # Plans made for other strides go with the state's; and those of gradients that come
             # and go in ever new patterns.
@@ -195,13 +168,18 @@ class LayerwiseOptimizer(ShardedOptimizer):
                 or layout_of(param, name, group["norm_groups"], group["norm_dim"])
                 for group, name, param in self._named_params()
             }
-            known = build_step_plan(self.param_groups, layouts)
+            known = build_step_plan(self.param_groups, layouts, self._has_cpu_way)
             known.flats = self._unbound.flats(self.param_groups, self._bound)
             if self._clip_norm is None:
                 refuse_redundancy(self, self._max_grad_norm())
-            self._plans[tuple(key)] = known
+            self._plans[key] = known
+        self._last_plan = key, known
         self._unbound.refuse_flats(type(self).__name__, known.flats)
         return known
+
+    def _has_cpu_way(self, group: Group) -> bool:
+        """Whether a CPU has kernels for such options."""
+        return True
 
     def _follow_strides(self) -> bool:
         """Lay state out as its parameter is now, which may have become channels-last or have got
@@ -220,19 +198,17 @@ class LayerwiseOptimizer(ShardedOptimizer):
     def _sync(self, plan: StepPlan) -> SyncedStep:
         """Whether to skip, and what to divide the gradients by: the same on every rank."""
         # Of all parameters, held here or not: placing a gradient may be a collective.
-        gradients = {param: gradient_of(param) for _, param in plan.params}
+        gradients = gradients_of([param for _, param in plan.params])
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         flag = self._own_found_inf(plan.device)
         max_norm = self._max_grad_norm()
         divisor = None if grad_scale is None else on_device(grad_scale, plan.device).float()
+        norms: list[Tensor] | None = None
         if max_norm < math.inf and self._clip_norm is not None:
             norm = on_device(self._clip_norm(), plan.device)
         elif max_norm < math.inf:
-            norms: list[Tensor] = []
-            for chunks in plan.chunk_groups:
-                norms += norms_of(chunks, chunks.cut(gradients.__getitem__))
-            squares = plan.squares(norms)
-            norm = plan.complete(squares, flag).sum().sqrt()
+            norms = [self._norms(chunks, gradients) for chunks in plan.all_groups.groups]
+            norm = plan.complete(plan.squares(plan.all_groups, norms), flag).sum().sqrt()
             norm = norm if divisor is None else norm / divisor
         elif flag is not None and plan.reductions:
             none = torch.zeros(len(plan.names), 0, dtype=plan.dtype, device=plan.device)
@@ -240,11 +216,41 @@ class LayerwiseOptimizer(ShardedOptimizer):
         if max_norm < math.inf:
             clip = torch.clamp(norm / max_norm, min=1.0)
             divisor = clip if divisor is None else divisor * clip
-        return SyncedStep(gradients, divisor, None if flag is None else flag != 0)
+        skip = None if flag is None else flag != 0
+        if skip is not None and plan.on_cpu:
+            is_skipped = float_of(skip) != 0
+            return SyncedStep(gradients, norms, divisor, None, is_skipped)
+        return SyncedStep(gradients, norms, divisor, skip)
+
+    def _norms(self, chunks: ChunkGroup, gradients: list[Tensor]) -> Tensor:
+        """The norm of each chunk of the gradients."""
+        if chunks.way is Way.GENERAL:
+            return norms_of(chunks, in_dtype(chunks.cut(gradients), chunks.dtype))
+        return CpuStep(gradients, self._scratch).norms(chunks, gradients)
+
+    def _on_cpu(self, plan: StepPlan, synced: SyncedStep, states: list[dict[str, Any]]) -> CpuStep:
+        """What the ways of a CPU work on; after the state is made."""
+        if not plan.on_cpu:
+            return CpuStep([], self._scratch)
+        params = locals_of([param for _, param in plan.params])
+        weights = params
+        if any(group["master_weights"] for group in self.param_groups):
+            rows = zip(plan.params, states, params, strict=True)
+            weights = [
+                local(state.get("master_weight", param)) if group["master_weights"] else param
+                for (group, _), state, param in rows
+            ]
+        divisor = 1.0 if synced.divisor is None else float_of(synced.divisor)
+        multiplier = 1 / divisor if divisor else math.inf
+        norms = zip(plan.all_groups.groups, synced.norms or (), strict=False)
+        return CpuStep(
+            synced.gradients, self._scratch, params, weights, states, multiplier,
+            {id(chunks): norm for chunks, norm in norms},
+        )  # fmt: skip
 
     def _gradients(self, chunks: ChunkGroup, synced: SyncedStep) -> Tensors:
         """The chunks' gradients to descend along, in the group's dtype; not to be written to."""
-        grads: Tensors = in_dtype(chunks.cut(synced.gradients.__getitem__), chunks.dtype)
+        grads: Tensors = in_dtype(chunks.cut(synced.gradients), chunks.dtype)
         if synced.divisor is not None:
             grads = torch._foreach_div(grads, synced.divisor.to(chunks.device, chunks.dtype))
         return torch._foreach_neg(grads) if chunks.group["maximize"] else grads
@@ -255,64 +261,97 @@ class LayerwiseOptimizer(ShardedOptimizer):
         The parameters themselves where they have that dtype, else their FP32 master copies, else
         copies of the moment.
         """
-        if not chunks.group["master_weights"]:
-            return in_dtype(chunks.cut(local), chunks.dtype)
-        tensors = chunks.cut(lambda param: local(self.state[param].get("master_weight", param)))
-        return in_dtype(tensors, chunks.dtype)
+        held = (
+            [self.state[chunk.param].get("master_weight", chunk.param) for chunk in chunks.members]
+            if chunks.group["master_weights"]
+            else [chunk.param for chunk in chunks.members]
+        )
+        return in_dtype(chunks.cut_each(held), chunks.dtype)
+
+    def _params_of(self, chunks: ChunkGroup) -> list[Tensor]:
+        return chunks.cut_each([chunk.param for chunk in chunks.members])
 
     def _state_of(self, chunks: ChunkGroup, key: str) -> list[Tensor]:
         """The chunks of a state that is shaped like the parameters."""
-        return chunks.cut(lambda param: local(self.state[param][key]))
+        return chunks.cut_each([self.state[chunk.param][key] for chunk in chunks.members])
 
-    def _make_state(self, plan: StepPlan) -> None:
-        """Make what state is missing, as at a parameter's first gradient; on every rank alike."""
+    def _make_state(self, plan: StepPlan) -> list[dict[str, Any]]:
+        """Make what state is missing, as at a parameter's first gradient, on every rank alike;
+        return the states by place in the plan.
+        """
+        keys = {id(group): self._state_keys(group) for group in self.param_groups}
+        states = []
         for group, param in plan.params:
-            dtype, held = compute_dtype(param), self.state.get(param, {})
-            for key in self._state_keys(group):
+            has_any = keys[id(group)] or group["master_weights"]
+            held = self.state[param] if has_any else self.state.get(param, NO_STATE)
+            for key in keys[id(group)]:
                 if key not in held:
-                    self.state[param][key] = torch.zeros_like(param, dtype=dtype)
-            if group["master_weights"] and "master_weight" not in held and param.dtype != dtype:
-                self.state[param]["master_weight"] = param.detach().to(dtype)
+                    held[key] = torch.zeros_like(param, dtype=compute_dtype(param))
+            dtype = compute_dtype(param) if group["master_weights"] else param.dtype
+            if param.dtype != dtype and "master_weight" not in held:
+                held["master_weight"] = param.detach().to(dtype)
+            states.append(held)
+        return states
 
     def _state_keys(self, group: Group) -> tuple[str, ...]:
         """The state tensors that are shaped like the parameter, zeros at first."""
         return self._known_state
 
-    def _scratch(self, chunks: ChunkGroup) -> Tensor:
-        """Working memory with an element for each of the chunks', not to be shared with others.
+    def _walk(
+        self,
+        plan: StepPlan,
+        first: Callable[[ChunkGroup], tuple[Tensor, Tensor]],
+        second: Callable[[ChunkGroup, Tensor], None],
+    ) -> None:
+        """Make both passes over all chunks; keep the numbers behind `layer_stats`.
 
-        On a CPU it is kept from step to step, because fresh pages cost more than the arithmetic on
-        them; elsewhere the allocator keeps them, and lends them out between steps.
+        Args:
+            first: gives ‖w‖ and ‖u‖ of the chunks of a group.
+            second: moves the weights of the group by its chunks' trust ratios, in its dtype.
         """
-        if chunks.device.type != "cpu":
-            return torch.empty(chunks.numel, dtype=chunks.dtype, device=chunks.device)
-        end, scratch = chunks.start + chunks.numel, self._scratch_kept.get(chunks.dtype)
-        if scratch is None or scratch.numel() < end:
-            chunk_groups = self._plan().chunk_groups
-            need = max(c.start + c.numel for c in chunk_groups if c.dtype == chunks.dtype)
-            scratch = self._scratch_kept[chunks.dtype] = torch.empty(need, dtype=chunks.dtype)
-        return scratch[chunks.start : end]
+        whole: list[tuple[Tensor, ...]] = []
+        of_layers: tuple[Tensor, ...] | None = None
+        for wave in plan.waves:
+            norms = [first(chunks) for chunks in wave.groups]
+            if wave.is_whole:
+                chunks, found = wave.groups[0], [each.to(plan.dtype) for each in norms[0]]
+                ratio = self._ratio(chunks.group, *found)
+                whole.append((*found, ratio))
+                second(chunks, ratio.to(chunks.dtype))
+                continue
+            of_layers = self._of_layers(plan, wave, norms)
+            for chunks in wave.groups:
+                second(chunks, chunks.of_layers(of_layers[2]))
+        if whole:
+            of_layers = plan.with_whole(whole, of_layers)
+        if of_layers is not None:
+            self._note(plan, of_layers)
 
-    def _trust_ratios(self, plan: StepPlan, weight_norms: Tensors, update_norms: Tensors) -> Tensor:
-        """The trust ratio of every layer, shape (layers,), from the norms of all chunks in order.
+    def _of_layers(
+        self, plan: StepPlan, wave: Wave, norms: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """‖w‖, ‖u‖ and the trust ratio of every layer, from the norms of a wave's chunks.
 
-        This is the step's last collective, and the numbers behind `layer_stats`.
+        This is the step's last collective.
         """
-        sums = torch.stack([plan.squares([*weight_norms]), plan.squares([*update_norms])], dim=1)
+        weight, update = ([pair[k] for pair in norms] for k in (0, 1))
+        sums = torch.stack([plan.squares(wave, weight), plan.squares(wave, update)], dim=1)
         weight_norm, update_norm = root(plan.complete(sums)).unbind(dim=1)
         ratios = [
             self._ratio(group, weight_norm[layers], update_norm[layers])
             for group, layers in plan.groups
         ]
-        ratio = torch.cat(ratios) if len(ratios) > 1 else ratios[0]
-        shown = [each.to(plan.stats_dtype) for each in (weight_norm, update_norm, ratio)]
+        return weight_norm, update_norm, torch.cat(ratios) if len(ratios) > 1 else ratios[0]
+
+    def _note(self, plan: StepPlan, of_layers: tuple[Tensor, ...]) -> None:
+        """Keep the numbers of a step for `layer_stats`."""
+        shown = [each.to(plan.stats_dtype) for each in of_layers]
         adapts = [False] * len(plan.names)
         for group, layers in plan.groups:
             adapts[layers] = [self._adapts(group)] * len(adapts[layers])
         stats = LayerStats(plan.names, plan.moved, adapts, *shown)
         # Wrappers that bind layouts may show the parameters part by part, a step for each.
         self._stats = {**self._stats, tuple(plan.names): stats} if self._bound else {None: stats}
-        return ratio
 
     def _ratio(self, group: Group, weight_norm: Tensor, update_norm: Tensor) -> Tensor:
         """The trust ratios of a group's layers, shape (layers,), from their norms."""

@@ -1,97 +1,32 @@
-"""How a step's work is cut: its layers, and their chunks in groups.
+"""A step's plan: its layers, the chunks of those that have a gradient, and what ranks add up.
 
-A step touches every element twice: to take the norms, and again once the trust ratios are known. On
-a CPU both go over groups of chunks small enough to stay in the cache through all operations; on
-accelerators, where every operation is a kernel launch, a group is as large as memory allows. The
-cut depends only on which parameters have gradients; it is made once and kept.
+A step touches every element twice: to take the norms, and again once the trust ratios are known.
+Where no rank has to be heard, a CPU makes the second pass over a group of chunks right after the
+first, while they are in a cache; else all groups are passed over together, a *wave*. The plan
+depends only on which parameters have gradients; it is made once and kept.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from largebatch.optim.base import Group
-from largebatch.optim.math.tensors import (
-    CPU_STRETCH,
-    Tensors,
-    compute_dtype,
-    norm_in_stretches,
-    on_device,
-    squares_dtype,
-    write,
+from largebatch.optim.layerwise.chunks import (
+    KEPT_IN_PACKS,
+    Chunk,
+    ChunkGroup,
+    Way,
+    chunk_groups_of,
+    chunks_of,
+    way_of,
 )
-from largebatch.optim.sharding.layout import Layout, Name, Piece, Reduction, local
-
-# Elements in a group of chunks: on a CPU a few FP32 tensors of it stay in the cache, and each
-# operation takes long against its start on all cores; on an accelerator it bounds the temporary
-# memory of a step to a few GiB.
-CPU_CHUNK_ELEMENTS = 1 << 20
-DEVICE_CHUNK_ELEMENTS = 1 << 28
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A stretch of one parameter's local tensor, within one layer."""
-
-    param: Tensor
-    layer: int
-    """Index into `StepPlan.names`."""
-    numel: int
-    piece: Piece | None
-    """None: the whole local tensor."""
-    flat: slice | None
-    """Of the piece laid out flat; None: all of it, in its own shape."""
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The chunk of a tensor shaped like the parameter's local one, a view."""
-        if self.piece is not None:
-            tensor = tensor.narrow(self.piece.dim, self.piece.start, self.piece.length)
-        return tensor if self.flat is None else tensor.view(-1)[self.flat]
-
-
-@dataclass
-class ChunkGroup:
-    """Chunks of one parameter group, device and dtype that are worked on together."""
-
-    group: Group
-    device: torch.device
-    dtype: torch.dtype
-    """Of the arithmetic: FP32, or FP64 for FP64 parameters."""
-    contiguous: bool
-    """Whether every chunk is contiguous in memory, and so are gradients and state cut like it."""
-    members: list[Chunk] = field(default_factory=list)
-    numel: int = 0
-    longest: int = 0
-    """Number of elements in the longest chunk."""
-    start: int = 0
-    """Number of elements in the groups before it of the same device and dtype."""
-
-    def add(self, chunk: Chunk) -> None:
-        self.members.append(chunk)
-        self.numel += chunk.numel
-        self.longest = max(self.longest, chunk.numel)
-
-    def takes(self, chunk: Chunk) -> bool:
-        limit = CPU_CHUNK_ELEMENTS if self.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
-        return self.numel + chunk.numel <= limit
-
-    def cut(self, tensor_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """The chunks, one after the other, of the tensors that `tensor_of` gives for parameters."""
-        return [chunk.of(tensor_of(chunk.param)) for chunk in self.members]
-
-    def of_layers(self, values: Tensor) -> Tensor:
-        """A vector over all layers as one over the chunks, on their device and in their dtype."""
-        first, last = self.members[0].layer, self.members[-1].layer
-        if last - first + 1 == len(self.members) == len({chunk.layer for chunk in self.members}):
-            taken = values[first : last + 1]
-        else:
-            taken = torch.stack([values[chunk.layer] for chunk in self.members])
-        return taken.to(self.device, self.dtype)
+from largebatch.optim.math.tensors import compute_dtype, squares_dtype
+from largebatch.optim.sharding.layout import Layout, Name, Reduction, local
 
 
 @dataclass(frozen=True)
@@ -103,6 +38,17 @@ class GroupReduction:
     """The layers it is for; None: all of them."""
     factor: Tensor | None
     """For each of them 1, or 1 / ranks where ranks hold copies and their mean is meant; None: 1."""
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Chunk groups whose passes are made together."""
+
+    groups: list[ChunkGroup]
+    layer_of_chunk: Tensor | None
+    """In the order of the groups; None: chunk i is layer i, and all are there."""
+    is_whole: bool
+    """Whether it is one group, each chunk of it a layer of which no other rank has anything."""
 
 
 @dataclass
@@ -123,29 +69,62 @@ class StepPlan:
     """The parameters that have a gradient, whether or not anything of them is held here."""
     owners: tuple[Tensor, ...]
     """All parameters, kept alive so that no other takes the identity of one."""
-    chunk_groups: list[ChunkGroup]
+    waves: list[Wave]
+    all_groups: Wave
+    """Of all waves, in order."""
     reductions: list[GroupReduction]
-    layer_of_chunk: Tensor | None
-    """In the order of the chunk groups; None: chunk i is layer i."""
+    whole_layers: Tensor | None
+    """Of the chunks of the waves of whole layers; None: chunk i is layer i, and all are there."""
+    on_cpu: bool
+    """Whether all parameters are on the host, which may read any value then."""
     stats_dtype: torch.dtype = torch.float32
     """Of norms and ratios as they are shown."""
     flats: list[Tensor] = field(default_factory=list)
     """Parameters that seem to hold several layers, without a layout bound to them."""
 
-    def squares(self, norms: list[Tensor]) -> Tensor:
-        """Local sum of squares of each layer, from the norms of all chunks, in order.
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """All chunks, in order."""
+        return [chunk for chunk_group in self.all_groups.groups for chunk in chunk_group.members]
 
-        The norms may lie on several devices and are FP32 or wider; the result is a new vector.
+    @cached_property
+    def numel(self) -> int:
+        """Elements of all chunks."""
+        return sum(chunk.numel for chunk in self.chunks)
+
+    def squares(self, wave: Wave, norms: list[Tensor]) -> Tensor:
+        """Local sum of squares of each layer, 0 for those that are not in the wave.
+
+        Args:
+            norms: of the chunks, a vector for each group, on whatever device, in FP32 or wider.
+
+        Returns:
+            A new vector.
         """
         whole = torch.zeros(len(self.names), dtype=self.dtype, device=self.device)
         if not norms:
             return whole
-        if len({(norm.device, norm.dtype) for norm in norms}) > 1:
-            norms = [norm.to(self.device, self.dtype) for norm in norms]
-        values = torch.stack(norms).to(self.device, self.dtype).square_()
-        if self.layer_of_chunk is None:
+        values = torch.cat([norm.to(self.device, self.dtype) for norm in norms]).square_()
+        if wave.layer_of_chunk is None:
             return values
-        return whole.index_add_(0, self.layer_of_chunk, values)
+        return whole.index_add_(0, wave.layer_of_chunk, values)
+
+    def with_whole(
+        self, found: list[tuple[Tensor, ...]], others: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, ...]:
+        """Vectors over all layers of what the waves of whole layers have found.
+
+        Args:
+            found: vectors over the chunks of each such wave, in order.
+            others: vectors over all layers, which hold for those in no such wave.
+        """
+        columns = [torch.cat([*column]) for column in zip(*found, strict=True)]
+        if self.whole_layers is None:
+            return tuple(columns)
+        if others is None:
+            others = tuple(column.new_zeros(len(self.names)) for column in columns)
+        pairs = zip(others, columns, strict=True)
+        return tuple(each.index_copy(0, self.whole_layers, column) for each, column in pairs)
 
     def complete(self, sums: Tensor, flag: Tensor | None = None) -> Tensor:
         """The local sums of each layer summed over ranks: one collective for each process group.
@@ -172,16 +151,47 @@ class StepPlan:
         return sums
 
 
-def build_step_plan(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -> StepPlan:
-    """Plan a step for the parameters that have a gradient now."""
+def key_of(
+    groups: Sequence[Group],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    has_cpu_way: Callable[[Group], bool],
+) -> tuple[object, ...]:
+    """Return what a plan depends on; made in every step."""
+    return (
+        tuple([
+            (id(group), len(group["params"]), group["norm_groups"], group["norm_dim"],
+             has_cpu_way(group))
+            for group in groups
+        ]),
+        tuple(map(id, params)),
+        tuple([grad is None for grad in grads]),
+        tuple([param.dtype for param in params]),
+        tuple([param.device for param in params]),
+        tuple(map(Tensor.size, params)),
+        tuple(map(Tensor.stride, params)),  # of all: what lies in order decides how it is cut
+    )  # fmt: skip
+
+
+def build_step_plan(
+    groups: Iterable[Group],
+    layouts: Mapping[Tensor, Layout],
+    has_cpu_way: Callable[[Group], bool],
+) -> StepPlan:
+    """Plan a step for the parameters that have a gradient now.
+
+    Args:
+        has_cpu_way: whether a group's options are such that a CPU may pack and stream.
+    """
     names: list[Name] = []
     spans: list[tuple[Group, slice]] = []
     moved: list[int] = []
     params: list[tuple[Group, Tensor]] = []
-    chunks: list[tuple[Group, Chunk]] = []
+    chunks: list[tuple[Group, Chunk, Way]] = []
     reduced: dict[str, list[tuple[Reduction, int]]] = {}
+    on_cpu = all(local(param).device.type == "cpu" for param in layouts)
     for group in groups:
-        start = len(names)
+        start, own_way = len(names), on_cpu and has_cpu_way(group)
         for param in group["params"]:
             layout, first = layouts[param], len(names)
             layers = range(first, first + len(layout.layers))
@@ -191,15 +201,23 @@ def build_step_plan(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -
                 entries += [(reduction, layer) for layer in layers]
             if param.grad is not None:
                 moved += layers
+                for chunk in chunks_of(param, layout, len(params), first, whole=own_way):
+                    way = way_of(chunk) if own_way else Way.GENERAL
+                    chunks.append((group, chunk, way))
                 params.append((group, param))
-                chunks += [(group, chunk) for chunk in chunks_of(param, layout, first)]
         spans.append((group, slice(start, len(names))))
-    chunk_groups = chunk_groups_of(chunks)
     device = local(next(iter(layouts))).device if layouts else torch.device("cpu")
     wide = any(compute_dtype(param) == torch.float64 for param in layouts)
     stats_dtype = torch.float64 if wide else torch.float32
     dtype = squares_dtype(device, stats_dtype)
-    layer_of_chunk = [chunk.layer for chunk_group in chunk_groups for chunk in chunk_group.members]
+
+    def wave_of(groups: list[ChunkGroup], *, is_whole: bool = False) -> Wave:
+        return Wave(groups, index(layers_of(groups), len(names), device), is_whole)
+
+    whole, rest = waves_of(chunks, has_reductions=bool(reduced))
+    waves = [wave_of([each], is_whole=True) for each in whole]
+    if rest or reduced:  # where others hold something of a layer, all take part
+        waves.append(wave_of(rest))
     # Sums before means, so that a mean is over copies of a sum that is complete.
     ordered = sorted(reduced.values(), key=lambda entries: any(r.mean for r, _ in entries))
     return StepPlan(
@@ -210,11 +228,40 @@ def build_step_plan(groups: Iterable[Group], layouts: Mapping[Tensor, Layout]) -
         moved=moved,
         params=params,
         owners=tuple(layouts),
-        chunk_groups=chunk_groups,
+        waves=waves,
+        all_groups=wave_of([*whole, *rest]),
         reductions=[group_reduction(entries, len(names), device, dtype) for entries in ordered],
-        layer_of_chunk=index(layer_of_chunk, len(names), device),
+        whole_layers=index(layers_of(whole), len(names), device),
+        on_cpu=on_cpu,
         stats_dtype=stats_dtype,
     )
+
+
+def waves_of(
+    chunks: list[tuple[Group, Chunk, Way]], *, has_reductions: bool
+) -> tuple[list[ChunkGroup], list[ChunkGroup]]:
+    """Put the chunks in groups: those that hold whole layers, of which no other rank has anything,
+    and all others.
+    """
+    # Those of one length are neighbours.
+    packed = sorted((e for e in chunks if e[2] is Way.PACKED), key=lambda entry: entry[1].numel)
+    others = [entry for entry in chunks if entry[2] is not Way.PACKED]
+    if has_reductions:  # packs are kept until the ranks have been heard
+        ends = accumulate(chunk.numel for _, chunk, _ in packed)
+        packed = [
+            entry if end <= KEPT_IN_PACKS else (*entry[:2], Way.STREAMED)
+            for entry, end in zip(packed, ends, strict=True)
+        ]
+        return [], chunk_groups_of([*packed, *others])
+    groups = chunk_groups_of([*packed, *others])
+    whole = [each for each in groups if each.way is not Way.GENERAL]
+    for chunk_group in whole:
+        chunk_group.start = 0  # each has the working memory to itself
+    return whole, [each for each in groups if each.way is Way.GENERAL]
+
+
+def layers_of(groups: list[ChunkGroup]) -> list[int]:
+    return [layer for chunk_group in groups for layer in chunk_group.layers]
 
 
 def group_reduction(
@@ -230,89 +277,6 @@ def group_reduction(
     )
 
 
-def chunks_of(param: Tensor, layout: Layout, first: int) -> Iterable[Chunk]:
-    """Yield this rank's chunks of a parameter's layers, whose first has index `first`."""
-    tensor = local(param)
-    limit = CPU_CHUNK_ELEMENTS if tensor.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
-    for piece in (None,) if layout.pieces is None else layout.pieces:
-        stretch = tensor if piece is None else tensor.narrow(piece.dim, piece.start, piece.length)
-        layer, numel = first + (0 if piece is None else piece.layer), stretch.numel()
-        if numel <= limit or not (tensor.is_contiguous() and stretch.is_contiguous()):
-            if numel:
-                yield Chunk(param, layer, numel, piece, None)
-            continue
-        for start in range(0, numel, limit):
-            end = min(start + limit, numel)
-            yield Chunk(param, layer, end - start, piece, slice(start, end))
-
-
-def chunk_groups_of(chunks: Iterable[tuple[Group, Chunk]]) -> list[ChunkGroup]:
-    """Put the chunks in groups of one parameter group, device and dtype, of limited size."""
-    chunk_groups: list[ChunkGroup] = []
-    open_groups: dict[Any, ChunkGroup] = {}
-    for group, chunk in chunks:
-        tensor = local(chunk.param)
-        key = (id(group), tensor.device, tensor.dtype, in_order(chunk))
-        chunk_group = open_groups.get(key)
-        if chunk_group is None or not chunk_group.takes(chunk):
-            chunk_group = ChunkGroup(group, tensor.device, compute_dtype(tensor), in_order(chunk))
-            chunk_groups.append(chunk_group)
-            open_groups[key] = chunk_group
-        chunk_group.add(chunk)
-    ends: dict[Any, int] = {}
-    for chunk_group in chunk_groups:
-        chunk_group.start = ends.get((chunk_group.device, chunk_group.dtype), 0)
-        ends[chunk_group.device, chunk_group.dtype] = chunk_group.start + chunk_group.numel
-    return chunk_groups
-
-
-def in_order(chunk: Chunk) -> bool:
-    """Whether the chunk is contiguous, and cut from a contiguous tensor, as others like it are."""
-    tensor = local(chunk.param)
-    return tensor.is_contiguous() and chunk.of(tensor).is_contiguous()
-
-
 def index(members: list[int], length: int, device: torch.device) -> Tensor | None:
     """`members` as an index; None where they are 0, 1, …, length - 1 already."""
     return None if members == list(range(length)) else torch.tensor(members, device=device)
-
-
-def norms_of(group: ChunkGroup, chunks: Tensors) -> Tensors:
-    """‖chunk‖₂ of each, finite where the chunk is: a square of 1e20 is beyond FP32.
-
-    An accelerator adds squares up in FP64. A CPU, which is slow at that, does so only where FP32
-    has overflowed, or where a chunk has no stretches: it adds up in sequence, which loses digits
-    over many FP32 numbers, and so takes the norm of the norms of short stretches.
-    """
-    if group.device.type != "cpu" or not group.contiguous:
-        return torch._foreach_norm(chunks, 2, dtype=squares_dtype(group.device, group.dtype))
-    if group.longest <= CPU_STRETCH:
-        norms: Tensors = torch._foreach_norm(chunks, 2, dtype=group.dtype)
-    else:
-        norms = [norm_in_stretches(chunk, group.dtype) for chunk in chunks]
-    if group.dtype == torch.float64 or math.inf not in torch.stack([*norms]).tolist():
-        return norms
-    return torch._foreach_norm(chunks, 2, dtype=torch.float64)
-
-
-def descend(
-    group: ChunkGroup, weights: Tensors, steps: Tensors, scale: float | Tensor, skip: Tensor | None
-) -> None:
-    """w ← w - scale · step for every chunk, and the parameters with them; nothing where `skip`.
-
-    Args:
-        weights: what `_weights` gave, in the chunk group's dtype.
-        scale: one number for all, or a vector with one for each chunk.
-        skip: 0-d bool or None.
-    """
-    moved = weights if skip is None else [weight.clone() for weight in weights]
-    if isinstance(scale, Tensor):
-        scales = on_device(scale, group.device).to(group.dtype) if scale.dim() == 0 else scale
-        each = [scales] * len(steps) if scale.dim() == 0 else scales.unbind()
-        torch._foreach_addcmul_(moved, steps, each, value=-1)
-    else:
-        torch._foreach_add_(moved, steps, alpha=-scale)
-    if skip is not None:
-        write(weights, moved, skip)
-    if weights[0].dtype != group.members[0].param.dtype:
-        write(group.cut(local), weights, skip)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,14 @@ def gradient_of(param: Tensor) -> Tensor:
     return grad.contiguous() if local(param).is_contiguous() else grad
 
 
+def gradients_of(params: list[Tensor]) -> list[Tensor]:
+    """`gradient_of` of each parameter; all of them have one."""
+    grads = [param.grad for param in params]
+    if set(map(type, grads)) <= {Tensor} and all(map(Tensor.is_contiguous, grads)):  # type: ignore[arg-type]
+        return grads  # type: ignore[return-value]
+    return [gradient_of(param) for param in params]
+
+
 def write(targets: Tensors, values: Tensors, skip: Tensor | None) -> None:
     """targets ← values, rounded to the targets' dtype; where `skip`, they keep their very bits."""
     if skip is None:
@@ -102,6 +111,14 @@ def scalar(value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return on_device(value, like.device).to(like.dtype)
     return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+def float_of(value: float | Tensor) -> float:
+    """A number or a one-element tensor on the host as a number."""
+    if not isinstance(value, Tensor):
+        return value
+    number: Any = value.reshape(()).tolist()  # not `item`, which says that a device is waited for
+    return float(number)
 
 
 def squares_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

@@ -43,12 +43,28 @@ def test_a_step_never_waits_for_the_device(row: Row, amp: bool) -> None:
 
 @each_of_ours
 def test_the_norms_of_many_layers_are_taken_in_one_call(row: Row) -> None:
-    params, grads = make_layers(), make_grads(1)
+    """On an accelerator; here one without values."""
+    params = [Parameter(param.detach().to("meta")) for param in make_layers()]
     optimizer = row.make([{"params": params[:3]}, {"params": params[3:]}])
     with CountCalls() as calls:
-        take_steps(optimizer, params, grads)
+        take_steps(optimizer, params, [[torch.empty_like(param) for param in params]])
     assert calls.counts["_foreach_norm"] == 4  # of weights and of updates, in either group
     assert not any("norm" in name for name in calls.counts if name != "_foreach_norm")
+
+
+@each_of_ours
+def test_a_cpu_makes_no_more_calls_for_more_small_layers(row: Row) -> None:
+    def calls_for(count: int) -> Counter[str]:
+        params = [Parameter(torch.randn(5, 3)) for _ in range(count)]
+        optimizer = row.make(params)
+        grads = [[torch.randn(5, 3) for _ in params] for _ in range(2)]
+        take_steps(optimizer, params, grads[:1])
+        with CountCalls() as calls:
+            take_steps(optimizer, params, grads[1:])
+        views = {"view", "detach", "clone", "select", "slice", "split", "alias", "unbind"}
+        return Counter({name: n for name, n in calls.counts.items() if name not in views})
+
+    assert calls_for(40) == calls_for(3)
 
 
 @each_of_ours

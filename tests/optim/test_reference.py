@@ -19,7 +19,7 @@ from optimizer_rows import (
 from torch import Tensor
 
 from largebatch.optim import LAMB, LARS
-from largebatch.optim.layerwise.step_plan import CPU_CHUNK_ELEMENTS
+from largebatch.optim.layerwise.chunks import CPU_CHUNK_ELEMENTS
 from largebatch.optim.math.adam import bias_correction
 from largebatch.optim.math.trust_ratio import trust_ratio
 
