@@ -142,6 +142,7 @@ class EvaluationConfig:
 class RecordConfig:
     every: int = count(1, least=1)
     layers: bool = False
+    sites: bool = False
 
 
 @dataclass

@@ -41,6 +41,7 @@ from largebatch.train.noise.gradient_noise import GradientNoise
 from largebatch.train.progress import Evaluated
 from largebatch.train.reporting.flops import flops_of
 from largebatch.train.reporting.provenance import device_name
+from largebatch.train.reporting.sites import NoSites, Sites
 from largebatch.train.reporting.throughput import Throughput, chosen, peaks_of
 from largebatch.train.run_spec import Given, RunSpec
 from largebatch.train.tasks import Task, check_mean, check_task, loss_of, to_device
@@ -66,6 +67,11 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
     num_parameters = sum(p.numel() for p in model.parameters())
     names = try_one_pass(task, model) if num_parameters <= MOST_TRIED else None
     check_aim(config.target.aim, task, names)
+    if config.record.sites and config.engine.compile:
+        raise ConfigError(
+            "record.sites=true looks into modules, which engine.compile=true joins: set one of "
+            "them to false"
+        )
     prepare_model(config.engine, model, device, ranks)
     engine: Engine = build(
         config.engine.target,
@@ -93,7 +99,20 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
             )
     noise = build_noise(spec, engine, optimizer)
     average = build_average(config, engine)
-    return Parts(task, engine, optimizer, noise, average, num_parameters, data, groups)
+    sites = build_sites(config, engine)
+    return Parts(task, engine, optimizer, noise, average, num_parameters, data, groups, sites)
+
+
+def build_sites(config: TrainConfig, engine: Engine) -> NoSites:
+    """What watches single modules, where that is asked for."""
+    if not config.record.sites:
+        return NoSites()
+    if not engine.can_skip:
+        raise ConfigError(
+            "record.sites=true is not for engine=deepspeed, which keeps the weights that it steps "
+            "to itself: use engine=ddp or fsdp"
+        )
+    return Sites(engine.model, engine.gradient_copies)
 
 
 def build_average(config: TrainConfig, engine: Engine) -> WeightAverage | None:

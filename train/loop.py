@@ -26,6 +26,7 @@ from largebatch.train.noise.gradient_noise import GradientNoise
 from largebatch.train.progress import RAMP_SIGNALS, Evaluated, RunProgress
 from largebatch.train.reporting.async_metrics import AsyncMetrics
 from largebatch.train.reporting.reporter import NullReporter
+from largebatch.train.reporting.sites import NoSites
 from largebatch.train.reporting.step_clock import StepClock
 from largebatch.train.reporting.trust_ratios import trust_ratios
 from largebatch.train.stop_signal import Stopping
@@ -41,7 +42,7 @@ class Parts:
     """What a run is made of, and what the summary says of that.
 
     Attributes:
-        noise, average: the noise scale's, and that of the weights, where they are asked for.
+        noise, average, sites: the noise scale's, that of the weights, of modules; as asked for.
         data: the task's provenance.
         groups: what tells the optimizer's groups from one another.
     """
@@ -54,6 +55,7 @@ class Parts:
     num_parameters: int = 0
     data: Mapping[str, str] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
+    sites: NoSites = field(default_factory=NoSites)
 
 
 @dataclass
@@ -150,8 +152,7 @@ class Loop:
 
     def measure(self, point: Point, loss: Tensor) -> StepMetrics:
         """The step's metrics, gradients untouched."""
-        interrupted = torch.full_like(loss, float(self.stopping.signal.is_due))
-        reduced = {"loss": loss, "interrupted": interrupted}
+        reduced = {"loss": loss, "interrupted": torch.full_like(loss, self.stopping.signal.is_due)}
         if self.checkpoints is not None:
             due = self.ranks.is_first and self.checkpoints.is_due_by_time()
             reduced["save_is_due"] = torch.full_like(loss, float(due))
@@ -159,7 +160,7 @@ class Loop:
             scale = self.parts.engine.precision.loss_scale
             factor = 1.0 if scale is None else scale.value
             reduced |= self.parts.noise.parts(self.split(point), factor)
-        return StepMetrics(reduced, {})
+        return StepMetrics(reduced, {}, self.parts.sites.maxima())
 
     def split(self, point: Point) -> BatchSplit:
         """How ranks and micro-batches make up the global batch."""
@@ -169,12 +170,13 @@ class Loop:
 
     def update(self, lr: float) -> StepMetrics:
         """One optimizer step at learning rate `lr`."""
-        optimizer = self.parts.optimizer
+        optimizer, squares = self.parts.optimizer, dict[str, Tensor]()
         self._scaler.set_lr(lr)
         limits = GradientLimits(self.clip_norm, self.skip_above())
-        with nullcontext() if (average := self.parts.average) is None else average.step(lr):
+        average = nullcontext() if self.parts.average is None else self.parts.average.step(lr)
+        with average, self.parts.sites.update(squares):
             metrics = self.parts.engine.update(optimizer, limits)
-        return metrics | StepMetrics({}, trust_ratios(optimizer, self.record_layers))
+        return metrics | StepMetrics(squares, trust_ratios(optimizer, self.record_layers))
 
     def skip_above(self) -> float | None:
         """The gradient norm above which the next step is skipped; None: never."""
@@ -182,9 +184,7 @@ class Loop:
 
     def send_off(self, point: Point, metrics: StepMetrics) -> StepRecord | None:
         """Pack the step's metrics for the host; returns the record of the step before."""
-        values = metrics.reduced | metrics.replicated
-        packed = torch.stack([*values.values()])
-        work = self.parts.engine.sum_over_ranks(packed[: len(metrics.reduced)])
+        names, packed, work = self.parts.engine.over_ranks(metrics)
         split = self.split(point)
         record: StepRecord = {
             "step": self.progress.steps + 1,
@@ -200,7 +200,7 @@ class Loop:
             record["tokens"] = record["samples"] * self.plan.tokens_per_sample
         if self.guard.threshold() < math.inf:
             record["grad_norm_bound"] = self.guard.threshold()
-        return self.arrived(self._metrics.push(dict(record), tuple(values), packed, work))
+        return self.arrived(self._metrics.push(dict(record), names, packed, work))
 
     def flush(self) -> StepRecord | None:
         """Wait for the record under way; None where there is none."""
@@ -218,6 +218,7 @@ class Loop:
             line["overflow"] = math.isfinite(line["loss"]) and not math.isfinite(line["grad_norm"])
         if self.clip_norm is not None:
             line["grad_norm_clipped"] = min(line["grad_norm"], self.clip_norm)
+        self.parts.sites.take(line)
         if self.parts.noise is not None:
             self.parts.noise.take(line)
         return cast(StepRecord, line)
@@ -268,7 +269,7 @@ class Loop:
 
     def act_on(self, action: GuardAction) -> None:
         """Do as the guard says, and report it; every rank comes here with the same action."""
-        event = asdict(action)
+        event = asdict(action) | self.parts.sites.blame()
         if not math.isfinite(action.value):
             steps_ago = self.progress.steps - action.step
             event["parameters"] = self.parts.engine.non_finite(steps_ago)

@@ -8,14 +8,16 @@ from rehearsal_runs import Run
 TEXT = (
     "task=text", "task.num_bytes=65536", "task.sequence_length=16", "task.num_eval=16",
     "model.dim=32", "model.depth=1", "model.heads=2", "target.loss=null", "batch.size=16",
-    "evaluation.growth=1000", "record.layers=true",
+    "evaluation.growth=1000", "record.layers=true", "record.sites=true",
 )  # fmt: skip
 # As many as show refreshes, steady steps between them, and a save on the way.
 STEPS = 6
 PLAIN_STEPS = 5
 FEW = (f"budget.samples={16 * STEPS}",)
 OPTIMIZERS = ("adamw", "sgd", "lars", "lamb", "muon", "shampoo", "soap", "kfac")
-SECOND_ORDER = ("shampoo", "soap", "kfac")
+MORE_OPTIMIZERS = ("soap_muon", "mano")
+"""Whose steps are rehearsed, on text; what runs do besides is alike for all."""
+SECOND_ORDER = ("shampoo", "soap", "kfac", "soap_muon")
 CPU = ("engine.device=cpu",)
 
 # Everything that watches a step; nothing of it may make the host wait.
@@ -52,6 +54,7 @@ OPTIONS = {
     # Of so many blocks, one would have its turn in every step.
     "shampoo": ("optim.precondition_interval=100",),
     "soap": ("optim.precondition_interval=100",),
+    "soap_muon": ("optim.precondition_interval=100",),
 }
 # Whose state has the second moment of every parameter.
 WITH_MOMENTS = ("adamw", "lamb")
@@ -65,7 +68,8 @@ def _run(name: str, task: str, optimizer: str, *words: str, **options: Any) -> R
 def plain() -> list[Run]:
     """Each optimizer on each task, on the device."""
     few = f"budget.samples={16 * PLAIN_STEPS}"
-    return [_run(f"{task} {n}", task, n, few) for task in TASKS for n in OPTIMIZERS]
+    runs = [_run(f"{task} {n}", task, n, few) for task in TASKS for n in OPTIMIZERS]
+    return [*runs, *(_run(f"text {n}", "text", n, few) for n in MORE_OPTIMIZERS)]
 
 
 def on_the_cpu() -> list[Run]:

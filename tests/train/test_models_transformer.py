@@ -59,8 +59,10 @@ def attention(x: Tensor, w: dict[str, Tensor], heads: int, kv_heads: int, base: 
         shared = head // (heads // kv_heads)
         rows = slice(head * width, (head + 1) * width)
         shared_rows = slice(shared * width, (shared + 1) * width)
-        q = turned(x @ w["queries.weight"][rows].T, base)
-        k = turned(x @ w["keys.weight"][shared_rows].T, base)
+        q, k = x @ w["queries.weight"][rows].T, x @ w["keys.weight"][shared_rows].T
+        if "query_norm.weight" in w:
+            q, k = (normed(y, w[f"{n}_norm.weight"], 1e-3) for n, y in (("query", q), ("key", k)))
+        q, k = turned(q, base), turned(k, base)
         v = x @ w["values.weight"][shared_rows].T
         places = []
         for m in range(length):
@@ -98,6 +100,29 @@ def test_the_logits_are_those_of_the_formulas(kv_heads: int | None, tied: bool) 
     found = model(tokens())
     expected = torch.stack([reference(model, one, 50.0, 1e-3) for one in tokens()])
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_norms_of_queries_and_keys_and_a_cap_are_those_of_the_formulas() -> None:
+    model = transformer(qk_norm=True, kv_heads=2, norm_eps=1e-3, logit_softcap=2.0).double()
+    expected = torch.stack([reference(model, one, 10_000.0, 1e-3) for one in tokens()])
+    assert float(expected.abs().max()) > 2.0
+    torch.testing.assert_close(
+        model(tokens()), 2.0 * torch.tanh(expected / 2.0), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_the_residual_stream_stays_in_fp32_where_weights_are_fewer_bits() -> None:
+    model = transformer(fp32_residual=True).bfloat16()
+    kept: list[torch.dtype] = []
+
+    def keep(module: Any, given: Any, output: Tensor) -> None:
+        kept.append(output.dtype)
+
+    for block in model.blocks:
+        block.register_forward_hook(keep)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(model(tokens())).all()
+    assert kept == [torch.float32, torch.float32]
 
 
 def test_the_logits_are_those_of_the_transformers_librarys_llama() -> None:

@@ -26,6 +26,17 @@ if TYPE_CHECKING:
     from largebatch.train.checkpoints.tensors import CheckpointTensors
 
 
+class Works:
+    """Collectives under way, to be waited for together."""
+
+    def __init__(self, works: "list[dist.Work]") -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
 class Engine(ABC):
     """What a run asks of an engine, and what engines share: one rank's micro-batches, and talk
     between ranks.
@@ -140,6 +151,19 @@ class Engine(ABC):
             return None
         work: dist.Work | None = dist.all_reduce(values, async_op=True)
         return work
+
+    def over_ranks(self, metrics: StepMetrics) -> "tuple[tuple[str, ...], Tensor, Works | None]":
+        """Begin bringing a step's metrics together over all ranks: their names, the packed values,
+        and the collectives to wait for before they are read; None where there are none.
+        """
+        values = metrics.reduced | metrics.replicated | metrics.maxima
+        packed = torch.stack([*values.values()])
+        works = [self.sum_over_ranks(packed[: len(metrics.reduced)])]
+        if metrics.maxima and self.data_parallel_size > 1:
+            largest = packed[-len(metrics.maxima) :]
+            works.append(dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True))
+        begun = [work for work in works if work is not None]
+        return tuple(values), packed, Works(begun) if begun else None
 
     def as_first_rank(self, values: list[float]) -> list[float]:
         """Rank 0's `values`, on every rank; waits for the device."""

@@ -20,13 +20,20 @@ from largebatch.train.noise.small_gradients import squares_of
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Device-side metrics of a step: values to all-reduce, and values equal on all ranks."""
+    """Device-side metrics of a step: values to add up over ranks, values equal on all of them, and
+    values whose largest is wanted.
+    """
 
     reduced: dict[str, Tensor]
     replicated: dict[str, Tensor]
+    maxima: dict[str, Tensor] = field(default_factory=dict)
 
     def __or__(self, other: "StepMetrics") -> "StepMetrics":
-        return StepMetrics(self.reduced | other.reduced, self.replicated | other.replicated)
+        return StepMetrics(
+            self.reduced | other.reduced,
+            self.replicated | other.replicated,
+            self.maxima | other.maxima,
+        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from largebatch.common.numbers import real_number, whole_number
 
@@ -28,28 +28,49 @@ MOST_BLOCKS = 10_000
 """Each takes a millisecond to make; the deepest that have been published have 1,000."""
 
 
-class Attention(nn.Module):
-    """Causal attention; each of `kv_heads` keys and values serves heads / kv_heads queries."""
+class PromotingRMSNorm(nn.RMSNorm):
+    """torch's, for inputs and weights of different precision too: the wider one counts."""
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, rotary_base: float) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        if x.dtype != weight.dtype:  # else torch's warns
+            dtype = torch.promote_types(x.dtype, weight.dtype)
+            x, weight = x.to(dtype), weight.to(dtype)
+        return rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal attention; each of `kv_heads` keys and values serves heads / kv_heads queries.
+
+    Args:
+        norm_eps: of an RMSNorm over each head's query and key, before they are turned; None:
+            without.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, rotary_base: float, norm_eps: float | None = None
+    ) -> None:
         super().__init__()
         self.head_dim, self.rotary_base = dim // heads, rotary_base
         self.queries = nn.Linear(dim, heads * self.head_dim, bias=False)
         self.keys = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
         self.values = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
         self.output = nn.Linear(heads * self.head_dim, dim, bias=False)
+        self.mix = CausalMix()
+        self.query_norm, self.key_norm = (
+            nn.Identity() if norm_eps is None else PromotingRMSNorm(self.head_dim, eps=norm_eps)
+            for _ in range(2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:  # (samples, length, dim)
         queries, keys, values = (
             part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for part in (self.queries, self.keys, self.values)
         )  # (samples, heads or kv_heads, length, head_dim)
-        mixed = scaled_dot_product_attention(
-            rotate(queries, self.rotary_base),
-            rotate(keys, self.rotary_base),
+        mixed = self.mix(
+            rotate(self.query_norm(queries), self.rotary_base),
+            rotate(self.key_norm(keys), self.rotary_base),
             values,
-            is_causal=True,
-            enable_gqa=keys.shape[1] != queries.shape[1],
         )
         projected: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return projected
@@ -72,6 +93,15 @@ def rotate(x: Tensor, base: float) -> Tensor:
     cos, sin = angles.cos(), angles.sin()
     first, second = x.to(dtype).chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).type_as(x)
+
+
+class CausalMix(nn.Module):
+    """softmax(Q Kᵀ / √d) V over what is not to come: a module, so that hooks see Q and K."""
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, enable_gqa=keys.shape[1] != queries.shape[1]
+        )
 
 
 class SwiGLU(nn.Module):
@@ -100,12 +130,14 @@ class TransformerBlock(nn.Module):
         rotary_base: float,
         norm_eps: float,
         branch: float = 1.0,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.branch = branch
-        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
-        self.attention = Attention(dim, heads, kv_heads, rotary_base)
-        self.mlp_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attention_norm = PromotingRMSNorm(dim, eps=norm_eps)
+        eps = norm_eps if qk_norm else None
+        self.attention = Attention(dim, heads, kv_heads, rotary_base, eps)
+        self.mlp_norm = PromotingRMSNorm(dim, eps=norm_eps)
         self.mlp = SwiGLU(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,6 +169,12 @@ class Transformer(nn.Module):
             heads that grow in number, not in size. None: neither.
         base_depth: the same of `depth`: what is added to the residual stream is taken times
             base_depth / depth, and begins as at that depth (arXiv:2505.01618). None: neither.
+        qk_norm: take an RMSNorm of each head's queries and keys, so that attention's logits are
+            bounded (Henry et al. 2020, arXiv:2010.04245; Dehghani et al. 2023, arXiv:2302.05442).
+        logit_softcap: hold logits within ± it, by c · tanh(z / c) (Gemma 2, arXiv:2408.00118);
+            None: they are free.
+        fp32_residual: keep the residual stream in FP32 under any precision. Without, it is that
+            where weights are whole (autocast), and the precision of the products under engine=fsdp.
 
     Raises:
         ValueError: sizes that do not fit each other, or a longer sequence.
@@ -157,6 +195,9 @@ class Transformer(nn.Module):
         init_std: float = 0.02,
         base_dim: int | None = None,
         base_depth: int | None = None,
+        qk_norm: bool = False,
+        logit_softcap: float | None = None,
+        fp32_residual: bool = False,
     ) -> None:
         super().__init__()
         self.vocabulary = whole_number(vocabulary, "model.vocabulary", 2)
@@ -185,6 +226,9 @@ class Transformer(nn.Module):
         self.base_dim = self.dim if base_dim is None else whole_number(base_dim, _BASE_DIM, 1)
         base = depth if base_depth is None else whole_number(base_depth, "model.base_depth", 1)
         self.base_depth = base
+        if logit_softcap is not None:
+            logit_softcap = real_number(logit_softcap, "model.logit_softcap", above=0.0)
+        self.logit_softcap, self.fp32_residual = logit_softcap, fp32_residual
         device = torch.get_default_device()
         with torch.device("meta"):  # torch's own initial values are neither drawn nor kept
             self.embedding = nn.Embedding(self.vocabulary, self.dim)
@@ -197,10 +241,11 @@ class Transformer(nn.Module):
                     rotary_base,
                     norm_eps,
                     branch=self.base_depth / depth,
+                    qk_norm=qk_norm,
                 )
                 for _ in range(depth)
             )
-            self.norm = nn.RMSNorm(self.dim, eps=norm_eps)
+            self.norm = PromotingRMSNorm(self.dim, eps=norm_eps)
             self.head = nn.Linear(self.dim, self.vocabulary, bias=False)
         for module in self.modules():
             for name, bare in list(module.named_parameters(recurse=False)):
@@ -238,12 +283,16 @@ class Transformer(nn.Module):
                 f"{tokens.shape[-1]}: shorten them or raise model.max_length"
             )
         x = self.embedding(tokens)  # (samples, length, dim)
+        if self.fp32_residual:  # what is added to it is promoted
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
         if self.base_dim != self.dim:
             x = x * (self.base_dim / self.dim)
         logits: Tensor = self.head(x)
+        if self.logit_softcap is not None:
+            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
         return logits
 
 
