@@ -85,9 +85,14 @@ def largest_element(dtype: torch.dtype) -> float:
 
 def without_too_large(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient with zeros for elements that are finite and above `largest_element`, and how
-    many of them there were, 0-d."""
+    many of them there were, 0-d; the gradient itself where the host can see that there is none."""
+    limit = largest_element(gradient.dtype)
+    if gradient.device.type == "cpu" and gradient.numel():
+        least, most = torch.aminmax(gradient)
+        if -limit <= float_of(least) and float_of(most) <= limit:
+            return gradient, torch.zeros((), dtype=torch.int64)
     size = gradient.abs()
-    too_large = (size > largest_element(gradient.dtype)) & (size < math.inf)
+    too_large = (size > limit) & (size < math.inf)
     return torch.where(too_large, 0.0, gradient), too_large.sum()
 
 
