@@ -21,6 +21,7 @@ NEEDS = {
     "deepspeed_zero2.py": "deepspeed",
     "hf_trainer.py": "transformers",
     "lightning_module.py": "lightning",
+    "optuna_search.py": "optuna",
 }
 """What an example cannot do without beside torch."""
 
@@ -40,7 +41,7 @@ def commands(example: Path) -> list[str]:
 
 
 @cache
-def printed(name: str, which: int = 0) -> Printed:
+def printed(name: str, which: int = 0, **variables: str) -> Printed:
     """What the example says at the end of its `which`-th command."""
     if name in NEEDS and find_spec(NEEDS[name]) is None:
         pytest.skip(f"{NEEDS[name]} is not installed")
@@ -51,6 +52,7 @@ def printed(name: str, which: int = 0) -> Printed:
         "DS_ACCELERATOR": "cpu",
         "PET_STANDALONE": "1",  # torchrun takes a free port
         "HF_HUB_OFFLINE": "1",
+        **variables,
     }
     words = shlex.split(commands(ROOT / "examples" / name)[which])
     begins = subprocess.run
@@ -72,9 +74,9 @@ def printed(name: str, which: int = 0) -> Printed:
 
 
 def test_every_example_is_short_and_begins_with_its_command() -> None:
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 9
     for example in EXAMPLES:
-        assert len(example.read_text(encoding="utf-8").splitlines()) < 60
+        assert len(example.read_text(encoding="utf-8").splitlines()) < 40
         assert commands(example)
 
 
@@ -94,11 +96,36 @@ def test_two_ranks_end_where_the_plain_loop_does(name: str) -> None:
     assert spread.trust_ratios == pytest.approx(plain.trust_ratios, abs=2e-4)
 
 
-@pytest.mark.parametrize("name", ["accelerate_loop.py", "lightning_module.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "accelerate_loop.py",
+        "lightning_module.py",
+        pytest.param("compiled.py", marks=pytest.mark.matrix),  # half a minute of a C++ compiler
+    ],
+)
 def test_a_framework_that_clips_ends_where_the_plain_loop_does(name: str) -> None:
     framed, plain = printed(name), printed("plain_pytorch.py")
     assert framed.loss == pytest.approx(plain.loss, rel=1e-4)
     assert framed.trust_ratios == pytest.approx(plain.trust_ratios, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("mixed_precision.py", "16"),
+        ("lightning_module.py", "bf16-mixed"),
+        pytest.param("lightning_module.py", "16-mixed", marks=pytest.mark.matrix),
+    ],
+)
+def test_half_precision_comes_close_to_the_plain_loop(name: str, precision: str) -> None:
+    halved, plain = printed(name, PRECISION=precision), printed("plain_pytorch.py")
+    assert halved.loss == pytest.approx(plain.loss, rel=0.03)
+    assert halved.trust_ratios == pytest.approx(plain.trust_ratios, rel=0.05)
+
+
+def test_optuna_finds_a_rate_that_learns() -> None:
+    assert printed("optuna_search.py").loss < 1.0
 
 
 @pytest.mark.matrix
