@@ -4,7 +4,7 @@
 # make test-gpu  the same matters on a real accelerator, with a table; by hand, where there is one
 # make matrix  every layout x optimizer x precision, every engine x world x accumulation, and every way to
 #              resume, against one process, with the figures
-# make docs    the reference of the public names, as pages in build/docs
+# make docs    the site: these pages and the reference of the public names, in build/docs
 #
 # make compat TORCH=2.10.0   an environment with another torch, and all tests in it
 #
@@ -50,11 +50,8 @@ matrix: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m '' --timeout 1800 $(WHOLE)
 	$(BIN)/python -m pytest -q -m matrix --timeout 1800 $(addprefix --ignore=,$(WHOLE))
 
-PUBLIC := optim optim.zero schedules records train.loop train.tasks train.engines.base study \
-	study.protocol.search
-
 docs: $(VENV)/.dev
-	PYTHONPATH=src $(BIN)/pdoc --output-directory build/docs $(addprefix largebatch.,$(PUBLIC))
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -94,7 +91,7 @@ $(VENV)/held.txt: $(BIN)/python constraints.txt
 
 install = $(INSTALL) --constraint $(VENV)/held.txt --editable '.[$(1)]'
 
-EXTRAS := train,dev,examples,hf,parsl,studies,trackers$(if $(filter Linux,$(shell uname -s)),$(comma)mpi$(comma)deepspeed)
+EXTRAS := train,dev,docs,examples,hf,parsl,studies,trackers$(if $(filter Linux,$(shell uname -s)),$(comma)mpi$(comma)deepspeed)
 
 $(VENV)/.train: $(VENV)/held.txt pyproject.toml
 	$(call install,train)

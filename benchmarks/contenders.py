@@ -53,7 +53,9 @@ def contenders() -> tuple[list[Contender], list[str]]:
         try:
             rows.append(row(name, words, getattr(import_module(module), attribute), **options))
         except ModuleNotFoundError as error:
-            left_out.append(f"{name}: left out, as {error.name} is not installed")
+            left_out.append(
+                f"{name}: left out, as {error.name} is not installed: pip install {error.name}"
+            )
         except Exception as error:  # a foreign library may fail to load in ways of its own
             left_out.append(f"{name}: left out, {type(error).__name__}: {error}")
     return rows, left_out

@@ -21,7 +21,7 @@ def whole_number(value: object, name: str, minimum: int = 0) -> int:
 
     Raises:
         ValueError: not a whole number, below `minimum` or above `MOST`; the sentence carries `name`
-        and the value.
+            and the value.
     """
     try:
         if isinstance(value, bool):

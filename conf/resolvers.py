@@ -1,7 +1,7 @@
 """Resolvers of the configuration's own.
 
 `${unique:}` in names of folders: of runs that begin in the same second, each has its own.
-`${exit_codes:}` in help. `${nearest:256,SIZES}` and `${among:[64,256],SIZES}` follow a study's
+`${nearest:256,SIZES}` and `${among:[64,256],SIZES}` follow a study's
 batch sizes: who gives other sizes need not move what stands beside them. `${class_name:PATH}` is
 the last part of a class's dotted name.
 """
@@ -12,15 +12,12 @@ from collections.abc import Sequence
 
 from omegaconf import ListConfig, OmegaConf
 
-from largebatch.records.outcomes import exit_code_help
-
 
 def register() -> None:
     """Register them; `${unique:}` is eight letters, the same all through one configuration."""
     OmegaConf.register_new_resolver(
         "unique", lambda: secrets.token_hex(4), use_cache=True, replace=True
     )
-    OmegaConf.register_new_resolver("exit_codes", exit_code_help, replace=True)
     OmegaConf.register_new_resolver("nearest", nearest, replace=True)
     OmegaConf.register_new_resolver("among", among, replace=True)
     OmegaConf.register_new_resolver(

@@ -1,10 +1,12 @@
 """The words of a command line: commands, options among overrides, values, one's own choices."""
 
+import contextlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from hydra.errors import HydraException
 from largebatch import cli
 from largebatch.common.errors import format_config_error, hydra_word
 from largebatch.completion import SCRIPTS
+
+ROOT = Path(__file__).resolve().parents[1]
 
 VALUES = [
     "~/x", "~/a b", "runs/lr=0.1", "runs/données", "runs/a(1)", "it's", "a;b", "a#b", "$HOME/x=1",
@@ -157,6 +161,46 @@ def test_the_version_is_this_project_s(
 ) -> None:
     assert cli.main(words) == 0
     assert capsys.readouterr().out.startswith("largebatch ")
+
+
+def test_the_package_says_its_version() -> None:
+    import largebatch
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert largebatch.__version__ == project["version"]
+    assert f"version: {project['version']}\n" in (ROOT / "CITATION.cff").read_text()
+    with pytest.raises(AttributeError, match="no attribute '__versoin__'"):
+        largebatch.__versoin__  # noqa: B018
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_fits_a_hundred_columns_and_ends_with_an_example(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("COLUMNS", "100")
+    with contextlib.suppress(SystemExit):
+        assert cli.main([command, "--help"]) == 0
+    page = capsys.readouterr().out.splitlines()
+    assert [line for line in page if len(line) > 100] == []
+    assert page[-1].startswith("example: ")
+    assert f"largebatch {command} " in page[-1]
+
+
+@pytest.mark.parametrize("words", [["train"], ["sweep", "study=digits"], ["plan", "optim=muon"]])
+def test_help_says_what_each_key_means(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert cli.main([*words, "--help"]) == 0
+    page = capsys.readouterr().out
+    for line in (ROOT / "conf" / "train.yaml").read_text(encoding="utf-8").splitlines():
+        comment = line.partition("# ")[2]
+        if line[:1] not in "#- " and ":" in line and comment:
+            assert re.sub(r"\W+", "", comment) in re.sub(r"\W+", "", page)
+    assert ("study.report_seeds" in page or "report_seeds: " in page) is (words[0] == "sweep")
+    assert ("optim.ns_steps: 5" in page) is ("optim=muon" in words)
+    assert ("study=digits" in page) is (words[0] == "sweep")
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,6 @@ def test_the_readme_has_what_is_looked_for() -> None:
     assert "make test" in README
 
 
-def test_its_python_runs() -> None:
-    (code,) = (block for kind, block in BLOCKS if kind == "python")
-    done = forked.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("tensor(")
-
-
 @pytest.mark.parametrize("line", RUNS)
 def test_its_commands_run(line: str, tmp_path: Path) -> None:
     bin_folder = Path(sys.executable).parent

@@ -25,12 +25,13 @@ from yaml import YAMLError
 import largebatch.conf.resolvers  # noqa: F401 — registers them
 from largebatch.common.errors import ConfigError, format_config_error
 from largebatch.common.user_code import keep_request
+from largebatch.conf.help_page import help_page
 from largebatch.conf.user_configs import first, tell_replaced, unreadable_file
 from largebatch.records.record import unwritable
 
 _WITH_VALUE: Final = ("cfg", "package", "info", "config_path", "config_name", "experimental_rerun")
 _OWN_CLASS: Final = re.compile(r"(task|model)=([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)")
-_FLAGS: Final = ("help", "hydra_help", "resolve", "run", "multirun", "shell_completion")
+_FLAGS: Final = ("hydra_help", "resolve", "run", "multirun", "shell_completion")
 
 
 def import_from_here() -> None:
@@ -43,6 +44,9 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: Sequen
     """Let Hydra compose the configuration and call `task` on it."""
     import_from_here()
     options = parse_options(arguments)
+    if options.help:
+        print(help_page(command, options.overrides, options.config_dir))
+        return
     # Else Hydra takes a sweep with a mistake in it for one run, and words it as one.
     shows = options.cfg or options.info or options.shell_completion
     options.multirun = options.multirun or (command == "sweep" and not shows)

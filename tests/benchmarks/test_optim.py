@@ -122,7 +122,9 @@ def test_the_record_and_the_table_hold_every_row(
         assert all(shown.count(f" {name} ") >= 2 for name in names)
         reference = inventory["optimizers"][0]
         assert (reference["name"], reference["ratio"]) == (REFERENCE, 1.0)
-    assert record["left_out"] == ["absent Lamb: left out, as no_such_library is not installed"]
+    assert record["left_out"] == [
+        "absent Lamb: left out, as no_such_library is not installed: pip install no_such_library"
+    ]
     assert record["left_out"][0] in shown
     assert record["provenance"]["num_threads"] == torch.get_num_threads()
     assert record["provenance"]["versions"]["torch"] == torch.__version__

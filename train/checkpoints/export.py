@@ -29,7 +29,7 @@ def export(checkpoint: Path, file: Path) -> int:
         from safetensors.torch import save_file
     except ImportError as error:
         raise ValueError(
-            f"export needs safetensors ({error}): pip install 'largebatch[hf]'"
+            f"export needs safetensors ({error}): pip install 'largebatch[train]'"
         ) from error
     if file.exists():
         raise ValueError(f"{file} is there already: choose another name, or move it away")

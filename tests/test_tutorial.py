@@ -1,0 +1,74 @@
+"""docs/tutorial.md from an empty folder: its files, its commands on a smaller grid."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import forked
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+FILES = dict(re.findall(r"^`([\w.]+)`:\n\n```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    for line in block.splitlines()
+]
+# The same study, on fewer points and for fewer steps.
+SMALLER = (
+    "study.batch_sizes=[128,512]", "study.optimizers=[lamb]", "study.search=[lr]",
+    "study.report_seeds=[2,3]", "study.rules=[]", "target.loss=1.5", "hydra.launcher.n_jobs=2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of the page."""
+    made = tmp_path_factory.mktemp("tutorial")
+    for name, text in FILES.items():
+        (made / name).write_text(text, encoding="utf-8")
+    return made
+
+
+def run(folder: Path, command: str, *more: str) -> str:
+    """Run the page's command that begins so; returns what it prints."""
+    (words,) = (words for words in COMMANDS if " ".join(words).startswith(command))
+    words = [*words[words[0] == "python" :], *more]
+    done = forked.run(
+        [sys.executable, *(["-m"] if words[0] == "largebatch" else []), *words],
+        cwd=folder, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_files_are_short_and_the_commands_few() -> None:
+    task = FILES["my_project.py"].partition("class MyTask")[2].partition("class MyModel")[0]
+    assert len([line for line in task.splitlines() if line.strip()]) <= 25
+    assert [words[0] for words in COMMANDS] == ["pip", *["largebatch"] * 3, "python"]
+
+
+def test_one_run_is_made_and_drawn(folder: Path) -> None:
+    assert "runs/first" in run(folder, "largebatch train", "budget.samples=2e4")
+    run(folder, "largebatch report")
+    assert (folder / "runs" / "first" / "run.html").stat().st_size > 1000
+
+
+def test_the_study_ends_with_the_picture_and_the_answer(folder: Path) -> None:
+    told = run(folder, "largebatch sweep", *SMALLER)
+    study = folder / "studies" / "MyTask"
+    assert "lamb" in told
+    assert re.search(r"How far", told), told
+    assert (study / "curve.png").stat().st_size > 1000
+    assert "MyTask" in (study / "report.html").read_text(encoding="utf-8")
+
+
+def test_lamb_trains_in_lightning_in_half_precision_and_clipped(folder: Path) -> None:
+    pytest.importorskip("lightning")
+    assert "bf16-mixed" in FILES["my_lightning.py"]
+    assert "gradient_clip_val" in FILES["my_lightning.py"]
+    loss = re.search(r"loss (\d+\.\d+)", run(folder, "python my_lightning.py"))
+    assert loss is not None
+    assert float(loss[1]) < 1.2
