@@ -22,7 +22,7 @@ BLOCK_OF_THREAD = 1 << 17
 PACKED_AT_MOST = 1 << 16
 
 # Elements of a pack.
-PACK = 1 << 18
+PACK = 1 << 20
 
 # Elements of the tensors that are streamed together, where none of them has more.
 STREAMED_TOGETHER = 1 << 20
