@@ -30,6 +30,7 @@ hydra.sweep.dir: sweeps/TIME            # of a study: studies/NAME; the same com
 hydra.launcher.n_jobs: -1               # runs at a time; -1: a core each
 hydra/launcher: cores                   # parsl: over an allocation; basic: here, one by one
 hydra/sweeper: largebatch_runs          # optuna, where hydra-optuna-sweeper is installed"""
+_SHARED: Final = "study/_fair.yaml"
 _STUDY: Final = "bytes"
 """Whose keys stand for every study's."""
 
@@ -55,6 +56,7 @@ def help_page(command: str, overrides: Sequence[str], config_dir: str | None = N
         study = chosen["study"] if chosen["study"] != "none" else _STUDY
         parts += _part("Studies", [_listed("study", conf.choices("study"), chosen["study"])])
         parts += _part(f"Keys of study={study}", conf.keys(f"study/{study}.yaml"))
+        parts += _part("Keys of every study, with their defaults", conf.keys(_SHARED))
         parts += _part("Keys of a sweep", _SWEEPS.splitlines())
     groups = [group for group in conf.groups() if group not in _ELSEWHERE]
     listed = [_listed(group, conf.choices(group), chosen.get(group)) for group in groups]
@@ -92,7 +94,7 @@ class _Files:
         return sorted(found)
 
     def choices(self, group: str) -> list[str]:
-        return sorted({p.stem for root in self._roots for p in (root / group).glob("*.yaml")})
+        return sorted({p.stem for root in self._roots for p in (root / group).glob("[!_]*.yaml")})
 
     def defaults(self, name: str) -> dict[str, str]:
         """Which choices the file brings, by their groups."""

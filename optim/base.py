@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, Final, ParamSpec, TypeVar, overload
 
 import torch
@@ -36,8 +37,9 @@ def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return _disable_dynamo(function)
 
 
-def leave_out_dynamo() -> None:
-    """Have such functions called directly from now on, in a process that compiles nothing.
+@contextmanager
+def without_dynamo() -> Iterator[None]:
+    """Have such functions called directly within it, where nothing is compiled.
 
     The first call of what is marked imports torch._dynamo, and with it torch.distributed.fsdp and
     sympy: some 800 files, and most of the time of `import torch`. The mark keeps what it calls in
@@ -47,9 +49,18 @@ def leave_out_dynamo() -> None:
     """
     marked = (getattr(Optimizer, name) for name in _UNTRACED_OF_TORCH)
     inner = (getattr(function, "__wrapped__", None) for function in marked)
-    for function in (*_untraced, *inner):
-        if function is not None:
-            vars(function).setdefault("__dynamo_disable", function)
+    new = [
+        function
+        for function in (*_untraced, *inner)
+        if function is not None and "__dynamo_disable" not in vars(function)
+    ]
+    for function in new:
+        vars(function)["__dynamo_disable"] = function
+    try:
+        yield
+    finally:
+        for function in new:
+            vars(function).pop("__dynamo_disable", None)
 
 
 class GroupedOptimizer(Optimizer):

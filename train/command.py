@@ -7,7 +7,7 @@ configuration and the folder. (Left alone, every rank's `hydra.main` would make 
 
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Final, cast
 
@@ -184,12 +184,11 @@ def follow(team: Team) -> int:
 def train(team: Team, spec: RunSpec | None, display: bool = False) -> SummaryRecord:
     """Train as rank 0 orders; returns the summary."""
     import largebatch.train.run  # noqa: F401 — while rank 0 still composes
-    from largebatch.optim.base import leave_out_dynamo
+    from largebatch.optim.base import without_dynamo
 
     spec = told(team, spec)
-    if not spec.config.engine.compile:  # nor does anything else in a process of this command's
-        leave_out_dynamo()
-    return train_as_told(team, spec, display)
+    with nullcontext() if spec.config.engine.compile else without_dynamo():
+        return train_as_told(team, spec, display)
 
 
 def told(team: Team, spec: RunSpec | None) -> RunSpec:

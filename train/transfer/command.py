@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> int:
     options, overrides = parser.parse_known_args(arguments)
     if {"-h", "--help"} & set(overrides):
         parser.print_help()
-        print("\nOVERRIDES are those of largebatch train:\n")
+        print("\nOVERRIDES are those of largebatch train, whose --help lists them.")
+        return 0
     usual = () if any(word.startswith("task=") for word in overrides) else USUAL
     code, refused = 0, []
 
