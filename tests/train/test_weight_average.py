@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixture_types import Command
 from torch import nn
 
 from largebatch.conf.config import AverageConfig
@@ -82,6 +83,21 @@ def test_a_run_is_resumed_with_its_average_and_exports_it(
     assert {name: tensor.dtype for name, tensor in exported.items()} == dict.fromkeys(
         exported, torch.float32
     )
+
+
+def test_an_average_that_two_ranks_shard_is_resumed_by_one(
+    train: Train, command: Command, tmp_path: Path
+) -> None:
+    words = (*SHORT, "average=gpa", "average.decay=0.8")  # which is in the weights, too
+    again = (*words, "hydra.run.dir=again", "resume=auto")
+    done = command("train", *again, "engine=fsdp", "engine.nproc=2", "budget.samples=128")
+    assert done.returncode == 0, done.stderr
+    assert train(*again, "budget.samples=256") == 0
+    assert train(*words, "budget.samples=256") == 0
+    resumed, whole = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("again", "run")
+    )
+    assert resumed["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-5)
 
 
 def test_a_rule_keeps_the_half_life_in_samples(train: Train, tmp_path: Path) -> None:
