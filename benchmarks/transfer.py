@@ -203,6 +203,7 @@ def table(record: Mapping[str, Any]) -> str:
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """A panel for each optimizer: loss against rate, a line for each width."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     from largebatch.common.figures import COLOURS, DPI, GREY, GRID, paper_style
 
@@ -225,6 +226,9 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
                     linestyle=":",
                 )  # fmt: skip
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda lr, _: f"{lr:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_title(name)
             axes.set_xlabel("Learning rate")
             axes.grid(True, color=GRID, linewidth=0.6)
