@@ -4,17 +4,17 @@ import ast
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from torch import nn
 
 import largebatch.optim
-from largebatch.conf.config import typed
+from largebatch.conf.config import ScalingConfig
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import LAMB, SOAP, Muon, create, names
 from largebatch.optim.factory import NAMED
@@ -39,10 +39,10 @@ def test_the_names_are_those_of_the_configuration() -> None:
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_name_makes_what_the_loop_makes(name: str) -> None:
-    with initialize_config_module("largebatch.conf", version_base="1.3"):
-        config = typed(compose("train", [f"optim={name}", "optim.weight_decay=0.1"]))
+    node = read(name) | {"weight_decay": 0.1}
+    config: Any = SimpleNamespace(optim=node, scaling=ScalingConfig())
     looped = build_optimizer(config, network(), Ranks())
-    made = create(network(), name, lr=config.optim["lr"], weight_decay=0.1)
+    made = create(network(), name, lr=node["lr"], weight_decay=0.1)
     assert type(made) is type(looped)
     # The loop clips before torch's fused kernels; other people's may not be able to.
     assert made.defaults | {"fused": None} == looped.defaults | {"fused": None}
