@@ -47,7 +47,10 @@ def blocks(page: Path, kind: str) -> Iterator[str]:
 
 
 def spoken(block: str, shell: list[str]) -> list[list[str]]:
-    """The words of each command in a block, as a shell reads them."""
+    """The words of each command in a block, as a shell reads them; what is to run beside the others
+    runs before them, so that the order is one.
+    """
+    block = re.sub(r"[ \t]&(?=[ \t]*(#.*)?$)", "", block, flags=re.MULTILINE)
     done = subprocess.run(
         [shutil.which(shell[0]) or shell[0], *shell[1:], STUBS + block],
         capture_output=True,
