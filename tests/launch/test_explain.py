@@ -151,7 +151,7 @@ def test_a_rank_that_hangs_is_named_with_its_collective_node_and_counter(
         try:
             wait_for_step(run, LAST_STEP)
             trees.set_rate(0, "pct_sct_timeouts", 2000)
-            assert watch.main([str(run), "--timeout", "2", "--wait", "30"]) == 124
+            assert watch.main([str(run), "--timeout", "2", "--wait", "600"]) == 124
         finally:
             for process in ranks:
                 process.kill()
@@ -164,8 +164,9 @@ def test_a_rank_that_hangs_is_named_with_its_collective_node_and_counter(
         f"{LAST_STEP + 1}, all_reduce [{ELEMENTS}]; ranks 0, 2 waited in it."
     )
     assert any("goes_another_way" in line for line in causes[0].evidence)
-    (network,) = [cause for cause in causes if "time-outs" in cause.what]
-    assert network.what.startswith(f"When the run stopped, the network showed time-outs on {NODE}:")
+    # A busy machine may slow a step before that, which is a cause of its own.
+    stopped = f"When the run stopped, the network showed time-outs on {NODE}:"
+    (network,) = [cause for cause in causes if cause.what.startswith(stopped)]
     assert any("pct_sct_timeouts" in line for line in network.evidence)
     # Once the heartbeat is old, the silence itself is one of the causes, and the least of them.
     later = causes_of(run, now=time.time() + 3600)
