@@ -64,7 +64,10 @@ def spoken(block: str, shell: list[str]) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_its_python_runs(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_python_runs(
+    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # runs leave their records there
     torch.manual_seed(0)
     known: dict[str, Any] = {}
     for block in blocks(page, "python"):
