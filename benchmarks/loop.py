@@ -152,7 +152,7 @@ def bare(
         for step in range(num_steps):
             batch = task.train_batch(sampler.take(step * batch_size, batch_size))
             loss = task.loss(model, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
             assert math.isfinite(loss.item())

@@ -170,7 +170,7 @@ def test_the_package_says_its_version() -> None:
     assert largebatch.__version__ == project["version"]
     assert f"version: {project['version']}\n" in (ROOT / "CITATION.cff").read_text()
     with pytest.raises(AttributeError, match="no attribute '__versoin__'"):
-        largebatch.__versoin__  # noqa: B018
+        largebatch.__versoin__  # noqa: B018 — asked for, to be refused
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -157,7 +157,8 @@ def _advance_stream(
         _advance_tensor(chunks, step, row, raw_moments(chunks.group, age), place)
         for row, age, place in zip(_rows(chunks, step), ages, _places(chunks), strict=True)
     ]
-    return tuple(torch.tensor(squares, dtype=torch.float64).sqrt().unbind(dim=1))  # type: ignore[return-value]
+    weight, update = torch.tensor(squares, dtype=torch.float64).sqrt().unbind(dim=1)
+    return weight, update
 
 
 def _rows(chunks: ChunkGroup, step: CpuStep) -> list[tuple[Tensor, ...]]:

@@ -62,9 +62,9 @@ def gradient_of(param: Tensor) -> Tensor:
 
 def gradients_of(params: list[Tensor]) -> list[Tensor]:
     """`gradient_of` of each parameter; all of them have one."""
-    grads = [param.grad for param in params]
-    if set(map(type, grads)) <= {Tensor} and all(map(Tensor.is_contiguous, grads)):  # type: ignore[arg-type]
-        return grads  # type: ignore[return-value]
+    grads = [grad for param in params if (grad := param.grad) is not None]
+    if set(map(type, grads)) <= {Tensor} and all(map(Tensor.is_contiguous, grads)):
+        return grads
     return [gradient_of(param) for param in params]
 
 
