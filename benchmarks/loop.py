@@ -28,7 +28,8 @@ from largebatch.records.record import RunFolder
 from largebatch.schedules import Constant, ConstantBatch, Plan
 from largebatch.train.engines.ddp import DDP
 from largebatch.train.evaluation import Evaluation, EvaluationGrid, evaluate
-from largebatch.train.loop import Loop, Parts
+from largebatch.train.loop import Loop
+from largebatch.train.parts import Parts
 from largebatch.train.reporting.reporter import Reporter
 from largebatch.train.reporting.throughput import Throughput
 from largebatch.train.tasks import sampler_of

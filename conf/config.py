@@ -16,6 +16,7 @@ from largebatch.common.numbers import moment, real_number, whole_number
 from largebatch.conf.engine_config import EngineConfig
 from largebatch.conf.specs import choice, count, real, spec, typed_as
 from largebatch.conf.sweep_config import LRFindConfig, StudyConfig
+from largebatch.conf.weights_config import AverageConfig, OuterConfig
 from largebatch.records.target import DIRECTIONS, MIN, Target, direction_of
 from largebatch.schedules.scaling import RULES, check_hold, check_options
 from largebatch.schedules.transfer import STEPS
@@ -216,24 +217,6 @@ class GuardConfig:
         return "rollback" in (self.non_finite, self.spike)
 
 
-AVERAGES = ("ema", "gpa", "schedule_free")
-
-
-@dataclass
-class AverageConfig:
-    """The average of the weights that is evaluated; `train/weight_average.py` has the formulas."""
-
-    kind: str | None = choice(None, *AVERAGES)
-    decay: float = real(0.999, least=0.0)
-    interpolation: float = real(0.9, least=0.0)
-
-    def __post_init__(self) -> None:
-        for name in ("decay", "interpolation"):
-            value = getattr(self, name)
-            if not value < 1:
-                raise ConfigError(f"average.{name} must be in [0, 1), got {value:g}")
-
-
 FORMULAS = ("auto", "palm", "megatron", "megatron_recompute", "counted")
 
 
@@ -267,6 +250,7 @@ class TrainConfig:
     record: RecordConfig = field(default_factory=RecordConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     average: AverageConfig = field(default_factory=AverageConfig)
+    outer: OuterConfig = field(default_factory=OuterConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
     precision: str = choice("fp32", "fp32", "bf16", "fp16")
@@ -300,6 +284,8 @@ class TrainConfig:
             raise ConfigError(f"resume must be null or auto, got {self.resume!r}")
         if self.resume is not None and self.study is not None:
             raise ConfigError("a study resumes by itself in its folder: leave resume at null")
+        if self.outer.kind is not None:
+            self.outer.check_beside(self.average.kind, self.mode is not None)
         if self.mode is not None:
             self._check_sweep()
         self.optim["lr"] = real_number(self.optim.get("lr"), "optim.lr", above=0.0)

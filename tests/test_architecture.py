@@ -98,6 +98,7 @@ ROOMS = {
     "train/plan": ["."],
     "train/branch": [".", "checkpoints"],
     "train/transfer": [".", "models", "tasks"],
+    "train/weights": ["engines"],
     "study/statistics": [],
     "study/page": [".", "statistics"],
     "study/final_loss": [".", "page", "statistics"],

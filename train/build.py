@@ -20,6 +20,7 @@ from largebatch.conf.annotations import in_yaml
 from largebatch.conf.build import build, call, check_arguments, check_kind, is_known
 from largebatch.conf.config import TrainConfig
 from largebatch.conf.engine_config import EngineConfig
+from largebatch.distributed.groups import RankGroups
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import param_groups
 from largebatch.records.target import Target
@@ -35,9 +36,9 @@ from largebatch.train.engines.model_options import (
 )
 from largebatch.train.engines.precision import Precision
 from largebatch.train.guard import Guard
-from largebatch.train.loop import Parts
 from largebatch.train.noise.example_gradients import ExampleGradients
 from largebatch.train.noise.gradient_noise import GradientNoise
+from largebatch.train.parts import Parts
 from largebatch.train.progress import Evaluated
 from largebatch.train.reporting.flops import flops_of
 from largebatch.train.reporting.provenance import device_name
@@ -47,7 +48,7 @@ from largebatch.train.run_spec import Given, RunSpec
 from largebatch.train.tasks import Task, check_mean, check_task, loss_of, to_device
 from largebatch.train.tasks.metrics import metrics_of
 from largebatch.train.transfer.groups import transferred
-from largebatch.train.weight_average import WeightAverage
+from largebatch.train.weights.build import build_average, build_outer, parted_ranks
 
 MOST_TRIED: Final = 10_000_000
 """Parameters of a model that is tried on the host first, which is milliseconds."""
@@ -73,6 +74,7 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
             "them to false"
         )
     prepare_model(config.engine, model, device, ranks)
+    parted = parted_ranks(config, ranks)
     engine: Engine = build(
         config.engine.target,
         "engine",
@@ -82,8 +84,9 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
         micro_batch_size=config.engine.known_micro_batch_size,
         precision=Precision(config.precision, device),
         **({} if values is None else {"values": values}),
+        **({} if parted is None else {"groups": parted}),
     )
-    optimizer = build_optimizer(config, engine.model, ranks)
+    optimizer = build_optimizer(config, engine.model, ranks, parted)
     groups = describe_groups(optimizer)
     if not engine.can_skip and Guard(config.guard).skips:
         raise ConfigError(
@@ -98,9 +101,11 @@ def build_parts(spec: RunSpec, ranks: Ranks, device: torch.device) -> Parts:
                 find_micro_batch_size(engine, optimizer, task, ranks, sizes)
             )
     noise = build_noise(spec, engine, optimizer)
-    average = build_average(config, engine)
+    average, outer = build_average(config, engine), build_outer(config, engine)
     sites = build_sites(config, engine)
-    return Parts(task, engine, optimizer, noise, average, num_parameters, data, groups, sites)
+    return Parts(
+        task, engine, optimizer, noise, average, outer, num_parameters, data, groups, sites
+    )
 
 
 def build_sites(config: TrainConfig, engine: Engine) -> NoSites:
@@ -113,18 +118,6 @@ def build_sites(config: TrainConfig, engine: Engine) -> NoSites:
             "to itself: use engine=ddp or fsdp"
         )
     return Sites(engine.model, engine.gradient_copies)
-
-
-def build_average(config: TrainConfig, engine: Engine) -> WeightAverage | None:
-    """The average of the weights, where one is asked for."""
-    if config.average.kind is None:
-        return None
-    if not engine.can_skip:
-        raise ConfigError(
-            "average is not for engine=deepspeed, which keeps the weights that it steps to itself: "
-            "use engine=ddp or fsdp, or average=none"
-        )
-    return WeightAverage(config.average, engine.model)
 
 
 def check_batches(plan: Plan, task: Task, ranks: Ranks) -> None:
@@ -289,6 +282,7 @@ def build_noise(spec: RunSpec, engine: Engine, optimizer: Optimizer) -> Gradient
             by_layer=spec.config.record.layers,
             optimizer=optimizer if noise.preconditioned else None,
             copies=engine.gradient_copies,
+            groups=1 if engine.groups is None else engine.groups.number,
         )
     except ConfigError:
         raise
@@ -297,11 +291,14 @@ def build_noise(spec: RunSpec, engine: Engine, optimizer: Optimizer) -> Gradient
         raise ConfigError(f"{meant if noise.small == 'auto' else ''}{error}") from error
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module, ranks: Ranks) -> Optimizer:
+def build_optimizer(
+    config: TrainConfig, model: nn.Module, ranks: Ranks, parted: RankGroups | None = None
+) -> Optimizer:
     """Build the optimizer over groups of the model's parameters, as `optim.groups` makes them and
     `scaling` brings them to the model's size, and over the model itself where it asks for modules.
 
-    One with a keyword `process_group` is given that of all ranks, to share its work over them.
+    One with a keyword `process_group` is given that of all ranks, or of this rank's group, to share
+    its work over them.
     """
     node = config.optim
     if node.get("_partial_") is not True:
@@ -316,7 +313,8 @@ def build_optimizer(config: TrainConfig, model: nn.Module, ranks: Ranks) -> Opti
         if "momentum" in make.keywords:  # torch's own take any that is not negative
             real_number(make.keywords["momentum"], "optim.momentum", least=0.0, most=1.0)
     if ranks.size > 1 and "process_group" in inspect.signature(make.func).parameters:
-        make = partial(make.func, **{"process_group": dist.group.WORLD} | make.keywords)
+        own = dist.group.WORLD if parted is None else parted.own
+        make = partial(make.func, **{"process_group": own} | make.keywords)
     argument: Any = groups
     if getattr(make.func, "takes_model", False):
         argument = model

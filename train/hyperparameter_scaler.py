@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from largebatch.schedules import Hyper, Plan, Point
-from largebatch.train.weight_average import WeightAverage
+from largebatch.train.weights.average import WeightAverage
 
 
 class HyperparameterScaler:

@@ -1,14 +1,13 @@
 """The way of a batch. Read `Loop.make_steps` first: one step from plan to record."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from largebatch.conf.config import GuardConfig
 from largebatch.distributed.ranks import Ranks
@@ -16,46 +15,22 @@ from largebatch.records.step_record import StepRecord
 from largebatch.schedules import BatchSplit, Plan, Point
 from largebatch.train.data.randomness import seed_step
 from largebatch.train.data.sampler import Sampler
-from largebatch.train.engines.base import Engine
 from largebatch.train.engines.precision import LossScale
 from largebatch.train.engines.update import GradientLimits, StepMetrics
 from largebatch.train.evaluation import Evaluation
 from largebatch.train.guard import Guard, GuardAction
 from largebatch.train.hyperparameter_scaler import HyperparameterScaler
-from largebatch.train.noise.gradient_noise import GradientNoise
+from largebatch.train.parts import Parts
 from largebatch.train.progress import RAMP_SIGNALS, Evaluated, RunProgress
 from largebatch.train.reporting.async_metrics import AsyncMetrics
 from largebatch.train.reporting.reporter import NullReporter
-from largebatch.train.reporting.sites import NoSites
 from largebatch.train.reporting.step_clock import StepClock
 from largebatch.train.reporting.trust_ratios import trust_ratios
 from largebatch.train.stop_signal import Stopping
-from largebatch.train.tasks import Batch, Task
-from largebatch.train.weight_average import WeightAverage
+from largebatch.train.tasks import Batch
 
 if TYPE_CHECKING:
     from largebatch.train.checkpoints.checkpoint import Checkpoints
-
-
-@dataclass
-class Parts:
-    """What a run is made of, and what the summary says of that.
-
-    Attributes:
-        noise, average, sites: the noise scale's, that of the weights, of modules; as asked for.
-        data: the task's provenance.
-        groups: what tells the optimizer's groups from one another.
-    """
-
-    task: Task
-    engine: Engine
-    optimizer: Optimizer
-    noise: GradientNoise | None = None
-    average: WeightAverage | None = None
-    num_parameters: int = 0
-    data: Mapping[str, str] = field(default_factory=dict)
-    groups: list[dict[str, Any]] = field(default_factory=list)
-    sites: NoSites = field(default_factory=NoSites)
 
 
 @dataclass
@@ -120,6 +95,7 @@ class Loop:
             before = self.send_off(point, metrics)
             self._metrics.annotate(**change)
             self.advance(point)
+            self.meet_if_due()
             self.record(before)
             self.evaluate_if_due(point)
             self.save_if_due(point)
@@ -133,6 +109,12 @@ class Loop:
     def is_broken(self) -> bool:
         """Whether the weights are those of a step that should not have been made."""
         return self.progress.status == "diverged" or self._rollback is not None
+
+    @property
+    def has_met(self) -> bool:
+        """Whether the model holds the run's weights: with outer steps, only just after one."""
+        outer = self.parts.outer
+        return outer is None or outer.is_due(self.progress.steps) or self.is_spent
 
     @property
     def is_spent(self) -> bool:
@@ -229,6 +211,11 @@ class Loop:
         self.progress.samples = point.samples + point.batch_size
         self.progress.should_stop |= self.is_spent
 
+    def meet_if_due(self) -> None:
+        """Make an outer step after each interval of inner ones, and after the last of them all."""
+        if self.parts.outer is not None and self.has_met:
+            self.parts.outer.step()
+
     def record(self, record: StepRecord | None) -> None:
         """Judge a complete record and report it; None: there is none yet."""
         if record is not None:
@@ -259,11 +246,13 @@ class Loop:
                 self.act_on(action)
 
     def report(self, record: StepRecord) -> None:
-        """Report a record that is judged, and stop where it says so."""
+        """Report a record that is judged, and stop where it says so: an interruption waits for the
+        weights that are to be saved, and each record after it says so again.
+        """
         interrupted = record.pop("interrupted") > 0
         self._save_is_due |= record.pop("save_is_due", 0.0) > 0
         self.reporter.line(record)
-        if interrupted and self.progress.status == "exhausted":
+        if interrupted and self.has_met and self.progress.status == "exhausted":
             self.progress.end("interrupted")
         self.progress.should_stop |= self.stopping.enough(record)
 
@@ -312,8 +301,10 @@ class Loop:
         return None if last is None else self.checkpoints.load(last)
 
     def evaluate_if_due(self, point: Point) -> None:
-        """Evaluate where the grid or the end says so; an interruption leaves no boundary out."""
-        if self.evaluation is None or self.is_broken:
+        """Evaluate where the grid or the end says so, or as soon after as there are weights for it;
+        an interruption leaves no boundary out.
+        """
+        if self.evaluation is None or self.is_broken or not self.has_met:
             return
         if self.evaluation.grid.is_due(self.progress.steps):
             self.evaluation.grid.advance(self.progress.steps)
@@ -357,6 +348,9 @@ class Loop:
             return
         if not (self._save_is_due or self.checkpoints.due(point.samples, self.progress.samples)):
             return
+        if not self.has_met:
+            self._save_is_due = True
+            return
         self.record(self.flush())
         if not self.progress.should_stop:
             self._save_is_due = False
@@ -397,4 +391,6 @@ class Loop:
             self.parts.noise.load_state_dict(state["noise"])
         if self.evaluation is not None:
             self.evaluation.grid.due_at = state["evaluation_due_at"]
+        if self.parts.outer is not None:
+            self.parts.outer.begin()
         self._scaler.batch_size = state["batch_size"]

@@ -22,9 +22,10 @@ from largebatch.train.build import build_parts, build_throughput
 from largebatch.train.checkpoints.data_identity import check_data, data_of
 from largebatch.train.evaluation import Evaluation, EvaluationGrid, evaluate
 from largebatch.train.guard import Guard
-from largebatch.train.loop import Loop, Parts
+from largebatch.train.loop import Loop
 from largebatch.train.lr_find.results import publish
 from largebatch.train.lr_find.search import LRFinder
+from largebatch.train.parts import Parts
 from largebatch.train.progress import RunProgress, of_trunk
 from largebatch.train.reporting.provenance import git_commit, provenance
 from largebatch.train.reporting.reporter import NullReporter, Reporter
@@ -224,6 +225,8 @@ class Run:
         tensors = self.parts.engine.tensors(self.parts.optimizer)
         if self.parts.average is not None:
             tensors.hold("average", self.parts.average.tensors())
+        if self.parts.outer is not None:
+            tensors.hold("outer", self.parts.outer.tensors())
         data = data_of(self.parts.task) if self.ranks.is_first and config.saves else {}
 
         def about() -> dict[str, Any]:

@@ -218,11 +218,15 @@ def _origin(
 def checked_plan(config: TrainConfig, data_parallel_size: int) -> tuple[Plan, str | None]:
     """The run's plan, and which small gradients its noise scale is measured with."""
     plan = make_plan(config)
+    config.outer.check_world(data_parallel_size)
     with refusing():
         micro_batch_size = config.engine.known_micro_batch_size
         plan.check_divisible(data_parallel_size, micro_batch_size)
         splits = plan.splits(data_parallel_size, micro_batch_size)
-        source = noise_source(config.noise.small, data_parallel_size, splits, micro_batch_size)
+        groups = config.outer.groups
+        source = noise_source(
+            config.noise.small, data_parallel_size, splits, micro_batch_size, groups
+        )
     if source is None and isinstance(plan.ramp, NoiseRamp):
         raise ConfigError(
             "the ramp follows the noise scale, which noise.small=null does not measure: use "
@@ -236,15 +240,19 @@ def noise_source(
     data_parallel_size: int,
     splits: Sequence[BatchSplit],
     micro_batch_size: int | None,
+    groups: int = 1,
 ) -> str | None:
     """Which small gradients `noise.small` means in this run; `auto` the same in a world of any
     size, so that a run resumed in another one measures the same.
+
+    Args:
+        groups: of ranks, each with a gradient of its own part of the batch.
 
     Raises:
         ConfigError: ones that are the whole batch somewhere in it, from which nothing follows.
     """
     if small == "auto":
-        smallest = min(split.global_batch_size for split in splits)
+        smallest = min(split.global_batch_size for split in splits) // groups
         cut = micro_batch_size is not None and 2 * micro_batch_size <= smallest
         return "micro_batch" if cut else "example"
     if small in (None, "example"):
@@ -253,7 +261,8 @@ def noise_source(
     alone = [
         split.global_batch_size
         for split in splits
-        if data_parallel_size * (split.gradient_accumulation_steps if accumulating else 1) < 2
+        if data_parallel_size // groups * (split.gradient_accumulation_steps if accumulating else 1)
+        < 2
     ]
     if not alone:
         return small

@@ -21,8 +21,9 @@ from largebatch.train.data.sampler import Sampler
 from largebatch.train.engines.base import Engine
 from largebatch.train.engines.ddp import DDP
 from largebatch.train.engines.fsdp import FSDP
-from largebatch.train.loop import Loop, Parts
+from largebatch.train.loop import Loop
 from largebatch.train.noise.gradient_noise import GradientNoise
+from largebatch.train.parts import Parts
 
 NUM_MICRO_BATCHES = 2  # of a rank's share: the fewest that differ from their mean
 

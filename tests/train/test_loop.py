@@ -16,9 +16,10 @@ from largebatch.schedules import Constant, ConstantBatch, Plan
 from largebatch.train.data.sampler import Sampler
 from largebatch.train.engines.ddp import DDP
 from largebatch.train.evaluation import Evaluation, EvaluationGrid
-from largebatch.train.loop import Loop, Parts
+from largebatch.train.loop import Loop
 from largebatch.train.models import MLP
 from largebatch.train.noise.gradient_noise import GradientNoise
+from largebatch.train.parts import Parts
 from largebatch.train.progress import Evaluated, crossing
 from largebatch.train.reporting.async_metrics import AsyncMetrics
 from largebatch.train.reporting.reporter import NullReporter

@@ -11,8 +11,8 @@ import torch
 from fixture_types import Command
 from torch import nn
 
-from largebatch.conf.config import AverageConfig
-from largebatch.train.weight_average import WeightAverage
+from largebatch.conf.weights_config import AverageConfig
+from largebatch.train.weights.average import WeightAverage
 
 Train = Callable[..., int]
 LR = (0.1, 0.2, 0.0, 0.3)

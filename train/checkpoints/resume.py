@@ -87,9 +87,10 @@ def find_resumption(
         check_world(checkpoint, state.get("saved_by", {}), world, verify)
         samples = int(state["progress"]["samples"])
         if plan is not None:
-            check_past(
-                plan, int(state.get("budget_samples", before)), samples, state.get("plan", {})
-            )
+            had = int(state.get("budget_samples", before))
+            check_past(plan, had, samples, state.get("plan", {}))
+            if plan.budget_samples != had:
+                _check_round(checkpoint, OmegaConf.create(config).outer, state["progress"]["steps"])
         return Resumption(checkpoint, samples, lock, _hole(folder, state))
     except BaseException:
         lock.release()
@@ -108,6 +109,17 @@ def _check_ended(folder: Path, plan: Plan | None, may_grow: bool) -> None:
         if had == budget or plan is None:
             raise
         raise ConfigError(f"{error} (it had budget.samples={had})") from error
+
+
+def _check_round(checkpoint: Path, outer: Any, steps: int) -> None:
+    """Refuse to lengthen a run whose last outer step came early, at the end of its budget."""
+    if outer.kind is not None and steps % outer.interval:
+        raise ConfigError(
+            f"{checkpoint} was made by an outer step after {steps % outer.interval} of "
+            f"outer.interval={outer.interval} inner steps, where the budget ended, and a longer "
+            "run has none there: move it away to go on from the checkpoint before it, or begin "
+            "another run with hydra.run.dir=…"
+        )
 
 
 def check_complete(folder: Path) -> None:

@@ -19,12 +19,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
+from largebatch.distributed.groups import RankGroups
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim.sharding.messages import first_words
 from largebatch.train.checkpoints.files import File, Files, RankFiles, write_file
 from largebatch.train.checkpoints.plan import SharedPlan, agreed_plan
 from largebatch.train.checkpoints.reading import refusal, weights_only
 from largebatch.train.checkpoints.torch_format import (
+    OPTIMIZER,
     DeferredWriter,
     MomentsPlanner,
     SharingPlanner,
@@ -86,16 +88,36 @@ def fits(saved: dict[str, Any], kind: str) -> None:
         )
 
 
+def fits_groups(checkpoint: Path, saved: dict[str, Any], number: int) -> None:
+    """Refuse the optimizer states of another number of groups of ranks."""
+    before = saved.get("groups", 1)
+    if before != number:
+        raise ValueError(
+            f"{checkpoint} holds the optimizer's state of {before} group(s) of ranks, and there "
+            f"are {number} now: set outer.groups={before}, or begin a run of its own from the "
+            "weights that `largebatch checkpoint export` writes"
+        )
+
+
 # torch.distributed.checkpoint --------------------------------------------------------------------
 
 
 class DistributedTensors:
     """By `torch.distributed.checkpoint`, keyed by names in the model: replicated tensors and
-    sharded ones, and read in a world of any size.
+    sharded ones, and read in a world of any size. Of groups of ranks, whose weights are the same
+    when they are saved, each has its own state of the optimizer under a name of its own.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        ranks: Ranks,
+        groups: RankGroups | None = None,
+    ) -> None:
         self._model, self._optimizer, self._ranks = model, optimizer, ranks
+        self._groups = groups
+        self._key = OPTIMIZER if groups is None else f"{OPTIMIZER}_{groups.index}"
         self._plan: SharedPlan | None = None
         self._held: dict[str, Any] = {}
 
@@ -103,10 +125,12 @@ class DistributedTensors:
         self._held[name] = tensors
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "dcp", "world": self._ranks.size}
+        said = {"kind": "dcp", "world": self._ranks.size}
+        return said if self._groups is None else said | {"groups": self._groups.number}
 
     def begin_save(self, draft: Path, staged: bool) -> DeferredWriter:
-        writer, planner = DeferredWriter(draft, staged), SharingPlanner(self._ranks)
+        shares = self._groups is not None and self._groups.within.is_first
+        writer, planner = DeferredWriter(draft, staged), SharingPlanner(self._ranks, shares)
         tensors = self._tensors()
         planner.set_up_planner(tensors, is_coordinator=self._ranks.is_first)
         state, paths = planner.state_dict, planner.mappings
@@ -121,13 +145,14 @@ class DistributedTensors:
 
     def load(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         fits(saved, "dcp")
+        fits_groups(checkpoint, saved, 1 if self._groups is None else self._groups.number)
         problem, failure = "", None
         try:
             with quiet(), weights_only(checkpoint):
                 reader = ToldReader(checkpoint, self._ranks)
-                leave_out(self._model, self._optimizer, reader.read_metadata())
+                leave_out(self._model, self._optimizer, reader.read_metadata(), self._key)
                 tensors = self._tensors()
-                make_room(tensors["optimizer"]["state"], reader.read_metadata())
+                make_room(tensors[self._key]["state"], reader.read_metadata(), self._key)
                 # What a rank reads concerns no other: with `no_dist` none is asked.
                 state_dict_loader.load(
                     tensors, storage_reader=reader, planner=MomentsPlanner(), no_dist=True
@@ -147,12 +172,12 @@ class DistributedTensors:
                 self._model,
                 self._optimizer,
                 model_state_dict=tensors["model"],
-                optim_state_dict=tensors["optimizer"],
+                optim_state_dict=tensors[self._key],
             )
 
     def _tensors(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._model, self._optimizer)
-        return {"model": model, "optimizer": optimizer, **self._held}
+        return {"model": model, self._key: optimizer, **self._held}
 
 
 # DeepSpeed ---------------------------------------------------------------------------------------

@@ -41,7 +41,11 @@ T = TypeVar("T")
 # Torch 2.10's own, at each save. For good, as writing has a thread and filters are the process's.
 warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
 
-_ELSEWHERE: Final = ("optimizer", "state", ELSEWHERE)
+OPTIMIZER: Final = "optimizer"
+"""Under which its state is, where all ranks share it."""
+
+OUTER: Final = "outer"
+"""The same of outer steps; a run that branches from one without begins theirs at zero."""
 
 _BUFFER: Final = 1 << 20
 
@@ -169,9 +173,14 @@ class SharingPlanner(DefaultSavePlanner):
     writes: no more than its share of the checkpoint in host memory.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, shares: bool = False) -> None:
+        """Plan for this rank.
+
+        Args:
+            shares: it may be the only one of its group, and so writes what others may not hold.
+        """
         super().__init__()
-        self._writes_replicas = ranks.rank in some_of(range(ranks.size), NUM_WRITERS)
+        self._writes_replicas = shares or ranks.rank in some_of(range(ranks.size), NUM_WRITERS)
         self._staged: dict[Any, Tensor | io.BytesIO] = {}
         self._arrived: torch.Event | None = None
 
@@ -230,31 +239,35 @@ class ToldReader(PlainReader):
         return self._described
 
 
-def make_room(states: dict[str, Any], saved: Metadata) -> None:
+def make_room(states: dict[str, Any], saved: Metadata, under: str = OPTIMIZER) -> None:
     """Give `states`, of parameters by name, zeros for what optimizers count only once it is there.
 
     A new optimizer has no such entries, and only what has a place is read.
     """
     for path in (saved.planner_data or {}).values():
         match path:
-            case ("optimizer", "state", name, str(key)) if key.endswith(COUNTED):
+            case (top, "state", name, str(key)) if top == under and key.endswith(COUNTED):
                 if name in states:
                     states[name].setdefault(key, torch.zeros(()))
 
 
-def leave_out(model: nn.Module, optimizer: Optimizer, saved: Metadata) -> None:
+def leave_out(
+    model: nn.Module, optimizer: Optimizer, saved: Metadata, under: str = OPTIMIZER
+) -> None:
     """Tell an optimizer which weights had no curvature, which it learns in its first pass: a new
     one would have their factors read.
     """
     if isinstance(optimizer, KroneckerState):
         paths = (saved.planner_data or {}).values()
-        names = {path[2] for path in paths if path[:2] + path[3:] == _ELSEWHERE}
+        names = {path[2] for path in paths if path[:2] + path[3:] == (under, "state", ELSEWHERE)}
         optimizer.leave_out(param for name, param in model.named_parameters() if name in names)
 
 
 class MomentsPlanner(DefaultLoadPlanner):
     """A flag that a checkpoint does not know keeps its value; a tensor that it has not is fatal,
-    but for what optimizers count since a later version, which is 0 where no checkpoint says it."""
+    but for what optimizers count since a later version, which is 0 where no checkpoint says it, and
+    for the momentum of outer steps, of which there were none.
+    """
 
     def __init__(self) -> None:
         super().__init__(allow_partial_load=True)
@@ -265,11 +278,15 @@ class MomentsPlanner(DefaultLoadPlanner):
         missing = [
             name
             for name, value in self.state_dict.items()
-            if isinstance(value, Tensor) and name not in there and not name.endswith(COUNTED)
+            if isinstance(value, Tensor) and name not in there and not _may_lack(name)
         ]
         if missing:
             raise ValueError(f"it has no {', '.join(missing[:3])}{', …' * (len(missing) > 3)}")
         return super().create_local_plan()
+
+
+def _may_lack(name: str) -> bool:
+    return name.endswith(COUNTED) or name.startswith(f"{OUTER}.")
 
 
 @contextmanager

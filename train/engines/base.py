@@ -6,7 +6,7 @@ All give the same trajectory for one global batch, up to rounding.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from largebatch.distributed.groups import RankGroups
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim.sharding.layout import local
 from largebatch.train.engines.precision import Precision
@@ -45,7 +46,11 @@ class Engine(ABC):
     model: nn.Module
     """The bare model, its parameters named as the user named them."""
     gradient_copies: int
-    """Ranks that hold the same piece of the gradient: all of them where it is replicated."""
+    """Ranks that hold the same piece of the gradient: all of them where it is replicated. Of groups
+    with a gradient of their own each: of all, so that sums over ranks are means over groups."""
+    across: "dist.ProcessGroup | None" = None
+    """Where ranks are in groups: those over which sums of what each holds of the weights are a
+    multiple of the sum over groups."""
     can_skip = True
     """Whether a step can be masked by its own gradient."""
 
@@ -56,13 +61,16 @@ class Engine(ABC):
         device: torch.device,
         micro_batch_size: int | None,
         precision: Precision | None,
+        groups: RankGroups | None = None,
     ) -> None:
         self.model = model
+        self.groups = groups
         self.data_parallel_size = ranks.size
         self.device = device
         self.precision = precision or Precision("fp32", device)
         self.gradient_copies = ranks.size
         self._ranks = ranks
+        self._within = ranks if groups is None else groups.within
         self._micro_batch_size = micro_batch_size
         self._replica = model
 
@@ -93,7 +101,8 @@ class Engine(ABC):
             return loss_of(task, self.model, batch), metrics_of(task, self.model, batch)
 
     def forward_backward(self, task: Task, batch: Batch, global_batch_size: int) -> Tensor:
-        """Make the gradient of the global batch's mean loss, for `update` to use.
+        """Make the gradient of the global batch's mean loss, for `update` to use; of groups each
+        makes that of its own part of the batch.
 
         Args:
             batch: this rank's samples, global_batch_size / data_parallel_size of them.
@@ -108,7 +117,7 @@ class Engine(ABC):
                 with self.precision.autocast():
                     loss = loss_of(task, self._replica, to_device(micro_batch, self.device))
                 # Engines average over ranks: times their number, the shares add up to the global
-                # mean.
+                # mean, or to that of a group.
                 factor = share * self.data_parallel_size
                 self._backward(loss if factor == 1.0 else loss * factor)
             mine = (loss.detach() * share).float()
@@ -156,6 +165,8 @@ class Engine(ABC):
         """Begin bringing a step's metrics together over all ranks: their names, the packed values,
         and the collectives to wait for before they are read; None where there are none.
         """
+        if self.groups is not None:
+            metrics = metrics.over_groups(self.data_parallel_size)
         values = metrics.reduced | metrics.replicated | metrics.maxima
         packed = torch.stack([*values.values()])
         works = [self.sum_over_ranks(packed[: len(metrics.reduced)])]
@@ -191,8 +202,12 @@ class OfGradients(Engine):
 
     @cached_property
     def _update(self) -> Update:
-        add_up = dist.all_reduce if self.data_parallel_size > 1 else None
-        return Update(self.gradient_copies, add_up, self.precision.loss_scale)
+        if self.groups is None:
+            add_up = dist.all_reduce if self.data_parallel_size > 1 else None
+            return Update(self.gradient_copies, add_up, self.precision.loss_scale)
+        within = partial(dist.all_reduce, group=self.groups.own) if self._within.size > 1 else None
+        number = self.groups.number
+        return Update(self.gradient_copies, within, self.precision.loss_scale, number)
 
     def forward_backward(self, task: Task, batch: Batch, global_batch_size: int) -> Tensor:
         part = super().forward_backward(task, batch, global_batch_size)
@@ -223,4 +238,4 @@ class OfGradients(Engine):
     def tensors(self, optimizer: Optimizer) -> "CheckpointTensors":
         from largebatch.train.checkpoints.tensors import DistributedTensors
 
-        return DistributedTensors(self.model, optimizer, self._ranks)
+        return DistributedTensors(self.model, optimizer, self._ranks, self.groups)

@@ -4,9 +4,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from largebatch.distributed.groups import RankGroups
 from largebatch.distributed.ranks import Ranks
 from largebatch.train.engines.base import OfGradients
 from largebatch.train.engines.precision import Precision
@@ -45,6 +47,7 @@ class DDP(OfGradients):
     """Replicated parameters, one gradient all-reduce a step, whatever the micro-batches.
 
     Args:
+        groups: of ranks, each of which averages gradients for itself; None: all ranks are one.
         bucket_mb: MiB of gradients in one all-reduce; None: by `bucket_size`.
     """
 
@@ -55,16 +58,21 @@ class DDP(OfGradients):
         device: torch.device,
         micro_batch_size: int | None = None,
         precision: Precision | None = None,
+        groups: RankGroups | None = None,
         *,
         bucket_mb: float | None = None,
     ) -> None:
-        super().__init__(model.to(device), ranks, device, micro_batch_size, precision)
-        if ranks.size > 1:
+        super().__init__(model.to(device), ranks, device, micro_batch_size, precision, groups)
+        if groups is not None:
+            self.across = dist.group.WORLD  # all ranks of a group hold the same
+        within = self._within
+        if within.size > 1:
             held = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
             self._replica = DistributedDataParallel(
                 self.model,
                 gradient_as_bucket_view=True,
-                bucket_cap_mb=bucket_mb or bucket_size(held, ranks.size // ranks.local_size),
+                bucket_cap_mb=bucket_mb or bucket_size(held, within.size // within.local_size),
+                process_group=None if groups is None else groups.own,
             )
 
     def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
@@ -80,7 +88,7 @@ class DDP(OfGradients):
         assert kind == "rank"
         if not isinstance(self._replica, DistributedDataParallel):
             raise ValueError(
-                "noise.small=rank needs at least 2 ranks, got 1: use noise.small=micro_batch or "
-                "example"
+                f"noise.small=rank needs at least 2 ranks{' a group' * bool(self.groups)}, got 1: "
+                "use noise.small=micro_batch or example"
             )
         return RankGradients(self._replica)

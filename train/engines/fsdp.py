@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from largebatch.distributed.groups import RankGroups
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim.sharding.layout import local
 from largebatch.train.engines.base import OfGradients
@@ -39,6 +40,8 @@ class FSDP(OfGradients):
             one reduce-scatter a step, or "sharded", one for each micro-batch and the memory of a
             shard.
         values: of the parameters, where `model` is on the meta device.
+        groups: of ranks, each of which holds the model and averages gradients for itself, sharded
+            and replicated as a world of its own; None: all ranks are one.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class FSDP(OfGradients):
         device: torch.device,
         micro_batch_size: int | None = None,
         precision: Precision | None = None,
+        groups: RankGroups | None = None,
         *,
         shard_nodes: int | None = None,
         replicas: int | None = None,
@@ -55,16 +59,18 @@ class FSDP(OfGradients):
         accumulate: str = "unsharded",
         values: InitialValues | None = None,
     ) -> None:
-        replicas = num_replicas(ranks, shard_nodes, replicas)
+        replicas = num_replicas(ranks if groups is None else groups.within, shard_nodes, replicas)
         if accumulate not in ("unsharded", "sharded"):
             raise ValueError(f"engine.accumulate must be unsharded or sharded, got {accumulate!r}")
-        super().__init__(model, ranks, device, micro_batch_size, precision)
+        super().__init__(model, ranks, device, micro_batch_size, precision, groups)
         self._accumulates_shards = accumulate == "sharded"
-        shard(model, mesh(ranks, device, replicas), self.precision, reshard_after_forward)
+        number = 1 if groups is None else groups.number
+        over, self.across = meshes(ranks, device, replicas, number)
+        shard(model, over, self.precision, reshard_after_forward)
         if values is not None:
             model.to_empty(device=device)
             values.play(keep_shard, device)
-        self.gradient_copies = replicas
+        self.gradient_copies = replicas * number
 
     def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
         cast(FSDPModule, self.model).set_requires_gradient_sync(is_last or self._accumulates_shards)
@@ -86,7 +92,7 @@ class FSDP(OfGradients):
         if self.data_parallel_size == self.gradient_copies:
             raise ValueError(
                 "engine=fsdp reduces no gradient where each rank holds the whole model "
-                f"(engine.replicas={self.gradient_copies} of {self.data_parallel_size} ranks), and "
+                f"(engine.replicas={self._within.size} of {self._within.size} ranks), and "
                 "so shows none for the noise scale: use fewer replicas, or engine=ddp"
             )
         return ShardedGradients(self.model, synchronised_once=not self._accumulates_shards)
@@ -118,15 +124,24 @@ def num_replicas(ranks: Ranks, shard_nodes: int | None, replicas: int | None) ->
     return nodes // shard_nodes
 
 
-def mesh(ranks: Ranks, device: torch.device, replicas: int) -> DeviceMesh:
-    """All ranks: in a row, or as `replicas` groups that hold the whole model each."""
+def meshes(
+    ranks: Ranks, device: torch.device, replicas: int, groups: int = 1
+) -> tuple[DeviceMesh, dist.ProcessGroup | None]:
+    """All ranks: in a row, or as `replicas` groups that hold the whole model each. Where ranks are
+    in `groups` already: those of this one's, and the ranks of all that hold the same shard.
+    """
     if device.type == "xpu":
         # xccl cannot split a group that is bound to a device (torch-xpu-ops issue 5385).
         dist.distributed_c10d._get_default_group().bound_device_id = None
-    if replicas == 1:
-        return init_device_mesh(device.type, (ranks.size,), mesh_dim_names=("shard",))
-    shape = (replicas, ranks.size // replicas)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    if groups == 1:
+        if replicas == 1:
+            return init_device_mesh(device.type, (ranks.size,), mesh_dim_names=("shard",)), None
+        shape: tuple[int, ...] = (replicas, ranks.size // replicas)
+        return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")), None
+    shape = (groups, replicas, ranks.size // (groups * replicas))
+    whole = init_device_mesh(device.type, shape, mesh_dim_names=("group", "replicate", "shard"))
+    within = whole["shard"] if replicas == 1 else whole["replicate", "shard"]
+    return within, whole.get_group("group")
 
 
 def shard(

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,6 +30,11 @@ class Precision:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self._device.type, self.dtype)
+
+    def agree(self) -> None:
+        """Bring the loss scales of all ranks together; every rank calls it."""
+        if self.loss_scale is not None:
+            self.loss_scale.agree()
 
     def state_dict(self) -> dict[str, float]:
         return {} if self.loss_scale is None else self.loss_scale.state_dict()
@@ -62,6 +68,12 @@ class LossScale:
         factor = torch.where(bad, 0.5, torch.where(grown, 2.0, 1.0))
         self.value = (self.value * factor).clamp_min(self.LEAST)
         self._good = torch.where(grown, 0.0, good)
+
+    def agree(self) -> None:
+        """Take the smallest of all ranks', and the fewest steps since one moved."""
+        least = torch.stack([self.value, self._good])
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        self.value, self._good = least.unbind()
 
     def state_dict(self) -> dict[str, float]:
         return {"loss_scale": float(self.value), "good_steps": float(self._good)}

@@ -35,6 +35,15 @@ class StepMetrics:
             self.maxima | other.maxima,
         )
 
+    def over_groups(self, num_ranks: int) -> "StepMetrics":
+        """The same where ranks are in groups with a gradient of its own each: what is equal within
+        each becomes its mean over the groups, of a norm the root of its mean square.
+        """
+        parts = {name: value / num_ranks for name, value in self.replicated.items()}
+        if "grad_norm" in parts:
+            parts["grad_square"] = parts.pop("grad_norm") * self.replicated["grad_norm"]
+        return StepMetrics(self.reduced | parts, {}, self.maxima)
+
 
 @dataclass(frozen=True)
 class GradientLimits:
@@ -55,15 +64,17 @@ class Update:
     """One optimizer step from `p.grad`, whole on each rank or sharded.
 
     Attributes:
-        copies: ranks that hold the same piece of the gradient.
-        add_up: sums over all ranks in place; None for one rank. Also where ranks hold copies:
-            what they decide on must be the same number, to the bit.
+        copies: ranks that hold the same piece of the gradient, or of that of another group.
+        add_up: sums in place over all ranks that share a gradient; None for one rank. Also where
+            ranks hold copies: what they decide on must be the same number, to the bit.
         loss_scale: of FP16, whose overflow is no step.
+        groups: of ranks, each with a gradient of its own.
     """
 
     copies: int
     add_up: Callable[[Tensor], object] | None = None
     loss_scale: LossScale | None = None
+    groups: int = 1
     _squares: deque[tuple[list[Tensor], Tensor]] = field(default_factory=lambda: deque(maxlen=2))
 
     def __call__(self, optimizer: Optimizer, limits: GradientLimits) -> StepMetrics:
@@ -94,7 +105,7 @@ class Update:
             norm = (part * self.copies).sqrt()
         else:
             self.add_up(part)
-            norm = part.sqrt()
+            norm = part.sqrt() if self.groups == 1 else (part * self.groups).sqrt()
         replicated = {"grad_norm": norm}
         if limits.clip_norm is not None:
             torch._foreach_mul_(grads, (limits.clip_norm / norm).clamp_max(1.0))

@@ -40,7 +40,8 @@ class GradientNoise:
             tr Σ and ‖G‖² add up, the noise scale does not.
         optimizer: where given, also the noise scale in the metric P = 1 / (√v̂ + ε) of its second
             moment v̂ before the step, `noise_scale_preconditioned`: the noise as Adam sees it.
-        copies: ranks that hold the same piece of the whole gradient.
+        copies: ranks that hold the same piece of the whole gradient, or of that of another group.
+        groups: of ranks, each with a whole gradient of its own, of its part of the batch.
 
     Raises:
         ValueError: a second moment is asked for where there is none, or at a source where no whole
@@ -53,6 +54,7 @@ class GradientNoise:
     by_layer: bool = False
     optimizer: Optimizer | None = None
     copies: int = 1
+    groups: int = 1
     _scales: dict[str, NoiseScale] = field(default_factory=dict)
     _metric: dict[str, Tensor] = field(default_factory=dict)
     _samples: int = 0
@@ -143,7 +145,7 @@ class GradientNoise:
                 small_sq_norm=small,
                 big_sq_norm=big,
                 small_batch=self.source.small_batch(split),
-                big_batch=split.global_batch_size,
+                big_batch=split.global_batch_size // self.groups,
                 samples=line["samples"] - self._samples,
             )
             line.update(_fields(scale.reading(), name))

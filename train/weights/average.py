@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from largebatch.conf.config import AverageConfig
+from largebatch.conf.weights_config import AverageConfig
 from largebatch.optim.sharding.layout import local
 
 T = TypeVar("T")
