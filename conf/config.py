@@ -285,7 +285,7 @@ class TrainConfig:
         if self.resume is not None and self.study is not None:
             raise ConfigError("a study resumes by itself in its folder: leave resume at null")
         if self.outer.kind is not None:
-            self.outer.check_beside(self.average.kind, self.mode is not None)
+            self.outer.check_beside(self.average.kind, self.mode is not None, self.optim)
         if self.mode is not None:
             self._check_sweep()
         self.optim["lr"] = real_number(self.optim.get("lr"), "optim.lr", above=0.0)

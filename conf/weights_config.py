@@ -1,6 +1,8 @@
 """The types of what is evaluated in the place of the weights that step. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from largebatch.common.errors import ConfigError
 from largebatch.conf.specs import choice, count, real
@@ -43,8 +45,10 @@ class OuterConfig:
                 "makes none: add outer=diloco, or leave outer.groups at 1"
             )
 
-    def check_beside(self, average: str | None, sweeps: bool) -> None:
-        """Refuse outer steps beside an average of the weights, and in a sweep of rates."""
+    def check_beside(self, average: str | None, sweeps: bool, optim: Mapping[str, Any]) -> None:
+        """Refuse outer steps beside another average of the weights, in a sweep of rates, and for an
+        optimizer that keeps the weights to itself.
+        """
         if average is not None:
             raise ConfigError(
                 f"average={average} and outer={self.kind} each say which weights are evaluated: "
@@ -54,6 +58,11 @@ class OuterConfig:
             raise ConfigError(
                 f"mode=lr_find sweeps the rate of each inner step, and outer={self.kind} takes "
                 "the weights elsewhere between them: leave outer at none"
+            )
+        if optim.get("master_weights"):
+            raise ConfigError(
+                f"optim.master_weights=true steps a copy of the weights, which outer={self.kind} "
+                "does not move: leave it at false, or outer at none"
             )
 
     def check_world(self, num_ranks: int) -> None:

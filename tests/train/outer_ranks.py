@@ -30,6 +30,7 @@ from largebatch.train.weights.outer import OuterSteps
 STEPS, BATCH_SIZE, INTERVAL, FEATURES = 7, 16, 3, 6
 OUTER_LR, OUTER_MOMENTUM = 0.8, 0.6
 CPU = torch.device("cpu")
+_GROUP = "__torch__.torch.classes.c10d.ProcessGroup"
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,10 @@ class Collectives(TorchDispatchMode):
         self.seen: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "c10d" in func.namespace:
+        if func.namespace == "c10d":
             values = [*args, *(kwargs or {}).values()]
-            groups = [v for v in values if isinstance(v, torch.ScriptObject)]
-            (group,) = [v for v in groups if v._type().name() == "ProcessGroup"]
+            objects = [each for each in values if isinstance(each, torch.ScriptObject)]
+            (group,) = [each for each in objects if each._type().qualified_name() == _GROUP]
             size = dist.ProcessGroup.unbox(group).size()
             held = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
             self.seen.append([func.__name__, size, sum(numel(each) for each in held)])

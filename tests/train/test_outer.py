@@ -200,8 +200,10 @@ def test_what_else_has_parted_meets(found: Any) -> None:
 
 # Saved, resumed, interrupted ---------------------------------------------------------------------
 
-RUN = ("task=digits", "target.loss=null", "batch.size=64", "evaluation.growth=1.0",
-       "outer=diloco", "outer.interval=3", "checkpoint.keep=9", "hydra.run.dir=run")  # fmt: skip
+SHORT = ("target.loss=null", "batch.size=64", "evaluation.growth=1.0", "outer.interval=3",
+         "checkpoint.keep=9", "hydra.run.dir=run")  # fmt: skip
+OWN_TASK = (*SHORT, "outer=diloco", "task=custom", "model=digits_mlp")
+RUN = (*SHORT, "outer=diloco", "task=digits")
 GROUPS = (*RUN, "outer.groups=2", "optim=muon", "optim.lr=0.02", "checkpoint.every_samples=100")
 
 
@@ -230,9 +232,8 @@ def test_groups_are_resumed_to_the_bit_and_in_other_worlds(
     names = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").glob("samples-*"))
     assert [int(name.removeprefix("samples-")) for name in names] == [192, 384, 576, 768]
     assert run("again", 2, 6)[0] == 0
-    for words, told in ((("outer.groups=1",), "outer.groups=2 (now 1)"),):
-        code, stderr = run("again", 2, 12, *words)
-        assert (code, told in stderr) == (2, True), stderr
+    code, stderr = run("again", 2, 12, "outer.groups=1")
+    assert (code, "outer.groups=2 (now 1)" in stderr) == (2, True), stderr
     branch = ("branch_from=again", "outer.groups=1", "resume=null", "optim.lr=0.01")
     code, stderr = run("branch", 1, 12, *branch)
     assert (code, "of 2 group(s) of ranks, and there are 1 now" in stderr) == (2, True), stderr
@@ -251,8 +252,8 @@ def test_groups_are_resumed_to_the_bit_and_in_other_worlds(
 def test_an_interrupted_run_goes_on_to_its_outer_step_and_resumes_to_the_bit(
     train: Train, read_run: ReadRun, tmp_path: Path
 ) -> None:
-    words = (*RUN, "task=custom", "task._target_=outer_tasks.Signalled", "model=digits_mlp",
-             "+task.at=4", f"+task.mark={tmp_path}/mark", "budget.samples=576", "resume=auto",
+    words = (*OWN_TASK, "task._target_=outer_tasks.Signalled", "+task.at=4",
+             f"+task.mark={tmp_path}/mark", "budget.samples=576", "resume=auto",
              "checkpoint.every_samples=5760", "optim=lamb")  # fmt: skip
     assert train(*words) == 128 + 15
     lines, summary = read_run(tmp_path / "run")
@@ -269,9 +270,9 @@ def test_a_run_that_goes_back_forgets_the_outer_step_too(
 ) -> None:
     """The step that is not finite, the 16th, is followed by an outer step of what it left."""
     assert train(
-        *RUN, "task=custom", "task._target_=guarded_tasks.Spoiled", "model=digits_mlp",
-        "+task.position=1001", "outer.interval=4", "checkpoint.every_samples=256",
-        "guard.non_finite=rollback", "budget.samples=1280", "optim=lamb",
+        *OWN_TASK, "task._target_=guarded_tasks.Spoiled", "+task.position=1001",
+        "outer.interval=4", "checkpoint.every_samples=256", "guard.non_finite=rollback",
+        "budget.samples=1280", "optim=lamb",
     ) == 0  # fmt: skip
     lines, summary = read_run(tmp_path / "run")
     assert (summary["status"], summary["steps"]) == ("exhausted", 20)
@@ -281,7 +282,7 @@ def test_a_run_that_goes_back_forgets_the_outer_step_too(
 
 def test_a_branch_of_a_plain_run_begins_its_outer_momentum(train: Train, tmp_path: Path) -> None:
     short = ("budget.samples=192", "checkpoint.every_samples=192")
-    assert train(*RUN, "outer=none", *short) == 0
+    assert train(*SHORT, "task=digits", *short) == 0
     assert train(*RUN, "branch_from=run", "hydra.run.dir=own", "budget.samples=384") == 0
 
 
@@ -304,10 +305,13 @@ REFUSED = {
         "outer.groups=2",
     ),
     "outer.groups=2 splits the ranks for outer steps, and outer=none makes none": (
-        "outer=none", "outer.groups=2",
+        "outer.kind=null", "outer.groups=2",
     ),
     "average=ema and outer=diloco each say which weights are evaluated": ("average=ema",),
     "mode=lr_find sweeps the rate of each inner step": ("mode=lr_find",),
+    "optim.master_weights=true steps a copy of the weights": (
+        "optim=lamb", "+optim.master_weights=true",
+    ),
     "outer.momentum must be in [0, 1), got 1": ("outer.momentum=1.0",),
     "outer.interval": ("outer.interval=0",),
     "outer.kind must be null or one of diloco": ("outer.kind=local",),
@@ -344,7 +348,8 @@ def test_an_engine_that_knows_of_no_groups_is_refused() -> None:
     from largebatch.train.weights.build import parted_ranks
 
     with initialize_config_module("largebatch.conf", version_base="1.3"):
-        words = [*RUN[:-1], "outer.groups=2", "engine=deepspeed"]
+        words = [w for w in RUN if not w.startswith("hydra")] + ["outer.groups=2"]
+        words += ["engine=deepspeed"]
         config = typed(compose("train", words))
     with pytest.raises(ConfigError, match=r"outer.groups=2 is for engine=ddp and fsdp"):
         parted_ranks(config, Ranks(size=2))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.conf.weights_config import AverageConfig
-from largebatch.optim.sharding.layout import local
+from largebatch.train.weights.tensors import locals_of, wide_copy
 
 T = TypeVar("T")
 
@@ -41,9 +41,9 @@ class WeightAverage:
         # Tied ones under each of their names, as the model's own state has them.
         named = model.named_parameters(remove_duplicate=False)
         self._params = {name: param for name, param in named if param.requires_grad}
-        self._average = {name: _copy(param) for name, param in self._params.items()}
+        self._average = {name: wide_copy(param) for name, param in self._params.items()}
         moves = self._interpolation > 0
-        self._stepped = {name: _copy(p) for name, p in self._params.items()} if moves else {}
+        self._stepped = {name: wide_copy(p) for name, p in self._params.items()} if moves else {}
         self._weight = torch.zeros((), dtype=torch.float64)
 
     def tensors(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class WeightAverage:
         if self.kind == "schedule_free":
             self._weight += lr**2
             share = lr**2 / float(self._weight) if lr > 0 else 0.0
-        average, now = _locals(self._average), _locals(self._params)
+        average, now = locals_of(self._average), locals_of(self._params)
         torch._foreach_lerp_(
             average,
             [each.to(torch.float32) if each.dtype.itemsize < 4 else each for each in now],
@@ -78,13 +78,13 @@ class WeightAverage:
         )
         if self._stepped:
             _write(self._stepped, self._params)
-            towards = torch._foreach_lerp(_locals(self._stepped), average, self._interpolation)
+            towards = torch._foreach_lerp(locals_of(self._stepped), average, self._interpolation)
             torch._foreach_copy_(now, towards)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model with the average for its weights."""
-        kept = [each.clone() for each in _locals(self._params)]
+        kept = [each.clone() for each in locals_of(self._params)]
         with torch.no_grad():
             _write(self._params, self._average)
         self._reshard()
@@ -92,7 +92,7 @@ class WeightAverage:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(_locals(self._params), kept)
+                torch._foreach_copy_(locals_of(self._params), kept)
             self._reshard()
 
     def settle(self) -> None:
@@ -114,13 +114,5 @@ class WeightAverage:
                 reshard()
 
 
-def _copy(param: Tensor) -> Tensor:
-    return param.detach().to(torch.promote_types(param.dtype, torch.float32), copy=True)
-
-
-def _locals(tensors: dict[str, Any]) -> list[Tensor]:
-    return [local(tensor.detach()) for tensor in tensors.values()]
-
-
 def _write(targets: dict[str, Any], values: dict[str, Any]) -> None:
-    torch._foreach_copy_(_locals(targets), _locals(values))
+    torch._foreach_copy_(locals_of(targets), locals_of(values))

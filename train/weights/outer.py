@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from largebatch.conf.weights_config import OuterConfig
-from largebatch.optim.sharding.layout import local
+from largebatch.train.weights.tensors import locals_of, wide_copy
 
 _BYTES_AT_ONCE: Final = 1 << 28
 """Of an all-reduce: what it takes beside a copy of the weights."""
@@ -50,7 +50,7 @@ class OuterSteps:
         named = model.named_parameters()  # a tied one is stepped once
         self._params = {name: param for name, param in named if param.requires_grad}
         self._buffers = [each for each in model.buffers() if each.is_floating_point()]
-        self._weights = {name: _copy(param) for name, param in self._params.items()}
+        self._weights = {name: wide_copy(param) for name, param in self._params.items()}
         self._momentum = {name: torch.zeros_like(each) for name, each in self._weights.items()}
 
     def tensors(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class OuterSteps:
     def begin(self) -> None:
         """Take the model's weights, which are those of all groups, as θ."""
         with torch.no_grad():
-            torch._foreach_copy_(_locals(self._weights), _locals(self._params))
+            torch._foreach_copy_(locals_of(self._weights), locals_of(self._params))
 
     def is_due(self, steps: int) -> bool:
         """Whether a round ends after so many inner steps of the run."""
@@ -71,11 +71,11 @@ class OuterSteps:
     @torch.no_grad()
     def step(self) -> None:
         """Make an outer step; every rank calls it. All groups begin the next round alike."""
-        weights, params = _locals(self._weights), _locals(self._params)
+        weights, params = locals_of(self._weights), locals_of(self._params)
         come = torch._foreach_sub(weights, [now.to(w) for now, w in zip(params, weights, strict=True)])
         if self._across is not None:
             self._average([*come, *self._buffers])
-        momentum, mu = _locals(self._momentum), self._config.momentum
+        momentum, mu = locals_of(self._momentum), self._config.momentum
         torch._foreach_mul_(momentum, mu)
         torch._foreach_add_(momentum, come)
         if self._config.nesterov:
@@ -111,11 +111,3 @@ def _parcels(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         held += size
     if parcel:
         yield parcel
-
-
-def _copy(param: Tensor) -> Tensor:
-    return param.detach().to(torch.promote_types(param.dtype, torch.float32), copy=True)
-
-
-def _locals(tensors: dict[str, Any]) -> list[Tensor]:
-    return [local(tensor.detach()) for tensor in tensors.values()]
