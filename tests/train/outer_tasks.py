@@ -9,7 +9,7 @@ from largebatch.train.tasks.digits import Digits
 
 
 class Signalled(Digits):
-    """SIGTERM comes when the batch of step `at`, of 64 samples, is taken; once for a file `mark`."""
+    """SIGTERM comes with the batch of step `at`, of 64 samples; once for a file `mark`."""
 
     def __init__(self, at: int, mark: str) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from largebatch.conf.weights_config import AverageConfig
 from largebatch.train.weights.tensors import locals_of, wide_copy

@@ -72,7 +72,8 @@ class OuterSteps:
     def step(self) -> None:
         """Make an outer step; every rank calls it. All groups begin the next round alike."""
         weights, params = locals_of(self._weights), locals_of(self._params)
-        come = torch._foreach_sub(weights, [now.to(w) for now, w in zip(params, weights, strict=True)])
+        wide = [now.to(kept.dtype) for now, kept in zip(params, weights, strict=True)]
+        come = torch._foreach_sub(weights, wide)
         if self._across is not None:
             self._average([*come, *self._buffers])
         momentum, mu = locals_of(self._momentum), self._config.momentum
@@ -80,9 +81,8 @@ class OuterSteps:
         torch._foreach_add_(momentum, come)
         if self._config.nesterov:
             torch._foreach_add_(come, momentum, alpha=mu)
-        else:
-            come = momentum
-        torch._foreach_add_(weights, come, alpha=-self._config.lr)
+        step = come if self._config.nesterov else momentum
+        torch._foreach_add_(weights, step, alpha=-self._config.lr)
         torch._foreach_copy_(params, weights)
         if self._across is not None:
             self._met()
