@@ -223,12 +223,16 @@ def exported(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "weights.safetensors")
 
 
-def test_groups_are_resumed_to_the_bit_and_in_other_worlds(
+def test_groups_are_resumed_to_the_bit_and_in_other_worlds_and_engines(
     train: Train, command: Command, read_run: ReadRun, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    def run(folder: str, num_ranks: int, num_steps: int) -> None:
-        words = (f"engine.nproc={num_ranks}", f"budget.samples={64 * num_steps}")
+    def run(folder: str, num_ranks: int, num_steps: int, engine: str = "ddp") -> None:
+        words = (
+            f"engine={engine}",
+            f"engine.nproc={num_ranks}",
+            f"budget.samples={64 * num_steps}",
+        )
         done = command("train", *GROUPS, f"hydra.run.dir={folder}", *words)
         assert done.returncode == 0, done.stderr
 
@@ -245,7 +249,7 @@ def test_groups_are_resumed_to_the_bit_and_in_other_worlds(
     run("again", 2, 12)
     whole, again = exported(tmp_path / "whole"), exported(tmp_path / "again")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    run("moving", 4, 9)
+    run("moving", 4, 9, "fsdp")
     run("moving", 2, 12)
     lines, moved = (read_run(tmp_path / name)[0] for name in ("whole", "moving"))
     for field in ("loss", "eval_loss"):
