@@ -18,6 +18,8 @@ from largebatch.conf.config import ScalingConfig
 from largebatch.distributed.ranks import Ranks
 from largebatch.optim import LAMB, SOAP, Muon, create, names
 from largebatch.optim.factory import NAMED
+from largebatch.optim.lamb import VARIANTS as LAMB_VARIANTS
+from largebatch.optim.lars import VARIANTS as LARS_VARIANTS
 from largebatch.train.build import build_optimizer
 
 CHOICES = {p.stem: p for p in (Path(__file__).parents[2] / "conf" / "optim").glob("*.yaml")}
@@ -68,6 +70,30 @@ def test_where_the_yaml_has_another_default_than_the_class_it_says_so(name: str)
             assert said[1] == "none", line
         else:
             assert ast.literal_eval(said[1]) == default, line
+
+
+VARIANTS = [
+    *[(name, {}) for name in CHOICES],
+    *[("lamb", {"variant": variant}) for variant in LAMB_VARIANTS],
+    *[("lars", {"variant": variant}) for variant in LARS_VARIANTS],
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"), VARIANTS, ids=[" ".join([name, *asked.values()]) for name, asked in VARIANTS]
+)
+def test_the_yaml_changes_of_a_variant_only_what_it_says(name: str, asked: dict[str, Any]) -> None:
+    """`optim=NAME optim.variant=V` is the class's own V but for what the YAML says of its class."""
+    node = read(name) | asked
+    config: Any = SimpleNamespace(optim=node, scaling=ScalingConfig())
+    looped = build_optimizer(config, network(), Ranks()).defaults
+    kind, model = get_class(node["_target_"]), network()
+    takes_model = getattr(kind, "takes_model", False)
+    own = kind(model if takes_model else model.parameters(), lr=node["lr"], **asked).defaults
+    lines = CHOICES[name].read_text(encoding="utf-8").splitlines()
+    said = {line.partition(":")[0] for line in lines if f"# {kind.__name__}():" in line}
+    assert {key for key in own if own[key] != looped[key]} <= said
+    assert own.keys() == looped.keys()
 
 
 def test_no_default_of_a_name_repeats_its_class_s() -> None:
