@@ -6,12 +6,16 @@ from typing import Final, NamedTuple
 MIN, MAX = "min", "max"
 DIRECTIONS: Final = (MIN, MAX)
 
+_UNBOUNDED: Final = (
+    "bits bpb bpc cost deviation distance divergence fid kl loss mae mape mse nats nll perplexity "
+    "ppl regret rmse"
+)
+"""Not shares of anything: they may fall by orders of magnitude."""
 _BETTER: Final = {
     MAX: "acc accuracy auc auroc auprc map bleu chrf correct correlation coverage dice f1 "
     "fscore iou mcc miou ndcg pearson precision psnr r2 recall reward rouge score "
     "sensitivity spearman specificity ssim top",
-    MIN: "bits bpb bpc brier cer cost deviation distance divergence ece err error fid kl loss mae "
-    "mape mse nats nll perplexity ppl regret rmse wer",
+    MIN: f"brier cer ece err error wer {_UNBOUNDED}",
 }
 _WORDS: Final = {word: direction for direction, words in _BETTER.items() for word in words.split()}
 
@@ -42,7 +46,20 @@ def direction_of(metric: str) -> str | None:
     >>> direction_of("accuracy"), direction_of("top5"), direction_of("word_error")
     ('max', 'max', 'min')
     """
-    found = {_WORDS.get(word) for word in re.findall(r"[a-z]+\d?", metric.lower())}
-    found |= {_WORDS.get(word) for word in re.findall(r"[a-z]+", metric.lower())}
-    known = found - {None}
+    known = {_WORDS.get(word) for word in _words_of(metric)} - {None}
     return known.pop() if len(known) == 1 else None
+
+
+def is_unbounded(metric: str) -> bool:
+    """Whether a metric of this name is a loss or a distance, and no share, rate or score.
+
+    >>> is_unbounded("perplexity"), is_unbounded("accuracy"), is_unbounded("word_error")
+    (True, False, False)
+    """
+    return direction_of(metric) == MIN and not _words_of(metric).isdisjoint(_UNBOUNDED.split())
+
+
+def _words_of(metric: str) -> set[str]:
+    """The words of its name, with a digit behind them and without: top5 and top."""
+    name = metric.lower()
+    return {*re.findall(r"[a-z]+\d?", name), *re.findall(r"[a-z]+", name)}

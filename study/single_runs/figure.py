@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from largebatch.common.figures import GREY
 from largebatch.records.names import EVALUATED
+from largebatch.records.target import is_unbounded
 from largebatch.study.labels import plain
 from largebatch.study.page.axes import (
     WIDE,
@@ -43,7 +44,8 @@ MOST_METRICS: Final = 6
 _SMOOTHED: Final = 50
 """Running means reach back over this fraction of a run's lines."""
 _WIDE_SPAN: Final = 8.0
-"""Values that span more than this factor are drawn on a logarithmic axis."""
+"""Positive values that span more than this factor are drawn on a logarithmic axis; shares, rates
+and scores never are, whatever they span."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,18 @@ class Panel:
     height: float
     kind: Literal["loss", "noisy", "line", "steps", "evaluated"]
     always: bool = True
+
+    @property
+    def metric(self) -> str:
+        """What a target would call it."""
+        return self.key.removeprefix(EVALUATED)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether its axis is linear by what it shows: 0.1 to 0.2 of an accuracy is as much as 0.8
+        to 0.9.
+        """
+        return self.kind == "evaluated" and not is_unbounded(self.metric)
 
 
 PANELS: Final = (
@@ -93,7 +107,7 @@ def runs_figure(
         _set_scale(axes, panel, histories)
         set_grid(axes)
         for target in targets:
-            if target.metric == panel.key.removeprefix(EVALUATED):
+            if target.metric == panel.metric:
                 axes.axhline(target.value, color=GREY, linestyle="--", linewidth=1.0)
     last = drawn[-1]
     last.set_xlabel(AXES[against][1])
@@ -202,24 +216,28 @@ def _tip(history: RunHistory, name: str, key: str, place: int) -> str:
 
 
 def _set_scale(axes: Axes, panel: Panel, histories: Sequence[RunHistory]) -> None:
-    """Logarithmic where values span much; what leaves the range of a loss's start is cut off."""
+    """Linear by what the panel shows, or logarithmic where values span much; what leaves the range
+    of a loss's start is cut off.
+    """
     keys = (panel.key, "eval_loss") if panel.kind == "loss" else (panel.key,)
     found = [history.columns[key] for history in histories for key in keys if history.has(key)]
-    values = np.concatenate(found) if found else np.empty(0)
-    values = values[np.isfinite(values) & (values > 0)]
+    targets = [history.target for history in histories if history.target is not None]
+    aims = [target.value for target in targets if target.metric == panel.metric]
+    values = np.concatenate([*found, np.array(aims)]) if found else np.empty(0)
+    values = values[np.isfinite(values) & (panel.is_linear | (values > 0))]
     if not values.size:
         return
     low, high = float(values.min()), float(values.max())
     if panel.kind == "loss":
         begin = [float(np.nanmedian(h.columns["loss"][:5])) for h in histories if h.has("loss")]
         high = min(high, 1.15 * max([b for b in begin if np.isfinite(b)] or [high]))
-    if high > _WIDE_SPAN * low:
+    if high > _WIDE_SPAN * low and not panel.is_linear:
         set_log_axis(axes.yaxis, low / 1.2, high * 1.2, 4)
-    elif low == high:
+        return
+    if low == high and not panel.is_linear:
         axes.set_ylim(0, 2 * high)
     else:
-        pad = 0.06 * (high - low)
+        pad = 0.06 * ((high - low) or abs(high) or 1.0)
         axes.set_ylim(low - pad, high + pad)
-    if axes.get_yscale() == "linear":
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.yaxis.set_major_formatter(FuncFormatter(plain))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_formatter(FuncFormatter(plain))

@@ -120,6 +120,36 @@ def test_a_metric_has_a_panel_with_its_target(tmp_path: Path) -> None:
     assert table.rows[0][table.heads.index("accuracy")].text == "0.95"
 
 
+@pytest.mark.parametrize(
+    ("metric", "values", "scale"),
+    [
+        ("accuracy", (0.0, 0.1, 0.97), "linear"),
+        ("word_error", (0.9, 0.02), "linear"),
+        ("hits", (0.05, 0.9), "linear"),
+        ("reward", (-3.0, 40.0), "linear"),
+        ("accuracy", (1.0, 1.0), "linear"),
+        ("perplexity", (900.0, 12.0), "log"),
+    ],
+)
+def test_a_share_has_a_linear_axis_and_a_perplexity_may_have_a_logarithmic_one(
+    metric: str, values: tuple[float, ...], scale: str, tmp_path: Path
+) -> None:
+    aim = {"loss": None, "metric": metric, "value": 0.5, "direction": "max"}
+    folder = write_run(tmp_path / "run", of=config() | {"target": aim})
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for place, value in enumerate(values):
+        lines[place] |= {f"eval_{metric}": value}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_history(folder, [])
+    picture = runs_figure([run], ["run"], curve_styles([("run", "lamb")]), 7.0)
+    panel = picture.figure.axes[1]
+    low, high = panel.get_ylim()
+    assert panel.get_yscale() == scale
+    assert low < min(*values, 0.5)
+    assert max(*values, 0.5) < high  # the target too is seen
+    assert len(panel.get_yticks()) >= 2
+
+
 def test_a_diverged_loss_does_not_flatten_the_picture(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
