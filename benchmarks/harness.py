@@ -31,6 +31,7 @@ from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.common.files import read_json
+from largebatch.common.progress import BAR
 from largebatch.distributed.ranks import Ranks
 from largebatch.train.reporting.provenance import provenance
 
@@ -281,7 +282,7 @@ def progress_bar() -> Iterator[Callable[[str, float | None], Note]]:
     """A bar on stderr, where that is a terminal. `begin(part, seconds)` starts a part anew."""
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), console=console, transient=True,
+        TextColumn("{task.description}"), BarColumn(BAR), console=console, transient=True,
         disable=not console.is_terminal,
     )  # fmt: skip
 

@@ -1,16 +1,22 @@
 """How far something is, on stderr: a bar on a terminal, elsewhere lines or nothing."""
 
-from typing import Self
+from collections.abc import Sequence
+from typing import Final, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from largebatch.common.text import Part, fitted
+
+BAR: Final = 12
+"""Characters of a bar: the words beside it matter more."""
 
 
 def progress_bar() -> Progress:
     """Make a bar with a task's description and time remaining, erased at its end."""
     console = Console(stderr=True)
     return Progress(
-        BarColumn(),
+        BarColumn(BAR),
         TextColumn("{task.description}"),
         TimeRemainingColumn(),
         console=console,
@@ -30,7 +36,7 @@ class BarOrLines:
     def __init__(self, console: Console, next_line: float) -> None:
         self.console, self._next_line = console, next_line
         shown = console.is_terminal and next_line <= 1.0
-        columns = (BarColumn(), TextColumn("{task.description}"))
+        columns = (BarColumn(BAR), TextColumn("{task.description}", markup=False))
         self._bar = Progress(*columns, console=console) if shown else None
 
     def __enter__(self) -> Self:
@@ -43,12 +49,14 @@ class BarOrLines:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, fraction: float, text: str) -> None:
-        """Show `text` at a fraction of the way."""
+    def update(self, fraction: float, parts: Sequence[Part]) -> None:
+        """Show the fields at a fraction of the way; beside a bar those that fit."""
         if self._bar is not None:
+            text = fitted(parts, self.console.width - BAR - 1)
             self._bar.update(self._task, completed=fraction, description=text)
         elif fraction >= self._next_line:
-            self.console.print(text, highlight=False, markup=False)
+            line = fitted(parts, None)
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
             self._next_line = int(fraction * 10 + 1) / 10
 
 
@@ -62,4 +70,4 @@ def minutes(seconds: float) -> str:
 
 def time_left(seconds: float, made: float, left: float) -> str:
     """The time that what is `left` will take at the pace of what was `made` in `seconds`."""
-    return f", about {minutes(seconds * left / made)} left"
+    return f"about {minutes(seconds * left / made)} left"

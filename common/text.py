@@ -1,10 +1,14 @@
-"""Text for people: made safe to show, lists cut short, durations and sizes in words."""
+"""Text for people: made safe to show, lines and lists that fit, durations and sizes in words."""
 
+import os
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TextIO
 
 LONGEST: Final = 80  # characters of a value in a sentence
+SEPARATOR: Final = " · "
+"""Of the fields of a line."""
 _ENDS: Final = " …"
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 
@@ -34,6 +38,50 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists
         return f"a {type(value).__name__} too large to show"
     return text if len(text) <= LONGEST else text[: LONGEST - len(_ENDS)] + _ENDS
+
+
+class Part(NamedTuple):
+    """A field of a line; where the line is too long, those that weigh least go first."""
+
+    text: str
+    weight: int
+
+
+def fitted(parts: Iterable[Part], width: int | None) -> str:
+    """Join the fields that fit into `width` characters, whole; None: all of them. Nothing where not
+    even the one that weighs most fits.
+
+    >>> line = [Part("12%", 2), Part("lr 0.02", 0), Part("loss 2.61", 1)]
+    >>> fitted(line, 20), fitted(line, 2), fitted(line, None)
+    ('12% · loss 2.61', '', '12% · lr 0.02 · loss 2.61')
+    """
+    kept = list(parts)
+    while kept and width is not None and len(SEPARATOR.join(part.text for part in kept)) > width:
+        kept.remove(min(kept, key=lambda part: part.weight))
+    return SEPARATOR.join(part.text for part in kept)
+
+
+def wrapped(text: str, width: int | None) -> str:
+    """Break a line between words, where a terminal of `width` characters would within them; None:
+    leave it.
+
+    >>> print(wrapped("lamb · batch 256 · runs/some/where", 20))
+    lamb · batch 256 ·
+      runs/some/where
+    """
+    if width is None or len(text) <= width:
+        return text
+    return textwrap.fill(
+        text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+def terminal_width(stream: TextIO) -> int | None:
+    """Characters in a line of a terminal; None where the stream is another's: a pipe, a file."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or None if stream.isatty() else None
+    except (OSError, ValueError):  # no descriptor of its own, or closed
+        return None
 
 
 def and_more(names: Sequence[object], most: int) -> str:

@@ -1,12 +1,12 @@
 """`summary.json`: what a run says of itself, written once when it ends."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
-from largebatch.common.text import printable
+from largebatch.common.text import Part, fitted, printable, wrapped
 from largebatch.records import fields
 from largebatch.records.fields import Fields, RecordError, must_be, optional, text, whole
 from largebatch.records.names import SUMMARY
@@ -229,20 +229,42 @@ def objective(summary: Mapping[str, Any]) -> float:
 
 def in_words(summary: Mapping[str, Any], folder: Path) -> str:
     """One line: how the run ended, what it took, and where its record is."""
+    return fitted(_ending(summary, folder), None)
+
+
+def line_of_sweep(
+    number: int, of: int, own: Sequence[str], summary: Mapping[str, Any], folder: Path,
+    width: int | None,
+) -> str:  # fmt: skip
+    """How a run of a sweep ended, in one line, which on a terminal leaves out whole fields to fit:
+    first the seconds, then samples, other metrics, the loss, its number, the reason, the folder.
+
+    Args:
+        own: the overrides that set it apart.
+        width: characters of the terminal; None where it is none.
+    """
+    ended, *more = _ending(summary, folder)
+    ended = Part(f"{' '.join([*own, ''])}→ {ended.text}", ended.weight)
+    parts = [Part(f"{number} of {of}", 4), ended, *more]
+    return fitted(parts, width) or wrapped(ended.text, width)
+
+
+def _ending(summary: Mapping[str, Any], folder: Path) -> list[Part]:
+    """The fields that say how a run ended, that first."""
     found, target = summary.get("eval_loss"), aimed_at(summary)
     ended = "budget spent" if summary["status"] == "exhausted" else summary["status"]
     if target is not None:
         verb = "reached" if ended == "reached" else f"{ended} without reaching"
         ended = f"{verb} {f'{target.value:g}' if target.metric == 'loss' else target}"
-    took = (
-        f"{summary.get('steps') or 0:,} steps, {summary.get('samples') or 0:,} samples, "
-        f"{summary.get('seconds') or 0:.1f} s of training"
-    )
-    evaluation = "" if found is None else f"; evaluation loss {found:.4f}"
-    for name, value in summary.get("metrics", {}).items():
-        evaluation += f", {name} {value:.4f}"
-    why = f" ({summary['reason']})" if summary.get("reason") else ""
-    return f"{ended} after {took}{evaluation}{why}: {folder}"
+    parts = [
+        Part(f"{ended} after {summary.get('steps') or 0:,} steps", 7),
+        Part(f"{summary.get('samples') or 0:,} samples", 1),
+        Part(f"{summary.get('seconds') or 0:.1f} s of training", 0),
+    ]
+    parts += [] if found is None else [Part(f"evaluation loss {found:.4f}", 3)]
+    parts += [Part(f"{key} {value:.4f}", 2) for key, value in summary.get("metrics", {}).items()]
+    parts += [Part(str(summary["reason"]), 5)] if summary.get("reason") else []
+    return [*parts, Part(str(folder), 6)]
 
 
 status: Final = fields.one_of(*STATUSES)

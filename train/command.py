@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from largebatch.common.errors import ConfigError, RanksEnded, RunFailed, SweepFailed, refusing
-from largebatch.common.text import say
+from largebatch.common.text import say, terminal_width, wrapped
 from largebatch.common.user_code import of_user
 from largebatch.distributed.ranks import Ranks, die_with_parent
 from largebatch.distributed.team import Team, find_team, started_team
@@ -25,7 +25,7 @@ from largebatch.records.record import RunEnded
 from largebatch.records.summary import SummaryRecord, aimed_at, in_words, objective
 from largebatch.train.hydra_app import again, import_from_here, parse_options, run_hydra
 from largebatch.train.run_spec import RunSpec, received_spec, resolve_run
-from largebatch.train.sweeps import failure_of, place, reported, shown_folder
+from largebatch.train.sweeps import failure_of, line_of, reported, shown_folder
 
 _TRIAL: Final = "largebatch_trial"
 """The sweeper of one run of a sweep, in processes that the sweep's launcher has started."""
@@ -137,7 +137,7 @@ def single_run(composed: DictConfig) -> None:
     else:
         _outcome.append(summary)
         folder = Path(shown_folder())
-        print(in_words(summary, folder))
+        print(wrapped(in_words(summary, folder), terminal_width(sys.stdout)))
         if "lr_find" in summary:
             print(lr_results.format_outcome(summary, folder))
 
@@ -164,7 +164,7 @@ def job(composed: DictConfig, display: bool = False) -> SummaryRecord:
             team = stack.enter_context(started_team(spec.config.engine.nproc))
         summary = train(team, spec, display)
     if not display and spec.config.study is None:  # a study has a display of its own
-        print(f"{place()}{in_words(summary, Path(shown_folder()))}", flush=True)
+        print(line_of(summary), flush=True)
     if "error" in summary and display:  # a search that found nothing; other errors are raised
         say(summary["error"])
     return summary

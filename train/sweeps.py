@@ -7,8 +7,9 @@ the same command makes what is missing, whatever ended the last one.
 import json
 import math
 import os
+import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -19,11 +20,11 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from largebatch.common.errors import ConfigError, RunFailed, SweepFailed
-from largebatch.common.text import common_words, say
+from largebatch.common.text import common_words, say, terminal_width
 from largebatch.records import find_fields
 from largebatch.records.names import SUMMARY
 from largebatch.records.outcomes import UNFINISHED
-from largebatch.records.summary import status
+from largebatch.records.summary import in_words, line_of_sweep, status
 from largebatch.train.checkpoints.resume import check_same
 
 TRACEBACK: Final = "traceback.txt"
@@ -47,13 +48,14 @@ def planned_sweep() -> dict[str, Any] | None:
     return None if told is None else json.loads(told)
 
 
-def place() -> str:
-    """Return which run of the sweep this is, and what sets it apart; nothing outside a sweep."""
-    planned, settings = planned_sweep(), HydraConfig.get()
+def line_of(summary: Mapping[str, Any]) -> str:
+    """Return how this run ended; in a sweep with which it is, and what sets it apart."""
+    planned, settings, folder = planned_sweep(), HydraConfig.get(), Path(shown_folder())
     if planned is None:
-        return ""
+        return in_words(summary, folder)
     own = [word for word in settings.overrides.task if word not in planned["common"]]
-    return f"{settings.job.num + 1} of {planned['runs']} · {' '.join([*own, ''])}→ "
+    width = terminal_width(sys.stdout)
+    return line_of_sweep(settings.job.num + 1, planned["runs"], own, summary, folder, width)
 
 
 def failure_of(error: Exception) -> RunFailed:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from largebatch.common.progress import BarOrLines, time_left
 from largebatch.common.signals import on_stop_signal
-from largebatch.common.text import common_words
+from largebatch.common.text import Part, common_words
 from largebatch.launch.sweeps.backend import Attempt, Backend, Ended
 from largebatch.launch.sweeps.record import (
     SweepRecord,
@@ -28,7 +28,7 @@ from largebatch.launch.sweeps.record import (
 )
 from largebatch.launch.sweeps.settings import SweepSettings
 from largebatch.records.outcomes import ExitCode
-from largebatch.records.summary import in_words
+from largebatch.records.summary import line_of_sweep
 
 STRIKES: Final = 2
 
@@ -58,18 +58,24 @@ class SweepProgress(BarOrLines):
         """Bring the display up to date."""
         if self._found is None:  # what was there before says nothing of the pace
             self._found = done
-        text = f"{done} of {self._num_trials} trials done, {running} running, {failed} failed"
-        text += f", {nodes_out} nodes left out" if nodes_out else ""
+        parts = [
+            Part(f"{done} of {self._num_trials} trials done", 4),
+            Part(f"{running} running", 0),
+            Part(f"{failed} failed", 2),
+        ]
+        parts += [Part(f"{nodes_out} nodes left out", 1)] if nodes_out else []
         made, left = done - self._found, self._num_trials - done
         if made > 0 and left > 0:
-            text += time_left(time.monotonic() - self._begin, made, left)
-        self.update(done / self._num_trials, text)
+            parts.append(Part(time_left(time.monotonic() - self._begin, made, left), 3))
+        self.update(done / self._num_trials, parts)
 
-    def result(self, done: int, words: Sequence[str], ended: str) -> None:
+    def result(
+        self, done: int, words: Sequence[str], summary: dict[str, Any], folder: Path
+    ) -> None:
         """Say how a trial has ended, above the bar."""
         if not self._silent:
-            own = f"{' '.join(words)} " if words else ""
-            self.tell(f"{done} of {self._num_trials} · {own}→ {ended}")
+            width = self.console.width if self.console.is_terminal else None
+            self.tell(line_of_sweep(done, self._num_trials, words, summary, folder, width))
 
     def tell(self, sentence: str) -> None:
         """Say something above the bar."""
@@ -255,8 +261,8 @@ class TrialScheduler:
             self.outcomes[trial.name] = outcome
             if outcome.summary is not None:
                 self.health.record_success(trial.name, attempt.nodes)
-                told = in_words(outcome.summary, trial.folder)
-                self.progress.result(len(self.outcomes), self._own_words[trial.name], told)
+                own = self._own_words[trial.name]
+                self.progress.result(len(self.outcomes), own, outcome.summary, trial.folder)
         elif self._stopping is not None:
             self._waiting.append(trial)
         elif outcome.status == "interrupted" and self._got_further(trial):

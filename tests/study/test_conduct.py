@@ -378,7 +378,7 @@ def test_progress_is_a_line_a_tenth_where_there_is_no_terminal(
 ) -> None:
     seen, printed = fractions
     lines = [
-        re.fullmatch(r" *(\d+)%  (\d+) runs  \d+:\d\d gone(, about \d+:\d\d left)?", line)
+        re.fullmatch(r" *(\d+)% · (\d+) runs · \d+:\d\d gone( · about \d+:\d\d left)?", line)
         for line in printed.splitlines()
     ]
     percents = [int(line[1]) for line in lines if line]
@@ -399,7 +399,7 @@ def test_a_study_that_finds_all_its_runs_says_so_too(
     conduct(make_protocol(), whole, ARGUMENTS, Workers(whole, simulate))
     output, errors = capsys.readouterr()
     assert output == ""
-    assert errors.splitlines()[-1].startswith("100%  0 runs  0:00 gone")
+    assert errors.splitlines()[-1].startswith("100% · 0 runs · 0:00 gone")
 
 
 def test_progress_is_a_bar_on_a_terminal(tmp_path: Path, simulate: Simulate) -> None:
@@ -410,7 +410,7 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path: Path, simulate: Simulate) -> 
         for job in protocol.ask():
             protocol.tell(job, Result(30, 2.0))
         progress.show()
-    assert re.search(r"\d+%  0 runs", output.getvalue())
+    assert re.search(r"\d+% · 0 runs · 0:0\d gone", output.getvalue())
     assert "\x1b[?25h" in output.getvalue()  # the cursor is shown again
 
 

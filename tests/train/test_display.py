@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from largebatch.conf.config import TargetConfig
-from largebatch.records.summary import in_words
-from largebatch.train.reporting.display import Display, begun, fitted
+from largebatch.common.text import Part, fitted
+from largebatch.records.summary import in_words, line_of_sweep
+from largebatch.train.reporting.display import Display, begun
 
 
 def spec(target: float | None = 2.2, first: int = 256, resumed: int | None = None) -> Any:
@@ -75,33 +76,55 @@ def test_on_a_terminal_a_line_is_never_broken(width: int) -> None:
 
 
 def test_what_matters_least_goes_first() -> None:
-    parts = [("12%", 3), ("120 k of 1 M samples", 0), ("loss 2.61", 2), ("1:00 left", 1)]
+    line = [("12%", 3), ("120 k of 1 M samples", 0), ("loss 2.61", 2), ("1:00 left", 1)]
+    parts = [Part(*field) for field in line]
     assert fitted(parts, 80) == "12% · 120 k of 1 M samples · loss 2.61 · 1:00 left"
     assert fitted(parts, 30) == "12% · loss 2.61 · 1:00 left"
     assert fitted(parts, 16) == "12% · loss 2.61"
-    assert fitted(parts, 2) == "12"
+    assert fitted(parts, 3) == "12%"
+    assert fitted(parts, 2) == ""
 
 
 @pytest.mark.parametrize(
     ("summary", "words"),
     [
         ({"status": "reached", "target_loss": 2.2, "eval_loss": 2.19},
-         "reached 2.2 after 1,000 steps, 64,000 samples, 1.5 s of training; "
-         "evaluation loss 2.1900: runs/a"),
+         "reached 2.2 after 1,000 steps · 64,000 samples · 1.5 s of training · "
+         "evaluation loss 2.1900 · runs/a"),
         ({"status": "exhausted", "target_loss": None, "eval_loss": None},
-         "budget spent after 1,000 steps, 64,000 samples, 1.5 s of training: runs/a"),
+         "budget spent after 1,000 steps · 64,000 samples · 1.5 s of training · runs/a"),
         ({"status": "exhausted", "target_loss": 2.2},
-         "budget spent without reaching 2.2 after 1,000 steps, 64,000 samples, "
-         "1.5 s of training: runs/a"),
+         "budget spent without reaching 2.2 after 1,000 steps · 64,000 samples · "
+         "1.5 s of training · runs/a"),
         ({"status": "diverged", "target_loss": None, "reason": "loss is nan"},
-         "diverged after 1,000 steps, 64,000 samples, 1.5 s of training (loss is nan): runs/a"),
+         "diverged after 1,000 steps · 64,000 samples · 1.5 s of training · loss is nan · runs/a"),
         ({"status": "reached", "target_loss": None, "target_metric": "accuracy",
           "target_value": 0.9, "target_direction": "max", "eval_loss": 0.2,
           "metrics": {"accuracy": 0.91}},
-         "reached accuracy 0.9 after 1,000 steps, 64,000 samples, 1.5 s of training; "
-         "evaluation loss 0.2000, accuracy 0.9100: runs/a"),
+         "reached accuracy 0.9 after 1,000 steps · 64,000 samples · 1.5 s of training · "
+         "evaluation loss 0.2000 · accuracy 0.9100 · runs/a"),
     ],
 )  # fmt: skip
 def test_how_a_run_ended_is_one_line(summary: dict[str, Any], words: str) -> None:
     told = summary | {"steps": 1000, "samples": 64_000, "seconds": 1.5}
     assert in_words(told, Path("runs/a")) == words
+
+
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (None, "3 of 8 · optim=lamb batch.size=1024 → reached 2.2 after 86 steps · 88,064 samples "
+         "· 1.5 s of training · evaluation loss 2.1900 · accuracy 0.9100 · s/2"),
+        (120, "3 of 8 · optim=lamb batch.size=1024 → reached 2.2 after 86 steps · evaluation loss "
+         "2.1900 · accuracy 0.9100 · s/2"),
+        (80, "3 of 8 · optim=lamb batch.size=1024 → reached 2.2 after 86 steps · s/2"),
+        (69, "optim=lamb batch.size=1024 → reached 2.2 after 86 steps · s/2"),
+        (59, "optim=lamb batch.size=1024 → reached 2.2 after 86 steps"),
+        (30, "optim=lamb batch.size=1024 →\n  reached 2.2 after 86 steps"),
+    ],
+)  # fmt: skip
+def test_a_sweep_s_line_leaves_out_whole_fields_to_fit(width: int | None, line: str) -> None:
+    summary = {"status": "reached", "target_loss": 2.2, "eval_loss": 2.19, "steps": 86,
+               "samples": 88_064, "seconds": 1.5, "metrics": {"accuracy": 0.91}}  # fmt: skip
+    own = ["optim=lamb", "batch.size=1024"]
+    assert line_of_sweep(3, 8, own, summary, Path("s/2"), width) == line

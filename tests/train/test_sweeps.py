@@ -255,7 +255,7 @@ def test_a_task_of_ones_own_is_found_from_the_run_s_folder(
         "hydra.run.dir=run",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip().endswith(": run")
+    assert done.stdout.rstrip().endswith("· run")
     assert json.loads((tmp_path / "run/summary.json").read_text())["data_parallel_size"] == 2
 
 

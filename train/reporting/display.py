@@ -2,14 +2,14 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from largebatch.common.progress import minutes
-from largebatch.common.text import counted
+from largebatch.common.progress import BAR, minutes
+from largebatch.common.text import SEPARATOR, Part, counted, fitted, wrapped
 from largebatch.records.names import EVALUATED
 from largebatch.train.run_spec import RunSpec
 
@@ -18,8 +18,6 @@ FIRST_LINE: Final = 10.0
 again.
 """
 LONGEST_SILENCE: Final = 300.0
-_BAR: Final = 12
-SEPARATOR: Final = " · "
 
 
 class Display:
@@ -34,7 +32,7 @@ class Display:
         self._spec, self._clock = spec, clock
         self._console = console or Console(stderr=True)
         self._bar = Progress(
-            BarColumn(_BAR), TextColumn("{task.description}", markup=False), console=self._console,
+            BarColumn(BAR), TextColumn("{task.description}", markup=False), console=self._console,
             disable=not self._console.is_terminal, transient=True,
         )  # fmt: skip
         config = spec.config
@@ -66,37 +64,41 @@ class Display:
             self._begin = (now, line["samples"])
         self._evaluation |= {key: line[key] for key in line if key.startswith(EVALUATED)}
         if not self._bar.disable:
-            text = fitted(self._parts(line, now), self._console.width - _BAR - 1)
+            text = fitted(self._parts(line, now), self._console.width - BAR - 1)
             self._bar.update(self._task, completed=line["samples"], description=text)
         elif now >= self._next:
             self._wait = min(1.5 * self._wait, LONGEST_SILENCE)
             self._next = now + self._wait
-            self._print(SEPARATOR.join(text for text, _ in self._parts(line, now)))
+            self._print(fitted(self._parts(line, now), None))
 
     def _print(self, text: str) -> None:
+        text = wrapped(text, self._console.width if self._console.is_terminal else None)
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _parts(self, line: dict[str, Any], now: float) -> list[tuple[str, int]]:
-        """What is said of a step, and how much it matters: the least goes first."""
+    def _parts(self, line: dict[str, Any], now: float) -> list[Part]:
+        """What is said of a step. Beside a bar that leaves too little room, the rate goes first,
+        then the pace, other metrics, the samples, the time left, the evaluation, the loss.
+        """
         assert self._begin is not None
         samples, target = line["samples"], self._spec.config.target.aim
         parts = [
-            (f"{min(1, samples / self._total):.0%}", 6),
-            (f"{counted(samples)} of {counted(self._total)} samples", 2),
+            Part(f"{min(1, samples / self._total):.0%}", 6),
+            Part(f"{counted(samples)} of {counted(self._total)} samples", 2),
         ]
         passed, made = now - self._begin[0], samples - self._begin[1]
         if passed > 0 and made > 0:
-            parts.append((f"{counted(made / passed)} samples/s", 1))
-        parts += [(f"lr {line['lr']:.4g}", 0), (f"loss {line['loss']:.4g}", 5)]
+            parts.append(Part(f"{counted(made / passed)} samples/s", 1))
+        parts += [Part(f"lr {line['lr']:.4g}", 0), Part(f"loss {line['loss']:.4g}", 5)]
         for key, value in self._evaluation.items():
             name = key.removeprefix(EVALUATED)
             is_aim = target is not None and target.metric == name
             aim = f" (target {target.value:.4g})" if target is not None and is_aim else ""
             weight = 4 if name == "loss" or is_aim else 1
-            parts.append((f"{'eval' if name == 'loss' else name} {value:.4g}{aim}", weight))
+            called = "eval" if name == "loss" else name
+            parts.append(Part(f"{called} {value:.4g}{aim}", weight))
         if passed > 0 and made > 0:
             left = max(0.0, (self._total - samples) * passed / made)
-            parts.append((f"{minutes(left)} left", 3))
+            parts.append(Part(f"{minutes(left)} left", 3))
         return parts
 
 
@@ -126,15 +128,3 @@ def begun(
         os.path.relpath(spec.folder),
     ]
     return SEPARATOR.join(part for part in parts if part)
-
-
-def fitted(parts: Sequence[tuple[str, int]], width: int) -> str:
-    """Join the parts that fit into `width` characters; those that matter least are left out.
-
-    >>> fitted([("12%", 2), ("lr 0.02", 0), ("loss 2.61", 1)], 20)
-    '12% · loss 2.61'
-    """
-    kept = list(parts)
-    while len(kept) > 1 and len(SEPARATOR.join(text for text, _ in kept)) > width:
-        kept.remove(min(kept, key=lambda part: part[1]))
-    return SEPARATOR.join(text for text, _ in kept)[: max(width, 0)]
