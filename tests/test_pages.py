@@ -35,6 +35,8 @@ cd() { :; }; export() { :; }; .() { :; }
 USER=me NODES=8 nodes=8 run=runs/mine HOME=/home/me PATH=/nonexistent
 """
 BASH = ["bash", "-O", "failglob", "-uec"]  # a pattern that matches nothing is an error, as in zsh
+SHELL_KINDS = ("bash", "zsh", "shell", "console")
+"""What else a block of commands could be called, and is not: `sh` alone is looked at."""
 SHELLS = [BASH, ["zsh", "-fuec"]]
 
 
@@ -50,7 +52,7 @@ def spoken(block: str, shell: list[str]) -> list[list[str]]:
     """The words of each command in a block, as a shell reads them; what is to run beside the others
     runs before them, so that the order is one.
     """
-    block = re.sub(r"[ \t]&(?=[ \t]*(#.*)?$)", "", block, flags=re.MULTILINE)
+    block = re.sub(r"[ \t]&[ \t]*$", "", block, flags=re.MULTILINE)
     done = subprocess.run(
         [shutil.which(shell[0]) or shell[0], *shell[1:], STUBS + block],
         capture_output=True,
@@ -88,6 +90,24 @@ def test_shells_read_its_commands_alike(page: Path, shell: list[str]) -> None:
         pytest.skip(f"{shell[0]} is not installed")
     for block in blocks(page, "sh"):
         assert spoken(block, shell) == spoken(block, BASH)
+
+
+COMMENT = re.compile(r"(^|[\s;&|(])(#.*)")
+
+
+def comments(block: str) -> list[str]:
+    """What bash takes for a comment, and an interactive zsh for words of the command.
+
+    Quoted text is left out first: a # in it is neither's comment.
+    """
+    bare = re.sub(r"'[^']*'|\"[^\"]*\"", "x", block)
+    return [found[2] for line in bare.splitlines() for found in COMMENT.finditer(line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_its_commands_have_no_comments_which_an_interactive_zsh_does_not_know(page: Path) -> None:
+    assert [comment for block in blocks(page, "sh") for comment in comments(block)] == []
+    assert [kind for kind in SHELL_KINDS if [*blocks(page, kind)]] == []
 
 
 def commands(page: Path) -> Iterator[list[str]]:
@@ -130,8 +150,13 @@ def check(words: list[str]) -> None:
         typed(compose("train", taken))
 
 
+def test_a_comment_is_found() -> None:
+    block = "# first\nmake study  # the picture\nsed 's/ #.*//' ${name#x} a#b\n"
+    assert comments(block) == ["# first", "# the picture"]
+
+
 def test_what_a_shell_would_not_read_is_found() -> None:
-    (words,) = spoken("largebatch train 'study.optimizers=[lamb]' # words\n", BASH)
+    (words,) = spoken("largebatch train 'study.optimizers=[lamb]'\n", BASH)
     assert words == ["largebatch", "train", "study.optimizers=[lamb]"]
     with pytest.raises(AssertionError, match="no match"):
         spoken("largebatch sweep study.optimizers=[adamw,lamb]", BASH)

@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 LINES = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
 # The studies take minutes each and have tests of their own.
 RUNS = [
-    line.split("#")[0].strip()
+    line.strip()
     for line in LINES
     if re.match(r"(largebatch (train|sweep|plan)|torchrun|mpiexec -n 2 )", line)
     and "study" not in line
