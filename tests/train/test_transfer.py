@@ -19,7 +19,7 @@ from largebatch.schedules import Constant, ConstantBatch, Plan
 from largebatch.train.build import build_optimizer
 from largebatch.train.hyperparameter_scaler import HyperparameterScaler
 from largebatch.train.models import Transformer
-from largebatch.train.transfer.coordinates import ALONE, slope, widened
+from largebatch.train.transfer.coordinates import ALONE, Coordinates, slope, widened
 
 Coord = Callable[..., tuple[int, str, str]]
 
@@ -219,6 +219,36 @@ def test_mup_passes_and_the_standard_parametrisation_drifts(coord: Coord, tmp_pa
     layers = json.loads(out)["layers"]
     assert layers["head"]["drifts"]
     assert layers["head"]["slope"] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("first", "num_blocks"), [("head", 0), ("head", 40), ("decoder." + "deep." * 40 + "head", 40)],
+    ids=["one", "many", "long"],
+)  # fmt: skip
+def test_names_of_layers_that_drift_stay_within_the_picture(first: str, num_blocks: int) -> None:
+    from largebatch.train.transfer.picture import MOST_LINES, draw
+
+    names = [first] + [
+        f"transformer.blocks.{block}.self_attention.{part}_projection"
+        for block in range(num_blocks)
+        for part in ("query", "key", "value")
+    ]
+    sizes = ((32, 1.0), (64, 2.0), (128, 4.0), (256, 8.0))
+    found = [
+        Coordinates(width, {name: 1 + size for name in names}, {name: size for name in names})
+        for width, size in sizes
+    ]
+    figure = draw(found, 0.1, f"optim={'a_choice_of_ones_own_' * num_blocks}, one rate for all")
+    figure.draw_without_rendering()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(box.x0, box.y0) >= 0
+    assert box.x1 <= width
+    assert box.y1 <= height
+    shown = figure.get_supxlabel()
+    assert shown.startswith("drifting:")
+    assert shown.replace("\n", " ").split()[1][:4] == names[0][:4]
+    assert shown.count("\n") < MOST_LINES
+    assert ("and 1" in shown.replace("\n", " ")) is (num_blocks > 0)  # of 121, over 100 more
 
 
 def test_a_check_that_cannot_be_made_is_refused(coord: Coord) -> None:

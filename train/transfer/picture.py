@@ -1,33 +1,81 @@
 """The picture of a coordinate check: each layer's outputs, and their change, against width."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from largebatch.common.figures import BLUE, GREY, GRID, RED, paper_style
+from largebatch.common.text import and_more
 from largebatch.train.transfer.coordinates import Coordinates, drifting
 
-MOST_NAMED = 6
+MOST_NAMED: Final = 24
+MOST_LINES: Final = 3
+"""Of names of what drifts; the others are counted."""
+_HEIGHT, _LINE, _MARGIN = 3.6, 0.16, 0.15
+"""Inches: of the picture with one line of names, of each further one, and to its sides."""
 
 
 def draw(found: Sequence[Coordinates], tolerance: float, title: str) -> Figure:
     """Two panels over width; what drifts in red, by its name."""
     drifts = drifting(found, tolerance)
     with paper_style():
-        figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+        figure = Figure(figsize=(7.0, _HEIGHT), layout="constrained")
+        renderer = FigureCanvasAgg(figure).get_renderer()
         after, change = figure.subplots(1, 2, sharex=True)
         for axes, kind in ((after, "after"), (change, "change")):
             _draw(axes, found, kind, drifts)
         after.set_ylabel("RMS of outputs after the steps")
         change.set_ylabel("RMS of their change")
         if drifts:
-            names = ", ".join(drifts[:MOST_NAMED])
-            more = f" and {len(drifts) - MOST_NAMED} more" if len(drifts) > MOST_NAMED else ""
-            figure.supxlabel(f"drifting: {names}{more}", fontsize=8, color=RED)
-        figure.suptitle(title, fontsize=9.5)
+            label = figure.supxlabel("", fontsize=8, color=RED, parse_math=False)
+            lines = named_in_lines(drifts, partial(_fits, figure, label, renderer))
+            label.set_text("\n".join(lines))
+            figure.set_figheight(_HEIGHT + _LINE * (len(lines) - 1))
+        head = figure.suptitle("", fontsize=9.5, parse_math=False)
+        head.set_text(_shortened(title, partial(_fits, figure, head, renderer)))
     return figure
+
+
+def named_in_lines(names: Sequence[str], fits: Callable[[str], bool]) -> list[str]:
+    """As many of the names as go into `MOST_LINES` lines that fit, and how many more there are; one
+    that alone is too long for a line loses its middle.
+
+    >>> named_in_lines(["a.bias", "b.weight", "c"], lambda line: len(line) <= 17)
+    ['drifting: a.bias,', 'b.weight, c']
+    >>> named_in_lines(["decoder.attention.query"], lambda line: len(line) <= 17)
+    ['drifting:', 'decoder…on.query']
+    """
+    short = [_shortened(name, lambda text: fits(f"{text},")) for name in names]
+    lines: list[str] = []
+    for most in range(min(MOST_NAMED, len(short)), 0, -1):
+        lines = ["drifting:"]
+        for word in and_more(short, most).split():
+            longer = f"{lines[-1]} {word}"
+            lines[-1:] = [longer] if fits(longer) else [lines[-1], word]
+        if len(lines) <= MOST_LINES:
+            break
+    return lines
+
+
+def _shortened(text: str, fits: Callable[[str], bool]) -> str:
+    """The text without as much of its middle as makes it fit."""
+    kept, shown = len(text), text
+    while kept > 2 and not fits(shown):
+        kept -= 1
+        shown = f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
+    return shown
+
+
+def _fits(figure: Figure, label: Text, renderer: RendererAgg, text: str) -> bool:
+    """Whether a line of the label is within the figure."""
+    label.set_text(text)
+    return label.get_window_extent(renderer).width <= figure.bbox.width - 2 * _MARGIN * figure.dpi
 
 
 def _draw(axes: Axes, found: Sequence[Coordinates], kind: str, drifts: Sequence[str]) -> None:
