@@ -1,6 +1,7 @@
 """Lets all tests, and the processes they spawn, import the modules in shared/."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +20,20 @@ for _name in [name for name in os.environ if name.startswith(_LEFT_OVER) and nam
     del os.environ[_name]
 
 forked.set_up()
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    root = Path(__file__).resolve().parents[1]
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, root],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stdout + built.stderr
+    (file,) = folder.iterdir()
+    return file
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

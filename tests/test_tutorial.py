@@ -1,11 +1,13 @@
-"""docs/tutorial.md from an empty folder: its files, its commands on a smaller grid."""
+"""docs/tutorial.md as a reader follows it: its files in an empty folder, its commands on a smaller
+grid, in an environment of the wheel and what that declares to need. The checkout is not seen there.
+"""
 
 import re
 import shlex
-import sys
+import subprocess
 from pathlib import Path
 
-import forked
+import fresh_environment
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,13 +34,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def run(folder: Path, command: str, *more: str) -> str:
+@pytest.fixture(scope="module")
+def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of an environment that the page's first command has made."""
+    (_, _, wanted), *_ = COMMANDS
+    extras = re.fullmatch(r"largebatch\[(.*)\]", wanted)
+    assert extras is not None
+    folder = tmp_path_factory.mktemp("environment")
+    return fresh_environment.make(folder, wheel, extras[1].split(","))
+
+
+def run(folder: Path, programs: Path, command: str, *more: str) -> str:
     """Run the page's command that begins so; returns what it prints."""
     (words,) = (words for words in COMMANDS if " ".join(words).startswith(command))
-    words = [*words[words[0] == "python" :], *more]
-    done = forked.run(
-        [sys.executable, *(["-m"] if words[0] == "largebatch" else []), *words],
-        cwd=folder, capture_output=True, text=True, timeout=600,
+    return started(folder, programs, *words, *more)
+
+
+def started(folder: Path, programs: Path, program: str, *words: str) -> str:
+    done = subprocess.run(
+        [programs / program, *words], cwd=folder, capture_output=True, text=True, timeout=600,
+        env={"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(programs.parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -50,14 +65,21 @@ def test_the_files_are_short_and_the_commands_few() -> None:
     assert [words[0] for words in COMMANDS] == ["pip", *["largebatch"] * 3, "python"]
 
 
-def test_one_run_is_made_and_drawn(folder: Path) -> None:
-    assert "runs/first" in run(folder, "largebatch train", "budget.samples=2e4")
-    run(folder, "largebatch report")
+def test_the_environment_has_the_wheel_and_not_the_checkout(folder: Path, programs: Path) -> None:
+    code = "import largebatch, sys; print(*largebatch.__path__, *sys.path, sep=chr(10))"
+    package, *paths = started(folder, programs, "python", "-c", code).splitlines()
+    assert Path(package).is_relative_to(programs.parent)
+    assert not any(Path(path).is_relative_to(ROOT) for path in paths if path)
+
+
+def test_one_run_is_made_and_drawn(folder: Path, programs: Path) -> None:
+    assert "runs/first" in run(folder, programs, "largebatch train", "budget.samples=2e4")
+    run(folder, programs, "largebatch report")
     assert (folder / "runs" / "first" / "run.html").stat().st_size > 1000
 
 
-def test_the_study_ends_with_the_picture_and_the_answer(folder: Path) -> None:
-    told = run(folder, "largebatch sweep", *SMALLER)
+def test_the_study_ends_with_the_picture_and_the_answer(folder: Path, programs: Path) -> None:
+    told = run(folder, programs, "largebatch sweep", *SMALLER)
     study = folder / "studies" / "MyTask"
     assert "lamb" in told
     assert re.search(r"How far", told), told
@@ -65,10 +87,12 @@ def test_the_study_ends_with_the_picture_and_the_answer(folder: Path) -> None:
     assert "MyTask" in (study / "report.html").read_text(encoding="utf-8")
 
 
-def test_lamb_trains_in_lightning_in_half_precision_and_clipped(folder: Path) -> None:
+def test_lamb_trains_in_lightning_in_half_precision_and_clipped(
+    folder: Path, programs: Path
+) -> None:
     pytest.importorskip("lightning")
     assert "bf16-mixed" in FILES["my_lightning.py"]
     assert "gradient_clip_val" in FILES["my_lightning.py"]
-    loss = re.search(r"loss (\d+\.\d+)", run(folder, "python my_lightning.py"))
+    loss = re.search(r"loss (\d+\.\d+)", run(folder, programs, "python my_lightning.py"))
     assert loss is not None
     assert float(loss[1]) < 1.2
