@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -222,4 +221,4 @@ def _drawn(
         phone = draw(NARROW)
         phone.tips.clear()  # no pointer rests on a phone
         narrow = svg_of(phone, f"n-{name}-")
-    return Drawn(themed(wide, escape(told)), themed(narrow, escape(told)))
+    return Drawn(themed(wide, told), themed(narrow, told))

@@ -1,30 +1,27 @@
 """Final losses on the page and on the terminal."""
 
 from collections.abc import Mapping
-from html import escape
 from typing import TYPE_CHECKING
 
 from largebatch.records import printable
 from largebatch.study.final_loss.answers import loss_answers
 from largebatch.study.final_loss.section import LossSection
 from largebatch.study.final_loss.tables import all_listings, short_listing
-from largebatch.study.page.html import Drawn, figure_of, heading_of, table_of
+from largebatch.study.page.html import Drawn, answers_of, figure_of, heading_of, joined, table_of
 from largebatch.study.page.terminal import terminal_table
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from rich.console import Console
 
 FIGURE = "final_loss"
 
 
-def loss_html(study: LossSection, drawn: Mapping[str, Drawn]) -> str:
+def loss_html(study: LossSection, drawn: Mapping[str, Drawn]) -> "Markup":
     """A section's part of the page, without its title."""
-    said = "".join(
-        f"<dt>{escape(asked)}</dt><dd>{escape(text)}</dd>" for asked, text in loss_answers(study)
-    )
     bars = "Bars are 95% intervals." if study.has_intervals else "One seed a point: no bars."
     parts = [
-        f'<dl class="answers">{said}</dl>',
+        answers_of(loss_answers(study)),
         heading_of("Final loss"),
         figure_of(
             drawn[FIGURE].wide,
@@ -34,7 +31,7 @@ def loss_html(study: LossSection, drawn: Mapping[str, Drawn]) -> str:
         ),
         *(table_of(listing, caption) for caption, listing in all_listings(study)),
     ]
-    return "".join(parts)
+    return joined(parts)
 
 
 def print_losses(study: LossSection, console: "Console") -> None:

@@ -3,12 +3,12 @@
 Answers first; where the numbers come from, last. It runs nothing but a few lines that sort tables.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import base64
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from functools import cache
 from pathlib import Path
-from string import Template
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from largebatch.common.text import duration
 from largebatch.records import printable
@@ -28,6 +28,10 @@ from largebatch.study.page.words import in_a_row, plural, seeds_in_words, short_
 from largebatch.study.points import is_tuned
 from largebatch.study.reading import recorded
 from largebatch.study.section_study import SectionStudy, Study
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
 
 TEMPLATES: Final = Path(__file__).with_name("templates")
 _PROVENANCE: Final = {
@@ -73,54 +77,29 @@ def section_titles(study: Study) -> list[str]:
 
 def page_of(
     study: Study, pictures: Sequence[Mapping[str, Drawn]], files: Iterable[Path], command: str,
-    sources: Sequence[str] = (), more: Sequence[tuple[str, str]] = (),
+    sources: Sequence[str] = (), more: Sequence[tuple[str, "Markup"]] = (),
 ) -> str:  # fmt: skip
     """The page; `pictures` are those of each section by name, `sources` of published curves, `more`
     the titles and bodies of further sections.
     """
-    from largebatch.study.page.svg import style_sheet
-
     titles = [*section_titles(study), *(printable(title) for title, _ in more)]
-    several = len(titles) > 1
-    headings = [
-        f'<h2 id="task-{number}">{escape(title)}</h2>' if several else ""
-        for number, title in enumerate(titles, 1)
-    ]
     bodies = [
-        _section(section, drawn, heading, sources)
-        for section, drawn, heading in zip(study.sections, pictures, headings, strict=False)
+        _section(section, drawn, sources)
+        for section, drawn in zip(study.sections, pictures, strict=True)
     ]
-    further = zip(headings[len(study.sections) :], more, strict=True)
-    bodies += [f"<section>{heading}{body}</section>" for heading, (_, body) in further]
-    template = Template((TEMPLATES / "report.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=escape(page_title(study)),
-        style=style_sheet() + "\n" + (TEMPLATES / "page.css").read_text(encoding="utf-8"),
-        script=(TEMPLATES / "sort.js").read_text(encoding="utf-8"),
-        contents=_contents(titles) if several else "",
-        sections="\n".join(bodies),
-        problems=_problems(study.problems),
-        files=", ".join(f'<a href="{escape(p.name)}">{escape(p.name)}</a>' for p in files),
-        provenance=items_of(_provenance(study)),
-        command=escape(command),
-    )
-
-
-def _contents(titles: Sequence[str]) -> str:
-    links = [
-        f'<a href="#task-{number}">{escape(title)}</a>' for number, title in enumerate(titles, 1)
-    ]
-    return f"<nav><ul>{''.join(f'<li>{link}</li>' for link in links)}</ul></nav>"
+    return rendered(
+        "report.html", page_title(study), command,
+        sections=[*zip(titles, [*bodies, *(body for _, body in more)], strict=True)],
+        problems=study.problems,
+        files=[path.name for path in files],
+        provenance=_provenance(study),
+    )  # fmt: skip
 
 
 def _section(
-    study: SectionStudy, drawn: Mapping[str, Drawn], heading: str,
-    sources: Sequence[str],
-) -> str:  # fmt: skip
-    said = "".join(
-        f"<dt>{escape(one.question)}</dt><dd>{escape(one.text)}</dd>" for one in answers(study)
-    )
-    parts = [heading, f'<dl class="answers">{said}</dl>']
+    study: SectionStudy, drawn: Mapping[str, Drawn], sources: Sequence[str]
+) -> "Markup":
+    parts = [answers_of([(one.question, one.text) for one in answers(study)])]
     first = study.names[0]
     bars = "Bars are 95% intervals. " if study.has_intervals else "One seed a point: no bars. "
     parts += [
@@ -188,7 +167,7 @@ def _section(
             "as they could only have lost." + _untuned(study),
         ),
     ]
-    return f"<section>{''.join(parts)}</section>"
+    return joined(parts)
 
 
 _FITS_NOTE: Final = (
@@ -221,61 +200,83 @@ def _published(sources: Sequence[str], first: str) -> str:
     )
 
 
-def heading_of(text: str) -> str:
+def heading_of(text: str) -> "Markup":
     """A heading within a section."""
-    return f"<h3>{escape(text)}</h3>"
+    return _part("heading", text=text)
 
 
-def _figure(drawn: Mapping[str, Drawn], name: str, caption: str) -> str:
+def answers_of(pairs: Sequence[tuple[str, str]]) -> "Markup":
+    """Questions and what is to be said of them."""
+    return _part("answers", pairs=pairs)
+
+
+def _figure(drawn: Mapping[str, Drawn], name: str, caption: str) -> "Markup":
     return figure_of(drawn[name].wide, drawn[name].narrow, caption)
 
 
-def figure_of(wide: str, narrow: str, caption: str) -> str:
-    """A picture for wide screens and for phones, with what it shows in words."""
-    return (
-        f'<figure><div class="for-wide">{wide}</div><div class="for-phone">{narrow}</div>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+def figure_of(wide: str, narrow: str, caption: str) -> "Markup":
+    """A picture for wide screens and for phones, as SVG, with what it shows in words."""
+    from markupsafe import Markup
+
+    return _part("figure", wide=Markup(wide), narrow=Markup(narrow), caption=caption)
 
 
-def table_of(listing: Listing, caption: str) -> str:
+def embedded(picture: Path, caption: str) -> "Markup":
+    """A picture within the page, which is one file."""
+    data = base64.b64encode(picture.read_bytes()).decode()
+    return _part("embedded", source=f"data:image/png;base64,{data}", caption=caption)
+
+
+def table_of(listing: Listing, caption: str) -> "Markup":
     """A table; a line sets off each curve's rows."""
     words = [head in listing.words for head in listing.heads]
-    heads = "".join(
-        f'<th scope="col"{_word(is_word)}><button type="button">{escape(head) or "remarks"}'
-        "</button></th>"
-        for head, is_word in zip(listing.heads, words, strict=True)
+    return _part(
+        "table", caption=caption, columns=[*zip(listing.heads, words, strict=True)],
+        rows=[
+            (begins, [*zip(row, words, strict=True)]) for begins, row in by_curve(listing.rows)
+        ],
+    )  # fmt: skip
+
+
+def joined(parts: Iterable["Markup"]) -> "Markup":
+    """Parts one after another."""
+    from markupsafe import Markup
+
+    return Markup().join(parts)
+
+
+def rendered(template: str, title: str, command: str, **values: object) -> str:
+    """A page by its template; text is escaped, parts are not.
+
+    Args:
+        command: that makes the page again.
+    """
+    from markupsafe import Markup
+
+    from largebatch.study.page.svg import style_sheet
+
+    css, script = (
+        (TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", "sort.js")
     )
-    rows = []
-    for begins, row in by_curve(listing.rows):
-        cells = "".join(
-            f"<td{_word(is_word)}"
-            + ("" if entry.number is None else f' data-n="{entry.number:.6g}"')
-            + f">{escape(entry.text)}"
-            + f"<small>{escape(entry.interval)}</small>" * bool(entry.interval)
-            + "</td>"
-            for entry, is_word in zip(row, words, strict=True)
-        )
-        rows.append(f'<tr class="first">{cells}</tr>' if begins else f"<tr>{cells}</tr>")
-    return (
-        f'<p class="soft">{escape(caption)}</p><div class="wide" tabindex="0"><table>'
-        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>"
-    )
+    return _templates().get_template(template).render(
+        title=title, command=command, style=Markup(f"{style_sheet()}\n{css}"),
+        script=Markup(script), **values,
+    )  # fmt: skip
 
 
-def _word(is_word: bool) -> str:
-    return ' class="words"' if is_word else ""
+def _part(name: str, **values: object) -> "Markup":
+    macro: Callable[..., Markup] = getattr(_templates().get_template("parts.html").module, name)
+    return macro(**values)
 
 
-def _problems(problems: Sequence[str]) -> str:
-    if not problems:
-        return ""
-    return f'<h2>Left out</h2><ul class="soft">{items_of(problems)}</ul>'
+@cache
+def _templates() -> "Environment":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-
-def items_of(lines: Iterable[str]) -> str:
-    """Lines as the items of a list."""
-    return "\n".join(f"<li>{escape(line)}</li>" for line in lines)
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
 
 
 def _provenance(study: Study) -> list[str]:

@@ -3,6 +3,7 @@
 import io
 import re
 import xml.etree.ElementTree as ET
+from html import escape
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,7 +69,7 @@ def themed(svg: str, description: str) -> str:
     coloured = re.sub(
         "#[0-9a-f]{6}", lambda found: _variable(found.group(), names), svg, flags=re.IGNORECASE
     )
-    return coloured.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
+    return coloured.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
 
 
 def style_sheet() -> str:

@@ -5,12 +5,9 @@ for: `run.html`, `run.png`, `run.svg`; beside them, of a single run, `layers.png
 where it recorded trust ratios by layer or its noise scale.
 """
 
-import base64
 import shlex
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Final
 
 from largebatch.common.figures import paper_style
@@ -18,9 +15,9 @@ from largebatch.common.text import duration
 from largebatch.records import printable
 from largebatch.records.names import EVALUATED, METRICS
 from largebatch.study.page.axes import NARROW, WIDE
-from largebatch.study.page.html import TEMPLATES, figure_of, items_of, provenance_of, table_of
+from largebatch.study.page.html import embedded, figure_of, provenance_of, rendered, table_of
 from largebatch.study.page.styles import curve_styles
-from largebatch.study.page.svg import style_sheet, svg_of, themed, write_png
+from largebatch.study.page.svg import svg_of, themed, write_png
 from largebatch.study.page.tables import Entry, Listing
 from largebatch.study.page.terminal import terminal_table
 from largebatch.study.page.words import DASH, plural
@@ -93,21 +90,17 @@ def write_runs_report(
     words += ["--against", against] if against != "samples" else []
     html = target / "run.html"
     title = f"Run {next(iter(histories))}" if len(read) == 1 else plural(len(read), "run")
-    told = escape(f"{title}: loss and what was recorded beside it over {against}")
-    html.write_text(
-        Template((TEMPLATES / "run.html").read_text(encoding="utf-8")).substitute(
-            title=escape(title),
-            style=style_sheet() + "\n" + (TEMPLATES / "page.css").read_text(encoding="utf-8"),
-            script=(TEMPLATES / "sort.js").read_text(encoding="utf-8"),
-            table=table_of(runs_table(histories), "Losses are the last recorded."),
-            figure=figure_of(themed(shown["w"], told), themed(shown["n"], told), _CAPTION),
-            more="".join(_embedded(name, pictures[name]) for name in _SINGLE if name in pictures),
-            problems=items_of(list(dict.fromkeys(map(printable, problems)))),
-            provenance=items_of(provenance_of([history.provenance for history in read])),
-            command=escape(printable(shlex.join(words))),
-        ),
-        encoding="utf-8",
-    )
+    told = f"{title}: loss and what was recorded beside it over {against}"
+    figures = [figure_of(themed(shown["w"], told), themed(shown["n"], told), _CAPTION)]
+    figures += [embedded(pictures[name], _SINGLE[name]) for name in _SINGLE if name in pictures]
+    page = rendered(
+        "run.html", title, printable(shlex.join(words)),
+        table=table_of(runs_table(histories), "Losses are the last recorded."),
+        figures=figures,
+        problems=[*dict.fromkeys(map(printable, problems))],
+        provenance=provenance_of([history.provenance for history in read]),
+    )  # fmt: skip
+    html.write_text(page, encoding="utf-8")
     return RunsReport(histories, html, pictures, list(dict.fromkeys(problems)))
 
 
@@ -166,16 +159,6 @@ def _single(folder: Path, problems: list[str], out: Path) -> dict[str, Path]:
         except ValueError:  # it did not record them
             continue
     return pictures
-
-
-def _embedded(name: str, picture: Path) -> str:
-    """A picture within the page, which is one file."""
-    data = base64.b64encode(picture.read_bytes()).decode()
-    told = escape(_SINGLE[name])
-    return (
-        f'<figure><img alt="{told}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{told}</figcaption></figure>"
-    )
 
 
 def _number(value: float | None, form: str) -> Entry:

@@ -187,7 +187,8 @@ def test_the_page_is_one_file_with_hover_texts_sorted_tables_and_both_colour_sch
     assert "src=" not in page
     assert "<link" not in page
     assert "@import" not in page
-    assert "$" not in page
+    assert "{{" not in page
+    assert "{%" not in page
     assert page.count("<script>") == 1
     assert "prefers-color-scheme: dark" in page
     assert "@media print" in page
