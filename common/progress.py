@@ -6,7 +6,7 @@ from typing import Final, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from largebatch.common.text import Part, fitted
+from largebatch.common.text import LineField, fitted
 
 BAR: Final = 12
 """Characters of a bar: the words beside it matter more."""
@@ -49,7 +49,7 @@ class BarOrLines:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, fraction: float, parts: Sequence[Part]) -> None:
+    def update(self, fraction: float, parts: Sequence[LineField]) -> None:
         """Show the fields at a fraction of the way; beside a bar those that fit."""
         if self._bar is not None:
             text = fitted(parts, self.console.width - BAR - 1)

@@ -40,18 +40,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - len(_ENDS)] + _ENDS
 
 
-class Part(NamedTuple):
+class LineField(NamedTuple):
     """A field of a line; where the line is too long, those that weigh least go first."""
 
     text: str
     weight: int
 
 
-def fitted(parts: Iterable[Part], width: int | None) -> str:
+def fitted(parts: Iterable[LineField], width: int | None) -> str:
     """Join the fields that fit into `width` characters, whole; None: all of them. Nothing where not
     even the one that weighs most fits.
 
-    >>> line = [Part("12%", 2), Part("lr 0.02", 0), Part("loss 2.61", 1)]
+    >>> line = [LineField("12%", 2), LineField("lr 0.02", 0), LineField("loss 2.61", 1)]
     >>> fitted(line, 20), fitted(line, 2), fitted(line, None)
     ('12% · loss 2.61', '', '12% · lr 0.02 · loss 2.61')
     """

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
-from largebatch.common.text import Part, fitted, printable, wrapped
+from largebatch.common.text import LineField, fitted, printable, wrapped
 from largebatch.records import fields
 from largebatch.records.fields import Fields, RecordError, must_be, optional, text, whole
 from largebatch.records.names import SUMMARY
@@ -244,12 +244,12 @@ def line_of_sweep(
         width: characters of the terminal; None where it is none.
     """
     ended, *more = _ending(summary, folder)
-    ended = Part(f"{' '.join([*own, ''])}→ {ended.text}", ended.weight)
-    parts = [Part(f"{number} of {of}", 4), ended, *more]
+    ended = LineField(f"{' '.join([*own, ''])}→ {ended.text}", ended.weight)
+    parts = [LineField(f"{number} of {of}", 4), ended, *more]
     return fitted(parts, width) or wrapped(ended.text, width)
 
 
-def _ending(summary: Mapping[str, Any], folder: Path) -> list[Part]:
+def _ending(summary: Mapping[str, Any], folder: Path) -> list[LineField]:
     """The fields that say how a run ended, that first."""
     found, target = summary.get("eval_loss"), aimed_at(summary)
     ended = "budget spent" if summary["status"] == "exhausted" else summary["status"]
@@ -257,14 +257,16 @@ def _ending(summary: Mapping[str, Any], folder: Path) -> list[Part]:
         verb = "reached" if ended == "reached" else f"{ended} without reaching"
         ended = f"{verb} {f'{target.value:g}' if target.metric == 'loss' else target}"
     parts = [
-        Part(f"{ended} after {summary.get('steps') or 0:,} steps", 7),
-        Part(f"{summary.get('samples') or 0:,} samples", 1),
-        Part(f"{summary.get('seconds') or 0:.1f} s of training", 0),
+        LineField(f"{ended} after {summary.get('steps') or 0:,} steps", 7),
+        LineField(f"{summary.get('samples') or 0:,} samples", 1),
+        LineField(f"{summary.get('seconds') or 0:.1f} s of training", 0),
     ]
-    parts += [] if found is None else [Part(f"evaluation loss {found:.4f}", 3)]
-    parts += [Part(f"{key} {value:.4f}", 2) for key, value in summary.get("metrics", {}).items()]
-    parts += [Part(str(summary["reason"]), 5)] if summary.get("reason") else []
-    return [*parts, Part(str(folder), 6)]
+    parts += [] if found is None else [LineField(f"evaluation loss {found:.4f}", 3)]
+    parts += [
+        LineField(f"{key} {value:.4f}", 2) for key, value in summary.get("metrics", {}).items()
+    ]
+    parts += [LineField(str(summary["reason"]), 5)] if summary.get("reason") else []
+    return [*parts, LineField(str(folder), 6)]
 
 
 status: Final = fields.one_of(*STATUSES)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from largebatch.common.progress import BarOrLines, time_left
 from largebatch.common.signals import on_stop_signal
-from largebatch.common.text import Part, common_words
+from largebatch.common.text import LineField, common_words
 from largebatch.launch.sweeps.backend import Attempt, Backend, Ended
 from largebatch.launch.sweeps.record import (
     SweepRecord,
@@ -59,14 +59,14 @@ class SweepProgress(BarOrLines):
         if self._found is None:  # what was there before says nothing of the pace
             self._found = done
         parts = [
-            Part(f"{done} of {self._num_trials} trials done", 4),
-            Part(f"{running} running", 0),
-            Part(f"{failed} failed", 2),
+            LineField(f"{done} of {self._num_trials} trials done", 4),
+            LineField(f"{running} running", 0),
+            LineField(f"{failed} failed", 2),
         ]
-        parts += [Part(f"{nodes_out} nodes left out", 1)] if nodes_out else []
+        parts += [LineField(f"{nodes_out} nodes left out", 1)] if nodes_out else []
         made, left = done - self._found, self._num_trials - done
         if made > 0 and left > 0:
-            parts.append(Part(time_left(time.monotonic() - self._begin, made, left), 3))
+            parts.append(LineField(time_left(time.monotonic() - self._begin, made, left), 3))
         self.update(done / self._num_trials, parts)
 
     def result(

@@ -96,9 +96,7 @@ def page_of(
     )  # fmt: skip
 
 
-def _section(
-    study: SectionStudy, drawn: Mapping[str, Drawn], sources: Sequence[str]
-) -> "Markup":
+def _section(study: SectionStudy, drawn: Mapping[str, Drawn], sources: Sequence[str]) -> "Markup":
     parts = [answers_of([(one.question, one.text) for one in answers(study)])]
     first = study.names[0]
     bars = "Bars are 95% intervals. " if study.has_intervals else "One seed a point: no bars. "

@@ -11,7 +11,7 @@ from typing import Final
 from rich.console import Console
 
 from largebatch.common.progress import BarOrLines, minutes, time_left
-from largebatch.common.text import Part
+from largebatch.common.text import LineField
 from largebatch.records.names import SUMMARY
 from largebatch.study.protocol.questions import Job, Place, Question
 from largebatch.study.protocol.search import MOST_CONFIRMED, Search
@@ -104,9 +104,9 @@ class StudyProgress(BarOrLines):
         gone = time.monotonic() - self._begin
         runs = self._num_runs + len(self._arrived())
         parts = [
-            Part(f"{fraction:4.0%}", 3), Part(f"{runs} runs", 1), Part(f"{minutes(gone)} gone", 0),
+            LineField(f"{fraction:4.0%}", 3), LineField(f"{runs} runs", 1), LineField(f"{minutes(gone)} gone", 0),
         ]  # fmt: skip
         made = fraction - (self._fraction_found or 0.0)
         if made >= 0.02 and fraction < 1.0:
-            parts.append(Part(time_left(gone, made, 1.0 - fraction), 2))
+            parts.append(LineField(time_left(gone, made, 1.0 - fraction), 2))
         self.update(fraction, parts)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from largebatch.common.text import LineField, fitted
 from largebatch.conf.config import TargetConfig
-from largebatch.common.text import Part, fitted
 from largebatch.records.summary import in_words, line_of_sweep
 from largebatch.train.reporting.display import Display, begun
 
@@ -77,7 +77,7 @@ def test_on_a_terminal_a_line_is_never_broken(width: int) -> None:
 
 def test_what_matters_least_goes_first() -> None:
     line = [("12%", 3), ("120 k of 1 M samples", 0), ("loss 2.61", 2), ("1:00 left", 1)]
-    parts = [Part(*field) for field in line]
+    parts = [LineField(*field) for field in line]
     assert fitted(parts, 80) == "12% · 120 k of 1 M samples · loss 2.61 · 1:00 left"
     assert fitted(parts, 30) == "12% · loss 2.61 · 1:00 left"
     assert fitted(parts, 16) == "12% · loss 2.61"

@@ -68,9 +68,7 @@ def test_the_lines_of_a_run_are_broken_between_words_on_a_terminal_and_whole_in_
         assert line.search(" ".join(" ".join(shown).split())), shown
     bars = [line for line in shown if re.search(r"\d+% · .*loss \d", line)]
     assert bars
-    field = (
-        r"(\d+%|\S+ of \S+ samples|\S+( k)? samples/s|(lr|loss|eval|accuracy) \S+|\S+ left)"
-    )
+    field = r"(\d+%|\S+ of \S+ samples|\S+( k)? samples/s|(lr|loss|eval|accuracy) \S+|\S+ left)"
     assert all(re.fullmatch(rf"\S+ +{field}( · {field})*", bar.rstrip()) for bar in bars), bars
 
 

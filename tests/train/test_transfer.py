@@ -235,7 +235,7 @@ def test_names_of_layers_that_drift_stay_within_the_picture(first: str, num_bloc
     ]
     sizes = ((32, 1.0), (64, 2.0), (128, 4.0), (256, 8.0))
     found = [
-        Coordinates(width, {name: 1 + size for name in names}, {name: size for name in names})
+        Coordinates(width, dict.fromkeys(names, 1 + size), dict.fromkeys(names, size))
         for width, size in sizes
     ]
     figure = draw(found, 0.1, f"optim={'a_choice_of_ones_own_' * num_blocks}, one rate for all")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from largebatch.common.progress import BAR, minutes
-from largebatch.common.text import SEPARATOR, Part, counted, fitted, wrapped
+from largebatch.common.text import SEPARATOR, LineField, counted, fitted, wrapped
 from largebatch.records.names import EVALUATED
 from largebatch.train.run_spec import RunSpec
 
@@ -75,30 +75,30 @@ class Display:
         text = wrapped(text, self._console.width if self._console.is_terminal else None)
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _parts(self, line: dict[str, Any], now: float) -> list[Part]:
+    def _parts(self, line: dict[str, Any], now: float) -> list[LineField]:
         """What is said of a step. Beside a bar that leaves too little room, the rate goes first,
         then the pace, other metrics, the samples, the time left, the evaluation, the loss.
         """
         assert self._begin is not None
         samples, target = line["samples"], self._spec.config.target.aim
         parts = [
-            Part(f"{min(1, samples / self._total):.0%}", 6),
-            Part(f"{counted(samples)} of {counted(self._total)} samples", 2),
+            LineField(f"{min(1, samples / self._total):.0%}", 6),
+            LineField(f"{counted(samples)} of {counted(self._total)} samples", 2),
         ]
         passed, made = now - self._begin[0], samples - self._begin[1]
         if passed > 0 and made > 0:
-            parts.append(Part(f"{counted(made / passed)} samples/s", 1))
-        parts += [Part(f"lr {line['lr']:.4g}", 0), Part(f"loss {line['loss']:.4g}", 5)]
+            parts.append(LineField(f"{counted(made / passed)} samples/s", 1))
+        parts += [LineField(f"lr {line['lr']:.4g}", 0), LineField(f"loss {line['loss']:.4g}", 5)]
         for key, value in self._evaluation.items():
             name = key.removeprefix(EVALUATED)
             is_aim = target is not None and target.metric == name
             aim = f" (target {target.value:.4g})" if target is not None and is_aim else ""
             weight = 4 if name == "loss" or is_aim else 1
             called = "eval" if name == "loss" else name
-            parts.append(Part(f"{called} {value:.4g}{aim}", weight))
+            parts.append(LineField(f"{called} {value:.4g}{aim}", weight))
         if passed > 0 and made > 0:
             left = max(0.0, (self._total - samples) * passed / made)
-            parts.append(Part(f"{minutes(left)} left", 3))
+            parts.append(LineField(f"{minutes(left)} left", 3))
         return parts
 
 

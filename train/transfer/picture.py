@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.backend_bases import RendererBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -26,7 +27,8 @@ def draw(found: Sequence[Coordinates], tolerance: float, title: str) -> Figure:
     drifts = drifting(found, tolerance)
     with paper_style():
         figure = Figure(figsize=(7.0, _HEIGHT), layout="constrained")
-        renderer = FigureCanvasAgg(figure).get_renderer()
+        canvas: Any = FigureCanvasAgg(figure)
+        renderer = canvas.get_renderer()
         after, change = figure.subplots(1, 2, sharex=True)
         for axes, kind in ((after, "after"), (change, "change")):
             _draw(axes, found, kind, drifts)
@@ -72,7 +74,7 @@ def _shortened(text: str, fits: Callable[[str], bool]) -> str:
     return shown
 
 
-def _fits(figure: Figure, label: Text, renderer: RendererAgg, text: str) -> bool:
+def _fits(figure: Figure, label: Text, renderer: RendererBase, text: str) -> bool:
     """Whether a line of the label is within the figure."""
     label.set_text(text)
     return label.get_window_extent(renderer).width <= figure.bbox.width - 2 * _MARGIN * figure.dpi
