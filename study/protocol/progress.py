@@ -104,8 +104,10 @@ class StudyProgress(BarOrLines):
         gone = time.monotonic() - self._begin
         runs = self._num_runs + len(self._arrived())
         parts = [
-            LineField(f"{fraction:4.0%}", 3), LineField(f"{runs} runs", 1), LineField(f"{minutes(gone)} gone", 0),
-        ]  # fmt: skip
+            LineField(f"{fraction:4.0%}", 3),
+            LineField(f"{runs} runs", 1),
+            LineField(f"{minutes(gone)} gone", 0),
+        ]
         made = fraction - (self._fraction_found or 0.0)
         if made >= 0.02 and fraction < 1.0:
             parts.append(LineField(time_left(gone, made, 1.0 - fraction), 2))
