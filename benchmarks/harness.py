@@ -30,12 +30,12 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from largebatch.common.console import output_console
 from largebatch.common.files import read_json
 from largebatch.common.progress import BAR
 from largebatch.distributed.ranks import Ranks
 from largebatch.train.reporting.provenance import provenance
 
-WIDTH: Final = 160  # columns of a table that goes to a pipe or a file
 NUM_WARM_UP: Final = 2  # the first step makes the state
 FEWEST_ROUNDS: Final = 3
 MEMORY_BYTES: Final = 2**28
@@ -76,7 +76,7 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
     record = measure(device, options.seconds)
-    show(record, console())
+    show(record, output_console())
     if options.json is not None:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -269,12 +269,6 @@ def bytes_in(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     return sum(map(bytes_in, value)) if isinstance(value, list | tuple) else 0
-
-
-def console() -> Console:
-    """Make a console; for a pipe or a file one so wide that no cell is cut."""
-    found = Console()
-    return found if found.is_terminal else Console(width=WIDTH)
 
 
 @contextmanager

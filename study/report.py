@@ -90,9 +90,9 @@ def write_report(
 
 def print_report(report: StudyReport, console: "Console | None" = None) -> None:
     """The points, the answers and where the files lie, on the terminal."""
-    from rich.console import Console
+    from largebatch.common.console import output_console
 
-    console = console or Console()
+    console = console or output_console()
     print_study(report.study, console)
     for one in report.study.losses:
         print_losses(one, console)

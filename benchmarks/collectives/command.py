@@ -38,7 +38,8 @@ from largebatch.benchmarks.collectives.tables import (
     show_measured,
     show_projection,
 )
-from largebatch.benchmarks.harness import check, console, device_named
+from largebatch.benchmarks.harness import check, device_named
+from largebatch.common.console import output_console
 from largebatch.distributed.ranks import Ranks, find_ranks
 
 NODES: Final = (2, 8, 32, 128, 512, 1000, 1024, 2048, 4096, 8192, AURORA_NODES)
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.alpha is not None:
         if ranks.is_first:
             projected = projection(options, cluster_of(options, given_link(options)))
-            show_projection(projected, options.algorithms, console())
+            show_projection(projected, options.algorithms, output_console())
             keep(options.out, {"projection": projected})
         return 0
     try:
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     if ranks.is_first:
-        report(measured, options, console())
+        report(measured, options, output_console())
     return 1 if any(row.wrong for row in measured) else 0
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from largebatch.benchmarks.collectives.models import Cost, Link, rabenseifner
-from largebatch.benchmarks.harness import Record, check, console, say
+from largebatch.benchmarks.harness import Record, check, say
 from largebatch.benchmarks.scale.steps import (
     EXCHANGES,
     LAYOUTS,
@@ -33,6 +33,7 @@ from largebatch.benchmarks.scale.steps import (
     norms_reduced,
     planned,
 )
+from largebatch.common.console import output_console
 
 WORLD_SIZES: Final = (384, 3840, 38400)
 
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     record = measure(matrices(), sizes, Link(options.alpha, options.beta))
-    show(record, console())
+    show(record, output_console())
     if options.json is not None:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0

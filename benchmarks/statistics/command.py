@@ -22,7 +22,7 @@ from numpy.random import Generator
 from rich.console import Console
 from rich.table import Table
 
-from largebatch.benchmarks.harness import check, console, make_table, say
+from largebatch.benchmarks.harness import check, make_table, say
 from largebatch.benchmarks.statistics.coverage import (
     Coverage,
     Measured,
@@ -40,6 +40,7 @@ from largebatch.benchmarks.statistics.surrogate import (
     draw_luck,
     simulate,
 )
+from largebatch.common.console import output_console
 from largebatch.study.fit import FEWEST_POINTS, fit_curve
 from largebatch.study.statistics.published import (
     MLPERF,
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
         "published": published(),
         "seconds": time.perf_counter() - began,
     }
-    show(record, console())
+    show(record, output_console())
     if options.json is not None:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0

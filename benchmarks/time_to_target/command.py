@@ -22,10 +22,11 @@ from largebatch.benchmarks.collectives.models import (
     Cluster,
     Link,
 )
-from largebatch.benchmarks.harness import check, console
+from largebatch.benchmarks.harness import check
 from largebatch.benchmarks.scale.command import table
 from largebatch.benchmarks.time_to_target.model import Step, TimeCurve, bubble, time_curves
 from largebatch.benchmarks.time_to_target.picture import time_figure
+from largebatch.common.console import output_console
 from largebatch.records import read_fields
 from largebatch.records.fields import number, positive, whole
 from largebatch.records.names import SUMMARY
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    show(curves, step, options, console())
+    show(curves, step, options, output_console())
     if options.out is not None:
         write_csv(curves, step, options.out / "time.csv")
         figure = time_figure(curves, step.cluster.ranks_per_node)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from largebatch.records import printable
 from largebatch.study.final_loss.answers import loss_answers
 from largebatch.study.final_loss.section import LossSection
-from largebatch.study.final_loss.tables import all_listings, short_listing
+from largebatch.study.final_loss.tables import all_listings, points_listing
 from largebatch.study.page.html import Drawn, answers_of, figure_of, heading_of, joined, table_of
 from largebatch.study.page.terminal import terminal_table
 
@@ -36,6 +36,6 @@ def loss_html(study: LossSection, drawn: Mapping[str, Drawn]) -> "Markup":
 
 def print_losses(study: LossSection, console: "Console") -> None:
     """Print a section's points and answers."""
-    console.print(terminal_table(study.title, short_listing(study)))
+    console.print(terminal_table(study.title, points_listing(study), console))
     for asked, text in loss_answers(study):
         console.print(printable(f"{asked}: {text}"), highlight=False, markup=False)

@@ -51,19 +51,8 @@ def points_listing(study: LossSection) -> Listing:
                 ]
             )
     heads = ["optimizer", "samples", "batch", "loss", "95% interval", "over its best batch"]
-    return Listing([*heads, "seeds", "rate", *tuned, "runs", ""], rows)
-
-
-def short_listing(study: LossSection) -> Listing:
-    """The points for a narrow terminal."""
-    whole = points_listing(study)
-    kept = [
-        place
-        for place, head in enumerate(whole.heads)
-        if head not in ("over its best batch", "seeds", "runs")
-    ]
-    rows = [[row[place] for place in kept] for row in whole.rows]
-    return Listing([whole.heads[place] for place in kept], rows, whole.words)
+    heads += ["seeds", "rate", *tuned, "runs", ""]
+    return Listing(heads, rows, spare=("runs", "over its best batch", "seeds"))
 
 
 def pairs_listing(study: LossSection) -> Listing:

@@ -36,11 +36,14 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """One table: `words` are the columns that hold text, to the left."""
+    """One table: `words` are the columns that hold text, to the left; `spare` those that a narrow
+    terminal has no room for, the first of them first.
+    """
 
     heads: Sequence[str]
     rows: Sequence[Sequence[Entry]]
     words: Sequence[str] = ("optimizer", "")
+    spare: Sequence[str] = ()
 
 
 FIT_HEADS: Final = (
@@ -69,7 +72,8 @@ def points_table(study: SectionStudy) -> Listing:
                 Entry(flag_of(point)),
             ]
         )
-    return Listing([*heads, "samples", "seconds", ""], rows)
+    heads += ["samples", "seconds", ""]
+    return Listing(heads, rows, spare=("seconds", "samples", "seeds"))
 
 
 def flag_of(point: StudyPoint) -> str:

@@ -106,10 +106,10 @@ def write_runs_report(
 
 def print_runs(report: RunsReport, console: "Console | None" = None) -> None:
     """The table of the runs and where the files lie, on the terminal."""
-    from rich.console import Console
+    from largebatch.common.console import output_console
 
-    console = console or Console()
-    console.print(terminal_table("", runs_table(report.histories)))
+    console = console or output_console()
+    console.print(terminal_table("", runs_table(report.histories), console))
     for name, path in {"report": report.html, **report.pictures}.items():
         if "." not in name:
             console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
@@ -137,7 +137,8 @@ def runs_table(histories: dict[str, RunHistory]) -> Listing:
                 Entry(DASH if seconds is None else duration(seconds), seconds),
             ]
         )
-    return Listing(heads, rows, words=("run", "status"))
+    spare = ("time", "samples", "batch", "rate", *reversed(metrics))
+    return Listing(heads, rows, words=("run", "status"), spare=spare)
 
 
 _CAPTION: Final = (

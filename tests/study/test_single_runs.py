@@ -1,17 +1,19 @@
 """Single runs over their course: how they are called, what is drawn, and the page."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from largebatch.study.page.styles import curve_styles
 from largebatch.study.report import main
 from largebatch.study.single_runs.figure import runs_figure
 from largebatch.study.single_runs.history import RunHistory, names_of, read_history
-from largebatch.study.single_runs.report import runs_table
+from largebatch.study.single_runs.report import print_runs, runs_table, write_runs_report
 
 
 def config(**optim: Any) -> dict[str, Any]:
@@ -177,6 +179,28 @@ def test_the_page_of_runs_is_one_file(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "commit: 000000000000…" in page
     assert "src=" not in page
     assert 'href="http' not in page
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"), [(160, []), (80, ["time", "samples"]), (50, ["batch", "rate", "f1"])]
+)
+def test_a_narrow_terminal_has_fewer_columns_and_no_cell_cut(
+    width: int, left_out: list[str], tmp_path: Path
+) -> None:
+    folder = write_run(tmp_path / "run")
+    line = {"step": 41, "samples": 2_624_000, "loss": 1.0, "eval_accuracy": 0.9712, "eval_f1": 0.95,
+            "seconds": 7300.0, "global_batch_size": 65_536}  # fmt: skip
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    told = io.StringIO()
+    print_runs(write_runs_report(folder), Console(file=told, width=width))
+    lines = told.getvalue().splitlines()
+    assert max(map(len, lines[:5])) <= width
+    assert "…" not in told.getvalue()
+    (heads,) = (line.split() for line in lines if "status" in line)
+    assert {"run", "status", "steps", "loss", "eval"} <= {*heads}
+    assert {*heads}.isdisjoint(left_out)
+    assert ("time" in heads) is ("2.03 hours" in told.getvalue()) is (not left_out)
 
 
 @pytest.mark.parametrize("lines", ["", '{"loss": 1.0}\n'])
