@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 WITH_EXAMPLES = [
     ".".join(("largebatch", *path.relative_to(ROOT).with_suffix("").parts))
-    for folder in ("optim", "schedules", "study")
+    for folder in ("common", "optim", "records", "schedules", "study", "train")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if ">>> " in path.read_text(encoding="utf-8")
 ]
