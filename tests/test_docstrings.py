@@ -26,7 +26,10 @@ def test_the_main_public_names_have_examples() -> None:
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
-def test_examples_print_what_they_say(name: str) -> None:
+def test_examples_print_what_they_say(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a run leaves its record there
     found = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch})
     assert found.attempted > 0
     assert found.failed == 0
