@@ -30,7 +30,7 @@ from torch.optim.optimizer import ParamsT
 from largebatch.optim.base import Group
 from largebatch.optim.blockwise.work_group import DROPPED
 from largebatch.optim.kronecker.damping import Damping
-from largebatch.optim.kronecker.factors import average, new_roots, roots_of
+from largebatch.optim.kronecker.factors import ask_of, average, new_roots, roots_of
 from largebatch.optim.kronecker.layers import Layer
 from largebatch.optim.kronecker.optimizer import KroneckerOptimizer
 from largebatch.optim.kronecker.rules import RULES, Rule, rule_of
@@ -83,6 +83,9 @@ class KFAC(KroneckerOptimizer):
       model, for which `fisher_backward` is to be called in every step.
     - `factor_interval`, `inverse_interval`: steps between updates of the averages, and of a layer's
       inverses; layers take turns within the interval, and more often in the first steps.
+    - `refresh`: "in_step", or "beside": inverses are made on the host beside the steps, and come
+      into use an interval late, but for those of the first interval; for devices without
+      decompositions.
     - `max_factor_size`: of a larger factor the diagonal is kept.
     - `tolerated_failures`: decompositions of one layer that may fail in a row; it keeps the last
       good one meanwhile. `failures.total` counts them.
@@ -136,6 +139,7 @@ class KFAC(KroneckerOptimizer):
         fisher: str = "empirical",
         factor_interval: int = 1,
         inverse_interval: int = 10,
+        refresh: str = "in_step",
         max_factor_size: int = 4096,
         tolerated_failures: int = TOLERATED_FAILURES,
         maximize: bool = False,
@@ -164,6 +168,7 @@ class KFAC(KroneckerOptimizer):
             "fisher": fisher,
             "factor_interval": factor_interval,
             "inverse_interval": inverse_interval,
+            "refresh": refresh,
             "max_factor_size": max_factor_size,
         }
         require(0 <= fallback_lr_ratio < math.inf, "fallback_lr_ratio", ">= 0", fallback_lr_ratio)
@@ -241,22 +246,44 @@ class KFAC(KroneckerOptimizer):
         due = self._schedule.due(layer for layer in self._owned() if self._has_factors(layer))
         if not due or (skip is not None and bool(skip)):
             return
-        outcomes = decompose([self._asked_roots(layer) for layer in due])
-        for layer, outcome in zip(due, outcomes, strict=True):
+        beside = self._options["refresh"] == "beside"
+        late = [layer for layer in due if beside and not self._schedule.is_young(layer)]
+        now = [layer for layer in due if layer not in late]
+        asked = [self._asked_roots(layer) for layer in now]
+        outcomes = dict(zip(now, decompose(asked), strict=True))
+        for layer in late:
+            kept = [self._asked_roots(layer, of_asked=True)]
+            (outcomes[layer],) = self._beside.take(layer.weight, kept)
+        for layer in due:
             alone = self._placements[layer.weight].group is None  # else all raise, at the next step
-            found = self.failures.attempt(outcome, layer.name, raises=alone)
+            found = self.failures.attempt(outcomes[layer], layer.name, raises=alone)
             self.state[layer.weight].update(found or {})
+            if beside:
+                self._ask_beside(layer, is_young=layer in now)
             self._schedule.mark_refreshed(layer)
 
-    def _asked_roots(self, layer: Layer) -> Decomposition[dict[str, Tensor]]:
+    def _ask_beside(self, layer: Layer, is_young: bool) -> None:
+        """Keep what the next inverses are of, and have them made beside the steps."""
+        ask_of(layer, self.state[layer.weight], self._damping(layer).value)
+        if is_young:  # so the next may be, too
+            self._beside.forget(layer.weight)
+        else:
+            self._beside.begin(layer.weight, [self._asked_roots(layer, of_asked=True)])
+
+    def _asked_roots(
+        self, layer: Layer, *, of_asked: bool = False
+    ) -> Decomposition[dict[str, Tensor]]:
+        state, form = self.state[layer.weight], self._group_of[layer.weight]["form"]
+        return new_roots(layer, form, self._damping(layer), state, of_asked=of_asked)
+
+    def _damping(self, layer: Layer) -> Damping:
         state, group = self.state[layer.weight], self._group_of[layer.weight]
         value, final = group["damping"], group["final_damping"]
         if final is not None:
             value = value * (final / value) ** (state["items"] / group["damping_items"]).clamp(
                 max=1
             )
-        damping = Damping(value, group["relative_damping"], group["ridge"])
-        return new_roots(layer, group["form"], damping, state)
+        return Damping(value, group["relative_damping"], group["ridge"])
 
     def _precondition(self, work_group: KroneckerWorkGroup, skip: Tensor | None) -> Move:
         """U of a work group's layers, as far as it lies here, and the norms over all ranks."""

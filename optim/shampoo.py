@@ -18,7 +18,7 @@ A step's roots are of factors that contain its own gradient, as in the paper.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from largebatch.optim.blockwise.block_work import (
 )
 from largebatch.optim.blockwise.blocks import Block
 from largebatch.optim.blockwise.optimizer import Here, SecondOrderOptimizer
+from largebatch.optim.blockwise.refresh import Ask, asked_shapes, refreshed
 from largebatch.optim.blockwise.step_stats import BlockDirection, square
 from largebatch.optim.blockwise.work_group import BlockedLayer
 from largebatch.optim.math.adam import (
@@ -70,6 +71,9 @@ class Shampoo(SecondOrderOptimizer):
       have different steps of the interval, so that no step has much more to do than others but the
       first. In the first interval factors are young, and roots are taken more often: once in steps
       2 to 3, 4 to 7, 8 to 15, and so on.
+    - `refresh`: "in_step", or "beside": roots are made on the host beside the steps, and come into
+      use an interval late (`largebatch.optim.blockwise.refresh`), for devices without
+      decompositions.
     - `start_preconditioning_step`: until then the grafted method's own step is taken. Where it is
       not below the interval, the first roots are spread over the interval before it.
     - `momentum`, `nesterov`: of the steps u, as in torch's SGD: b ← μ b + u, and b, or u + μ b. It
@@ -119,6 +123,7 @@ class Shampoo(SecondOrderOptimizer):
         exponent: float | None = None,
         ridge: float = 1e-5,
         precondition_interval: int = 10,
+        refresh: str = "in_step",
         start_preconditioning_step: int = 1,
         momentum: float = 0.0,
         nesterov: bool = False,
@@ -142,6 +147,7 @@ class Shampoo(SecondOrderOptimizer):
             "exponent": exponent,
             "ridge": ridge,
             "precondition_interval": precondition_interval,
+            "refresh": refresh,
             "start_preconditioning_step": start_preconditioning_step,
             "momentum": momentum,
             "nesterov": nesterov,
@@ -178,6 +184,7 @@ class Shampoo(SecondOrderOptimizer):
         for dim in block.dims:
             n = block.shape[dim]
             shapes |= {f"factor_{dim}": (n, n), f"root_{dim}": (n, n)}
+        shapes |= asked_shapes(group, block)
         shapes["exp_avg"] = block.shape
         if group["grafting"] in WITH_SQUARES:
             shapes["grad_sq"] = block.shape
@@ -190,8 +197,8 @@ class Shampoo(SecondOrderOptimizer):
         for dim in block.dims:
             block.put(f"factor_{dim}", next_factor(block, dim))
         if block.is_due(start):
-            outcomes = yield self._asked_roots(block)
-            self._take_roots(block, outcomes)
+            factor, use = partial(corrected_factor, block), partial(self._take_roots, block)
+            yield from refreshed(block, start, factor, root_of(block), use)
         mean = block.put("exp_avg", block.state["exp_avg"].lerp(grad, 1 - beta1))
         mean = corrected(mean, beta1, block.ages["exp_avg"])
         squares, grafting = None, group["grafting"]
@@ -205,18 +212,6 @@ class Shampoo(SecondOrderOptimizer):
         roots = {dim: block.state[f"root_{dim}"] for dim in block.dims}
         direction = in_basis(mean, roots)  # which are symmetric
         return BlockDirection(direction, square(direction if grafting == "none" else own))
-
-    def _asked_roots(self, block: BlockAtWork) -> list[Decomposition[Root]]:
-        group = block.group
-        beta, exponent = factor_beta(group), group["exponent"] or 1 / (2 * len(block.dims))
-        correction = 1.0 if beta == 1 else 1 - beta ** block.ages["factor"]
-        take = partial(inverse_root, p=1 / exponent, ridge=group["ridge"])
-
-        def corrected(dim: int) -> list[Tensor]:
-            return [block.state[f"factor_{dim}"] / correction]
-
-        device = block.grad.device
-        return [Decomposition(take, partial(corrected, dim), device) for dim in block.dims]
 
     def _take_roots(self, block: BlockAtWork, outcomes: Sequence[Outcome[Root]]) -> None:
         """New roots of the factors; one that fails leaves the last good one."""
@@ -240,3 +235,21 @@ class Shampoo(SecondOrderOptimizer):
         moved = buffer * group["momentum"] + direction
         write([buffer], [moved], skip)
         return direction.add(moved, alpha=group["momentum"]) if group["nesterov"] else moved
+
+
+def corrected_factor(block: BlockAtWork, dim: int) -> Tensor:
+    """A dimension's factor without the bias of its start at 0."""
+    beta = factor_beta(block.group)
+    correction = 1.0 if beta == 1 else 1 - beta ** block.ages["factor"]
+    return block.state[f"factor_{dim}"] / correction
+
+
+def root_of(block: BlockAtWork) -> Ask[Root]:
+    """How the root of a dimension's factor is asked for."""
+    exponent = block.group["exponent"] or 1 / (2 * len(block.dims))
+    take = partial(inverse_root, p=1 / exponent, ridge=block.group["ridge"])
+
+    def ask(factor: Callable[[], Tensor], dim: int) -> Decomposition[Root]:
+        return Decomposition(take, lambda: [factor()], block.grad.device)
+
+    return ask

@@ -49,7 +49,7 @@ summation. One step from a common state does not.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,7 @@ from largebatch.optim.blockwise.block_work import (
 )
 from largebatch.optim.blockwise.blocks import Block
 from largebatch.optim.blockwise.optimizer import SecondOrderOptimizer
+from largebatch.optim.blockwise.refresh import Ask, asked_shapes, refreshed
 from largebatch.optim.blockwise.step_stats import BlockDirection, square
 from largebatch.optim.math.adam import adam_direction, corrected
 from largebatch.optim.math.decompositions import Decomposition, Outcome
@@ -100,6 +101,9 @@ class SOAP(SecondOrderOptimizer):
     - `precondition_interval`: steps from QR to QR of a basis, in other steps for other blocks. In
       the first interval once in steps 2 to 3, 4 to 7, 8 to 15, and so on. 1 is for large batches
       that make spikes: a basis that lags behind far steps fits their gradients badly.
+    - `refresh`: "in_step", or "beside": bases are made on the host beside the steps, and come into
+      use an interval late (`largebatch.optim.blockwise.refresh`), for devices without
+      decompositions.
     - `factors`: "shampoo", or "kl".
     - `update_rms`: the root mean square of every layer's step; None: as it comes.
     - `hyperball`: keep a tensor's norm, and step by a fraction of it: lr is the angle
@@ -143,6 +147,7 @@ class SOAP(SecondOrderOptimizer):
         *,
         factor_beta: float | None = None,
         precondition_interval: int = 10,
+        refresh: str = "in_step",
         factors: str = "shampoo",
         update_rms: float | None = None,
         hyperball: bool = False,
@@ -162,6 +167,7 @@ class SOAP(SecondOrderOptimizer):
             "weight_decay": weight_decay,
             "factor_beta": factor_beta,
             "precondition_interval": precondition_interval,
+            "refresh": refresh,
             "factors": factors,
             "update_rms": update_rms,
             "hyperball": hyperball,
@@ -188,6 +194,7 @@ class SOAP(SecondOrderOptimizer):
         for dim in block.dims:
             n = block.shape[dim]
             shapes |= {f"factor_{dim}": (n, n), f"basis_{dim}": (n, n)}
+        shapes |= asked_shapes(group, block)
         return shapes | {"exp_avg": block.shape, "exp_avg_sq": block.shape}
 
     def _work_on(self, block: BlockAtWork) -> BlockTask:
@@ -201,8 +208,8 @@ class SOAP(SecondOrderOptimizer):
         for dim, factor in factors.items():
             block.put(f"factor_{dim}", factor)
         if block.step == 1 or block.is_due(first=1):
-            outcomes = yield self._asked_bases(block)
-            self._turn_bases(block, outcomes)
+            factor, use = partial(factor_of, block), partial(self._turn_bases, block)
+            yield from refreshed(block, 1, factor, basis_of(block), use)
         length, rms = square(direction), block.group["update_rms"]
         if rms is not None:
             length = torch.full_like(length, rms**2 * direction.numel())
@@ -218,15 +225,6 @@ class SOAP(SecondOrderOptimizer):
         squares = corrected(squares, beta2, block.ages["exp_avg_sq"])
         mean = corrected(in_basis(mean, bases), beta1, block.ages["exp_avg"])
         return out_of_basis(adam_direction(mean, squares, group["eps"], root_above_rounding), bases)
-
-    def _asked_bases(self, block: BlockAtWork) -> list[Decomposition[Refined]]:
-        take = first_basis if block.step == 1 else refined_basis
-
-        def pair(dim: int) -> list[Tensor]:
-            return [block.state[f"factor_{dim}"], block.state[f"basis_{dim}"]]
-
-        device = block.grad.device
-        return [Decomposition(take, partial(pair, dim), device) for dim in block.dims]
 
     def _turn_bases(self, block: BlockAtWork, outcomes: Sequence[Outcome[Refined]]) -> None:
         """New bases, and v as it belongs to them; one that fails leaves the last good one."""
@@ -244,6 +242,24 @@ class SOAP(SecondOrderOptimizer):
             squares = in_basis(block.grad, bases).square_().mul_(1 - block.group["betas"][1])
         block.put("exp_avg_sq", squares)
         block.put("condition", condition)
+
+
+def factor_of(block: BlockAtWork, dim: int) -> Tensor:
+    """A dimension's factor: for a basis its bias does not matter."""
+    return block.state[f"factor_{dim}"]
+
+
+def basis_of(block: BlockAtWork) -> Ask[Refined]:
+    """How the next basis of a dimension is asked for."""
+    take = first_basis if block.step == 1 else refined_basis
+
+    def ask(factor: Callable[[], Tensor], dim: int) -> Decomposition[Refined]:
+        def pair() -> list[Tensor]:
+            return [factor(), block.state[f"basis_{dim}"]]
+
+        return Decomposition(take, pair, block.grad.device)
+
+    return ask
 
 
 def root_above_rounding(squares: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ class SOAPMuon(OfHiddenMatrices, SOAP):
     `params`, `adamw`, `groups`, `adamw_lr_ratio`, `adamw_weight_decay`, and a group's `algorithm`
     ("soap_muon" or "adamw"), `norm_groups` and `norm_dim` are as for `Muon`; so are `ns_steps`,
     `coefficients`, `ns_precision` and `shape_rule`. `factor_beta`, `factors`, `hyperball`,
-    `precondition_interval`, `tolerated_failures` and `process_group` are as for `SOAP`. `betas` and
-    `eps` are of both algorithms.
+    `precondition_interval`, `refresh`, `tolerated_failures` and `process_group` are as for `SOAP`.
+    `betas` and `eps` are of both algorithms.
 
     - `max_preconditioner_dim`: a longer dimension has no factor; None: all have.
 
@@ -79,6 +79,7 @@ class SOAPMuon(OfHiddenMatrices, SOAP):
         factor_beta: float | None = None,
         factors: str = "shampoo",
         precondition_interval: int = 1,
+        refresh: str = "in_step",
         max_preconditioner_dim: int | None = 4096,
         ns_steps: int = 5,
         coefficients: str = "jordan",
@@ -102,6 +103,7 @@ class SOAPMuon(OfHiddenMatrices, SOAP):
             "factors": factors,
             "update_rms": None,
             "precondition_interval": precondition_interval,
+            "refresh": refresh,
             "max_preconditioner_dim": max_preconditioner_dim,
             "ns_steps": ns_steps,
             "coefficients": coefficients,

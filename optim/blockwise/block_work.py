@@ -12,7 +12,7 @@ from largebatch.optim.base import Group
 from largebatch.optim.blockwise.owned_state import BlockState
 from largebatch.optim.blockwise.step_stats import BlockDirection, BlockStats
 from largebatch.optim.blockwise.work_group import BlockedLayer, BlockWorkGroup
-from largebatch.optim.math.decompositions import Decomposition, Outcome, decompose
+from largebatch.optim.math.decompositions import Beside, Decomposition, Outcome, decompose
 from largebatch.optim.math.matrix_roots import Failures
 from largebatch.optim.math.tensors import write
 from largebatch.optim.sharding.refresh_schedule import is_due
@@ -41,6 +41,8 @@ class BlockAtWork:
     many steps as the new one would have needed for the weight that it has."""
     failures: Failures
     skip: Tensor | None
+    beside: Beside
+    """What is decomposed beside the steps."""
 
     @property
     def dims(self) -> tuple[int, ...]:

@@ -53,6 +53,7 @@ from largebatch.optim.blockwise.step_stats import (
 )
 from largebatch.optim.blockwise.work_group import DROPPED, BlockedLayer, BlockWorkGroup
 from largebatch.optim.math.adam import adam_direction, corrected
+from largebatch.optim.math.decompositions import REFRESHES
 from largebatch.optim.math.matrix_roots import full_precision
 from largebatch.optim.math.tensors import on_device, without_too_large, write
 from largebatch.optim.options import require, require_one_of
@@ -199,9 +200,8 @@ class BlockwiseOptimizer(OwnedState):
             for k, whole in gradients.blocks[place].items():
                 grad = whole.to(layer.dtype).reshape(layer.blocks[k].shape)
                 state = self._block_state(layer, k)
-                work = BlockAtWork(
-                    layer, k, group, grad, state, step, ages, self.failures, gathered.skip
-                )
+                shared = self.failures, gathered.skip, self._beside
+                work = BlockAtWork(layer, k, group, grad, state, step, ages, *shared)
                 at_work.append((place, work))
         elementwise = self._work_on_parts(work_group, alone, gathered.skip)
         for own in alone:
@@ -352,6 +352,7 @@ class SecondOrderOptimizer(BlockwiseOptimizer):
         for name in ("merge_dims", "precondition"):
             require(isinstance(options[name], bool), name, "True or False", options[name])
         require_one_of(options, "sides", ("both", "one"))
+        require_one_of(options, "refresh", REFRESHES)
 
     def _work_on(self, block: BlockAtWork) -> BlockTask:
         """Advance a block's state by one gradient, and return its direction."""

@@ -36,6 +36,7 @@ from largebatch.optim.blockwise.work_group import (
 )
 from largebatch.optim.loading import as_state
 from largebatch.optim.math.bias_correction import SUFFIX, ages_of
+from largebatch.optim.math.decompositions import Beside
 from largebatch.optim.math.matrix_roots import TOLERATED_FAILURES, FailureReports, Failures
 from largebatch.optim.math.tensors import compute_dtype
 from largebatch.optim.sharding.layout import Name, is_dtensor, layout_of
@@ -76,6 +77,7 @@ class OwnedState(ShardedOptimizer):
         self._group_of: dict[Tensor, Group] = {}
         self._known_work_groups: tuple[Any, list[BlockWorkGroup]] = ((), [])
         self._counts = StepCounts()
+        self._beside = Beside()
         self._history: dict[Tensor, dict[str, tuple[float, float]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -240,6 +242,7 @@ class OwnedState(ShardedOptimizer):
 
     def _take_up(self, found: Mapping[Tensor, dict[str, Any]]) -> None:
         self.state.update(self._ready(found))
+        self._beside.forget()
 
     def _ready(self, by_param: Mapping[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
         """Return the loaded state of each parameter as `step` expects it, by the loaded options;

@@ -27,7 +27,7 @@ AVERAGES = ("exp_avg", "exp_avg_sq", "factor")
 DROPPED = "dropped_elements"
 
 # What a block has for each dimension with a factor.
-MATRICES = ("factor_", "root_", "basis_")
+MATRICES = ("factor_", "root_", "basis_", "asked_")
 
 # The options of a group that say which blocks its parameters have.
 CUT = ("precondition", "block_size", "merge_dims", "max_preconditioner_dim", "sides")

@@ -6,6 +6,7 @@ of a layer's groups lie one below the other: a factor is (groups · n, n), a dia
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,26 +23,39 @@ ROOTS = (
     *("inverse_in", "inverse_out"),  # of the factored forms
     *("basis_in", "basis_out", "eigenvalues_in", "eigenvalues_out", "shift"),  # of "exact"
 )
+ASKED = ("asked_in", "asked_out", "asked_damping")
+"""What the inverses were asked of that are made beside the steps."""
 SCALARS = ("factor_weight", "items", "condition", "dropped_updates")
-FACTOR_STATE = frozenset((*FACTORS, *ROOTS, *SCALARS))
+FACTOR_STATE = frozenset((*FACTORS, *ROOTS, *ASKED, *SCALARS))
 
 
-def state_shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:
+class Form(NamedTuple):
+    """What decides which state a layer has: its `form`, and whether `refresh` is "beside"."""
+
+    name: str
+    beside: bool = False
+
+
+def state_shapes(layer: Layer, form: Form) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a layer's state, none of it 0-d."""
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(SCALARS, (1,))
     for side, (groups, *sizes) in (("in", layer.shape_in), ("out", layer.shape_out)):
         factor = (groups * sizes[0], *sizes[1:])
         shapes[f"factor_{side}"] = factor
-        if form != "exact":
+        if form.beside:
+            shapes[f"asked_{side}"] = factor
+        if form.name != "exact":
             shapes[f"inverse_{side}"] = factor
             continue
         shapes[f"eigenvalues_{side}"] = factor[:1]
         if len(sizes) == 2:
             shapes[f"basis_{side}"] = factor
-    return shapes if form != "exact" else shapes | {"shift": (layer.groups,)}
+    if form.beside:
+        shapes["asked_damping"] = (1,)
+    return shapes if form.name != "exact" else shapes | {"shift": (layer.groups,)}
 
 
-def make_factor_state(layer: Layer, form: str, device: torch.device) -> dict[str, Tensor]:
+def make_factor_state(layer: Layer, form: Form, device: torch.device) -> dict[str, Tensor]:
     """Make the state of a layer without samples: zeros, and the identity as preconditioner."""
     made: dict[str, Tensor] = {}
     for name, shape in state_shapes(layer, form).items():
@@ -100,9 +114,13 @@ def averages(layer: Layer, state: State) -> tuple[Tensor, Tensor]:
 
 
 def new_roots(
-    layer: Layer, form: str, damping: Damping, state: State
+    layer: Layer, form: str, damping: Damping, state: State, *, of_asked: bool = False
 ) -> Decomposition[dict[str, Tensor]]:
-    """Return the decomposition of the averages, shaped as in the state; see `decomposed`."""
+    """Return the decomposition of the averages, shaped as in the state; see `decomposed`.
+
+    Args:
+        of_asked: of the averages, and by the damping, that `ask_of` has kept.
+    """
     diagonal, value = (layer.diagonal_in, layer.diagonal_out), damping.value
 
     def compute(factor_in: Tensor, factor_out: Tensor, *values: Tensor) -> dict[str, Tensor]:
@@ -115,7 +133,25 @@ def new_roots(
 
     values = (value,) if isinstance(value, Tensor) else ()
     device = state["factor_in"].device
+    if of_asked:
+        return Decomposition(compute, lambda: asked(layer, state), device)
     return Decomposition(compute, lambda: (*averages(layer, state), *values), device)
+
+
+def ask_of(layer: Layer, state: State, value: float | Tensor) -> None:
+    """Keep the averages, and the damping with them, for inverses that are made beside the steps."""
+    for side, factor in zip(ASKED[:2], averages(layer, state), strict=True):
+        in_groups(layer, state[side]).copy_(factor)
+    if isinstance(value, Tensor):
+        state["asked_damping"].copy_(value)
+    else:
+        state["asked_damping"].fill_(value)
+
+
+def asked(layer: Layer, state: State) -> list[Tensor]:
+    """Return what `ask_of` has kept: A and G of each group, and the damping."""
+    factor_in, factor_out, value = (state[key] for key in ASKED)
+    return [in_groups(layer, factor_in), in_groups(layer, factor_out), value]
 
 
 def roots_of(layer: Layer, state: State) -> Roots:

@@ -28,6 +28,7 @@ from largebatch.optim.kronecker.state import KroneckerState
 from largebatch.optim.kronecker.statistics import FactorStatistics
 from largebatch.optim.kronecker.work_group import KroneckerWorkGroup, make_work_groups
 from largebatch.optim.math.adam import GRAFTINGS
+from largebatch.optim.math.decompositions import REFRESHES, Beside
 from largebatch.optim.math.matrix_roots import FailureReports, Failures
 from largebatch.optim.options import require, require_one_of
 from largebatch.optim.sharding.layout import Name, is_dtensor, local
@@ -44,8 +45,8 @@ class KroneckerOptimizer(KroneckerState):
     Args:
         params: parameter groups; None: one of all parameters.
         defaults: the options of a group.
-        options: those of the whole optimizer: `fisher`, `factor_interval`, `inverse_interval`,
-            `max_factor_size`.
+        options: those of the whole optimizer: `fisher`, `refresh`, `factor_interval`,
+            `inverse_interval`, `max_factor_size`.
     """
 
     takes_model: ClassVar[bool] = True
@@ -69,6 +70,7 @@ class KroneckerOptimizer(KroneckerState):
                 "KFAC(model, lr=…), or KFAC(model, lr=…, params=…) for some of its parameters"
             )
         require_one_of(options, "fisher", ("empirical", "true"))
+        require_one_of(options, "refresh", REFRESHES)
         for name in ("factor_interval", "inverse_interval", "max_factor_size"):
             count = options[name]
             whole = isinstance(count, int) and not isinstance(count, bool)
@@ -87,6 +89,7 @@ class KroneckerOptimizer(KroneckerState):
         """Watch the model; what has been here before is in groups and state."""
         self._stats: dict[Name, dict[str, Tensor]] = {}
         self._reports = FailureReports(self.failures)
+        self._beside = Beside()
         self._unsaid = True
         self._layers: list[Layer] = []
         self._work_groups: list[KroneckerWorkGroup] = []

@@ -15,10 +15,11 @@ from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.blockwise.portable import Key, Portable, States, gathered, sharded
 from largebatch.optim.blockwise.work_group import DROPPED, BlockedLayer
 from largebatch.optim.kronecker.damping import FORMER_FORMS
-from largebatch.optim.kronecker.factors import make_factor_state, state_shapes
+from largebatch.optim.kronecker.factors import Form, make_factor_state, state_shapes
 from largebatch.optim.kronecker.layers import Layer
 from largebatch.optim.kronecker.work_group import KroneckerWorkGroup
 from largebatch.optim.loading import as_kept, as_state
+from largebatch.optim.math.decompositions import Beside
 from largebatch.optim.math.tensors import compute_dtype, write
 from largebatch.optim.sharding.layout import Name, local
 from largebatch.optim.sharding.refresh_schedule import RefreshSchedule
@@ -39,6 +40,8 @@ class KroneckerState(ShardedOptimizer):
     _group_of: dict[Tensor, Group]
     _work_groups: list[KroneckerWorkGroup]
     _schedule: RefreshSchedule[Layer]
+    _options: dict[str, Any]
+    _beside: Beside
 
     def _begin(self) -> None:
         """Watch the model, with the groups and state that there are."""
@@ -101,11 +104,12 @@ class KroneckerState(ShardedOptimizer):
         empty = torch.empty(0, dtype=layer.dtype, device=work_group.device)
         return {name: empty.clone() for name in state_shapes(layer, form)}
 
-    def _forms(self) -> dict[Layer, str]:
+    def _forms(self) -> dict[Layer, Form]:
         """Of the layers that are shared out and still in a group."""
         layers = (layer for work_group in self._work_groups for layer in work_group.layers)
         known = (layer for layer in layers if layer.weight in self._group_of)
-        return {layer: self._group_of[layer.weight]["form"] for layer in known}
+        beside = self._options["refresh"] == "beside"
+        return {layer: Form(self._group_of[layer.weight]["form"], beside) for layer in known}
 
     def _moved(self) -> Iterator[tuple[Group, Tensor]]:
         return ((g, param) for param, g in self._group_of.items() if param.grad is not None)
@@ -142,6 +146,7 @@ class KroneckerState(ShardedOptimizer):
         self._find()
         self._share()
         self.state.update(self._ready(found))
+        self._beside.forget()
         self._restore_schedule()
 
     def leave_out(self, params: Iterable[Tensor]) -> None:
@@ -176,7 +181,7 @@ class KroneckerState(ShardedOptimizer):
         for param, state in found.items():
             keys = {"step", DROPPED, *self._keys(param, self._group_of[param])}
             layer = layers.get(param)  # type: ignore[call-overload] # by identity
-            form = "" if layer is None else forms[layer]
+            form = None if layer is None else forms[layer]
             ready[param] = checked(param, self._names[param], state, keys, layer, form)
         return gathered(self._portables(ready), ready)
 
@@ -205,7 +210,7 @@ def checked(
     found: Mapping[str, Any],
     keys: set[str],
     layer: Layer | None,
-    form: str,
+    form: Form | None,
 ) -> dict[str, Any]:
     """Return a parameter's loaded state in the dtype and on the device that `step` expects.
 
@@ -215,7 +220,7 @@ def checked(
     Raises:
         ValueError: an entry that is missing or of another shape; one that is unknown is kept.
     """
-    shapes = {} if layer is None else state_shapes(layer, form)
+    shapes = {} if layer is None or form is None else state_shapes(layer, form)
     zeros = {"dropped_updates": torch.zeros(1)} if layer is not None else {}
     found = {DROPPED: torch.zeros(()), **zeros, **found}  # of before these were counted
     if (keys | shapes.keys()) - found.keys():
@@ -223,7 +228,7 @@ def checked(
         raise ValueError(
             f"state of parameter {name!r} must have the entries that its options make, got or "
             f"lacks {', '.join(wrong[:4])}: was it saved by another optimizer, or with another "
-            "form, graft, rule or fallback?"
+            "form, refresh, graft, rule or fallback?"
         )
     ready = {}
     for key, value in found.items():

@@ -7,11 +7,13 @@ once more. So where the device has none, all that a step has to decompose goes t
 piece, is decomposed there by the same functions, and comes back in one piece: the host waits once
 in a step that takes roots or bases, in place of several times a matrix.
 
-The step waits for it. To continue meanwhile with the roots of before would be another algorithm.
+The step waits for it. To continue meanwhile with the roots of before is another algorithm, the same
+on every device and machine: `Beside`, for optimizers with `refresh="beside"`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -19,10 +21,14 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from largebatch.optim.math.matrix_roots import RootError
+from largebatch.optim.math.matrix_roots import LEFT, RootError, smallest_square
 from largebatch.optim.sharding.step_counts import Arriving
 
 Result = TypeVar("Result")
+
+REFRESHES = ("in_step", "beside")
+"""When what is decomposed in a step comes into use: in it, or at the next refresh."""
+
 Outcome = Callable[[], Result]
 """Returns the result of a decomposition, or raises its `RootError`."""
 
@@ -55,6 +61,74 @@ def decompose(asked: Sequence[Decomposition[Any]]) -> list[Outcome[Any]]:
     if not asked or asked[0].device.type in DECOMPOSE:
         return [*asked]
     return [outcome for some in _stretches(asked) for outcome in _on_host(some, asked[0].device)]
+
+
+class Beside:
+    """Decompositions on the host, in a thread beside the steps.
+
+    What `begin` was told under a key, `take` returns: when a result comes into use depends on steps
+    alone, never on how fast the host is, which is waited for if need be.
+
+    All of it is in FP64. A thread beside a forward pass must not change the precision of products,
+    which is the process's, and in FP64 there is nothing to change.
+    """
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._under_way: dict[Hashable, Future[list[Any]]] = {}
+
+    def begin(self, key: Hashable, asked: Sequence[Decomposition[Any]]) -> None:
+        """Set off decompositions; the device is not waited for.
+
+        On a CPU the tensors are not copied: they keep their values until `take`.
+        """
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "decompositions")
+        sent = [(each.compute, [*map(Arriving, each.tensors())]) for each in asked]
+        self._under_way[key] = self._thread.submit(_made, sent)
+
+    def take(self, key: Hashable, asked: Sequence[Decomposition[Any]]) -> list[Outcome[Any]]:
+        """The outcomes of what has begun under a key, once; made now where nothing has, as after
+        a state was loaded.
+        """
+        if key not in self._under_way:
+            self.begin(key, asked)
+        found = self._under_way.pop(key).result()
+        return [_placed(each, ask.device) for each, ask in zip(found, asked, strict=True)]
+
+    def forget(self, key: Hashable | None = None) -> None:
+        """Let go of what has begun under a key, or of all."""
+        if key is None:
+            self._under_way.clear()
+        self._under_way.pop(key, None)
+
+
+@torch.no_grad()
+def _made(sent: Sequence[tuple[Callable[..., Any], Sequence[Arriving]]]) -> list[Any]:
+    return [_in_fp64(compute, [each.wait() for each in arriving]) for compute, arriving in sent]
+
+
+def _in_fp64(compute: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
+    """Its results in the tensors' own dtype, or the error where that does not hold them."""
+    dtype = tensors[0].dtype
+    wide = []
+    for tensor in tensors:
+        # What is zero in its own dtype is not a matter of rounding in a wider one.
+        nothing = tensor.abs().amax() < smallest_square(dtype)
+        wide.append(torch.where(nothing, 0.0, tensor.to(torch.float64)))
+    found = _attempted(compute, wide)
+    if isinstance(found, RootError):
+        return found
+    parts = [part.to(dtype) if part.is_floating_point() else part for part in _parts_of(found)]
+    if not all(bool(part.isfinite().all()) for part in parts):
+        return RootError("a decomposition has left numbers that its dtype does not hold", LEFT)
+    return _like(found, parts)
+
+
+def _placed(found: Any, device: torch.device) -> Outcome[Any]:
+    """What the host has found, on the device, which is not waited for."""
+    parts = [] if isinstance(found, RootError) else _parts_of(found)
+    return _outcome(found, iter(parts if device.type == "cpu" else _uploaded(parts, device)))
 
 
 class _Ready(NamedTuple):
@@ -96,9 +170,12 @@ def _outcome(found: Any, uploaded: Iterator[Tensor]) -> Outcome[Any]:
             raise error
 
         return failed
-    parts = [*islice(uploaded, len(_parts_of(found)))]
-    whole = dict(zip(found, parts, strict=True)) if isinstance(found, dict) else type(found)(*parts)
+    whole = _like(found, [*islice(uploaded, len(_parts_of(found)))])
     return lambda: whole
+
+
+def _like(found: Any, parts: Sequence[Tensor]) -> Any:
+    return dict(zip(found, parts, strict=True)) if isinstance(found, dict) else type(found)(*parts)
 
 
 def _parts_of(found: Any) -> list[Tensor]:

@@ -76,11 +76,15 @@ class Refined(NamedTuple):
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision(dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """FP32 products of FP32 matrices, on every device, whatever is set globally.
 
-    The setting is the process's: a thread that multiplies meanwhile gets full precision too.
+    The setting is the process's: a thread that multiplies meanwhile gets full precision too. FP64
+    has no other, and there nothing is set.
     """
+    if dtype == torch.float64:
+        yield
+        return
     try:
         legacy = torch.get_float32_matmul_precision()
     except RuntimeError:  # set by backend, which torch then refuses to put into one word
@@ -133,7 +137,7 @@ def smallest_square(dtype: torch.dtype) -> float:
 def finite_eigen(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     """Eigenvalues and eigenvectors; None where they are not to be had."""
     try:
-        with full_precision():
+        with full_precision(matrix.dtype):
             values, vectors = torch.linalg.eigh(matrix)
     except LinAlgError:
         return None
@@ -166,7 +170,7 @@ def inverse_root(matrix: Tensor, p: float, ridge: float = DEFAULT_RIDGE) -> Root
 
 def of_eigen(values: Tensor, vectors: Tensor) -> Tensor:
     """V diag(values) Vᵀ, symmetric to the last bit."""
-    with full_precision():
+    with full_precision(vectors.dtype):
         product: Tensor = (vectors * values) @ vectors.T
     return (product + product.T) / 2
 
@@ -194,7 +198,7 @@ def refined_basis(matrix: Tensor, basis: Tensor) -> Refined:
     """
     largest = matrix.abs().amax()
     empty = largest < smallest_square(matrix.dtype)  # nothing to refine it by
-    with full_precision():
+    with full_precision(matrix.dtype):
         power = (matrix / torch.where(empty, 1.0, largest)) @ basis
         order = (basis * power).sum(dim=0).argsort(descending=True, stable=True)
         refined: Tensor

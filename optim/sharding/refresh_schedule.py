@@ -68,6 +68,10 @@ class RefreshSchedule(Generic[Item]):
     def due(self, items: Iterable[Item]) -> list[Item]:
         return [item for item in items if self.steps >= self._next.get(item, 0)]
 
+    def is_young(self, item: Item) -> bool:
+        """Whether the layer's factors are still changing fast, or have never been looked at."""
+        return item not in self._next or self.steps < self._interval
+
     def mark_refreshed(self, item: Item) -> None:
         """Note that the layer has been refreshed in this step."""
         self._next[item] = self._from(item, self.steps + 1)

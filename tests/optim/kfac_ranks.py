@@ -36,7 +36,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "ridge": {"ridge": 1e-4},
     "inverse": {"form": "factored_cholesky", "damping": 1e-4, "graft": "sgd", "weight_decay": 0.1},
     "exact": {"form": "exact", "inverse_interval": 1, "kl_clip": 1e-3, "rule": "sgd"},
-    "diagonal": {"max_factor_size": 8, "factor_interval": 2, "inverse_interval": 3},
+    "diagonal": {
+        **{"max_factor_size": 8, "factor_interval": 2, "inverse_interval": 3},
+        "refresh": "beside",
+    },
 }
 
 

@@ -41,6 +41,20 @@ def is_due(t: int, interval: int) -> bool:
     return (t - 1) % interval == 0 or (t < interval and t in (1, 2, 4, 8, 16))
 
 
+class Beside:
+    """Factors of one refresh until the next, if `refresh` is "beside"; those of the first interval
+    are taken at once."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.late = options.get("refresh") == "beside"
+        self.interval = options["precondition_interval"]
+        self.asked: list[Array] = []
+
+    def due(self, factors: list[Array], t: int) -> list[Array]:
+        before, self.asked = self.asked, [*factors]
+        return before if self.late and t - 1 >= self.interval else factors
+
+
 class ShampooBlock:
     """Gupta et al. 2018, Algorithm 2, with running averages and a grafted method."""
 
@@ -49,6 +63,7 @@ class ShampooBlock:
         self.factors = [np.zeros((n, n)) for n in shape]
         self.roots = [np.eye(n) for n in shape]
         self.dims = [int(np.argmin(shape))] if options.get("sides") == "one" else range(len(shape))
+        self.beside = Beside(options)
         self.m, self.v, self.t = np.zeros(shape), np.zeros(shape), 0
 
     def step(self, g: Array) -> tuple[Array, Array]:
@@ -63,9 +78,9 @@ class ShampooBlock:
         if is_due(t, o["precondition_interval"]):
             correction = 1.0 if beta == 1 else 1 - beta**t
             exponent = o["exponent"] or 1 / (2 * len(self.dims))
+            due = self.beside.due([factor / correction for factor in self.factors], t)
             for dim in self.dims:
-                factor = self.factors[dim] / correction
-                self.roots[dim] = inverse_root(factor, exponent, o["ridge"])
+                self.roots[dim] = inverse_root(due[dim], exponent, o["ridge"])
         self.m = beta1 * self.m + (1 - beta1) * g
         mean = self.m / (1 - beta1**t)
         own = self.grafted(g, mean, beta2)
@@ -96,6 +111,7 @@ class SOAPBlock:
         self.o = options
         self.factors = [np.zeros((n, n)) for n in shape]
         self.bases = [np.eye(n) for n in shape]
+        self.beside = Beside(options)
         self.m, self.v, self.t = np.zeros(shape), np.zeros(shape), 0
 
     def rotated(self, tensor: Array) -> Array:
@@ -125,8 +141,9 @@ class SOAPBlock:
         if t == 1:
             self.bases = [np.linalg.eigh(factor)[1][:, ::-1] for factor in self.factors]
             self.v = (1 - beta2) * self.rotated(g) ** 2
+            self.beside.due(self.factors, t)
         elif is_due(t, o["precondition_interval"]):
-            for dim, factor in enumerate(self.factors):
+            for dim, factor in enumerate(self.beside.due(self.factors, t)):
                 basis = self.bases[dim]
                 order = np.argsort(-np.diag(basis.T @ factor @ basis), kind="stable")
                 q, r = np.linalg.qr(factor @ basis[:, order])

@@ -34,6 +34,7 @@ FAR_FROM_DEFAULT = {
     "factor_beta": 1.0,
     "grafting": "adagrad",
     "precondition_interval": 3,
+    "refresh": "beside",
     "start_preconditioning_step": 5,
     "momentum": 0.5,
     "nesterov": True,

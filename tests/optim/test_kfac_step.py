@@ -137,6 +137,7 @@ class Reference:
         self.factors: list[Any] = [0.0, 0.0]
         self.first = self.second = self.m = self.b = 0.0
         self.roots: list[Any] = []
+        self.asked: list[Any] = []
 
     def step(self, a: Any, delta: Any) -> None:
         """One step on inputs (n, in) and gradients of each example's loss (n, out)."""
@@ -149,6 +150,9 @@ class Reference:
             self.factors[index] = decay * self.factors[index] + (1 - decay) * new
         if self.t - 1 in (0, 1, 2, 4, 8) or (self.t - 1) % o["inverse_interval"] == 0:
             corrected = [factor / correction for factor in self.factors]
+            if o.get("refresh") == "beside":
+                asked, self.asked = self.asked, corrected
+                corrected = asked if self.t > o["inverse_interval"] else corrected
             self.roots = [
                 np.linalg.inv(f + o["damping"] ** 0.5 * np.trace(f) / len(f) * np.eye(len(f)))
                 for f in corrected
@@ -199,6 +203,8 @@ OPTIONS: dict[str, Any] = {
         {"graft": "none", "rule": "sgd", "kl_clip": 1e-3},
         {"rule": "sgd", "nesterov": True},
         {"inverse_interval": 9},
+        {"inverse_interval": 2, "refresh": "beside"},
+        {"inverse_interval": 1, "refresh": "beside"},
         {"kl_clip": 1e-2, "factor_decay": 0.0},
     ],
     ids=str,

@@ -53,6 +53,8 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "nesterov": {"momentum": 0.7, "nesterov": True, "decay": "l2", "weight_decay": 0.1},
     "factor-beta": {"factor_beta": 0.5, "precondition_interval": 1},
     "one-sided": {"sides": "one", "precondition_interval": 1},
+    "beside": {"refresh": "beside", "precondition_interval": 2},
+    "beside-often": {"refresh": "beside", "precondition_interval": 1},
 }
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ADAMW_STATE = {"step", *MOMENTS, *(f"{name}_extra_steps" for name in MOMENTS), "dropped_elements"}

@@ -29,6 +29,8 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "factor-beta": {"factor_beta": 0.6, "precondition_interval": 2},
     "kl": {"factors": "kl", "precondition_interval": 1},
     "kl-seldom": {"factors": "kl", "precondition_interval": 3, "factor_beta": 0.8},
+    "beside": {"refresh": "beside", "precondition_interval": 2},
+    "beside-kl": {"refresh": "beside", "precondition_interval": 1, "factors": "kl"},
     "rms": {"update_rms": 0.2, "weight_decay": 0.1},
 }
 

@@ -56,6 +56,11 @@ OPTIONS = {
     "soap": ("optim.precondition_interval=100",),
     "soap_muon": ("optim.precondition_interval=100",),
 }
+# An interval of one step, and everything that is decomposed comes a step late.
+BESIDE = {
+    "shampoo": ("optim.precondition_interval=1", "optim.refresh=beside"),
+    "kfac": ("optim.inverse_interval=1", "optim.refresh=beside"),
+}
 # Whose state has the second moment of every parameter.
 WITH_MOMENTS = ("adamw", "lamb")
 
@@ -69,7 +74,8 @@ def plain() -> list[Run]:
     """Each optimizer on each task, on the device."""
     few = f"budget.samples={16 * PLAIN_STEPS}"
     runs = [_run(f"{task} {n}", task, n, few) for task in TASKS for n in OPTIMIZERS]
-    return [*runs, *(_run(f"text {n}", "text", n, few) for n in MORE_OPTIMIZERS)]
+    runs += [_run(f"text {n}", "text", n, few) for n in MORE_OPTIMIZERS]
+    return [*runs, *(_run(f"beside {n}", "text", n, few, *BESIDE[n]) for n in BESIDE)]
 
 
 def on_the_cpu() -> list[Run]:
