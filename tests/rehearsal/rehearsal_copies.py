@@ -11,7 +11,7 @@ import weakref
 from typing import Any
 
 import torch
-from rehearsal_log import log, place
+from rehearsal_log import is_beside, log, place
 from torch import Tensor
 
 NAME = "rehearsal"
@@ -55,7 +55,7 @@ def deliver(upto: int | None = None) -> None:
 
 def wait(kind: str) -> None:
     """The host waits for all that the device has to do."""
-    if threading.current_thread().name != "checkpoint":  # who writes beside training may wait
+    if not is_beside():
         log.waits[kind, place()] += 1
     deliver()
 

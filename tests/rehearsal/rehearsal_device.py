@@ -19,7 +19,7 @@ import rehearsal_copies as copies
 import rehearsal_operators as operators
 import torch
 from rehearsal_copies import NAME, deliver, has_arrived, sent, wait
-from rehearsal_log import log, place
+from rehearsal_log import is_beside, log, place
 
 RIGHT_TORCH = torch.__version__.startswith("2.13.")
 WHY_NOT = f"the rehearsal accelerator rests on private parts of torch 2.13, not {torch.__version__}"
@@ -46,7 +46,8 @@ class Event:
         if self._operators == log.operators:  # nothing since: all that there is, is waited for
             wait("event, just recorded")
         else:
-            log.events["event", place()] += 1
+            if not is_beside():
+                log.events["event", place()] += 1
             deliver(self._upto)
 
     def elapsed_time(self, other: "Event") -> float:

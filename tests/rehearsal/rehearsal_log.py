@@ -49,6 +49,11 @@ class Log:
 log = Log()
 
 
+def is_beside() -> bool:
+    """Whether this is a thread beside training, which may wait."""
+    return threading.current_thread().name.startswith(("checkpoint", "decompositions"))
+
+
 def place() -> str:
     """The innermost line of the product that has led here, or the outermost known of another."""
     frame: FrameType | None = sys._getframe(1)

@@ -62,8 +62,14 @@ def test_a_steady_step_waits_for_nothing_but_what_a_refresh_needs(
         assert not [kind for kind, _ in step.uploads if kind == "waiting upload"]
         assert not step.hosted, "XPU would do it on the host, without a word"
     assert outcome["steps"][0].waits.total() <= PER_REFRESH.get(optimizer, 0)
+    assert_refreshes_wait_where_they_have_to(name, outcome)
+
+
+def assert_refreshes_wait_where_they_have_to(name: str, outcome: Outcome) -> None:
+    """Those in the step, and not in every step; none of those beside the steps."""
     with_refresh = [step for step in steady(outcome) if refreshes(step)]
-    assert bool(with_refresh) == (optimizer in cells.SECOND_ORDER)
+    in_step = name.split()[-1] in cells.SECOND_ORDER and not name.startswith("beside")
+    assert bool(with_refresh) == in_step
     assert len(with_refresh) < len(steady(outcome))
 
 
@@ -82,9 +88,7 @@ def test_with_the_names_of_torch_cuda(
     outcome = ended(as_cuda, name)
     for step in steady(outcome):
         assert all(at(line, ROOTS) for _, line in step.waits), step.waits
-    with_refresh = [step for step in steady(outcome) if refreshes(step)]
-    assert bool(with_refresh) == (name.split()[-1] in cells.SECOND_ORDER)
-    assert len(with_refresh) < len(steady(outcome))
+    assert_refreshes_wait_where_they_have_to(name, outcome)
     assert largest_difference(outcome, ended(found, f"{name} cpu")) < 1e-6
 
 
