@@ -208,8 +208,8 @@ class SOAP(SecondOrderOptimizer):
         for dim, factor in factors.items():
             block.put(f"factor_{dim}", factor)
         if block.step == 1 or block.is_due(first=1):
-            factor, use = partial(factor_of, block), partial(self._turn_bases, block)
-            yield from refreshed(block, 1, factor, basis_of(block), use)
+            by_dim, use = partial(factor_of, block), partial(self._turn_bases, block)
+            yield from refreshed(block, 1, by_dim, basis_of(block), use)
         length, rms = square(direction), block.group["update_rms"]
         if rms is not None:
             length = torch.full_like(length, rms**2 * direction.numel())
