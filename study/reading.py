@@ -54,7 +54,7 @@ def read_runs(folder: Path | str) -> tuple[list[RunSummary], list[str]]:
 
 def recorded(provenance: Sequence[Mapping[str, object]], key: str) -> list[str]:
     """The distinct values of one entry over the provenance of runs, as sorted text."""
-    return sorted({_text(one[key]) for one in provenance if one.get(key) is not None})
+    return sorted({_text(one[key]) for one in provenance if one.get(key) not in (None, "")})
 
 
 def _text(value: object) -> str:

@@ -24,8 +24,7 @@ def loss_html(study: LossSection, drawn: Mapping[str, Drawn]) -> "Markup":
         answers_of(loss_answers(study)),
         heading_of("Final loss"),
         figure_of(
-            drawn[FIGURE].wide,
-            drawn[FIGURE].narrow,
+            drawn[FIGURE],
             "Evaluation loss when the budget is spent, against the global batch size, each point "
             f"at its best learning rate. {bars}",
         ),

@@ -3,7 +3,6 @@
 Answers first; where the numbers come from, last. It runs nothing but a few lines that sort tables.
 """
 
-import base64
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -44,7 +43,7 @@ MOST_RECORDED: Final = 3
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture as the page holds it: for wide screens and paper, and for phones."""
+    """A picture as the page holds it, as SVG: for wide screens and paper, and for phones."""
 
     wide: str
     narrow: str
@@ -209,20 +208,17 @@ def answers_of(pairs: Sequence[tuple[str, str]]) -> "Markup":
 
 
 def _figure(drawn: Mapping[str, Drawn], name: str, caption: str) -> "Markup":
-    return figure_of(drawn[name].wide, drawn[name].narrow, caption)
+    return figure_of(drawn[name], caption)
 
 
-def figure_of(wide: str, narrow: str, caption: str) -> "Markup":
-    """A picture for wide screens and for phones, as SVG, with what it shows in words."""
+def figure_of(drawn: Drawn, caption: str, is_tall: bool = False) -> "Markup":
+    """A picture with what it shows in words; on paper one that is tall has a page."""
     from markupsafe import Markup
 
-    return _part("figure", wide=Markup(wide), narrow=Markup(narrow), caption=caption)
-
-
-def embedded(picture: Path, caption: str) -> "Markup":
-    """A picture within the page, which is one file."""
-    data = base64.b64encode(picture.read_bytes()).decode()
-    return _part("embedded", source=f"data:image/png;base64,{data}", caption=caption)
+    return _part(
+        "figure", wide=Markup(drawn.wide), narrow=Markup(drawn.narrow), caption=caption,
+        is_tall=is_tall,
+    )  # fmt: skip
 
 
 def table_of(listing: Listing, caption: str) -> "Markup":

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from largebatch.common.figures import GREY
+from largebatch.common.text import counted
 from largebatch.records.names import EVALUATED
 from largebatch.records.target import is_unbounded
 from largebatch.study.labels import plain
@@ -43,6 +44,8 @@ MOST_METRICS: Final = 6
 """That have a panel."""
 _SMOOTHED: Final = 50
 """Running means reach back over this fraction of a run's lines."""
+_LABELS: Final = 0.14
+"""Inches from the left edge to the middle of the axes' labels."""
 _WIDE_SPAN: Final = 8.0
 """Positive values that span more than this factor are drawn on a logarithmic axis; shares, rates
 and scores never are, whatever they span."""
@@ -92,7 +95,8 @@ def runs_figure(
         if panel.always or any(history.has(panel.key) for history in histories)
     ]  # fmt: skip
     handles = curve_handles(styles, names) if len(names) > 1 else []
-    handles += [handle("o", "evaluation", markersize=4.5)]
+    marker = styles[names[0]].marker if len(names) == 1 else "o"
+    handles += [handle(marker, "evaluation", markersize=4.5)]
     handles += [Line2D([], [], color=GREY, linewidth=1.6, label="training, running mean")]
     targets = {one.target for one in histories if one.target is not None}
     if targets:
@@ -104,7 +108,10 @@ def runs_figure(
         for history, name in zip(histories, names, strict=True):
             _draw(picture, axes, panel, history, name, styles[name], AXES[against][0])
         axes.set_ylabel(panel.label, fontsize=8.5 if width >= WIDE else 7.5)
+        box = axes.get_position()
+        axes.yaxis.set_label_coords((_LABELS / width - box.x0) / box.width, 0.5)
         _set_scale(axes, panel, histories)
+        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
         set_grid(axes)
         for target in targets:
             if target.metric == panel.metric:
@@ -168,9 +175,7 @@ def _draw(
     if panel.kind == "evaluated":
         _draw_evaluations(picture, axes, panel, history, name, style, against)
         return
-    x, y = history.columns[against], history.columns[panel.key]
-    if panel.key == "noise_scale":
-        y = np.where(history.columns.get("noise_resolved", np.zeros_like(y)) == 1, y, np.nan)
+    x, y = history.columns[against], _shown(history, panel.key)
     if panel.kind == "steps":  # a mean of two sizes is none
         every = -(-len(x) // MOST_POINTS)
         axes.plot(x[::every], y[::every], color=style.colour, linestyle=style.line,
@@ -185,6 +190,20 @@ def _draw(
               linewidth=1.6)  # fmt: skip
     if panel.kind == "loss" and history.has("eval_loss"):
         _draw_evaluations(picture, axes, panel, history, name, style, against)
+
+
+def _shown(history: RunHistory, key: str) -> Series:
+    """A field as it is drawn: of a noise scale what is resolved."""
+    values = history.columns[key]
+    if key != "noise_scale":
+        return values
+    resolved = history.columns.get("noise_resolved", np.zeros_like(values)) == 1
+    return np.where(resolved, values, np.nan)
+
+
+def _tick(value: float, _: object = None) -> str:
+    """A number that leaves room for the label beside it: 120 k."""
+    return counted(value) if abs(value) >= 100_000 else plain(value)
 
 
 def _draw_evaluations(
@@ -220,7 +239,7 @@ def _set_scale(axes: Axes, panel: Panel, histories: Sequence[RunHistory]) -> Non
     of a loss's start is cut off.
     """
     keys = (panel.key, "eval_loss") if panel.kind == "loss" else (panel.key,)
-    found = [history.columns[key] for history in histories for key in keys if history.has(key)]
+    found = [_shown(history, key) for history in histories for key in keys if history.has(key)]
     targets = [history.target for history in histories if history.target is not None]
     aims = [target.value for target in targets if target.metric == panel.metric]
     values = np.concatenate([*found, np.array(aims)]) if found else np.empty(0)
@@ -240,4 +259,3 @@ def _set_scale(axes: Axes, panel: Panel, histories: Sequence[RunHistory]) -> Non
         pad = 0.06 * ((high - low) or abs(high) or 1.0)
         axes.set_ylim(low - pad, high + pad)
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.yaxis.set_major_formatter(FuncFormatter(plain))

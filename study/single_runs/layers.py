@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from largebatch.common.figures import DPI
 from largebatch.records.columns import read_columns
 from largebatch.records.fields import Check, Fields, number
 from largebatch.records.names import METRICS
-from largebatch.study.labels import label
+from largebatch.study.labels import label, plain
+from largebatch.study.page.axes import WIDE, round_numbers
 from largebatch.study.single_runs.history import COUNTED, increasing
 
 PREFIX = "trust_ratio/"
@@ -64,10 +65,14 @@ def read_layers(folder: Path, problems: list[str]) -> LayerHistory:
     )
 
 
-def layers_figure(history: LayerHistory, title: str) -> Figure:
-    """Layers against samples seen, the colour telling the trust ratio on a logarithmic scale."""
+def layers_figure(history: LayerHistory, title: str, width: float = WIDE) -> Figure:
+    """Layers against samples seen, the colour telling the trust ratio on a logarithmic scale.
+
+    Args:
+        width: in inches.
+    """
     num_layers = len(history.layers)
-    figure = Figure(figsize=(7.0, min(1.6 + 0.22 * num_layers, TALLEST)), layout="constrained")
+    figure = Figure(figsize=(width, min(1.6 + 0.22 * num_layers, TALLEST)), layout="constrained")
     axes = figure.subplots()
     positive = history.ratios[history.ratios > 0]
     low, high = (positive.min(), positive.max()) if positive.size else (0.1, 10.0)
@@ -88,20 +93,9 @@ def layers_figure(history: LayerHistory, title: str) -> Figure:
     axes.set_yticks([row + 0.5 for row in rows], names, fontsize=7)
     axes.invert_yaxis()
     axes.set(title=label(title), xlabel="Samples seen")
-    figure.colorbar(mesh, ax=axes, label="Trust ratio")
+    axes.xaxis.set_major_locator(MaxNLocator(6 if width >= WIDE else 3))
+    axes.xaxis.set_major_formatter(FuncFormatter(plain))
+    ticks = round_numbers(low, high, 4)
+    bar = figure.colorbar(mesh, ax=axes, label="Trust ratio", ticks=ticks, format=plain)
+    bar.ax.minorticks_off()
     return figure
-
-
-def write_layers(folder: Path, problems: list[str], out: Path | None = None) -> Path:
-    """Draw a run's trust ratios into `out` (default: its own folder); returns the picture's path.
-    What is damaged is noted.
-
-    Raises:
-        ValueError: it recorded none.
-    """
-    history = read_layers(folder, problems)
-    target = folder if out is None else out
-    target.mkdir(parents=True, exist_ok=True)
-    path = target / "layers.png"
-    layers_figure(history, f"Trust ratio by layer: {folder.resolve().name}").savefig(path, dpi=DPI)
-    return path

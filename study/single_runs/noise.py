@@ -5,9 +5,10 @@ noise scale, averaging still pays; far above it, samples are spent on what is kn
 the record calls resolved is drawn solid, the rest faint.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from matplotlib import colormaps
@@ -15,20 +16,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
-from largebatch.common.figures import COLOURS, DPI, GRID, INK, paper_style
+from largebatch.common.figures import COLOURS, GRID, INK, paper_style
 from largebatch.records.columns import read_columns
 from largebatch.records.fields import Check, flag
 from largebatch.records.names import METRICS
-from largebatch.study.labels import label, plain
+from largebatch.study.labels import label
+from largebatch.study.page.axes import WIDE, set_log_axis
 from largebatch.study.single_runs.history import COUNTED, SCALE, Series, increasing
 
 FIELD = "noise_scale"
 LAYER = "noise_scale/"
 MOST_NAMED = 6  # layers that a legend can still tell apart
 WHOLE, PRECONDITIONED = COLOURS[0], COLOURS[1]
+OF_LAYERS: Final = (*COLOURS[2:6], COLOURS[7], COLOURS[6])
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,14 @@ def _wanted(key: str) -> Check[Any] | None:
     return SCALE if key.startswith(FIELD) else None
 
 
-def noise_figure(history: NoiseHistory, title: str) -> Figure:
-    """Noise scales and the batch size against samples seen, all axes logarithmic."""
+def noise_figure(history: NoiseHistory, title: str, width: float = WIDE) -> Figure:
+    """Noise scales and the batch size against samples seen, all axes logarithmic.
+
+    Args:
+        width: in inches.
+    """
     with paper_style():
-        figure = Figure(figsize=(7.0, 4.6), layout="constrained")
+        figure = Figure(figsize=(width, 4.6), layout="constrained")
         axes = figure.subplots()
         axes.set(title=label(title), xlabel="Samples seen", ylabel="Samples")
         axes.set(xscale="log", yscale="log")
@@ -122,16 +128,16 @@ def noise_figure(history: NoiseHistory, title: str) -> Figure:
             linestyle=(0, (5, 2)), label="_batch",
         )  # fmt: skip
         _set_limits(axes, history)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(plain))
-            axis.set_minor_formatter(NullFormatter())
+        set_log_axis(axes.xaxis, *axes.get_xlim(), 6 if width >= WIDE else 4)
+        set_log_axis(axes.yaxis, *axes.get_ylim(), 6)
         first = [
             _handle("Noise scale", WHOLE, 1.8),
             Patch(facecolor=WHOLE, alpha=0.2, label="its standard error"),
             Line2D([], [], color=WHOLE, alpha=0.3, linewidth=1.0, label="not resolved"),
             Line2D([], [], color=INK, linewidth=1.2, linestyle=(0, (5, 2)), label="Global batch"),
         ]
-        figure.legend(handles=first + handles, loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(handles=first + handles, loc="outside lower center", frameon=False,
+                      ncols=4 if width >= WIDE else 2)  # fmt: skip
     return figure
 
 
@@ -152,7 +158,9 @@ def _draw(axes: Axes, samples: Series, curve: NoiseCurve, colour: str, width: fl
 def _draw_layers(axes: Axes, history: NoiseHistory) -> list[Line2D]:
     """Thin, from first to last layer by colour; returns what the legend says of them."""
     count = len(history.layers)
-    colours = colormaps["viridis"](np.linspace(0.15, 0.9, max(count, 1)))
+    # Neither so dark nor so light that light or dark paper swallows it.
+    many = colormaps["viridis"](np.linspace(0.3, 0.7, max(count, 1)))
+    colours: Sequence[Any] = OF_LAYERS if count <= MOST_NAMED else [*many]
     for (name, scale), colour in zip(history.layers.items(), colours, strict=False):
         axes.plot(
             history.samples, scale, color=colour, linewidth=0.7, alpha=0.8, label=f"_layer {name}"
@@ -177,18 +185,3 @@ def _set_limits(axes: Axes, history: NoiseHistory) -> None:
         axes.set_ylim(values.min() / 1.5, values.max() * 1.5)
     if history.samples[0] < history.samples[-1]:
         axes.set_xlim(history.samples[0], history.samples[-1])
-
-
-def write_noise(folder: Path, problems: list[str], out: Path | None = None) -> Path:
-    """Draw a run's noise scale into `out` (default: its own folder); returns the picture's path.
-    What is damaged is noted.
-
-    Raises:
-        ValueError: it recorded none.
-    """
-    history = read_noise(folder, problems)
-    target = folder if out is None else out
-    target.mkdir(parents=True, exist_ok=True)
-    path = target / "noise.png"
-    noise_figure(history, f"Gradient noise scale: {folder.resolve().name}").savefig(path, dpi=DPI)
-    return path

@@ -6,16 +6,20 @@ where it recorded trust ratios by layer or its noise scale.
 """
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from largebatch.common.figures import paper_style
+from matplotlib.figure import Figure
+
+from largebatch.common.figures import DPI, paper_style
 from largebatch.common.text import duration
 from largebatch.records import printable
 from largebatch.records.names import EVALUATED, METRICS
-from largebatch.study.page.axes import NARROW, WIDE
-from largebatch.study.page.html import embedded, figure_of, provenance_of, rendered, table_of
+from largebatch.study.page.axes import NARROW, WIDE, Picture
+from largebatch.study.page.html import Drawn, figure_of, provenance_of, rendered, table_of
 from largebatch.study.page.styles import curve_styles
 from largebatch.study.page.svg import svg_of, themed, write_png
 from largebatch.study.page.tables import Entry, Listing
@@ -23,8 +27,8 @@ from largebatch.study.page.terminal import terminal_table
 from largebatch.study.page.words import DASH, plural
 from largebatch.study.single_runs.figure import MOST_METRICS, Against, runs_figure
 from largebatch.study.single_runs.history import RunHistory, is_run, names_of, read_history
-from largebatch.study.single_runs.layers import write_layers
-from largebatch.study.single_runs.noise import write_noise
+from largebatch.study.single_runs.layers import layers_figure, read_layers
+from largebatch.study.single_runs.noise import noise_figure, read_noise
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,25 +78,20 @@ def write_runs_report(
     target.mkdir(parents=True, exist_ok=True)
     styles = curve_styles((name, history.optimizer) for name, history in histories.items())
     pictures = {"run": target / "run.png", "run.svg": target / "run.svg"}
-    shown = {}
-    with paper_style():
-        for kind, width in (("w", WIDE), ("n", NARROW)):
-            picture = runs_figure(read, [*histories], styles, width, against)
-            if kind == "w":
-                write_png(picture, pictures["run"])
-            else:
-                picture.tips.clear()  # no pointer rests on a phone
-            shown[kind] = svg_of(picture, f"{kind}-run-")
-    pictures["run.svg"].write_text(shown["w"], encoding="utf-8")
+    title = f"Run {next(iter(histories))}" if len(read) == 1 else plural(len(read), "run")
+    told = f"{title}: loss and what was recorded beside it over {against}"
+    draw = partial(runs_figure, read, [*histories], styles, against=against)
+    drawn = _drawn(draw, told, pictures["run"], pictures["run.svg"])
+    figures = [figure_of(drawn, _CAPTION, is_tall=True)]
     if len(folders) == 1:
-        pictures |= _single(folders[0], problems, target)
+        for name, caption in _SINGLE.items():
+            png = target / f"{name}.png"
+            if (one := _single(name, caption, folders[0], problems, png)) is not None:
+                figures.append(figure_of(one, caption))
+                pictures[name] = png
     words = ["largebatch", "report", *map(str, folders), *(["--out", str(out)] if out else [])]
     words += ["--against", against] if against != "samples" else []
     html = target / "run.html"
-    title = f"Run {next(iter(histories))}" if len(read) == 1 else plural(len(read), "run")
-    told = f"{title}: loss and what was recorded beside it over {against}"
-    figures = [figure_of(themed(shown["w"], told), themed(shown["n"], told), _CAPTION)]
-    figures += [embedded(pictures[name], _SINGLE[name]) for name in _SINGLE if name in pictures]
     page = rendered(
         "run.html", title, printable(shlex.join(words)),
         table=table_of(runs_table(histories), "Losses are the last recorded."),
@@ -151,15 +150,33 @@ _SINGLE: Final = {
 }
 
 
-def _single(folder: Path, problems: list[str], out: Path) -> dict[str, Path]:
-    """The pictures that only one run can have, where it recorded what they show."""
-    pictures = {}
-    for name, write in (("layers", write_layers), ("noise", write_noise)):
-        try:
-            pictures[name] = write(folder, problems, out)
-        except ValueError:  # it did not record them
-            continue
-    return pictures
+def _single(name: str, told: str, folder: Path, problems: list[str], png: Path) -> Drawn | None:
+    """Draw a picture that only one run can have; None where it did not record what it shows."""
+    try:
+        draw: Callable[..., Figure]
+        if name == "layers":
+            draw = partial(layers_figure, read_layers(folder, problems))
+        else:
+            draw = partial(noise_figure, read_noise(folder, problems))
+    except ValueError:
+        return None
+    title = f"{told}: {folder.resolve().name}"
+    return _drawn(lambda width: Picture(draw(title, width)), title, png)
+
+
+def _drawn(
+    draw: Callable[[float], Picture], told: str, png: Path, file: Path | None = None
+) -> Drawn:
+    """Draw for paper and for phones, and write the picture as PNG and, into `file`, as SVG."""
+    with paper_style():
+        wide, narrow = draw(WIDE), draw(NARROW)
+        write_png(wide, png)
+        shown = svg_of(wide, f"w-{png.stem}-")
+        if file is not None:
+            file.write_text(shown, encoding="utf-8")
+        narrow.tips.clear()  # no pointer rests on a phone
+        narrow.figure.set_dpi(DPI)
+        return Drawn(themed(shown, told), themed(svg_of(narrow, f"n-{png.stem}-"), told))
 
 
 def _number(value: float | None, form: str) -> Entry:

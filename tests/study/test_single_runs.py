@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from largebatch.common.figures import paper_style
+from largebatch.study.page.axes import NARROW, WIDE
 from largebatch.study.page.styles import curve_styles
 from largebatch.study.report import main
 from largebatch.study.single_runs.figure import runs_figure
@@ -150,6 +152,41 @@ def test_a_share_has_a_linear_axis_and_a_perplexity_may_have_a_logarithmic_one(
     assert low < min(*values, 0.5)
     assert max(*values, 0.5) < high  # the target too is seen
     assert len(panel.get_yticks()) >= 2
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+def test_labels_and_ticks_are_within_the_picture(width: float, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    spans = {"samples_per_second": (1e2, 9e5), "grad_norm": (1e-7, 1.0), "lr": (1e-4, 2e-4),
+             "global_batch_size": (16_384, 65_536), "trust_ratio_median": (1e-3, 1e3)}  # fmt: skip
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for place in range(2):
+            values = {key: span[place] for key, span in spans.items()}
+            file.write(json.dumps({"step": 41 + place, "samples": 9e5 + place, **values}) + "\n")
+    run = read_history(folder, [])
+    with paper_style():
+        figure = runs_figure([run], ["run"], curve_styles([("run", "lamb")]), width).figure
+        figure.draw_without_rendering()
+        box = figure.get_tightbbox()
+    assert min(box.x0, box.y0) >= 0
+    assert box.x1 <= width
+    for axes in figure.axes:  # a label does not run into its ticks
+        label = axes.yaxis.label.get_window_extent()
+        ticks = [tick.get_window_extent() for tick in axes.get_yticklabels() if tick.get_text()]
+        assert label.x1 <= min(tick.x0 for tick in ticks)
+
+
+def test_the_panel_of_the_noise_scale_spans_what_is_resolved(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    scales = ((5e7, False), (100.0, True), (140.0, True))
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for place, (scale, resolved) in enumerate(scales):
+            line = {"samples": 9e5 + place, "noise_scale": scale, "noise_resolved": resolved}
+            file.write(json.dumps(line) + "\n")
+    run = read_history(folder, [])
+    figure = runs_figure([run], ["run"], curve_styles([("run", "lamb")]), 7.0).figure
+    (panel,) = (axes for axes in figure.axes if axes.get_ylabel() == "Noise scale")
+    assert panel.get_ylim() == pytest.approx((97.6, 142.4))
 
 
 def test_a_diverged_loss_does_not_flatten_the_picture(tmp_path: Path) -> None:
