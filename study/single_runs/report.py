@@ -33,6 +33,7 @@ from largebatch.study.single_runs.noise import noise_figure, read_noise
 if TYPE_CHECKING:
     from rich.console import Console
 
+_LONGEST_TITLE: Final = 80
 MOST_RUNS: Final = 24
 """That one picture can hold."""
 
@@ -161,7 +162,12 @@ def _single(name: str, told: str, folder: Path, problems: list[str], png: Path) 
     except ValueError:
         return None
     title = f"{told}: {folder.resolve().name}"
-    return _drawn(lambda width: Picture(draw(title, width)), title, png)
+
+    def titled(width: float) -> Picture:
+        # The page's caption says it too, and a phone has no room for a name.
+        return Picture(draw(title[:_LONGEST_TITLE] if width >= WIDE else "", width))
+
+    return _drawn(titled, title, png)
 
 
 def _drawn(

@@ -1,13 +1,17 @@
 """The trust ratios of a run, read from its lines and drawn."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from largebatch.common.figures import paper_style
+from largebatch.study.page.axes import NARROW, WIDE
 from largebatch.study.report import main
 from largebatch.study.single_runs.layers import layers_figure, read_layers
+from largebatch.study.single_runs.report import write_runs_report
 
 
 def write_run(folder: Path, lines: list[dict[str, float | None]], cut: str = "") -> None:
@@ -54,6 +58,27 @@ def test_the_report_of_one_run_has_its_layers(
     assert "layers.png" in capsys.readouterr().out
     assert (tmp_path / "run" / "layers.png").read_bytes().startswith(b"\x89PNG")
     assert "data:image/png" in (tmp_path / "run" / "run.html").read_text(encoding="utf-8")
+
+
+def test_pictures_of_one_run_follow_dark_pages_and_phones(tmp_path: Path) -> None:
+    run = tmp_path / ("a_name_that_is_far_too_long_" * 5)
+    write_run(run, LINES)
+    page = write_runs_report(run).html.read_text(encoding="utf-8")
+    assert "<img" not in page
+    figures = re.findall(r"<figure.*?</figure>", page, re.DOTALL)
+    assert len(figures) == 2
+    assert 'class="tall"' in figures[0]
+    for figure in figures:
+        wide, narrow = figure.split('<div class="for-phone">')
+        assert "var(--paper)" in wide
+        assert "var(--paper)" in narrow
+    for width in (NARROW, WIDE):
+        with paper_style():
+            drawn = layers_figure(read_layers(run, []), "Trust ratio" * (width == WIDE), width)
+            drawn.draw_without_rendering()
+            box = drawn.get_tightbbox()
+        assert min(box.x0, box.y0) >= 0
+        assert box.x1 <= width
 
 
 def test_a_run_without_trust_ratios_says_how_to_record_them(tmp_path: Path) -> None:
