@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "shared"))
 
 import forked
+import parsed_once
 
 # What a launcher, a batch system, a tracker or a user has left in the shell decides nothing here.
 _LEFT_OVER = ("LARGEBATCH_", "LOCAL_", "MASTER_", "OMPI_", "PALS_", "PBS_", "PMI", "RANK", "SLURM_",
@@ -20,6 +21,7 @@ for _name in [name for name in os.environ if name.startswith(_LEFT_OVER) and nam
     del os.environ[_name]
 
 forked.set_up()
+parsed_once.set_up()
 
 
 @pytest.fixture(scope="session")

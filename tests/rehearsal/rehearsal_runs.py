@@ -11,14 +11,12 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from forked import Popen, all_ended
 from hydra._internal.hydra import Hydra
 from hydra.types import RunMode
@@ -158,18 +156,7 @@ def _as_rank(
 
 
 def _compose_cheaply() -> None:
-    """Each file of the configuration parsed once a process, and each run composed once: Hydra would
-    do it again, to see whether it is many runs."""
-    parse: Any = yaml.load
-    parsed: dict[str, Any] = {}
-
-    def load(stream: Any, Loader: Any) -> Any:
-        text = stream if isinstance(stream, str) else stream.read()
-        if text not in parsed:
-            parsed[text] = parse(text, Loader)
-        return deepcopy(parsed[text])
-
-    yaml.load = load
+    """Each run composed once: Hydra would do it again, to see whether it is many runs."""
     Hydra.get_mode = lambda self, config_name, overrides: RunMode.RUN  # type: ignore[method-assign]
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import parsed_once
 from processes import is_running
 
 # What commands and ranks import, and what torch imports late.
@@ -53,6 +54,8 @@ def main() -> None:
     base = [entry for entry in sys.path[1:] if entry not in importable]
     for name in PRELOADED:
         importlib.import_module(name)
+    parsed_once.set_up()
+    parsed_once.parse_ahead()
     assert threading.active_count() == 1
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads"
     gc.collect()
