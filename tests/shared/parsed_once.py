@@ -19,7 +19,9 @@ def _load(stream: Any, Loader: Any) -> Any:
         return _parse(stream, Loader)
     text = stream if isinstance(stream, str) else stream.read()
     if text not in _parsed:
-        _parsed[text] = _parse(text, Loader)
+        if text is not stream:  # whose name is in what an error says
+            stream.seek(0)
+        _parsed[text] = _parse(stream, Loader)
     return deepcopy(_parsed[text])
 
 
