@@ -133,7 +133,8 @@ def _fitted(value: Any, annotation: Any, infinite: bool) -> Any:
             raise Unfit
         return check_fp32(number)
     if kind is str:
-        if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
+        is_word = isinstance(value, str | int | float) and not isinstance(value, bool)
+        if not is_word or value == "" or value != value:  # a name may be a number, and none is NaN
             raise Unfit
         return str(value)
     if kind in _LISTS and isinstance(value, list | tuple):
