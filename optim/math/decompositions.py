@@ -12,10 +12,12 @@ on every device and machine: `Beside`, for optimizers with `refresh="beside"`.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
+from threading import Lock, Thread, main_thread
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -71,21 +73,43 @@ class Beside:
 
     All of it is in FP64. A thread beside a forward pass must not change the precision of products,
     which is the process's, and in FP64 there is nothing to change.
+
+    What still waits for its turn when the process ends is not made: a job that is told to stop has
+    no minutes for it. Pools of threads make all of it first.
     """
 
     def __init__(self) -> None:
-        self._thread: ThreadPoolExecutor | None = None
         self._under_way: dict[Hashable, Future[list[Any]]] = {}
+        self._waiting: deque[tuple[Future[list[Any]], _Sent]] = deque()
+        self._lock, self._is_at_work = Lock(), False
 
     def begin(self, key: Hashable, asked: Sequence[Decomposition[Any]]) -> None:
         """Set off decompositions; the device is not waited for.
 
         On a CPU the tensors are not copied: they keep their values until `take`.
         """
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "decompositions")
         sent = [(each.compute, [*map(Arriving, each.tensors())]) for each in asked]
-        self._under_way[key] = self._thread.submit(_made, sent)
+        future = self._under_way[key] = Future[list[Any]]()
+        with self._lock:
+            self._waiting.append((future, sent))
+            if not self._is_at_work:
+                self._is_at_work = True
+                Thread(target=self._work, name="decompositions").start()
+
+    def _work(self) -> None:
+        """Make what waits, in order, in a thread of its own, until nothing does."""
+        while True:
+            with self._lock:
+                if not self._waiting or not main_thread().is_alive():
+                    self._is_at_work = False
+                    return
+                future, sent = self._waiting.popleft()
+            if not future.set_running_or_notify_cancel():  # forgotten
+                continue
+            try:
+                future.set_result(_made(sent))
+            except BaseException as error:  # whatever it is, who takes the result raises it
+                future.set_exception(error)
 
     def take(self, key: Hashable, asked: Sequence[Decomposition[Any]]) -> list[Outcome[Any]]:
         """The outcomes of what has begun under a key, once; made now where nothing has, as after
@@ -98,13 +122,17 @@ class Beside:
 
     def forget(self, key: Hashable | None = None) -> None:
         """Let go of what has begun under a key, or of all."""
-        if key is None:
-            self._under_way.clear()
-        self._under_way.pop(key, None)
+        for each in [*self._under_way] if key is None else [key]:
+            future = self._under_way.pop(each, None)
+            if future is not None:
+                future.cancel()
+
+
+_Sent = Sequence[tuple[Callable[..., Any], Sequence[Arriving]]]
 
 
 @torch.no_grad()
-def _made(sent: Sequence[tuple[Callable[..., Any], Sequence[Arriving]]]) -> list[Any]:
+def _made(sent: _Sent) -> list[Any]:
     return [_in_fp64(compute, [each.wait() for each in arriving]) for compute, arriving in sent]
 
 

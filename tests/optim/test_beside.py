@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -49,8 +51,7 @@ class Trial:
 def test_steps_wait_for_the_host_where_its_results_come_into_use(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free, held = Trial(name), Trial(name)
-    free.train(1, REFRESHES[3])
+    held = Trial(name)
     go, made, calls = threading.Event(), decompositions._made, itertools.count()
 
     def holding_the_third(sent: Any) -> Any:
@@ -64,10 +65,13 @@ def test_steps_wait_for_the_host_where_its_results_come_into_use(
     refresh = threading.Thread(target=held.train, args=(REFRESHES[2], REFRESHES[2]), daemon=True)
     refresh.start()
     refresh.join(0.5)
-    assert refresh.is_alive()
+    waits = refresh.is_alive()
     go.set()
     refresh.join()
+    assert waits
     held.train(REFRESHES[2] + 1, REFRESHES[3])
+    free = Trial(name)
+    free.train(1, REFRESHES[3])
     assert torch.equal(held.weight(), free.weight())
 
 
@@ -149,3 +153,24 @@ def test_numbers_that_fp32_does_not_hold_are_a_failure() -> None:
     with pytest.raises(RootError) as caught:
         outcome()
     assert caught.value.reason == LEFT
+
+
+def test_a_process_that_ends_leaves_unmade_what_has_not_begun() -> None:
+    """A job that is told to stop has no time for it."""
+    program = """
+import time, torch
+from largebatch.optim.math.decompositions import Beside, Decomposition
+from largebatch.optim.math.matrix_roots import Root
+def compute(matrix):
+    print("made", flush=True)
+    time.sleep(0.5)
+    return Root(matrix, matrix[0, 0])
+beside, matrix = Beside(), torch.eye(2)
+for number in range(40):
+    beside.begin(number, [Decomposition(compute, lambda: [matrix], matrix.device)])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert 0 <= done.stdout.count("made") <= 3
