@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import hydra
-from hydra._internal.utils import get_args_parser
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import (
+    detect_calling_file_or_module_from_task_function,
+    detect_task_name,
+    get_args_parser,
+)
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -31,6 +37,9 @@ from largebatch.records.record import unwritable
 
 _WITH_VALUE: Final = ("cfg", "package", "info", "config_path", "config_name", "experimental_rerun")
 _OWN_CLASS: Final = re.compile(r"(task|model)=([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)")
+_CONFIGS: Final = "pkg://largebatch.conf"
+_ONE, _MANY = "hydra.mode=RUN", "hydra.mode=MULTIRUN"
+_SETS_MODE: Final = re.compile(r"[+~]*hydra(\.mode|\.searchpath)?=")
 _FLAGS: Final = ("hydra_help", "resolve", "run", "multirun", "shell_completion")
 
 
@@ -62,11 +71,15 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: Sequen
         begun = True
         return task(composed)
 
-    entry = hydra.main(version_base="1.3", config_path="pkg://largebatch.conf", config_name="train")
+    many = is_many(options)
+    entry = hydra.main(version_base="1.3", config_path=_CONFIGS, config_name="train")
     try:
         with first(options.config_dir):
             tell_replaced(options.config_dir)
-            entry(begin)()
+            if many is None:
+                entry(begin)()
+            else:
+                compose_once(begin, options.overrides, many)
     # Before OSError: of a file of the configuration that is not there, Hydra's error is both.
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(format_config_error(error)) from error
@@ -87,6 +100,34 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: Sequen
             f"{_numbered_group(arguments)}: a group takes the name of a choice; a number goes to "
             "one of its keys, as in batch.size=512 or optim.lr=0.01"
         ) from error
+
+
+def is_many(options: Namespace) -> bool | None:
+    """Whether the command line is of many runs; None where only Hydra can tell: a file of the
+    user's may set `hydra.mode`, and some options run nothing.
+    """
+    given = {name for name, value in vars(options).items() if value}
+    words = {word for word in options.overrides if _SETS_MODE.match(word)}
+    if given - {"overrides", "run", "multirun"} or words - {_ONE, _MANY} or len(words) > 1:
+        return None
+    if options.multirun and words == {_ONE}:
+        return None  # Hydra warns of it
+    return options.multirun or words == {_MANY}
+
+
+def compose_once(task: Callable[[DictConfig], Any], overrides: list[str], many: bool) -> None:
+    """Do as `hydra.main` where it is known whether there are many runs: it composes the whole
+    configuration once more, to see whether a file says so.
+    """
+    word = _MANY if many else _ONE
+    words = overrides if word in overrides else [*overrides, word]
+    caller = detect_calling_file_or_module_from_task_function(task)
+    name = detect_task_name(*caller)
+    app = Hydra.create_main_hydra_file_or_module(*caller, _CONFIGS, name)
+    try:
+        (app.multirun if many else app.run)("train", task, words)
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def parse_options(arguments: Sequence[str]) -> Namespace:
