@@ -68,6 +68,7 @@ MAY_IMPORT = {
         "largebatch.study",
     ],
     "src/largebatch": [
+        *GROUND,
         "largebatch.cli",
         "largebatch.completion",
         "largebatch.records",

@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from largebatch.common.errors import ConfigError, RanksEnded, RunFailed, SweepFailed, refusing
+from largebatch.common.loading import load
 from largebatch.common.text import say, terminal_width, wrapped
 from largebatch.common.user_code import of_user
 from largebatch.distributed.ranks import Ranks, die_with_parent
@@ -183,7 +184,7 @@ def follow(team: Team) -> int:
 
 def train(team: Team, spec: RunSpec | None, display: bool = False) -> SummaryRecord:
     """Train as rank 0 orders; returns the summary."""
-    import largebatch.train.run  # noqa: F401 — while rank 0 still composes
+    load("largebatch.train.run")  # while rank 0 still composes
     from largebatch.optim.base import without_dynamo
 
     spec = told(team, spec)

@@ -1,6 +1,5 @@
 """`largebatch COMMAND …`: a table from command to the module that runs it."""
 
-import importlib
 import io
 import os
 import sys
@@ -9,6 +8,7 @@ from difflib import get_close_matches
 from importlib import metadata
 from typing import Final, NamedTuple
 
+from largebatch.common.loading import load
 from largebatch.completion import candidates, script
 from largebatch.records.outcomes import ExitCode, exit_code_help
 
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 0 if wanted else ExitCode.REFUSED
     try:
-        command = importlib.import_module(COMMANDS[arguments[0]].module)
+        command = load(COMMANDS[arguments[0]].module)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("largebatch"):
             raise
