@@ -292,9 +292,10 @@ class LAMB(LayerwiseOptimizer):
         infinite.
         """
         stats = super().layer_stats()
+        ratios = [layer["trust_ratio"] for layer in stats.values()]
+        none = [torch.zeros_like(ratio, dtype=torch.float32) for ratio in ratios[:1]]
         for name, layer in stats.items():
-            none = torch.zeros_like(layer["trust_ratio"], dtype=torch.float32)
-            layer["dropped_elements"] = self._overflows.dropped.get(name, none)
+            layer["dropped_elements"] = self._overflows.dropped.get(name, *none)
         return stats
 
     def _advance_steps(

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor
 
 from largebatch.conf.config import GuardConfig
@@ -134,10 +133,11 @@ class Loop:
 
     def measure(self, point: Point, loss: Tensor) -> StepMetrics:
         """The step's metrics, gradients untouched."""
-        reduced = {"loss": loss, "interrupted": torch.full_like(loss, self.stopping.signal.is_due)}
+        flags = self.parts.engine.flags
+        reduced = {"loss": loss, "interrupted": flags[self.stopping.signal.is_due]}
         if self.checkpoints is not None:
             due = self.ranks.is_first and self.checkpoints.is_due_by_time()
-            reduced["save_is_due"] = torch.full_like(loss, float(due))
+            reduced["save_is_due"] = flags[due]
         if self.parts.noise is not None:
             scale = self.parts.engine.precision.loss_scale
             factor = 1.0 if scale is None else scale.value

@@ -27,6 +27,7 @@ class LayerStats:
     def by_layer(self) -> Iterator[tuple[Name, dict[str, Tensor]]]:
         keys = ("weight_norm", "update_norm", "trust_ratio")
         values = [*zip(*(getattr(self, key).unbind() for key in keys), strict=True)]
+        flags = torch.tensor([False, True]).unbind()
         for layer in self.moved:
             stats = dict(zip(keys, values[layer], strict=True))
-            yield self.names[layer], stats | {"adapts": torch.tensor(self.adapts[layer])}
+            yield self.names[layer], stats | {"adapts": flags[self.adapts[layer]]}

@@ -74,6 +74,11 @@ class Engine(ABC):
         self._micro_batch_size = micro_batch_size
         self._replica = model
 
+    @cached_property
+    def flags(self) -> tuple[Tensor, ...]:
+        """0 and 1, to travel with a step's metrics; not to be written to."""
+        return torch.tensor([0.0, 1.0], device=self.device).unbind()
+
     def attach(self, optimizer: Optimizer, clip_norm: float | None) -> Optimizer:
         """Take the optimizer in, once; returns the one whose groups hold from now on.
 
@@ -120,7 +125,7 @@ class Engine(ABC):
                 # mean, or to that of a group.
                 factor = share * self.data_parallel_size
                 self._backward(loss if factor == 1.0 else loss * factor)
-            mine = (loss.detach() * share).float()
+            mine = (loss.detach() if share == 1.0 else loss.detach() * share).float()
             part = mine if part is None else part.add_(mine)
         assert part is not None, "a rank takes one micro-batch at least"
         return part
@@ -169,8 +174,10 @@ class Engine(ABC):
             metrics = metrics.over_groups(self.data_parallel_size)
         values = metrics.reduced | metrics.replicated | metrics.maxima
         packed = torch.stack([*values.values()])
+        if self.data_parallel_size == 1:
+            return tuple(values), packed, None
         works = [self.sum_over_ranks(packed[: len(metrics.reduced)])]
-        if metrics.maxima and self.data_parallel_size > 1:
+        if metrics.maxima:
             largest = packed[-len(metrics.maxima) :]
             works.append(dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True))
         begun = [work for work in works if work is not None]

@@ -88,7 +88,7 @@ class Update:
         grads = [local(p.grad) for p in params]
         squares = torch.stack([*squares_of(grads)])
         self._squares.append((params, squares))
-        part = squares.sum() / self.copies
+        part = squares.sum() if self.copies == 1 else squares.sum() / self.copies
         free = limits.clip_norm is None and limits.skip_above is None and self.loss_scale is None
         if free:
             optimizer.step()

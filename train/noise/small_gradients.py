@@ -231,7 +231,7 @@ def _weighted_square(flat: Tensor, weight: Tensor) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return wide(tensor).contiguous().view(-1)
+    return wide(tensor).reshape(-1)
 
 
 def wide(tensor: Tensor) -> Tensor:
