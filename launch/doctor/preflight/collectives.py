@@ -121,16 +121,6 @@ def members(among: str, rank: int, rows: Sequence[Sequence[int]]) -> list[int]:
     return found if 1 < len(found) < sum(map(len, rows)) else []
 
 
-def make_group(ranks: Sequence[int]) -> "dist.ProcessGroup":
-    """A process group of these ranks, which all of them call."""
-    # A group that is bound to a device is split by all its ranks, and xccl cannot split one
-    # (torch-xpu-ops issue 5385).
-    dist.distributed_c10d._get_default_group().bound_device_id = None
-    group = dist.new_group(list(ranks), use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
-
-
 @dataclass
 class Problem:
     """Input and right answer of one trial on this rank."""

@@ -140,6 +140,7 @@ class _PreflightRun:
         return heard
 
     def _try_all(self, watch: PreflightWatch) -> None:
+        from largebatch.distributed.groups import make_group
         from largebatch.distributed.ranks import pick_device, process_group
         from largebatch.launch.doctor.preflight import collectives
 
@@ -158,7 +159,7 @@ class _PreflightRun:
                         watch.next(f"making a group of {among}")
                         calls.settle(device)
                         watch.enter()
-                        calls.group = collectives.make_group(ranks) if ranks else None
+                        calls.group = make_group(ranks) if ranks else None
                     few = self.ranks.size < collectives.MOST_TO_ALL
                     to_all = self.all_to_all and few and not among
                     for trial in collectives.trials(self.mode, among, to_all):
