@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "shared"))
 
+import composed_once
 import forked
 import parsed_once
 
@@ -22,6 +23,7 @@ for _name in [name for name in os.environ if name.startswith(_LEFT_OVER) and nam
 
 forked.set_up()
 parsed_once.set_up()
+composed_once.set_up(Path(os.environ[forked.FOLDER]))
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import composed_once
 import parsed_once
 from processes import is_running
 
@@ -56,6 +57,7 @@ def main() -> None:
         importlib.import_module(name)
     parsed_once.set_up()
     parsed_once.parse_ahead()
+    composed_once.set_up(path.parent)
     assert threading.active_count() == 1
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads"
     gc.collect()
