@@ -1,5 +1,6 @@
 """Lets all tests, and the processes they spawn, import the modules in shared/."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -24,6 +25,14 @@ for _name in [name for name in os.environ if name.startswith(_LEFT_OVER) and nam
 forked.set_up()
 parsed_once.set_up()
 composed_once.set_up(Path(os.environ[forked.FOLDER]))
+
+gc.disable()  # what collection makes stays to the end, and looking it through takes a sixth of it
+
+
+def pytest_collection_finish() -> None:
+    """Leave tests and modules out of what the collector of garbage goes through."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

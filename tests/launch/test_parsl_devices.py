@@ -6,15 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import forked
 import pytest
 
-pytest.importorskip("parsl", reason="the extra parsl is not installed")
-
-from largebatch.launch.sweeps.parsl_devices import OnlyOn
+pytestmark = pytest.mark.skipif(find_spec("parsl") is None, reason="the extra parsl is missing")
 
 HERE = Path(__file__).parent
 
@@ -107,6 +106,8 @@ def test_pools_on_nodes_to_avoid_get_nothing(tmp_path: Path) -> None:
     pools: dict[bytes, Any] = {
         b"a": {"hostname": "n1.hsn.site"}, b"b": {"hostname": "n2"}, b"c": {"hostname": "n3"},
     }  # fmt: skip
+    from largebatch.launch.sweeps.parsl_devices import OnlyOn
+
     choice = OnlyOn(str(tmp_path / "avoided"))
     assert set(choice.sort_managers(pools, set(pools))) == {b"a", b"b", b"c"}
     (tmp_path / "avoided").write_text("n1\nn3")

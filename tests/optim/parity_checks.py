@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Shard
-from torch.distributed.tensor.debug import CommDebugMode
 
 import largebatch.optim.zero
 
@@ -138,6 +137,8 @@ def collectives(cell: Cell) -> Outcome:
 
     Of ZeRO-redundancy, the optimizer's within: the broadcasts of the weights are not ours.
     """
+    from torch.distributed.tensor.debug import CommDebugMode  # dear, and for ranks alone
+
     layout, row = LAYOUTS[cell.layout], ROWS[cell.row]
     counts: dict[str, dict[int, int]] = {"plain": {}, "amp": {}}
     for num_parameters in (10, 300):
@@ -157,6 +158,8 @@ def collectives(cell: Cell) -> Outcome:
 
 def counter(cell: Cell) -> Outcome:
     """How many of six known collectives the counter of `collectives` sees."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
     mesh = LAYOUTS["FSDP2"].spread(Tower(2)).linear0.weight.device_mesh
     sharded = like(nn.Parameter(torch.ones(4)), torch.ones(4))
     sharded = DTensor.from_local(sharded, mesh, run_check=False)

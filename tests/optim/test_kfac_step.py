@@ -9,7 +9,6 @@ import torch
 from kfac_networks import CASES, Case, only_layer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers.pytorch_utils import Conv1D
 
 from largebatch.optim import KFAC
 from largebatch.optim.kronecker.factors import averages
@@ -334,6 +333,8 @@ def test_a_layer_in_two_places_of_the_network_sums_over_both() -> None:
 
 
 def test_conv1d_of_transformers_is_stepped_as_the_linear_layer_of_its_transposed_weight() -> None:
+    from transformers.pytorch_utils import Conv1D
+
     found = []
     for transposed in (True, False):
         torch.manual_seed(0)

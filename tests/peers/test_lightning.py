@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -10,31 +11,36 @@ from six_optimizers import MAKES, Make, network, weights_of
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-lightning = pytest.importorskip("lightning")
+pytestmark = pytest.mark.skipif(find_spec("lightning") is None, reason="lightning is not installed")
 
 
-class Module(lightning.LightningModule):
-    """A small network; its second batch overflows where told to."""
+@pytest.fixture(scope="module")
+def module_class() -> Any:
+    """The class of a small network; its second batch overflows where told to."""
+    from lightning import LightningModule  # two seconds, which not every worker has to spend
 
-    def __init__(self, make: Make, overflows: bool) -> None:
-        super().__init__()
-        self.net, self.make, self.overflows = network(), make, overflows
-        self.before: list[Tensor] = []
-        self.moved: list[bool] = []
+    class Module(LightningModule):
+        def __init__(self, make: Make, overflows: bool) -> None:
+            super().__init__()
+            self.net, self.make, self.overflows = network(), make, overflows
+            self.before: list[Tensor] = []
+            self.moved: list[bool] = []
 
-    def training_step(self, batch: Tensor, index: int) -> Tensor:
-        loss: Tensor = cross_entropy(self.net(batch).float(), batch[:, :4].argmax(dim=1))
-        return loss * math.inf if self.overflows and index == 1 else loss
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            loss: Tensor = cross_entropy(self.net(batch).float(), batch[:, :4].argmax(dim=1))
+            return loss * math.inf if self.overflows and index == 1 else loss
 
-    def on_train_batch_start(self, batch: Tensor, index: int) -> None:
-        self.before = weights_of(self.net)
+        def on_train_batch_start(self, batch: Tensor, index: int) -> None:
+            self.before = weights_of(self.net)
 
-    def on_train_batch_end(self, outputs: Any, batch: Tensor, index: int) -> None:
-        same = map(torch.equal, self.before, weights_of(self.net))
-        self.moved.append(not all(same))
+        def on_train_batch_end(self, outputs: Any, batch: Tensor, index: int) -> None:
+            same = map(torch.equal, self.before, weights_of(self.net))
+            self.moved.append(not all(same))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.make(self.net)
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return self.make(self.net)
+
+    return Module
 
 
 def precision_of(name: str) -> dict[str, Any]:
@@ -49,12 +55,14 @@ def precision_of(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_lightning_trains_and_clips(make: Make, precision: str) -> None:
+def test_lightning_trains_and_clips(make: Make, precision: str, module_class: Any) -> None:
+    from lightning import Trainer
+
     batches = [torch.randn(8, 6, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    module = Module(make, overflows=precision == "16-mixed")
+    module = module_class(make, overflows=precision == "16-mixed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = lightning.Trainer(
+        trainer = Trainer(
             accelerator="cpu",
             devices=1,
             max_epochs=1,

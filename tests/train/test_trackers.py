@@ -7,15 +7,17 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from fixture_types import Train
-from wandb.proto import wandb_internal_pb2
 
 from largebatch.train.trackers.base import Labels
 from largebatch.train.trackers.study import log_study
 from largebatch.train.trackers.wandb import Wandb, has_login
+
+if TYPE_CHECKING:
+    from wandb.proto.wandb_internal_pb2 import Record
 
 RUN = ("task=digits", "optim=lamb", "optim.lr=0.05", "batch.size=64", "budget.samples=192",
        "target.loss=null", "evaluation.growth=100", "noise.small=micro_batch",
@@ -43,14 +45,16 @@ def stored(log: bytes) -> Iterator[bytes]:
             parts = b""
 
 
-def records_in(folder: Path) -> Iterator[wandb_internal_pb2.Record]:
+def records_in(folder: Path) -> "Iterator[Record]":
     """Of the only run in `folder/wandb`, once wandb's own process has written the last of them."""
+    from wandb.proto.wandb_internal_pb2 import Record  # a second, which few workers need
+
     until = time.monotonic() + 600
     while time.monotonic() < until:
         found, whole = [], []
         for file in (folder / "wandb").glob("offline-run-*/run-*.wandb"):
             for data in stored(file.read_bytes()):
-                found.append(wandb_internal_pb2.Record())
+                found.append(Record())
                 found[-1].ParseFromString(data)
             whole.append(bool(found) and found[-1].WhichOneof("record_type") == "exit")
         if whole and all(whole):
