@@ -4,6 +4,7 @@ import gc
 import importlib
 import sys
 from types import ModuleType
+from typing import Any
 
 
 def load(name: str) -> ModuleType:
@@ -23,3 +24,15 @@ def load(name: str) -> ModuleType:
         gc.freeze()
         if enabled:
             gc.enable()
+
+
+def load_matplotlib() -> None:
+    """Import what matplotlib's artists stand on, so that they come without a help text each.
+
+    matplotlib writes a signature and a docstring for the method `set` of every class, a third of
+    what its import takes. For commands: in a process of the user's somebody may read them.
+    """
+    artist: Any = load("matplotlib.artist")
+    written = "_update_set_signature_and_docstring"
+    if hasattr(artist.Artist, written):  # else this matplotlib does it in another way, or not
+        setattr(artist.Artist, written, classmethod(lambda kind: None))

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from largebatch.common.loading import load
+from largebatch.common.loading import load, load_matplotlib
 from largebatch.records import printable
 from largebatch.records.names import METRICS
 from largebatch.study.final_loss.page import FIGURE, loss_html, print_losses
@@ -128,7 +128,8 @@ def main(argv: Sequence[str]) -> int:
     folders = arguments.folders
     try:
         if all(folder.is_dir() for folder in folders):  # else it is refused, at once
-            load("largebatch.study.page.svg")  # and matplotlib
+            load_matplotlib()
+            load("largebatch.study.page.svg")
         if any((folder / METRICS).is_file() for folder in folders):
             from largebatch.study.single_runs.report import print_runs, write_runs_report
 

@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
-from importlib import metadata
 from typing import Final, NamedTuple
 
 from largebatch.common.loading import load
@@ -114,6 +113,8 @@ def missing(error: ModuleNotFoundError) -> str:
 
 def version() -> str:
     """Return this project's version, `unknown` where it is not installed."""
+    from importlib import metadata
+
     try:
         return metadata.version("largebatch")
     except metadata.PackageNotFoundError:

@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 from largebatch.common.figures import GREY, GRID
 from largebatch.study.labels import label, plain
 from largebatch.study.page.styles import Style
+from largebatch.study.page.ticks import PlainAxes
 
 WIDE: Final = 7.0
 """Inches, of a picture on paper or on a screen; text keeps its size at any width."""
@@ -69,7 +70,7 @@ def new_panels(
     panel_width = (width - _LEFT - _RIGHT - gaps[0] * (columns - 1)) / columns
     figure = Figure(figsize=(width, height))
     panels = figure.subplots(
-        rows, columns, squeeze=False, sharex=sharex,
+        rows, columns, squeeze=False, sharex=sharex, subplot_kw={"axes_class": PlainAxes},
         gridspec_kw={
             "left": _LEFT / width,
             "right": 1 - _RIGHT / width,

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from PIL import Image
 
 from largebatch.common.figures import COLOURS, DPI, GREY, GRID, INK
 from largebatch.study.page.axes import Picture
@@ -33,10 +35,14 @@ _VARIABLES: Final = {
 
 
 def write_png(picture: Picture, path: Path) -> None:
-    """The picture as PNG."""
+    """The picture as PNG, without an alpha channel: smaller than with one, and packed in half the
+    time.
+    """
     picture.figure.set_dpi(DPI)
     canvas: Any = FigureCanvasAgg(picture.figure)
-    canvas.print_png(path)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    image.save(path, dpi=(DPI, DPI), compress_level=1)
 
 
 def svg_of(picture: Picture, prefix: str) -> str:
