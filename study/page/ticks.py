@@ -57,6 +57,9 @@ class PlainAxis(Axis):
     def get_minor_ticks(self, numticks: int | None = None) -> list[Tick]:
         return []
 
+    def get_ticks_position(self) -> Any:
+        return "bottom" if self._is_x else "left"
+
     def get_majorticklabels(self) -> list[Text]:
         return self._texts
 

@@ -292,6 +292,7 @@ def test_a_panel_looks_as_matplotlib_would_draw_it(scale: str) -> None:
             lower.yaxis.set_major_locator(NullLocator())
             lower.set(ylim=(0, 1), xlabel="batch size")
             set_grid(upper)
+            lower.set_title("lower", loc="left")
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         images.append(np.asarray(canvas.buffer_rgba()))
