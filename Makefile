@@ -24,14 +24,18 @@ comma := ,
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: study test compat rehearse test-gpu matrix docs lint types clean
+.PHONY: study test tests compat rehearse test-gpu matrix docs lint types clean
 
 study: $(VENV)/.train
 	$(BIN)/largebatch sweep study=$(STUDY) $(ARGS)
 
+# Types beside the tests: they take a minute of one core.
+test: lint
+	@$(MAKE) --no-print-directory -j 2 types tests
+
 # Files side by side, one more than two cores, as many tests wait; a thread a process. Commands under
 # test find the bytecode of those before them.
-test: lint types
+tests: $(VENV)/.dev
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 compat:
