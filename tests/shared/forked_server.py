@@ -38,12 +38,27 @@ PRELOADED = (
     "scipy.stats",
     "matplotlib.figure",
     "rich.progress",
+    "joblib.externals.loky.process_executor",
+    "rich._emoji_codes",
     "largebatch.cli",
+    "largebatch.common.progress",
+    "largebatch.distributed.rank_dump",
     "largebatch.train.command",
+    "largebatch.train.engines.ddp",
+    "largebatch.train.engines.fsdp",
+    "largebatch.train.reporting.display",
     "largebatch.train.run",
     "largebatch.train.sweep_command",
+    "largebatch.train.tasks.bytes",
+    "largebatch.train.tasks.digits",
     "largebatch.study.report",
 )
+
+WARMED = (
+    [],
+    ["task=digits", "optim=sgd", "optim.lr=0.1", "batch.size=64", "budget.samples=1e4", "seed=1",
+     "target.loss=null", "hydra.run.dir=runs/a_b-1", "evaluation.growth=100", "+task.new={a: [1]}"],
+)  # fmt: skip
 
 Request = dict[str, Any]
 
@@ -58,6 +73,7 @@ def main() -> None:
     parsed_once.set_up()
     parsed_once.parse_ahead()
     composed_once.set_up(path.parent)
+    warm()
     assert threading.active_count() == 1
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads"
     gc.collect()
@@ -65,6 +81,22 @@ def main() -> None:
     request = serve(path, owner)
     if request is not None:
         end(run(request, base))
+
+
+def warm() -> None:
+    """Do what the first command of a process does beside its own work: find plugins, learn
+    grammars, make schemas of types, read the text of task=bytes.
+    """
+    from hydra import compose, initialize_config_module
+
+    from largebatch.conf.config import typed
+    from largebatch.train.tasks.package_text import package_text
+
+    with initialize_config_module("largebatch.conf", version_base="1.3"):
+        for words in WARMED:
+            typed(compose("train", words))
+    for num_bytes in (65_536, 2_000_000):
+        package_text(num_bytes)
 
 
 def run(request: Request, base: list[str]) -> int:
