@@ -154,7 +154,7 @@ def boxes_over(
     shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]
 ) -> tuple[tuple[Box, ...], tuple[int, ...]]:
     """The box of each member of a mesh, and the copy that it is of."""
-    sizes, boxes, copies = tuple(mesh.mesh.shape), [], []
+    sizes, boxes, copies = tuple(mesh.shape), [], []
     known: dict[tuple[int, ...], Box] = {}
     for coordinate in coordinates_of(mesh):
         copy, part = 0, []
@@ -174,7 +174,7 @@ def lines_of(mesh: Any, placements: Sequence[Any]) -> tuple[SubGroup | None, Sub
     """`Placement.across` and `Placement.within` of a DTensor, of groups that its mesh has."""
     group = group_of(mesh)
     every = SubGroup(group, range(group.size()))
-    sizes = tuple(mesh.mesh.shape)
+    sizes = tuple(mesh.shape)  # `mesh.mesh` makes a tensor each time
     axes = [axis for axis, size in enumerate(sizes) if size > 1]
     replicating = [axis for axis in axes if placements[axis].is_replicate()]
     sharding = [axis for axis in axes if axis not in replicating]
@@ -203,7 +203,7 @@ def places(ranks: tuple[int, ...], among: tuple[int, ...]) -> tuple[int, ...]:
 def coordinates_of(mesh: Any) -> tuple[tuple[int, ...], ...]:
     """Where in the mesh each member of its group is, by its rank in the group."""
     group = group_of(mesh)
-    every = itertools.product(*map(range, mesh.mesh.shape))
+    every = itertools.product(*map(range, mesh.shape))
     ranks = mesh.mesh.flatten().tolist()
     found = {
         dist.get_group_rank(group, rank): coordinate
