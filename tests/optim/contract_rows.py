@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from kfac_ranks import ROWS as KFAC_OPTIONS
 from kfac_ranks import Model, data
@@ -21,7 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.optim import KFAC, SOAP, Mano, Muon, Shampoo, SOAPMuon
 
-NUM_STEPS = 24
+INTERVAL = 3
+"""Steps from refresh to refresh, where an optimizer has any; of K-FAC the same or less."""
+SEVERAL = 2 * INTERVAL + 1
+"""Steps in which everything has its turn twice."""
+NUM_STEPS = 5 * INTERVAL
 
 grads_of = functools.cache(functools.partial(make_grads, NUM_STEPS))
 
@@ -159,7 +164,16 @@ def of_matrices(kind: Any, **facts: Any) -> ContractRow:
 
 def blockwise(kind: type[torch.optim.Optimizer], **defaults: Any) -> ContractRow:
     def make(params: Any, **options: Any) -> torch.optim.Optimizer:
-        return kind(params, **{"lr": 0.01, "block_size": 3, **defaults, **options})
+        return kind(
+            params,
+            **{
+                "lr": 0.01,
+                "block_size": 3,
+                "precondition_interval": INTERVAL,
+                **defaults,
+                **options,
+            },
+        )
 
     return ContractRow(
         kind.__name__,
@@ -205,6 +219,20 @@ CONTRACT = (
     of_matrices(SOAPMuon, bad=({"factors": "mine"},)),
 )
 MASKED = tuple(row for row in CONTRACT if row.masked)
+# Others by a number alone.
+ALIKE = ("KFAC ridge",)
+
+
+def each(names: str, rows: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parameters of a test, with or without more beside a row; those ALIKE in the matrix only."""
+    params = []
+    for given in rows:
+        row, *more = given if isinstance(given, tuple) else (given,)
+        marks = pytest.mark.matrix if row.name in ALIKE else ()
+        params.append(
+            pytest.param(row, *more, marks=marks, id="-".join([row.name, *map(str, more)]))
+        )
+    return pytest.mark.parametrize(names, params)
 
 
 class NoHostSync(TorchDispatchMode):

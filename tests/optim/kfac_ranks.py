@@ -26,15 +26,22 @@ from largebatch.optim import KFAC
 from largebatch.optim.math.matrix_roots import RootError
 from largebatch.optim.sharding.layout import local
 
-NUM_STEPS = 20
+NUM_STEPS = 8
 BATCH_SIZE = 16  # samples, over all ranks
 CONTEXT = 6
 
 FACTORS = ("factor_in", "factor_out")
 ROWS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "ridge": {"ridge": 1e-4},
-    "inverse": {"form": "factored_cholesky", "damping": 1e-4, "graft": "sgd", "weight_decay": 0.1},
+    # But for the interval: in the steps of a cell each layer has several turns.
+    "defaults": {"inverse_interval": 3},
+    "ridge": {"inverse_interval": 3, "ridge": 1e-4},
+    "inverse": {
+        "form": "factored_cholesky",
+        "damping": 1e-4,
+        "graft": "sgd",
+        "weight_decay": 0.1,
+        "inverse_interval": 3,
+    },
     "exact": {"form": "exact", "inverse_interval": 1, "kl_clip": 1e-3, "rule": "sgd"},
     "diagonal": {
         **{"max_factor_size": 8, "factor_interval": 2, "inverse_interval": 3},
@@ -127,17 +134,22 @@ class Run:
             self.optimizer.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every parameter, and all state in the form in which it is saved."""
+        """Copies of every parameter, and of all state in the form in which it is saved; whole."""
+        return {name: whole(tensor).clone() for name, tensor in self.parts().items()}
+
+    def parts(self) -> dict[str, Tensor]:
+        """The same themselves, as this rank has them."""
         tensors = {name: param.detach() for name, param in self.model.named_parameters()}
         names = [name for group in self.optimizer.param_groups for name in group["param_names"]]
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"{names[index]}/{key}": value for key, value in state.items()}
-        return {name: whole(tensor).clone() for name, tensor in tensors.items()}
+        return tensors
 
     def outcome(self) -> Outcome:
-        stats = self.optimizer.layer_stats()
+        stats, tensors = self.optimizer.layer_stats(), self.parts()
         return {
-            "tensors": self.tensors(),
+            "names": [*tensors],
+            "weights": {name: whole(t).clone() for name, t in tensors.items() if "/" not in name},
             "stats": {name: torch.stack([*v.values()]).double() for name, v in stats.items()},
             "memory": sum(
                 state[key].numel()
@@ -223,9 +235,10 @@ def travel(leg: Leg) -> Outcome:
         set_model_state_dict(run.model, saved["model"])
         set_optimizer_state_dict(run.model, run.optimizer, saved["optimizer"])
     run.train(leg.first, leg.last)
-    if leg.saves is not None:
-        dcp.save(checkpoint_of(run), checkpoint_id=leg.saves, no_dist=not dist.is_initialized())
-    return run.outcome()
+    if leg.saves is None:
+        return run.outcome()
+    dcp.save(checkpoint_of(run), checkpoint_id=leg.saves, no_dist=not dist.is_initialized())
+    return {}
 
 
 def checkpoint_of(run: Run) -> dict[str, Any]:
@@ -241,7 +254,7 @@ def skipped(cell: Cell) -> Outcome:
     last = cell.world_size - 1
     unchanged = True
     for number, bad in enumerate((False, True, False)):
-        before = run.tensors() if bad else {}
+        before = {n: local(t).clone() for n, t in run.parts().items()} if bad else {}
         run.backward(*data(number))
         sees = not dist.is_initialized() or dist.get_rank() == last
         if bad:
@@ -252,7 +265,7 @@ def skipped(cell: Cell) -> Outcome:
         run.optimizer.step()
         run.optimizer.zero_grad()
         if bad:
-            after = run.tensors()
+            after = {name: local(tensor) for name, tensor in run.parts().items()}
             unchanged = before.keys() == after.keys()
             unchanged &= all(torch.equal(before[name], after[name]) for name in before)
     return {**run.outcome(), "unchanged": unchanged}
@@ -365,7 +378,8 @@ def tied(cell: Cell) -> Outcome:
     begun = [param.detach().clone() for param in run.model.parameters()]
     run.train(2, 4)
     wanted = [local(param.detach()).clone() for param in run.model.parameters()]
-    run.optimizer = KFAC(run.module if cell.layout == "DDP" else run.model, lr=0.02)
+    watched = run.module if cell.layout == "DDP" else run.model
+    run.optimizer = KFAC(watched, lr=0.02, **ROWS[cell.row])
     run.optimizer.load_state_dict(saved)
     with torch.no_grad():
         for param, value in zip(run.model.parameters(), begun, strict=True):

@@ -8,30 +8,33 @@ from typing import Any
 
 import pytest
 import torch
-from contract_rows import CONTRACT, ContractRow, Trial
+from contract_rows import CONTRACT, INTERVAL, SEVERAL, ContractRow, Trial, each
 from optimizer_rows import make_grads, make_layers, same_bits, take_steps, tensors_of
 from torch import Tensor
 from torch.nn import Parameter
 
-each_row = pytest.mark.parametrize("row", CONTRACT, ids=lambda row: row.name)
+each_row = each("row", CONTRACT)
 LAYERS = [row for row in CONTRACT if not row.watches]
-each_of_layers = pytest.mark.parametrize("row", LAYERS, ids=lambda row: row.name)
+each_of_layers = each("row", LAYERS)
 LATE = [row for row in LAYERS if row.late is not None]
-each_with_late_ones = pytest.mark.parametrize("row", LATE, ids=lambda row: row.name)
+each_with_late_ones = each("row", LATE)
 
 
 @each_row
 def test_two_runs_are_the_same_to_the_bit(row: ContractRow) -> None:
     runs = [row.start() for _ in range(2)]
     for run in runs:
-        run.train(0, 12)
+        run.train(0, SEVERAL)
     assert same_bits(*(run.tensors() for run in runs))
 
 
 @each_row
 @pytest.mark.parametrize(
     "saved_after",
-    [1, 5, 10, *(pytest.param(after, marks=pytest.mark.matrix) for after in (0, 4))],
+    [
+        *(1, INTERVAL + 1, 2 * INTERVAL),
+        *(pytest.param(after, marks=pytest.mark.matrix) for after in (0, INTERVAL)),
+    ],
 )
 def test_a_run_resumed_from_a_saved_state_dict_continues_as_if_never_stopped(
     row: ContractRow, saved_after: int
@@ -47,7 +50,7 @@ def test_a_run_resumed_from_a_saved_state_dict_continues_as_if_never_stopped(
     assert resumed.optimizer.param_groups[0]["lr"] == row.lr
     assert same_bits(run.tensors(), resumed.tensors())
     for one in (run, resumed):
-        one.train(saved_after, 23)
+        one.train(saved_after, 2 * INTERVAL + SEVERAL)
     assert same_bits(run.tensors(), resumed.tensors())
 
 
@@ -57,10 +60,10 @@ def test_a_copied_or_pickled_optimizer_continues_alike(
     row: ContractRow, duplicate: Callable[..., Any]
 ) -> None:
     run = row.start()
-    run.train(0, 5)
+    run.train(0, INTERVAL + 1)
     twin = run.duplicated(duplicate)
     for one in (run, twin):
-        one.train(5, 12)
+        one.train(INTERVAL + 1, 2 * INTERVAL + 1)
     assert same_bits(run.tensors(), twin.tensors())
 
 
@@ -136,11 +139,11 @@ def test_a_tensor_learning_rate_steps_like_a_float(row: ContractRow) -> None:
     torch.testing.assert_close(with_tensor.params, with_float.params, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("row", [row for row in CONTRACT if row.maximizes], ids=lambda r: r.name)
+@each("row", [row for row in CONTRACT if row.maximizes])
 def test_maximize_equals_negated_gradients(row: ContractRow) -> None:
     up, down = row.start(maximize=True), row.start()
-    up.train(0, 12)
-    down.train(0, 12, factor=-1.0)
+    up.train(0, SEVERAL)
+    down.train(0, SEVERAL, factor=-1.0)
     assert same_bits(up.weights(), down.weights())
 
 

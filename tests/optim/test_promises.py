@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from contract_rows import MASKED, ContractRow, NoHostSync, set_amp
+from contract_rows import INTERVAL, MASKED, SEVERAL, ContractRow, NoHostSync, each, set_amp
 from optimizer_rows import same_bits
 
-each_of_ours = pytest.mark.parametrize("row", MASKED, ids=lambda row: row.name)
+each_of_ours = each("row", MASKED)
 BAD_VALUES = (math.inf, math.nan, -math.inf, 1.0, math.nan, math.inf)
 
 
@@ -27,15 +27,15 @@ PRECISIONS = [
 ]
 
 
-@pytest.mark.parametrize(("row", "dtype"), PRECISIONS, ids=lambda it: getattr(it, "name", str(it)))
+@each("row, dtype", PRECISIONS)
 def test_low_precision_parameters_keep_fp32_state_across_load_state_dict(
     row: ContractRow, dtype: torch.dtype
 ) -> None:
     run, resumed = row.start(dtype), row.start(dtype)
-    run.train(0, 5)
+    run.train(0, INTERVAL + 1)
     resumed.set_weights(run.weights())
     resumed.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
-    for number in (5, 6):
+    for number in (INTERVAL + 1, INTERVAL + 2):
         assert same_bits(run.tensors(), resumed.tensors())
         states = [value for s in resumed.optimizer.state.values() for value in s.values()]
         assert all(value.dtype == torch.float32 for value in states)
@@ -64,11 +64,11 @@ def test_load_state_dict_runs_the_users_hooks_around_the_whole_load(row: Contrac
     ("dtype", "steps_before"),
     [
         (torch.float32, 0),
-        (torch.bfloat16, 3),
-        (torch.float32, 10),
-        pytest.param(torch.float32, 3, marks=pytest.mark.matrix),
+        (torch.bfloat16, 2),
+        (torch.float32, INTERVAL),
+        pytest.param(torch.float32, 2, marks=pytest.mark.matrix),
         pytest.param(torch.bfloat16, 0, marks=pytest.mark.matrix),
-        pytest.param(torch.bfloat16, 10, marks=pytest.mark.matrix),
+        pytest.param(torch.bfloat16, INTERVAL, marks=pytest.mark.matrix),
     ],
     ids=str,
 )
@@ -91,7 +91,7 @@ def test_found_inf_changes_neither_parameters_nor_state_by_one_bit(
         assert same_bits(run.tensors(), state)
     del run.optimizer.found_inf, run.optimizer.grad_scale
     for one in (run, twin):
-        one.train(steps_before, steps_before + 12)
+        one.train(steps_before, steps_before + SEVERAL)
     assert same_bits(run.tensors(), twin.tensors())
 
 
@@ -101,7 +101,7 @@ def test_found_inf_of_zero_changes_no_bit_of_a_step(row: ContractRow, dtype: tor
     plain, guarded = row.start(dtype), row.start(dtype)
     set_amp(guarded.optimizer, found_inf=0.0, grad_scale=None)
     for one in (plain, guarded):
-        one.train(0, 12)
+        one.train(0, SEVERAL)
     assert same_bits(plain.tensors(), guarded.tensors())
 
 
@@ -109,9 +109,9 @@ def test_found_inf_of_zero_changes_no_bit_of_a_step(row: ContractRow, dtype: tor
 def test_grad_scale_equals_gradients_unscaled_beforehand(row: ContractRow) -> None:
     plain, scaled = row.start(), row.start()
     set_amp(scaled.optimizer, found_inf=0.0, grad_scale=1024.0)
-    plain.train(0, 12)
-    scaled.train(0, 11, factor=1024.0)
-    before = scaled.backward(11, factor=1024.0)
+    plain.train(0, SEVERAL)
+    scaled.train(0, SEVERAL - 1, factor=1024.0)
+    before = scaled.backward(SEVERAL - 1, factor=1024.0)
     scaled.optimizer.step()
     assert same_bits(plain.weights(), scaled.weights())
     assert same_bits(scaled.grads(), before)
