@@ -86,9 +86,9 @@ def replicated(model: nn.Module) -> nn.Module:
 
 
 def sharded(model: nn.Module) -> nn.Module:
-    for child in model.children():
-        if isinstance(child, nn.Linear):
-            fully_shard(child, mesh=everyone())
+    """One layer by itself, the rest together: each part has its own collectives, each way."""
+    first = next(child for child in model.children() if isinstance(child, nn.Linear))
+    fully_shard(first, mesh=everyone())
     return fully_shard(model, mesh=everyone())
 
 
