@@ -9,7 +9,7 @@ into the numbers that the annotations promise, and refuses the rest by the key's
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import MISSING, field, fields, is_dataclass
-from functools import cache, partial
+from functools import partial
 from types import UnionType
 from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -21,6 +21,7 @@ from largebatch.common.numbers import real_number, whole_number
 
 T = TypeVar("T")
 _SCHEMAS: Final[dict[type, DictConfig]] = {}
+_HINTS: Final[dict[type, dict[str, Any]]] = {}
 Check = Callable[[Any, str], Any]
 """Takes a value and the key's name; raises ValueError."""
 
@@ -157,9 +158,10 @@ def built_as(schema: type[T], given: Any, above: str = "") -> T:
     return schema(**values)
 
 
-@cache
 def _hints(schema: type) -> dict[str, Any]:
-    return get_type_hints(schema)
+    if schema not in _HINTS:
+        _HINTS[schema] = get_type_hints(schema)
+    return _HINTS[schema]
 
 
 def _exact(value: Any, hint: Any, name: str, metadata: Mapping[str, Any]) -> Any:
