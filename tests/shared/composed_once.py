@@ -49,7 +49,10 @@ def _once(repo: Any, what: tuple[Any, ...], make: Callable[[], Any]) -> Any:
             _kept[key] = path.read_bytes()
         except FileNotFoundError:
             made = make()
-            _kept[key] = pickle.dumps(made, pickle.HIGHEST_PROTOCOL)
+            try:
+                _kept[key] = pickle.dumps(made, pickle.HIGHEST_PROTOCOL)
+            except pickle.PicklingError:  # Hydra has looked for plugins, and imported them, again
+                return made
             new = path.with_suffix(f".of-{os.getpid()}")
             new.write_bytes(_kept[key])
             new.rename(path)  # whole, or not there
