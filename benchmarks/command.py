@@ -11,6 +11,7 @@ BENCHMARKS: Final = {
     "collectives": ("collectives.command", "all-reduce and its like: values, alpha, beta, advice"),
     "checkpoint": ("checkpoint", "saving and loading, beside the disk and torch.save"),
     "second_order": ("second_order.command", "cost of Shampoo, SOAP and K-FAC beside AdamW"),
+    "gauss_newton": ("gauss_newton.command", "fewest steps that a layer-wise method could need"),
     "scale": ("scale.command", "what one rank of 38,400 sends, holds and works out"),
     "time": ("time_to_target.command", "time to target and node-hours of a study on N tiles"),
     "start": ("start", "commands from their start, beside import torch"),

@@ -15,6 +15,7 @@ from largebatch.study.curves import Section, StudyCurve, leaves, sections_of
 from largebatch.study.decisions import Decisions, read_decisions
 from largebatch.study.final_loss.points import has_spent
 from largebatch.study.final_loss.section import LossSection, Source, loss_sections
+from largebatch.study.floor import Floor, find_floor
 from largebatch.study.points import (
     RulePoint,
     StudyPoint,
@@ -43,6 +44,7 @@ class SectionStudy:
         select_seeds: those that chose the rates and had no other say; none where the seeds that are
             reported chose them.
         most_trials: that every optimizer was allowed for a point's climb; None: not on record.
+        floor: a line to draw with the curves; None: there is none.
     """
 
     section: Section
@@ -52,6 +54,7 @@ class SectionStudy:
     rules: Sequence[RulePoint]
     select_seeds: tuple[int, ...]
     most_trials: int | None
+    floor: Floor | None = None
 
     @property
     def names(self) -> list[str]:
@@ -132,13 +135,16 @@ def read_study(*folders: Path | str) -> Study:
     problems: list[str] = []
     curves: dict[tuple[str, Target, str], list[tuple[StudyCurve, Decisions]]] = defaultdict(list)
     found: dict[tuple[str, Target, str], Section] = {}
+    floors: dict[tuple[str, Target, str], Floor] = {}
     without_target: list[Source] = []
     for root in roots:
         noted: list[str] = []
         runs, decisions, sections = _sections(root, noted)
+        if len(sections) == 1:
+            floors |= _floor_of(root, sections[0], noted)
         problems += [f"{names[root]}: {note}" for note in noted] if len(roots) > 1 else noted
         for section in sections:
-            key = section.task, section.target, section.data_hash or ""
+            key = _key(section)
             found.setdefault(key, section)
             taken = {curve.name for curve, _ in curves[key]}
             curves[key] += [
@@ -157,10 +163,25 @@ def read_study(*folders: Path | str) -> Study:
             raise ValueError("; ".join([f"{lost.rstrip(': ')} below {root}", *noted]))
     return Study(
         roots,
-        [_section_study(found[key], curves[key]) for key in sorted(found)],
+        [
+            replace(_section_study(found[key], curves[key]), floor=floors.get(key))
+            for key in sorted(found)
+        ],
         problems,
         loss_sections(without_target),
     )
+
+
+def _key(section: Section) -> tuple[str, Target, str]:
+    return section.task, section.target, section.data_hash or ""
+
+
+def _floor_of(
+    root: Path, section: Section, problems: list[str]
+) -> dict[tuple[str, Target, str], Floor]:
+    """The floor in a folder, by the section that it belongs to."""
+    floor = find_floor(root, section.task, section.target, problems)
+    return {} if floor is None else {_key(section): floor}
 
 
 def runs(folder: Path | str, *, config: bool = False) -> RunTable:

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from largebatch.common.figures import GREY, GRID, INK
+from largebatch.study.floor import Floor
 from largebatch.study.labels import label
 from largebatch.study.page.answers import is_placed
 from largebatch.study.page.axes import (
@@ -36,6 +37,7 @@ from largebatch.study.statistics.intervals import CurveEstimates, Estimate
 
 MISSED_ROW: Final = 0.06  # of the panel's height, for each curve that missed somewhere
 Styles = Mapping[str, Style]
+_FLOOR: Final[dict[str, Any]] = {"linestyle": ":", "marker": "x"}
 _REFERENCE_LINES: Final[tuple[dict[str, Any], ...]] = tuple(
     {"linestyle": (0, dashes), "marker": marker, "markersize": 3.5, "linewidth": 1.0}
     for dashes, marker in (((4, 1.5), "1"), ((1, 1), "2"), ((5, 1, 1, 1), "3"), ((2, 2), "4"),
@@ -56,6 +58,10 @@ def steps_figure(
     if fitted:
         handles.append(Line2D([], [], color=GREY, linewidth=0.9, label="fit"))
         handles.append(handle("|", "its B_crit", markersize=11, markeredgewidth=2.0))
+    if section.floor is not None:
+        handles.append(
+            Line2D([], [], color=INK, label=label(section.floor.name), markersize=5.5, **_FLOOR)
+        )
     moved = published if section.names[0] in fitted else ()
     for reference, line in zip(moved, cycle(_REFERENCE_LINES), strict=False):
         handles.append(Line2D([], [], color=GREY, label=reference.name, **line))
@@ -68,6 +74,8 @@ def steps_figure(
         _draw_steps(picture, curve, study, section, name, styles[name])
         if name in fitted:
             _draw_fit(curve, section, name, styles[name])
+    if section.floor is not None:
+        _draw_floor(picture, curve, section.floor)
     _draw_missed(curve, section, styles)
     for reference, line in zip(moved, cycle(_REFERENCE_LINES), strict=False):
         _draw_reference(curve, section.estimates[section.names[0]], reference, line)
@@ -141,6 +149,8 @@ def _set_limits(axes: Axes, section: SectionStudy, width: float) -> None:
         for value in (estimate.value, estimate.low, estimate.high)
         if value is not None
     ]
+    if section.floor is not None:
+        known += [end for _, *ends in _bars(section.floor) for end in ends]
     bottom, top = min(known, default=10.0) / 1.3, max(known, default=100.0) * 1.3
     rows = sum(any(point.missed for point in own) for own in section.points.values())
     if rows:  # make room above the curves, so that a miss cannot be read as a step count
@@ -186,6 +196,37 @@ def _draw_steps(
             sizes, steps, yerr=[below, above], fmt="none", color=style.colour, elinewidth=1.1,
             capsize=3.0, zorder=3,
         )  # fmt: skip
+
+
+def _draw_floor(picture: Picture, axes: Axes, floor: Floor) -> None:
+    """The line of a method that is none of the curves."""
+    bars = _bars(floor)
+    sizes, steps = [size for size, *_ in bars], [value for _, value, *_ in bars]
+    (line,) = axes.plot(sizes, steps, color=INK, linewidth=1.2, markersize=5.5, zorder=3, **_FLOOR)
+    picture.tell(
+        line,
+        [
+            f"{floor.name}, batch {point.batch_size:,}: {with_interval(point.steps)} steps"
+            for point in floor.points
+        ],
+    )
+    reach = [
+        [value - low for _, value, low, _ in bars],
+        [high - value for _, value, _, high in bars],
+    ]
+    axes.errorbar(
+        sizes, steps, yerr=reach, fmt="none", color=INK, elinewidth=0.9, capsize=3.0, zorder=3
+    )
+
+
+def _bars(floor: Floor) -> list[tuple[int, float, float, float]]:
+    """Of each point its batch size, its steps and their interval, of no width for one seed."""
+    return [
+        (point.batch_size, e.value, e.value if e.low is None else e.low,
+         e.value if e.high is None else e.high)
+        for point in floor.points
+        if (e := point.steps) is not None
+    ]  # fmt: skip
 
 
 def point_tip(study: Study, point: StudyPoint, steps: Estimate) -> str:

@@ -106,6 +106,7 @@ def _section(study: SectionStudy, drawn: Mapping[str, Drawn], sources: Sequence[
             f"Optimizer steps to the target against the global batch size, each at its best "
             f"learning rate. {bars}Thin lines are fits; the upright tick on each is its critical "
             "batch size, with its interval below. Dashed: twice the batch, half the steps."
+            + _floor(study)
             + _published(sources, first),
         ),
     ]  # fmt: skip
@@ -186,6 +187,15 @@ def _untuned(study: SectionStudy) -> str:
     if not names:
         return ""
     return f" The curve of {in_a_row(names)} follows a scaling rule: no rate was searched."
+
+
+def _floor(study: SectionStudy) -> str:
+    if study.floor is None:
+        return ""
+    return (
+        f" Dotted: {printable(study.floor.name)}, each layer's block solved at every step, from "
+        "largebatch bench gauss_newton: how few steps a layer-wise method could need."
+    )
 
 
 def _published(sources: Sequence[str], first: str) -> str:

@@ -1,0 +1,1 @@
+"""`largebatch bench gauss_newton`: steps where each layer's Gauss-Newton block is solved."""
