@@ -39,7 +39,7 @@ from largebatch.study.statistics.table import SeedSteps
 from largebatch.train.tasks import Task
 
 METHOD: Final = "Gauss-Newton by layers"
-OWN: Final = {"lr": 0.25, "damping": 0.3}
+OWN: Final = {"lr": 0.5, "damping": 0.3}
 """Where the search begins."""
 
 
