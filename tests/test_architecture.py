@@ -113,6 +113,7 @@ ROOMS = {
     "launch/diagnose": ["."],
     "launch/environments": ["."],
     "benchmarks/collectives": ["."],
+    "benchmarks/gauss_newton": ["."],
     "benchmarks/noise": ["."],
     "benchmarks/scale": [".", "collectives"],
     "benchmarks/second_order": ["."],

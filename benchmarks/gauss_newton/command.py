@@ -10,6 +10,7 @@ within the optimizer; here by conjugate gradients.
 import argparse
 import csv
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from largebatch.common.text import duration
 from largebatch.conf.build import build
 from largebatch.conf.config import TrainConfig, typed
 from largebatch.conf.sweep_config import STEPS
+from largebatch.distributed.ranks import die_with_parent
 from largebatch.launch.sweeps.workers import num_workers
 from largebatch.study.floor import COLUMNS, ORACLE
 from largebatch.study.labels import cell
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
             options.out.mkdir(parents=True, exist_ok=True)
         workers = num_workers(options.workers)
         spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        with ProcessPoolExecutor(workers, spawn, _one_thread) as pool:
+        with ProcessPoolExecutor(workers, spawn, _begin, (os.getpid(),)) as pool:
             search.run(pool)
     except (ConfigError, OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -206,7 +208,9 @@ class SearchOfAll:
                 writer.writerow([cell(value) for value in (*row, self._task, target)])
 
 
-def _one_thread() -> None:
+def _begin(parent: int) -> None:
+    """Set a worker up, which ends when the process that started it does."""
+    die_with_parent({"LARGEBATCH_PARENT": str(parent)})
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # products of small chances: half of a small batch's time
 
