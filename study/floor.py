@@ -17,7 +17,9 @@ from largebatch.study.statistics.intervals import PointEstimate, intervals
 from largebatch.study.statistics.table import SeedSteps
 
 ORACLE: Final = "oracle.csv"
-COLUMNS: Final = "method,batch_size,lr,damping,seed,steps,chosen,task,target"
+COLUMNS: Final = (
+    "method,batch_size,lr,damping,seed,steps,chosen,task,target,most_steps,loss,identity"
+)
 _MOST_BYTES: Final = 10_000_000
 
 

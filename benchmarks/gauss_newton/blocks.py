@@ -28,32 +28,35 @@ def layers_of(model: nn.Module) -> list[Layer]:
     return layers
 
 
-class Blocks:
-    """Loss, gradients and Gauss-Newton blocks of one batch, at the weights that the model has now.
-
-    A layer's gradient, and whatever its block is multiplied by, is one vector: its parameters laid
-    end to end.
+def gradients_of(model: nn.Module, inputs: Tensor, labels: Tensor) -> list[Tensor]:
+    """The gradient of the batch's mean cross-entropy by each layer, a vector each: the layer's
+    parameters laid end to end.
 
     Args:
         labels: of each sample its class; shape (samples,).
     """
+    layers = layers_of(model)
+    loss = cross_entropy(model(inputs), labels)
+    grads = torch.autograd.grad(loss, [param for layer in layers for param in layer])
+    return [flat(part) for part in by_layer(grads, layers)]
 
-    def __init__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> None:
+
+class Blocks:
+    """The Gauss-Newton blocks of a batch, at the weights that the model has now; labels have no
+    part in them.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Tensor) -> None:
         self.layers = layers_of(model)
         self._logits: Tensor = model(inputs)  # (samples, classes)
-        loss = cross_entropy(self._logits, labels)
-        self.loss = float(loss.detach())
-        params = [param for layer in self.layers for param in layer]
-        grads = torch.autograd.grad(loss, params, retain_graph=True)
-        self.gradients = [flat(part) for part in self._parted(grads)]
         self._chances = self._logits.detach().softmax(1)
         self._cotangent = torch.zeros_like(self._logits, requires_grad=True)
-        self._pulled = self._parted(
-            torch.autograd.grad(self._logits, params, self._cotangent, create_graph=True)
-        )
+        params = [param for layer in self.layers for param in layer]
+        pulled = torch.autograd.grad(self._logits, params, self._cotangent, create_graph=True)
+        self._pulled = by_layer(pulled, self.layers)
 
     def product(self, place: int, vector: Tensor) -> Tensor:
-        """G_l v, for the layer at a place of `layers`."""
+        """G_l v, for the layer at a place of `layers`; v is as long as its parameters together."""
         layer = self.layers[place]
         (pushed,) = torch.autograd.grad(
             self._pulled[place], self._cotangent, parts(vector, layer), retain_graph=True
@@ -66,9 +69,11 @@ class Blocks:
         """The mean of a block's eigenvalues, estimated from a vector of random signs."""
         return signs @ self.product(place, signs) / len(signs)
 
-    def _parted(self, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-        rest: Iterator[Tensor] = iter(tensors)
-        return [tuple(next(rest) for _ in layer) for layer in self.layers]
+
+def by_layer(tensors: tuple[Tensor, ...], layers: list[Layer]) -> list[tuple[Tensor, ...]]:
+    """Tensors of all parameters, by layers."""
+    rest: Iterator[Tensor] = iter(tensors)
+    return [tuple(next(rest) for _ in layer) for layer in layers]
 
 
 def flat(tensors: tuple[Tensor, ...]) -> Tensor:

@@ -9,22 +9,26 @@ within the optimizer; here by conjugate gradients.
 
 import argparse
 import csv
+import hashlib
+import json
+import math
 import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from largebatch.benchmarks.gauss_newton.training import Asked, run_to_target
 from largebatch.benchmarks.harness import check
 from largebatch.common.errors import ConfigError, format_config_error
+from largebatch.common.files import write_whole
 from largebatch.common.text import duration
 from largebatch.conf.build import build
 from largebatch.conf.config import TrainConfig, typed
@@ -47,10 +51,11 @@ OWN: Final = {"lr": 0.5, "damping": 0.3}
 
 @dataclass(frozen=True)
 class Solver:
-    """How far each block is solved."""
+    """Of what samples each block is made, and how far it is solved."""
 
     tolerance: float
     most_products: int
+    curvature_samples: int
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,17 +69,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--products", type=int, default=60, help="with a block at most, in a solve (%(default)s)"
     )
+    parser.add_argument(
+        "--curvature-samples", type=int, default=4096,
+        help="of a batch, at most, that its blocks are made of (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=-1, help="default: one a core")
     options = parser.parse_args(arguments)
     begin = time.perf_counter()
     try:
         check(0 < options.tolerance < 1, "--tolerance", "above 0 and below 1", options.tolerance)
         check(options.products >= 1, "--products", "1 or more", options.products)
-        solver = Solver(options.tolerance, options.products)
-        config, task = configured(options.overrides)
-        search = SearchOfAll(config, task, solver)
-        if options.out is not None:
-            options.out.mkdir(parents=True, exist_ok=True)
+        samples = options.curvature_samples
+        check(samples >= 1, "--curvature-samples", "1 or more", samples)
+        solver = Solver(options.tolerance, options.products, samples)
+        path = None if options.out is None else options.out / ORACLE
+        search = SearchOfAll(*configured(options.overrides), solver, path)
         workers = num_workers(options.workers)
         spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         with ProcessPoolExecutor(workers, spawn, _begin, (os.getpid(),)) as pool:
@@ -86,10 +95,9 @@ def main(arguments: Sequence[str]) -> int:
     for line in search.told():
         print(line)
     seconds = time.perf_counter() - begin
-    print(f"{len(search.results)} runs in {duration(seconds)} on {workers} cores")
-    if options.out is not None:
-        search.write(options.out / ORACLE)
-        print(options.out / ORACLE)
+    print(f"{len(search.runs)} runs in {duration(seconds)} on {workers} cores")
+    if path is not None:
+        print(path)
     return 0
 
 
@@ -127,46 +135,84 @@ def configured(overrides: Sequence[str]) -> tuple[TrainConfig, str]:
     return replace(config, study=study), task
 
 
+class Run(NamedTuple):
+    """Steps that were allowed, steps to the target, the last evaluation loss."""
+
+    most_steps: int
+    steps: float | None
+    loss: float
+
+
+Place = tuple[int, float, float, int]
+"""Batch size, rate, damping and seed of a run, as the file has them."""
+
+
 class SearchOfAll:
     """The search of rate and damping at each batch size of a study.
 
     Args:
         task: its name.
+        path: of a file that is brought up to date after each run, and whose runs are not made
+            again; None: none is kept.
+
+    Raises:
+        ValueError: the file is of another study or solver.
     """
 
-    def __init__(self, config: TrainConfig, task: str, solver: Solver) -> None:
+    def __init__(self, config: TrainConfig, task: str, solver: Solver, path: Path | None) -> None:
         assert config.study is not None
         self._config, self._task, self._solver = config, task, solver
         self._study = config.study
         self.protocol = Protocol(config.study, {METHOD: OWN}, config.budget.samples)
-        self.results: dict[tuple[int, Setting, int], Result] = {}
-        """By batch size, setting and seed: a run that was cut may be made again, to its end."""
+        self._path = path
+        self.runs = {} if path is None else known_runs(path, self._identity)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
 
     def run(self, pool: Executor) -> None:
-        """Make what is asked, until all points are searched and reported."""
+        """Make what is asked and not known, until all points are searched and reported."""
         running: dict[Future[Result], StudyJob] = {}
         while True:
-            for job in self.protocol.ask():
-                running[pool.submit(made, self._config, self._asked(job))] = job
+            while jobs := self.protocol.ask():
+                for job in jobs:
+                    known = self._known(job)
+                    if known is None:
+                        running[pool.submit(made, self._config, self._asked(job))] = job
+                    else:
+                        self.protocol.tell(job, known)
+            if self._path is not None:
+                write_whole(self._path, "".join(self._lines()))
             if not running:
                 return
             for ended in wait(running, return_when=FIRST_COMPLETED).done:
                 self._take(running.pop(ended), ended.result())
 
+    def _known(self, job: StudyJob) -> Result | None:
+        """What is known of a job; None where its run is not there, or gave up too early."""
+        run = self.runs.get(self._place(job.batch_size, job.trial.setting, job.trial.seed))
+        most = job.trial.give_up_steps
+        if run is None or (run.steps is None and run.loss < math.inf and run.most_steps < most):
+            return None
+        return Result(None if run.steps is None or run.steps > most else run.steps, run.loss)
+
     def _asked(self, job: StudyJob) -> Asked:
         values = self._values(job.trial.setting)
         return Asked(
             batch_size=job.batch_size, lr=values["lr"], damping=values["damping"],
-            seed=job.trial.seed, most_steps=job.trial.give_up_steps,
-            tolerance=self._solver.tolerance, most_products=self._solver.most_products,
+            seed=job.trial.seed, most_steps=job.trial.give_up_steps, **asdict(self._solver),
         )  # fmt: skip
 
     def _take(self, job: StudyJob, result: Result) -> None:
-        self.results[job.batch_size, job.trial.setting, job.trial.seed] = result
+        place = self._place(job.batch_size, job.trial.setting, job.trial.seed)
+        self.runs[place] = Run(job.trial.give_up_steps, result.steps, result.loss)
         self.protocol.tell(job, result)
         steps = "no target" if result.steps is None else f"{result.steps:.2f} steps"
         told = f"{self._words(job.trial.setting)}, seed {job.trial.seed}: {steps}"
         print(f"{job.batch_size:>8,}  {told}", file=sys.stderr, flush=True)
+
+    def _place(self, size: int, setting: Setting, seed: int) -> Place:
+        values = self._values(setting)
+        return size, float(cell(values["lr"])), float(cell(values["damping"])), seed
 
     def _values(self, setting: Setting) -> Mapping[str, float]:
         return self.protocol.values(METHOD, setting)
@@ -176,7 +222,11 @@ class SearchOfAll:
 
     def told(self) -> Iterator[str]:
         """A line a point: its steps, what was chosen, whether a better rate may lie outside."""
-        found = intervals(self._chosen())
+        rows = [
+            SeedSteps(METHOD, size, seed, self.runs[size, lr, damping, seed].steps, lr)
+            for size, lr, damping, seed in self._chosen()
+        ]
+        found = intervals(rows)
         points = {one.batch_size: one for one in found[METHOD].points} if found else {}
         for (_, size), search in sorted(self.protocol.searches.items()):
             if search.chosen is None:
@@ -187,25 +237,52 @@ class SearchOfAll:
             told = f"{self._words(search.chosen)}, {search.num_trials} runs{edge}"
             yield f"{size:>8,}  {steps}: {told}"
 
-    def _chosen(self) -> Iterator[SeedSteps]:
-        for (size, setting, seed), result in self.results.items():
-            if self._is_chosen(size, setting, seed):
-                yield SeedSteps(METHOD, size, seed, result.steps, self._values(setting)["lr"])
+    def _chosen(self) -> set[Place]:
+        """The runs that points are made of."""
+        return {
+            self._place(size, search.chosen, seed)
+            for (_, size), search in self.protocol.searches.items()
+            for seed in self._study.report_seeds or self._study.select_seeds
+            if search.chosen is not None
+        }
 
-    def _is_chosen(self, size: int, setting: Setting, seed: int) -> bool:
-        seeds = self._study.report_seeds or self._study.select_seeds
-        return setting == self.protocol.searches[METHOD, size].chosen and seed in seeds
+    def _lines(self) -> Iterator[str]:
+        """A row a run; which are chosen as far as is known."""
+        yield f"{COLUMNS}\n"
+        target, chosen = str(self._config.target.aim), self._chosen()
+        for place, run in sorted(self.runs.items()):
+            row = (METHOD, *place, run.steps, place in chosen, self._task, target)
+            row += (run.most_steps, run.loss, self._identity)
+            yield ",".join(map(cell, row)) + "\n"
 
-    def write(self, path: Path) -> None:
-        """A row a run, by batch size, setting and seed."""
-        target = str(self._config.target.aim)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS.split(","))
-            for (size, setting, seed), result in sorted(self.results.items()):
-                chosen, values = self._is_chosen(size, setting, seed), self._values(setting)
-                row = (METHOD, size, values["lr"], values["damping"], seed, result.steps, chosen)
-                writer.writerow([cell(value) for value in (*row, self._task, target)])
+    @property
+    def _identity(self) -> str:
+        """What all runs of a file share, as a hash."""
+        shared = [self._config.task, self._config.model, self._config.evaluation.growth]
+        text = json.dumps([*shared, asdict(self._solver)], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def known_runs(path: Path, identity: str) -> dict[Place, Run]:
+    """The runs of a file; none where there is no file.
+
+    Raises:
+        ValueError: it is of another study or solver, or no file of this benchmark's.
+    """
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if any(row.get("identity") != identity for row in rows):
+        raise ValueError(
+            f"{path} holds runs of another study, model or solver: take another --out, or delete it"
+        )
+    found = {}
+    for row in rows:
+        place = int(row["batch_size"]), float(row["lr"]), float(row["damping"]), int(row["seed"])
+        steps = float(row["steps"]) if row["steps"] else None
+        found[place] = Run(int(row["most_steps"]), steps, float(row["loss"]))
+    return found
 
 
 def _begin(parent: int) -> None:

@@ -1,6 +1,7 @@
 """One run of layer-wise Gauss-Newton to a target, counted as the loop counts any optimizer's.
 
-At each step d_l = (G_l + λ_l)⁻¹ g_l for every layer l, from the step's batch alone, then
+At each step d_l = (G_l + λ_l)⁻¹ g_l for every layer l, g_l of the step's batch and G_l of its
+first `curvature_samples`, then
 w_l ← w_l - lr · s · d_l with one length s for all layers: the power of √2 that makes the batch's
 loss least. λ_l is `damping` times the mean of G_l's eigenvalues, which a vector of random signs
 estimates. No momentum, no average of anything over steps.
@@ -22,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from largebatch.benchmarks.gauss_newton.blocks import (
     Blocks,
     conjugate_gradients,
+    gradients_of,
     layers_of,
     parts,
 )
@@ -45,20 +47,23 @@ class GaussNewton:
         damping: over the mean of a block's eigenvalues.
         tolerance: a solve ends where its residual is so many times the gradient's length,
         most_products: or after so many products with the block.
+        curvature_samples: of a batch, at most, that blocks are made of.
     """
 
     model: nn.Module
     damping: float
     tolerance: float
     most_products: int
+    curvature_samples: int
     _length: int = SHORTEST
     """Of the last step, as a power of √2: the next search begins there."""
     _signs: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def step(self, inputs: Tensor, labels: Tensor, lr: float) -> None:
         """Move the weights by one batch."""
-        blocks = Blocks(self.model, inputs, labels)
-        directions = [self._solved(blocks, place) for place in range(len(blocks.layers))]
+        gradients = gradients_of(self.model, inputs, labels)
+        blocks = Blocks(self.model, inputs[: self.curvature_samples])
+        directions = [self._solved(blocks, *one) for one in enumerate(gradients)]
         steps = [
             part
             for direction, layer in zip(directions, blocks.layers, strict=True)
@@ -67,8 +72,7 @@ class GaussNewton:
         self._length = self._best_length(steps, inputs, labels)
         self._move(steps, -lr * length(self._length))
 
-    def _solved(self, blocks: Blocks, place: int) -> Tensor:
-        gradient = blocks.gradients[place]
+    def _solved(self, blocks: Blocks, place: int, gradient: Tensor) -> Tensor:
         signs = torch.randint(2, gradient.shape, generator=self._signs).to(gradient) * 2 - 1
         damping = self.damping * blocks.mean_curvature(place, signs)
 
@@ -126,6 +130,7 @@ class Asked:
     most_steps: int
     tolerance: float
     most_products: int
+    curvature_samples: int
 
 
 def run_to_target(config: TrainConfig, task: Task, asked: Asked) -> Result:
@@ -135,7 +140,9 @@ def run_to_target(config: TrainConfig, task: Task, asked: Asked) -> Result:
     torch.manual_seed(asked.seed)
     model = build(config.model, "model", nn.Module)
     check_loss(task, model)
-    method = GaussNewton(model, asked.damping, asked.tolerance, asked.most_products)
+    method = GaussNewton(
+        model, asked.damping, asked.tolerance, asked.most_products, asked.curvature_samples
+    )
     sampler = sampler_of(task, asked.seed)
     grid, progress = EvaluationGrid(config.evaluation.growth), RunProgress()
     while progress.steps < asked.most_steps:

@@ -18,7 +18,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from largebatch.benchmarks.gauss_newton import command, training
-from largebatch.benchmarks.gauss_newton.blocks import Blocks, conjugate_gradients, layers_of
+from largebatch.benchmarks.gauss_newton.blocks import (
+    Blocks,
+    conjugate_gradients,
+    gradients_of,
+    layers_of,
+)
 from largebatch.benchmarks.gauss_newton.command import METHOD, SearchOfAll, Solver, configured
 from largebatch.benchmarks.gauss_newton.training import (
     Asked,
@@ -93,7 +98,7 @@ def dense(layers: list[Array], place: int, symbols: npt.NDArray[np.int64]) -> Ar
 def test_products_and_solves_are_those_of_the_dense_block(
     model: ByteMLP, batch: tuple[Tensor, Tensor], place: int
 ) -> None:
-    blocks = Blocks(model, *batch)
+    blocks = Blocks(model, batch[0])
     matrix = dense(weights_of(model), place, batch[0].numpy())
     vector = torch.randn(len(matrix), dtype=torch.float64)
     assert blocks.product(place, vector).numpy() == pytest.approx(
@@ -106,7 +111,7 @@ def test_products_and_solves_are_those_of_the_dense_block(
     def damped(one: Tensor) -> Tensor:
         return blocks.product(place, one) + 0.01 * one
 
-    gradient = blocks.gradients[place]
+    gradient = gradients_of(model, *batch)[place]
     exact = np.linalg.solve(matrix + 0.01 * np.eye(len(matrix)), gradient.numpy())
     found = conjugate_gradients(damped, gradient, 1e-9, 200)
     assert found.vector.numpy() == pytest.approx(exact, rel=1e-5, abs=1e-8)
@@ -121,11 +126,11 @@ def test_a_step_is_the_rate_times_the_best_length_of_the_damped_solutions(
     model: ByteMLP, batch: tuple[Tensor, Tensor]
 ) -> None:
     before = weights_of(model)
-    grads = [gradient.numpy() for gradient in Blocks(model, *batch).gradients]
+    grads = [gradient.numpy() for gradient in gradients_of(model, *batch)]
     generator = torch.Generator().manual_seed(0)
     directions = []
     for place, grad in enumerate(grads):
-        matrix = dense(before, place, batch[0].numpy())
+        matrix = dense(before, place, batch[0][:8].numpy())
         signs = torch.randint(2, (len(grad),), generator=generator).numpy() * 2.0 - 1
         damping = 0.3 * (signs @ matrix @ signs) / len(grad)
         directions.append(np.linalg.solve(matrix + damping * np.eye(len(grad)), grad))
@@ -137,7 +142,8 @@ def test_a_step_is_the_rate_times_the_best_length_of_the_damped_solutions(
 
     best = min(range(-10, 3), key=loss)
     assert -10 < best < 2
-    GaussNewton(model, 0.3, tolerance=1e-9, most_products=200).step(*batch, lr=0.25)
+    method = GaussNewton(model, 0.3, tolerance=1e-9, most_products=200, curvature_samples=8)
+    method.step(*batch, lr=0.25)
     for after, weight, direction in zip(weights_of(model), before, directions, strict=True):
         assert after == pytest.approx(weight - 0.25 * 2 ** (best / 2) * direction, abs=1e-5)
 
@@ -145,7 +151,7 @@ def test_a_step_is_the_rate_times_the_best_length_of_the_damped_solutions(
 def asked(**changes: Any) -> Asked:
     known: dict[str, Any] = {
         "batch_size": 256, "lr": 0.7, "damping": 0.3, "seed": 2, "most_steps": 20,
-        "tolerance": 0.1, "most_products": 10,
+        "tolerance": 0.1, "most_products": 10, "curvature_samples": 256,
     }  # fmt: skip
     return Asked(**known | changes)
 
@@ -182,33 +188,48 @@ class AtOnce(Executor):
         return done
 
 
-def test_the_search_is_the_studys_and_its_file_is_what_the_report_reads(
+def test_the_search_is_the_studys_and_its_file_is_what_the_report_and_it_itself_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asks: list[Asked] = []
+
     def needed(config: Any, setting: Asked) -> Result:
+        asks.append(setting)
         best = 0.5 * math.sqrt(setting.batch_size / 4096)
-        off = abs(math.log2(setting.lr / best)) + abs(math.log10(setting.damping / 0.09))
+        off = abs(math.log2(setting.lr / best)) + abs(math.log10(setting.damping / 0.9))
         steps = (4 + 20_000 / setting.batch_size) * (1 + off) * (1 + setting.seed / 100)
         return Result(steps if steps <= setting.most_steps else None, 2.2)
 
+    def search(path: Path, products: int = 10) -> SearchOfAll:
+        found = SearchOfAll(config, task, Solver(0.1, products, 256), path)
+        found.run(AtOnce())
+        return found
+
     monkeypatch.setattr(command, "made", needed)
     config, task = configured(["study=second_order", "study.batch_sizes=[1024,4096,16384]"])
-    search = SearchOfAll(config, task, Solver(0.1, 10))
-    search.run(AtOnce())
-    told = list(search.told())
+    path = tmp_path / "of" / "oracle.csv"
+    told = list(search(path).told())
     assert [line.split()[0] for line in told] == ["1,024", "4,096", "16,384"]
-    assert "lr 0.5, damping 0.09" in told[1]
-    search.write(tmp_path / "oracle.csv")
-    floor = read_floor(tmp_path / "oracle.csv")
+    assert "lr 0.5, damping 0.9" in told[1]
+    floor = read_floor(path)
     assert (floor.name, floor.task, floor.target) == (METHOD, "bytes", "loss 2.3")
     assert [point.batch_size for point in floor.points] == [1024, 4096, 16384]
     steps = floor.points[1].steps
     assert steps is not None
     mean = math.prod(1 + seed / 100 for seed in range(2, 7)) ** 0.2
     assert steps.value == pytest.approx((4 + 20_000 / 4096) * mean, rel=1e-4)
-    with (tmp_path / "oracle.csv").open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8") as file:
         chosen = [row for row in csv.DictReader(file) if row["chosen"] == "true"]
     assert sorted({row["seed"] for row in chosen}) == ["2", "3", "4", "5", "6"]
+
+    kept, made = path.read_text(encoding="utf-8"), len(asks)
+    lines = kept.splitlines(keepends=True)
+    path.write_text("".join(lines[:-5]), encoding="utf-8")
+    assert list(search(path).told()) == told
+    assert path.read_text(encoding="utf-8") == kept
+    assert len(asks) == made + 5  # what was lost, and no other
+    with pytest.raises(ValueError, match="another study, model or solver"):
+        search(path, products=11)
 
 
 def test_other_losses_are_refused(model: ByteMLP, capsys: pytest.CaptureFixture[str]) -> None:

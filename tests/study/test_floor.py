@@ -28,10 +28,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(folder: Path, target: str = "loss 2.2", luck: float = 0.9) -> Study:
-    rows = [COLUMNS, f"{NAME},64,0.1,0.3,0,1,false,bytes,{target}"]
+    rows = [COLUMNS, f"{NAME},64,0.1,0.3,0,1,false,bytes,{target},9,2.2,0"]
     for size, steps in FLOOR.items():
         for seed, factor in ((2, luck), (3, 1 / luck)):
-            rows.append(f"{NAME},{size},0.5,0.3,{seed},{steps * factor!r},true,bytes,{target}")
+            rows.append(
+                f"{NAME},{size},0.5,0.3,{seed},{steps * factor!r},true,bytes,{target},9,2.2,0"
+            )
     (folder / ORACLE).write_text("\n".join(rows) + "\n", encoding="utf-8")
     return read_study(folder)
 
@@ -68,7 +70,7 @@ def rgba(colour: str) -> list[float]:
     [
         ("batch_size,steps\n64,100\n", "not what `largebatch bench gauss_newton` writes"),
         (
-            f"{COLUMNS}\n{NAME},64,0.5,0.3,2,-1,true,bytes,loss 2.2\n",
+            f"{COLUMNS}\n{NAME},64,0.5,0.3,2,-1,true,bytes,loss 2.2,9,2.2,0\n",
             "steps must be a number > 0, got -1",
         ),
         (f"{COLUMNS}\n", "not what `largebatch bench gauss_newton` writes"),
