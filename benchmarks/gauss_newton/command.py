@@ -287,6 +287,7 @@ def known_runs(path: Path, identity: str) -> dict[Place, Run]:
 
 def _begin(parent: int) -> None:
     """Set a worker up, which ends when the process that started it does."""
+    os.setsid()  # as a sweep's workers: Ctrl-C is the first process's to answer
     die_with_parent({"LARGEBATCH_PARENT": str(parent)})
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # products of small chances: half of a small batch's time
