@@ -1,5 +1,6 @@
 """What is rehearsed: runs as data."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from rehearsal_runs import Run
@@ -78,9 +79,9 @@ def plain() -> list[Run]:
     return [*runs, *(_run(f"beside {n}", "text", n, few, *BESIDE[n]) for n in BESIDE)]
 
 
-def on_the_cpu() -> list[Run]:
+def on_the_cpu(runs: Iterable[Run]) -> list[Run]:
     """The same, there."""
-    return [Run(f"{run.name} cpu", (*run.words, *CPU)) for run in plain()]
+    return [Run(f"{run.name} cpu", (*run.words, *CPU)) for run in runs]
 
 
 def featured() -> list[Run]:

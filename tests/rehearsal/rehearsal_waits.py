@@ -1,5 +1,7 @@
 """What runs on the rehearsal's device have waited for, step by step."""
 
+from collections.abc import Container, Iterable
+
 import pytest
 import rehearsal_cells as cells
 from rehearsal_device import RIGHT_TORCH, WHY_NOT
@@ -7,6 +9,14 @@ from rehearsal_runs import Outcome, Step
 
 # A process makes many runs; on a machine that is busy with others it may take minutes.
 MARKS = [pytest.mark.skipif(not RIGHT_TORCH, reason=WHY_NOT), pytest.mark.timeout(600)]
+
+
+def each(argument: str, names: Iterable[str], here: Container[str]) -> pytest.MarkDecorator:
+    """Names as a parameter, those not `here` in the matrix only."""
+    marked = [(name, () if name in here else pytest.mark.matrix) for name in names]
+    params = [pytest.param(name, marks=marks) for name, marks in marked]
+    return pytest.mark.parametrize(argument, params)
+
 
 METRICS, REFRESH = "train/reporting/async_metrics.py", "optim/math/decompositions.py"
 # What reads whether a decomposition on the device has succeeded, and how it went.
