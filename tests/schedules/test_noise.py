@@ -33,10 +33,12 @@ def gaussian_pairs(
     generator = np.random.default_rng(seed)
     mean = np.full(len(variances), 1 / math.sqrt(len(variances)))
     pairs = []
-    for _ in range(steps):
-        small = mean + np.sqrt(variances / SMALL) * generator.standard_normal((N, len(variances)))
-        pairs.append(((small**2).sum(1).mean(), (small.mean(0) ** 2).sum()))
-    return np.array(pairs)
+    for first in range(0, steps, 100):  # as many at once as stay in the cache
+        shape = (min(100, steps - first), N, len(variances))
+        small = mean + np.sqrt(variances / SMALL) * generator.standard_normal(shape)
+        squares = (small**2).sum(2).mean(1), (small.mean(1) ** 2).sum(1)
+        pairs.append(np.stack(squares, axis=1))
+    return np.concatenate(pairs)
 
 
 def estimates(pairs: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -55,11 +57,11 @@ def filled(pairs: NDArray[np.float64], half_life: float) -> NoiseScale:
     return noise
 
 
-@pytest.mark.parametrize(("spectrum", "negative"), [(flat, 0.18), (harmonic, 0.4)])
+@pytest.mark.parametrize(("spectrum", "negative"), [(flat, 0.3), (harmonic, 0.45)])
 def test_both_estimates_are_unbiased_and_have_the_variances_of_a_gaussian(
     spectrum: Callable[[int], NDArray[np.float64]], negative: float
 ) -> None:
-    variances = spectrum(500)
+    variances = spectrum(100)
     grad, trace = estimates(gaussian_pairs(30_000, variances=variances))
     trace_of_square = (variances**2).sum()
     # Exact: 2 tr(Σ²)/B² (1 + 1/(n-1)) + 4 GᵀΣG / B, and 2 tr(Σ²)/(n-1).
@@ -87,7 +89,8 @@ def test_two_gradients_written_by_hand() -> None:
 
 @pytest.mark.parametrize("half_life", [3e4, 1e9])
 def test_the_standard_error_is_that_of_the_reading(half_life: float) -> None:
-    readings = [filled(gaussian_pairs(1500, seed), half_life).reading() for seed in range(60)]
+    # The spread of 40 is known to 11 %, the median of theirs better.
+    readings = [filled(gaussian_pairs(1000, seed), half_life).reading() for seed in range(40)]
     spread = np.std([r.noise_scale for r in readings], ddof=1)
     stated = np.median([r.standard_error for r in readings])
     assert stated == pytest.approx(spread, rel=0.4)
@@ -97,7 +100,7 @@ def test_the_standard_error_is_that_of_the_reading(half_life: float) -> None:
 
 def test_a_short_window_is_unresolved_and_a_long_one_resolved() -> None:
     assert not filled(gaussian_pairs(6, variances=harmonic(50)), 1e9).reading().resolved
-    reading = filled(gaussian_pairs(5000), 1e9).reading()
+    reading = filled(gaussian_pairs(2000), 1e9).reading()
     assert reading.resolved
     assert reading.noise_scale == pytest.approx(TRACE, rel=0.2)
 
