@@ -21,13 +21,14 @@ from largebatch.distributed.team import Team
 from largebatch.train.run import run
 from largebatch.train.run_spec import RunSpec, make_plan
 
-STEPS, BATCH_SIZE = 20, 64
+STEPS, BATCH_SIZE = 12, 64
 # Rates at which the losses fall without a jump, and a ridge that keeps roots of nearly singular
-# statistics from blowing rounding up: differences then stay what rounding makes them.
+# statistics from blowing rounding up: differences then stay what rounding makes them. Every root is
+# taken several times.
 OPTIMIZERS = {
     "adamw": ["optim.lr=0.004"],
     "lamb": ["optim.lr=0.01"],
-    "shampoo": ["optim.lr=0.004", "optim.ridge=1e-4"],
+    "shampoo": ["optim.lr=0.004", "optim.ridge=1e-4", "optim.precondition_interval=4"],
 }
 ENGINES = {
     "ddp": ["engine=ddp"],
