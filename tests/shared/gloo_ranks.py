@@ -1,6 +1,7 @@
 """Jobs done by several gloo ranks together, in processes of their own."""
 
 import logging
+import sys
 import tempfile
 import traceback
 import warnings
@@ -54,6 +55,8 @@ def work_as_rank(
     torch.set_num_threads(1)
     # What holds for the tests' own process: a warning that our code causes is an error.
     warnings.filterwarnings("error", module=r"largebatch\.")
+    # DeepSpeed imports it where it can, a second of a rank's, for a search that nobody makes here.
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
     # It advises against sharding one dimension twice, which is what FSDP2 with TP does.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if world_size > 1:
