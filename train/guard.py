@@ -15,6 +15,7 @@ decided from the records.
 """
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -82,8 +83,8 @@ class Guard:
     """
 
     config: GuardConfig
-    _norms: list[float] = field(default_factory=list)
-    _losses: list[float] = field(default_factory=list)
+    _norms: deque[float] = field(init=False)
+    _losses: deque[float] = field(init=False)
     _step: int = 0
     _lines: int = 0
     _events: list[int] = field(default_factory=list)  # lines taken at each
@@ -91,6 +92,12 @@ class Guard:
     """The first loss."""
     _lost: list[int] = field(default_factory=list)
     """Samples at each evaluation since the last one that was below the bound."""
+
+    def __post_init__(self) -> None:
+        self._norms, self._losses = (
+            deque(maxlen=self.config.window),
+            deque(maxlen=self.config.window),
+        )
 
     @property
     def skips_non_finite(self) -> bool:
@@ -123,8 +130,8 @@ class Guard:
         action = self._not_finite(record) or self._spike(record)
         self._step = record["step"]
         if action is None:
-            self._norms = [*self._norms, record["grad_norm"]][-self.config.window :]
-            self._losses = [*self._losses, record["loss"]][-self.config.window :]
+            self._norms.append(record["grad_norm"])
+            self._losses.append(record["loss"])
             return None
         return self._counted(action)
 
@@ -226,7 +233,8 @@ class Guard:
 
         The events stay: they are what ends a run that goes back again and again.
         """
-        self._norms, self._losses = list(state["norms"]), list(state["losses"])
+        self._norms = deque(state["norms"], self.config.window)
+        self._losses = deque(state["losses"], self.config.window)
         self._step = state["step"]
         self._start, self._lost = state.get("start"), list(state.get("lost", []))
 

@@ -182,7 +182,7 @@ class Loop:
             record["tokens"] = record["samples"] * self.plan.tokens_per_sample
         if self.guard.threshold() < math.inf:
             record["grad_norm_bound"] = self.guard.threshold()
-        return self.arrived(self._metrics.push(dict(record), names, packed, work))
+        return self.arrived(self._metrics.push(cast(dict[str, Any], record), names, packed, work))
 
     def flush(self) -> StepRecord | None:
         """Wait for the record under way; None where there is none."""

@@ -32,7 +32,7 @@ from largebatch.optim.base import Group, ShardedOptimizer
 from largebatch.optim.layerwise.chunks import ChunkGroup, Way, norms_of
 from largebatch.optim.layerwise.cpu_blocks import Scratch
 from largebatch.optim.layerwise.cpu_step import CpuStep, locals_of
-from largebatch.optim.layerwise.layer_stats import LayerStats
+from largebatch.optim.layerwise.layer_stats import LayerStats, adapting_ratios
 from largebatch.optim.layerwise.state_import import to_native
 from largebatch.optim.layerwise.step_inputs import SyncedStep
 from largebatch.optim.layerwise.step_plan import StepPlan, Wave, build_step_plan, key_of
@@ -370,19 +370,19 @@ class LayerwiseOptimizer(ShardedOptimizer):
         """‖w‖ before the step, ‖u‖ and the trust ratio of every layer moved by the last step.
 
         Keys are the parameters' names where the optimizer was given `model.named_parameters()`,
-        else their index over all groups; the layers of a split one are called "name[0]", "name[1]",
-        and so on. Values are 0-d tensors on the device; when to read them on the host is the
-        caller's choice. `adapts`, a bool on the host, is False where the ratio is 1 by choice:
-        `adapt=False`, or a variant that leaves out what does not decay. After a step masked by
-        `found_inf` they are void.
+        else their index over all groups; the layers of a split one are "name[0]", "name[1]", …
+        Values are 0-d tensors on the device, void after a step masked by `found_inf`; `adapts`, a
+        bool on the host, is False where the ratio is 1 by choice, as in a group of `adapt=False`.
         """
         return {name: layer for stats in self._stats.values() for name, layer in stats.by_layer()}
 
     def adapting_layers(self) -> set[Name]:
-        """Return the keys of `layer_stats` whose layers have a trust ratio, without a question to
-        the device.
-        """
+        """Return the keys of `layer_stats` whose layers adapt, without asking the device."""
         return {name for stats in self._stats.values() for name in stats.adapting()}
+
+    def adapting_ratios(self) -> Tensor | None:
+        """Return their trust ratios in one vector on the device; None where there are none."""
+        return adapting_ratios(self._stats.values())
 
     def _translated(self, state_dict: StateDict) -> StateDict:
         return to_native(state_dict, self)

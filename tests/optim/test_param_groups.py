@@ -343,6 +343,10 @@ def test_no_decay_and_no_adaptation_reach_the_parameters_and_only_them() -> None
     assert {name for name, ratio in ratios.items() if ratio == 1} == {"1.weight", "1.bias"}
     assert {name for name, stats in found.items() if not stats["adapts"]} == {"1.weight", "1.bias"}
     assert optimizer.adapting_layers() == found.keys() - {"1.weight", "1.bias"}
+    together = optimizer.adapting_ratios()
+    assert together is not None
+    adapting = [float(ratios[name]) for name in found if name in optimizer.adapting_layers()]
+    assert together.tolist() == adapting
     decayed = {
         name: group["weight_decay"] != 0
         for group in optimizer.param_groups

@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,15 +19,14 @@ from largebatch.train.engines.precision import LossScale
 from largebatch.train.noise.small_gradients import squares_of
 
 
-@dataclass(frozen=True)
-class StepMetrics:
+class StepMetrics(NamedTuple):
     """Device-side metrics of a step: values to add up over ranks, values equal on all of them, and
     values whose largest is wanted.
     """
 
     reduced: dict[str, Tensor]
     replicated: dict[str, Tensor]
-    maxima: dict[str, Tensor] = field(default_factory=dict)
+    maxima: dict[str, Tensor] = {}  # noqa: RUF012 # nobody writes to it
 
     def __or__(self, other: "StepMetrics") -> "StepMetrics":
         return StepMetrics(
@@ -45,8 +45,7 @@ class StepMetrics:
         return StepMetrics(self.reduced | parts, {}, self.maxima)
 
 
-@dataclass(frozen=True)
-class GradientLimits:
+class GradientLimits(NamedTuple):
     """Limits on the gradient of a step.
 
     Attributes:

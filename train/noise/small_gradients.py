@@ -231,7 +231,8 @@ def _weighted_square(flat: Tensor, weight: Tensor) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return wide(tensor).reshape(-1)
+    tensor = wide(tensor)
+    return tensor if tensor.ndim == 1 else tensor.reshape(-1)
 
 
 def wide(tensor: Tensor) -> Tensor:
