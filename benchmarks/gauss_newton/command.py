@@ -251,8 +251,8 @@ class SearchOfAll:
         yield f"{COLUMNS}\n"
         target, chosen = str(self._config.target.aim), self._chosen()
         for place, run in sorted(self.runs.items()):
-            row = (METHOD, *place, run.steps, place in chosen, self._task, target)
-            row += (run.most_steps, run.loss, self._identity)
+            known = (run.steps, place in chosen, self._task, target, run.most_steps, run.loss)
+            row = (METHOD, *place, *known, self._identity)
             yield ",".join(map(cell, row)) + "\n"
 
     @property

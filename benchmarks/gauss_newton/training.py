@@ -93,7 +93,7 @@ class GaussNewton:
 
     @torch.no_grad()
     def _move(self, steps: list[Tensor], factor: float) -> None:
-        params = [param for layer in layers_of(self.model) for param in layer]
+        params: list[Tensor] = [param for layer in layers_of(self.model) for param in layer]
         torch._foreach_add_(params, steps, alpha=factor)
 
 
