@@ -23,8 +23,15 @@ PUBLISHED_SETTINGS = [
     ("shape", "num_steps", "settings"),
     [
         (shape, num_steps, settings)
-        for shape, num_steps in (((1,), 7), ((18_011,), 7), ((4096, 1024), 4))
+        for shape, num_steps in (((1,), 7), ((18_011,), 7))
         for settings in PUBLISHED_SETTINGS
+    ]
+    # Of matrices what decays and what does not; make matrix takes all settings.
+    + [
+        pytest.param((4096, 1024), 4, settings, marks=() if here else pytest.mark.matrix)
+        for settings, here in zip(
+            PUBLISHED_SETTINGS, (True, False, False, False, True), strict=True
+        )
     ]
     # 33 million weights: FP32 norms that are summed carelessly are off by a thousandth here.
     + [

@@ -59,7 +59,7 @@ def test_the_scenario_has_steps_that_are_clipped_and_steps_that_are_not() -> Non
         for grads in make_grads(torch.float32)
     ]
     for max_grad_norm in (0.1, 0.5, 1.0):
-        assert 10 < sum(size > max_grad_norm for size in sizes) < NUM_STEPS - 10
+        assert 0.2 < sum(size > max_grad_norm for size in sizes) / NUM_STEPS < 0.8
 
 
 @pytest.mark.parametrize(
