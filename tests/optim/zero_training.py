@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from largebatch.optim import LAMB, LARS
 
-NUM_STEPS = 8
+NUM_STEPS = 6
 WORLD_SIZE = 2
 NUM_MICRO_BATCHES = 2
 MICRO_BATCH_SIZE = 4  # of one rank
