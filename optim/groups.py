@@ -225,13 +225,28 @@ def first_matches(
 def matches(selector: str, entries: list[ParamEntry], keyword: str) -> list[bool]:
     """For each entry, whether the selector picks it; refused where it picks none."""
     column = [selects(selector, entry, keyword) for entry in entries]
-    if not any(column):
-        names = [entry.names[0] for entry in entries]
-        raise ValueError(
-            f"{keyword}: {selector!r} matches none of the {len(names)} parameters "
-            f"({', '.join(names[:3])}{', …' if len(names) > 3 else ''})."
-        )
+    names = [entry.names[0] for entry in entries]
+    of_words = selector in ("bias", "norm", "embedding", "vector")
+    how = "none is of that kind" if of_words else "it is searched for anywhere in a name"
+    require_match(column, selector, names, keyword, how)
     return column
+
+
+def require_match(
+    column: Sequence[bool], pattern: str, names: Sequence[str], keyword: str, how: str
+) -> None:
+    """Refuse a pattern that matches none of the parameters.
+
+    Args:
+        column: for each, whether it does.
+        how: the pattern is read.
+    """
+    if not any(column):
+        raise ValueError(
+            f"{keyword}: {pattern!r} matches none of the {len(names)} parameters "
+            f"({', '.join(names[:3])}{', …' if len(names) > 3 else ''}): {how}; correct it, or "
+            "leave it out."
+        )
 
 
 def selects(selector: str, entry: ParamEntry, keyword: str) -> bool:

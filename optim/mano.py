@@ -59,8 +59,8 @@ class Mano(OfHiddenMatrices):
     Under ZeRO it is refused as Muon is: flat buffers have no columns.
 
     Raises ValueError for parameters without names, no hidden matrix, an option out of range, a
-    tensor of three or more dimensions with neither a module nor `norm_groups`; RuntimeError at
-    `step` for a sparse gradient.
+    pattern that matches nothing, a tensor of three or more dimensions with neither a module nor
+    `norm_groups`; RuntimeError at `step` for a sparse gradient.
 
     >>> matrix = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     >>> optimizer = Mano([("matrix", matrix)], lr=0.1)
@@ -87,7 +87,7 @@ class Mano(OfHiddenMatrices):
         eps: float = 1e-8,
         adamw_lr_ratio: float = 1.0,
         adamw_weight_decay: float | None = None,
-        adamw: Sequence[str] = (),
+        adamw: str | Sequence[str] = (),
         groups: Iterable[dict[str, Any]] | None = None,
         maximize: bool = False,
     ) -> None:

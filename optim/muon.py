@@ -93,8 +93,8 @@ class Muon(OfHiddenMatrices):
     their own, as of `param_groups`: queries, keys and values, heads, experts.
 
     Raises ValueError for parameters without names, no hidden matrix, an option out of range, a
-    tensor of three or more dimensions with neither a module nor `norm_groups`; RuntimeError at
-    `step` for a sparse gradient.
+    pattern that matches nothing, a tensor of three or more dimensions with neither a module nor
+    `norm_groups`; RuntimeError at `step` for a sparse gradient.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10))
@@ -125,7 +125,7 @@ class Muon(OfHiddenMatrices):
         eps: float = 1e-8,
         adamw_lr_ratio: float = 1.0,
         adamw_weight_decay: float | None = None,
-        adamw: Sequence[str] = (),
+        adamw: str | Sequence[str] = (),
         groups: Iterable[dict[str, Any]] | None = None,
         maximize: bool = False,
         process_group: "ProcessGroup | None" = None,

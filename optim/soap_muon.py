@@ -88,7 +88,7 @@ class SOAPMuon(OfHiddenMatrices, SOAP):
         hyperball: bool = False,
         adamw_lr_ratio: float = 1.0,
         adamw_weight_decay: float | None = None,
-        adamw: Sequence[str] = (),
+        adamw: str | Sequence[str] = (),
         groups: Iterable[dict[str, Any]] | None = None,
         maximize: bool = False,
         tolerated_failures: int = 3,

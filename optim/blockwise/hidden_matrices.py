@@ -18,7 +18,13 @@ from torch.optim.optimizer import StateDict
 from largebatch.optim.base import Group
 from largebatch.optim.blockwise.optimizer import BlockwiseOptimizer
 from largebatch.optim.blockwise.work_group import BlockedLayer
-from largebatch.optim.groups import EMBEDDING, ParamEntry, find_parameters, is_called
+from largebatch.optim.groups import (
+    EMBEDDING,
+    ParamEntry,
+    find_parameters,
+    is_called,
+    require_match,
+)
 from largebatch.optim.options import require, require_one_of
 from largebatch.optim.sharding.layout import Name, split_sizes
 
@@ -60,29 +66,32 @@ class OfHiddenMatrices(BlockwiseOptimizer):
         params: Given,
         defaults: dict[str, Any],
         groups: Iterable[dict[str, Any]] | None,
-        adamw: Sequence[str],
+        adamw: str | Sequence[str],
         adamw_weight_decay: float | None,
     ) -> list[Any]:
         """Return the groups of all parameters, and note what is whose.
 
         Raises:
-            ValueError: an option out of range; parameters without names; a tensor of three
-                dimensions or more of which its name alone does not say what it is.
+            ValueError: an option out of range; parameters without names; a pattern that matches
+                none of them; a tensor of three dimensions or more of which its name alone does not
+                say what it is.
         """
         decay = adamw_weight_decay
         finite = decay is None or 0 <= decay < math.inf
         require(finite, "adamw_weight_decay", "in [0, inf) or None", decay)
         self._check_options(defaults)
         self._adamw_weight_decay = decay
+        patterns = _listed(adamw)
         if isinstance(params, nn.Module):
             entries = find_parameters(params)
-            self._by_adamw = _by_module(params, entries, adamw)
+            _require_matches(patterns, [entry.names for entry in entries])
+            self._by_adamw = _by_module(params, entries, patterns)
             kernels = {e.param for e in entries if any(isinstance(m, KERNELS) for m in e.modules)}
             self._stacks = frozenset(
                 entry.param
                 for entry in entries
                 if entry.param.dim() > 2 and entry.param not in kernels
-                and not _any_matches(entry.names, adamw)
+                and not _any_matches(entry.names, patterns)
             )  # fmt: skip
             whole = {"params": [(entry.names[0], entry.param) for entry in entries]}
             return [whole] if groups is None else list(groups)
@@ -98,8 +107,9 @@ class OfHiddenMatrices(BlockwiseOptimizer):
             named, "params", "the model, or named_parameters(), (name, parameter) pairs",
             "bare parameters",
         )  # fmt: skip
+        _require_matches(patterns, [[name] for name, _ in pairs])
         split = {pair[1] for group in taken if group.get("norm_groups") for pair in group["params"]}
-        self._by_adamw = _by_name(pairs, (*NAMES, *adamw), split)
+        self._by_adamw = _by_name(pairs, (*NAMES, *patterns), split)
         return taken
 
     def _require_matrix(self) -> None:
@@ -173,14 +183,14 @@ class OfHiddenMatrices(BlockwiseOptimizer):
         return super()._translated(state_dict)
 
 
-def left_to_adamw(model: nn.Module, patterns: Sequence[str] = ()) -> set[Tensor]:
+def left_to_adamw(model: nn.Module, patterns: str | Sequence[str] = ()) -> set[Tensor]:
     """Return the parameters of a model that AdamW steps under these optimizers, unless their groups
     split them.
 
     Args:
         patterns: of names (`fnmatch`) that it takes too.
     """
-    by_adamw = _by_module(model, find_parameters(model), patterns)
+    by_adamw = _by_module(model, find_parameters(model), _listed(patterns))
     return {param for param, taken in by_adamw.items() if taken}
 
 
@@ -249,6 +259,19 @@ def _by_name(
     if last is not None and last.shape[0] in rows:
         found[last] = True
     return found
+
+
+def _listed(patterns: str | Sequence[str]) -> Sequence[str]:
+    """One pattern may stand by itself: letter by letter it would be others."""
+    return (patterns,) if isinstance(patterns, str) else patterns
+
+
+def _require_matches(patterns: Sequence[str], names: Sequence[Sequence[str]]) -> None:
+    """Refuse a pattern that matches none of the parameters, each with its names."""
+    first = [own[0] for own in names]
+    for pattern in patterns:
+        matched = [_any_matches(own, [pattern]) for own in names]
+        require_match(matched, pattern, first, "adamw", "it is of the whole name, as in '*head*'")
 
 
 def _any_matches(names: Iterable[str], patterns: Sequence[str]) -> bool:

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -309,11 +310,24 @@ def test_a_stack_that_its_group_splits_is_muons() -> None:
     groups = param_groups(network, norm_groups={"experts": 2})
     assert "experts" in parts(Muon(network, groups=groups))["muon"]
     assert "experts" in parts(Muon(groups))["muon"]
-    assert "experts" in parts(Muon(network, groups=groups, adamw=("expert*",)))["adamw"]
+    assert "experts" in parts(Muon(network, groups=groups, adamw="expert*"))["adamw"]
     with pytest.raises(
         ValueError, match=r"norm_groups must divide dimension 0 .*'experts'.* got 3"
     ):
         Muon(network, groups=param_groups(network, norm_groups={"experts": 3}))
+
+
+@pytest.mark.parametrize("optimizer", [Muon, SOAPMuon, Mano])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_pattern_that_matches_no_parameter_is_refused(
+    optimizer: type[Muon | SOAPMuon | Mano], by_name: bool
+) -> None:
+    network = model()
+    given = network.named_parameters() if by_name else network
+    some = ", ".join([name for name, _ in network.named_parameters()][:3])
+    message = f"adamw: 'haed' matches none of the 5 parameters ({some}, …): it is of the whole"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer(given, adamw=["*", "haed"])
 
 
 def stepped(make_second: Callable[[Muon, Network], tuple[Muon, Network]]) -> bool:

@@ -87,6 +87,7 @@ def test_only_what_is_selected_is_preconditioned(run: Any) -> None:
         (("+optim.groups.decay=[bias]",), "optim.groups"),
         (("+optim.groups.weight_decay=1",), "set optim.weight_decay"),
         (("optim.groups=[bias]",), "optim.groups"),
+        (("optim=muon", "optim.adamw=[haed]"), "adamw: 'haed' matches none of the 4 parameters"),
         (("optim.groups.precondition=[bias]",), "is for optim=shampoo and optim=soap"),
     ],
 )
