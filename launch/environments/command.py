@@ -32,6 +32,7 @@ def _pack(options: argparse.Namespace) -> int:
 
 def _spread(options: argparse.Namespace) -> int:
     if options.copper:
+        print(COPPER_IN_WORDS, file=sys.stderr, flush=True)
         print(COPPER)
         return 0
     if options.archive is None:
@@ -41,14 +42,19 @@ def _spread(options: argparse.Namespace) -> int:
     return spread(options.archive, options.to, options.timeout)
 
 
-COPPER: Final = """\
-# Copper caches reads of one path on every node; for imports only, never for what a job writes.
-# Files above 10 MB are not cached by default. Keep ranks and CCL workers off its cores, 48-51.
+COPPER_IN_WORDS: Final = """\
+Copper caches reads of one path on every node; for imports only, never for what a job writes. It is
+mounted at /tmp/$USER/copper; files above 10 MB are not cached by default. Keep ranks and CCL
+workers off its cores, 48-51. Prefix only the path of your own environment, not the module's:
+"""
+
+_PYTHON: Final = "python{}.{}".format(*sys.version_info)
+# Without comments, which an interactive zsh takes for words of a command.
+COPPER: Final = f"""\
 module load copper
-launch_copper.sh                       # mounts /tmp/$USER/copper on every node of the job
-# Prefix only the path of your own environment, not the module's:
-export PYTHONPATH=/tmp/${USER}/copper/ABSOLUTE/PATH/TO/ENV/lib/python3.12/site-packages
-mpiexec ... python -m largebatch train ...
+launch_copper.sh
+export PYTHONPATH=/tmp/$USER/copper$VIRTUAL_ENV/lib/{_PYTHON}/site-packages
+mpiexec -n $RANKS --ppn 12 python -m largebatch train
 stop_copper.sh"""
 
 

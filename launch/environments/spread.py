@@ -318,7 +318,7 @@ def _summary(reports: list[Report], order: Order, num_bytes: int, seconds: float
         lines.append(f"{len(reused)} had it already: {places(reused)}")
     lines += [f"failed on {report.node}: {report.failed}" for report in failed]
     if len(failed) < len(reports):
-        lines.append(f". {order.target}/bin/activate    # hash {order.total[:12]}")
+        lines += [f"hash {order.total[:12]}; to use it:", f". {order.target}/bin/activate"]
     return "\n".join(lines)
 
 

@@ -353,4 +353,7 @@ def test_the_command_refuses_in_a_sentence(
     assert main(["spread"]) == 2
     assert main(["spread", str(tmp_path / "none.tar.gz"), "--timeout", "0"]) == 2
     assert main(["spread", "--copper"]) == 0
-    assert "launch_copper.sh" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "launch_copper.sh" in told.out
+    assert "#" not in told.out  # for an interactive zsh a word like any other
+    assert "Copper caches reads" in told.err
