@@ -6,10 +6,12 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Final
+from typing import Any, Final
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ValidationError
+
+from largebatch.common.mappings import flattened
 
 
 class ConfigError(ValueError):
@@ -142,6 +144,7 @@ _COUNTED_OTHERWISE: Final = {
     "after every step",
 }
 """Keys that other tools have."""
+_FEW_PLACES: Final = 3
 
 
 def _no_such_key(error: BaseException) -> str | None:
@@ -151,15 +154,31 @@ def _no_such_key(error: BaseException) -> str | None:
     if error.full_key in _COUNTED_OTHERWISE:
         return f"there is no key {error.full_key}: {_COUNTED_OTHERWISE[error.full_key]}"
     above, _, key = error.full_key.rpartition(".")
-    siblings = [str(name) for name in error.parent_node or ()]
+    siblings = [str(name) for name in error.parent_node or () if str(name)[:1] != "_"]
     near = get_close_matches(key, siblings, n=1)
-    if near:
+    elsewhere = _elsewhere(error.full_key, error.parent_node)
+    if elsewhere:
+        hint = f"did you mean {' or '.join(elsewhere)}?"
+    elif near:
         hint = f"did you mean {f'{above}.{near[0]}' if above else near[0]}?"
     elif above:
         hint = f"{above} has {', '.join(siblings) or 'none'}"
     else:
         hint = "--help lists keys, and groups, whose keys are there once GROUP=CHOICE is given"
     return f"there is no key {error.full_key}: {hint}"
+
+
+def _elsewhere(full_key: str, node: Any) -> list[str]:
+    """Where a key is that was given without its section, or in one: `nproc`, `target_loss` and
+    `engine.precision` for `engine.nproc`, `target.loss` and `precision`.
+    """
+    whole = {} if node is None else OmegaConf.to_container(node._get_root(), resolve=False)
+    paths = [path for path in flattened(whole) if not path.startswith("hydra.")]  # type: ignore[arg-type]
+    above, _, key = full_key.rpartition(".")
+    if above:
+        return [path for path in paths if path == key]
+    found = [p for p in paths if key in (p.rpartition(".")[2], p.replace(".", "_"))]
+    return found if len(found) <= _FEW_PLACES else []
 
 
 def _unreadable(error: BaseException) -> str | None:
@@ -169,7 +188,7 @@ def _unreadable(error: BaseException) -> str | None:
         return None
     key, equals, value = word.partition("=")
     if not equals:
-        return f"{word!r} is not KEY=VALUE"
+        return f"{word!r} is not KEY=VALUE, without spaces and dashes, as in optim.lr=0.01"
     start = f"{word!r} cannot be read"
     if re.search(r"^\s*,|,\s*(,|$)", value):
         least = ",".join(part.strip() for part in value.split(",") if part.strip())

@@ -281,7 +281,10 @@ class TrainConfig:
                 "which is null: give target.loss, or leave evaluation.within at null"
             )
         if self.resume not in (None, "auto"):
-            raise ConfigError(f"resume must be null or auto, got {self.resume!r}")
+            raise ConfigError(
+                "resume must be null, or auto, which continues the run in hydra.run.dir, got "
+                f"{self.resume!r}"
+            )
         if self.resume is not None and self.study is not None:
             raise ConfigError("a study resumes by itself in its folder: leave resume at null")
         if self.outer.kind is not None:

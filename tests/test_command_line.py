@@ -48,7 +48,7 @@ def test_a_value_that_hydra_cannot_read_is_told_with_the_line_to_type(value: str
         ("optim=lamb,", "a value is missing beside a comma; type optim=lamb"),
         ("seed=0,,1", "a value is missing beside a comma; type seed=0,1"),
         ("optim.lr=[1", "has a bracket without its other half"),
-        ("lamb", "'lamb' is not KEY=VALUE"),
+        ("optim.lr", "'optim.lr' is not KEY=VALUE, without spaces and dashes, as in optim.lr=0.01"),
     ],
 )
 def test_a_word_with_something_missing_is_told(word: str, told: str) -> None:
@@ -112,6 +112,8 @@ def test_the_user_s_cluster_wins_over_the_package_s(
         (["train", "seed=1", "--seed=2"], "keys are given as KEY=VALUE, without dashes"),
         (["train", "~target.loss"], "target.loss"),
         (["train", "optim=lam"], "optim must be one of adamw, kfac"),
+        (["train", "nproc=2"], "there is no key nproc: did you mean engine.nproc?"),
+        (["train", "engine.precision=bf16"], "no key engine.precision: did you mean precision?"),
         (
             ["train", "task=custom", "task._target_=a.B"],
             "model.context is taken from task.context, which is not there",

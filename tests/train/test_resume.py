@@ -332,7 +332,7 @@ def test_a_run_that_fails_says_how_far_it_came(train: Train, tmp_path: Path) -> 
     [
         ((), "holds a run that has ended (exhausted): there is nothing to resume"),
         (("optim.lr=0.5",), "was made with optim.lr=0.16 (now 0.5): resume it with the same"),
-        (("resume=now",), "resume must be null or auto, got 'now'"),
+        (("resume=now",), "which continues the run in hydra.run.dir, got 'now'"),
         (("checkpoint.every_samples=0",), "checkpoint.every_samples must be a whole number of at"),
     ],
 )
