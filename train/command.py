@@ -31,7 +31,7 @@ from largebatch.train.sweeps import failure_of, line_of, reported, shown_folder
 _TRIAL: Final = "largebatch_trial"
 """The sweeper of one run of a sweep, in processes that the sweep's launcher has started."""
 
-_outcome: list[SummaryRecord | ConfigError | RanksEnded] = []
+_outcome: list[SummaryRecord | Exception] = []
 """What the run came to: Hydra's main returns nothing, and prints around what a task raises."""
 
 
@@ -128,12 +128,12 @@ def task(composed: DictConfig) -> float | None:
 
 
 def single_run(composed: DictConfig) -> None:
-    """Note the summary, or why the run was refused."""
+    """Note the summary, or why there is none."""
     from largebatch.train.lr_find import results as lr_results
 
     try:
         summary = job(composed, display=True)
-    except (ConfigError, RanksEnded) as error:
+    except Exception as error:
         _outcome.append(error)
     else:
         _outcome.append(summary)

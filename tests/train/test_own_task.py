@@ -74,6 +74,7 @@ def test_an_error_in_the_users_code_shows_their_lines(
     told = capsys.readouterr().err
     assert line in told
     assert told.count("File ") == 1
+    assert "Error executing job" not in told  # Hydra's, with words that nobody typed
     assert "own_tasks.py" in told
     assert "Error: " in told
     assert told.rstrip().endswith("HYDRA_FULL_ERROR=1")
