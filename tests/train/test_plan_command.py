@@ -162,6 +162,21 @@ def test_the_picture_shows_batch_rate_and_steps_as_the_steps_take_them() -> None
     }  # fmt: skip
 
 
+def test_a_ramp_that_is_over_early_is_drawn_by_itself_too() -> None:
+    from largebatch.schedules import WSD, Plan, StagedBatch
+    from largebatch.train.plan.picture import draw
+
+    plan = Plan(
+        ramp=StagedBatch(spec="0:10 400:20 800:40"), curve=WSD(warmup_samples=100),
+        budget_samples=20_000, base_lr=0.1, base_batch=10,
+    )  # fmt: skip
+    ramp, whole, rate, _, steps, _ = draw(plan, "title").axes
+    assert ramp.get_xlim() == (0, 1000)
+    assert whole.get_xlim() == (0, 20_000)
+    assert max(rate.lines[0].get_xdata()) == 1000  # type: ignore[arg-type, type-var]
+    assert steps.get_ylim()[1] == pytest.approx(108)  # of a constant 10, and room above
+
+
 def test_more_stages_than_fit_are_counted(plan: PlanCommand) -> None:
     words = ["batch=rampup", "batch.start=16", "batch.increment=8", "batch.size=1024"]
     left_out = len(described(plan, *words)["stages"]) - 40
