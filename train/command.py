@@ -141,6 +141,19 @@ def single_run(composed: DictConfig) -> None:
         print(wrapped(in_words(summary, folder), terminal_width(sys.stdout)))
         if "lr_find" in summary:
             print(lr_results.format_outcome(summary, folder))
+        if summary["status"] == "interrupted":
+            say(to_resume(summary, folder))
+
+
+def to_resume(summary: SummaryRecord, folder: Path) -> str:
+    """How an interrupted run is resumed, or another one could be."""
+    saving = summary["config"]["checkpoint"]
+    if saving["every_samples"] is None and saving["every_minutes"] is None:
+        return (
+            "no weights were saved; a run with checkpoint.every_samples=1e6 (or every_minutes) and "
+            "resume=auto is resumed by its own command"
+        )
+    return f"the same command with hydra.run.dir={folder} resume=auto resumes from here"
 
 
 def job(composed: DictConfig, display: bool = False) -> SummaryRecord:

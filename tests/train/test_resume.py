@@ -215,13 +215,15 @@ def test_an_interrupted_run_saves_and_goes_on(tmp_path: Path, command: Command) 
     folder = tmp_path / "run"
     process = forked.Popen(
         [sys.executable, "-m", "largebatch", "train", *words, f"hydra.run.dir={folder}"],
-        stdout=subprocess.DEVNULL,
-    )
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     while count_lines(folder) < 20:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=600) == 143
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 143
+    assert "/run resume=auto resumes from here" in errors
     seen = json.loads((folder / "summary.json").read_text())["samples"]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"samples-{seen:015d}"]
     done = command("train", *words, f"hydra.run.dir={folder}")

@@ -200,6 +200,7 @@ def test_a_signal_ends_the_run_between_two_steps(
         process.kill()
     assert process.returncode == 128 + number
     assert "Traceback" not in errors
+    assert "no weights were saved; a run with checkpoint.every_samples=1e6" in errors
     lines, summary = read_run(tmp_path / "run")
     assert summary["status"] == "interrupted"
     assert lines[-1]["step"] == summary["steps"]
