@@ -5,6 +5,8 @@ import sys
 from difflib import get_close_matches
 from typing import Final
 
+from largebatch.common.text import missing
+
 BENCHMARKS: Final = {
     "optim": ("optim", "time of an optimizer step, beside peers"),
     "noise": ("noise.command", "what measuring the noise scale adds to a step"),
@@ -48,7 +50,7 @@ def run(name: str, arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("largebatch"):
             raise
-        needs = f"bench {name} needs {error.name}: pip install 'largebatch[train]'"
+        needs = f"bench {name} needs {missing(error)}: pip install 'largebatch[train]'"
         print(f"largebatch: {needs}", file=sys.stderr)
         return 2
     code: int = benchmark.main(arguments)

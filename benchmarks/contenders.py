@@ -13,6 +13,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from largebatch.common.text import missing
 from largebatch.optim import LAMB, LARS
 
 # FP32 values a parameter that no step can avoid to move: weight, gradient and state are read once,
@@ -53,8 +54,9 @@ def contenders() -> tuple[list[Contender], list[str]]:
         try:
             rows.append(row(name, words, getattr(import_module(module), attribute), **options))
         except ModuleNotFoundError as error:
+            package = missing(error)
             left_out.append(
-                f"{name}: left out, as {error.name} is not installed: pip install {error.name}"
+                f"{name}: left out, as {package} is not installed: pip install {package}"
             )
         except Exception as error:  # a foreign library may fail to load in ways of its own
             left_out.append(f"{name}: left out, {type(error).__name__}: {error}")

@@ -166,3 +166,12 @@ def one_line(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """An exception's message without the stack that torch adds; its class where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+_PACKAGES: Final = {"hydra": "hydra-core", "sklearn": "scikit-learn", "PIL": "pillow"}
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """Return the package, as pip calls it, that brings the module which is not there."""
+    module = (error.name or "").partition(".")[0]
+    return _PACKAGES.get(module, module)

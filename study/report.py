@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from largebatch.common.loading import load, load_matplotlib
+from largebatch.common.text import missing
 from largebatch.records import printable
 from largebatch.records.names import METRICS
 from largebatch.study.final_loss.page import FIGURE, loss_html, print_losses
@@ -138,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
             print_report(write_report(*folders, out=arguments.out, reference=named))
     except ModuleNotFoundError as error:
         advice = "install it with: pip install 'largebatch[train]'"
-        print(f"largebatch report needs {error.name}; {advice}", file=sys.stderr)
+        print(f"largebatch report needs {missing(error)}; {advice}", file=sys.stderr)
         return 2
     except (OSError, ValueError) as error:
         print(f"largebatch report: {printable(error)}", file=sys.stderr)

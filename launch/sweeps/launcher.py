@@ -15,6 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from largebatch.common.errors import ConfigError, RunFailed, hydra_word
+from largebatch.common.text import missing
 from largebatch.conf.cluster_config import ClusterConfig, NodeConfig
 from largebatch.distributed.walltime import end_of_job
 from largebatch.launch.sweeps.backend import Backend
@@ -126,8 +127,8 @@ def make_backend(
             import parsl  # noqa: F401 — a second of imports, and an extra that may not be there
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"hydra/launcher=parsl with {KEY}.shape={settings.shape} needs {error.name}: pip "
-                "install 'largebatch[parsl]'"
+                f"hydra/launcher=parsl with {KEY}.shape={settings.shape} needs "
+                f"{missing(error)}: pip install 'largebatch[parsl]'"
             ) from error
     if settings.shape == "jobs":
         from largebatch.launch.sweeps.jobs import Jobs

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Final, NamedTuple
 
 from largebatch.common.loading import load
+from largebatch.common.text import missing
 from largebatch.completion import candidates, script
 from largebatch.records.outcomes import ExitCode, exit_code_help
 
@@ -101,16 +102,8 @@ COMMANDS: Final = {
     ),
 }
 
+
 # What pip and Python call by different names.
-_PACKAGES: Final = {"hydra": "hydra-core", "sklearn": "scikit-learn", "PIL": "pillow"}
-
-
-def missing(error: ModuleNotFoundError) -> str:
-    """Return the package, as pip calls it, that brings the module which is not there."""
-    module = (error.name or "").partition(".")[0]
-    return _PACKAGES.get(module, module)
-
-
 def version() -> str:
     """Return this project's version, `unknown` where it is not installed."""
     from importlib import metadata

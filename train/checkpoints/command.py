@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from largebatch.common.text import byte_size, say
+from largebatch.common.text import byte_size, missing, say
 from largebatch.records import Fields, printable
 from largebatch.records.checkpoints import is_name, listed, samples_of
 from largebatch.records.fields import moment, text, whole
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
         return act(options)
     except ModuleNotFoundError as error:
         say(
-            f"checkpoint {options.verb} needs {error.name}: pip install "
+            f"checkpoint {options.verb} needs {missing(error)}: pip install "
             f"'largebatch[{'deepspeed' if error.name == 'deepspeed' else 'train'}]'"
         )
     except (OSError, ValueError) as error:

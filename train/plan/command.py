@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from largebatch.common.errors import ConfigError, refusing
-from largebatch.common.text import say
+from largebatch.common.text import missing, say
 from largebatch.conf.config import TrainConfig, typed
 from largebatch.distributed.ranks import find_ranks
 from largebatch.records.outcomes import ExitCode
@@ -85,7 +85,8 @@ def _show(composed: DictConfig, options: Namespace) -> None:
             from largebatch.train.plan.picture import draw
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"the picture needs {error.name}: pip install 'largebatch[train]', or --no-picture"
+                f"the picture needs {missing(error)}: pip install 'largebatch[train]', or "
+                "--no-picture"
             ) from error
         choices = HydraConfig.get().runtime.choices
         decide = ("optim", "batch", "lr", "scaling") if config.mode is None else ("mode", "optim")

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from largebatch.common.errors import ConfigError
 from largebatch.common.mappings import flattened
+from largebatch.common.text import missing
 from largebatch.records.names import SUMMARY
 from largebatch.train.trackers.base import Labels, sectioned
 
@@ -33,8 +34,8 @@ class MLflow:
             from mlflow.entities import Metric, Param
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"logger=mlflow needs the package {error.name}: pip install 'largebatch[trackers]'"
-                ", or use logger=jsonl"
+                f"logger=mlflow needs the package {missing(error)}: pip install "
+                "'largebatch[trackers]', or use logger=jsonl"
             ) from error
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)

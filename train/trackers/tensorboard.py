@@ -6,6 +6,7 @@ from typing import Any
 
 from largebatch.common.errors import ConfigError
 from largebatch.common.mappings import flattened
+from largebatch.common.text import missing
 from largebatch.train.trackers.base import Labels, sectioned
 
 
@@ -21,7 +22,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"logger=tensorboard needs the package {error.name}: "
+                f"logger=tensorboard needs the package {missing(error)}: "
                 "pip install 'largebatch[trackers]', or use logger=jsonl"
             ) from error
 

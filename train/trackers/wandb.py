@@ -8,7 +8,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from largebatch.common.errors import ConfigError
-from largebatch.common.text import say
+from largebatch.common.text import missing, say
 from largebatch.train.trackers.base import Labels, sectioned
 from largebatch.train.trackers.study import rows_of
 
@@ -38,8 +38,8 @@ class Wandb:
             import wandb
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"logger=wandb needs the package {error.name}: pip install 'largebatch[train]', or "
-                "use logger=jsonl"
+                f"logger=wandb needs the package {missing(error)}: pip install "
+                "'largebatch[train]', or use logger=jsonl"
             ) from error
 
         known = folder / "wandb" / "run_id"

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from largebatch.common.errors import ConfigError, refusing
 from largebatch.common.numbers import real_number, whole_number
-from largebatch.common.text import and_more, say
+from largebatch.common.text import and_more, missing, say
 from largebatch.conf.build import build
 from largebatch.conf.config import typed
 from largebatch.records.outcomes import ExitCode
@@ -177,7 +177,7 @@ def _save(found: Sequence[Coordinates], tolerance: float, title: str, path: Path
         from largebatch.train.transfer.picture import draw
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"the picture needs {error.name}: pip install 'largebatch[train]', or --no-picture"
+            f"the picture needs {missing(error)}: pip install 'largebatch[train]', or --no-picture"
         ) from error
     try:
         draw(found, tolerance, title).savefig(path, dpi=DPI)
