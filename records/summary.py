@@ -249,10 +249,17 @@ def line_of_sweep(
     return fitted(parts, width) or wrapped(ended.text, width)
 
 
+def status_in_words(status: str) -> str:
+    """A status for people: a run that did all that was asked of it is not exhausted."""
+    return "budget spent" if status == "exhausted" else status
+
+
 def _ending(summary: Mapping[str, Any], folder: Path) -> list[LineField]:
     """The fields that say how a run ended, that first."""
     found, target = summary.get("eval_loss"), aimed_at(summary)
-    ended = "budget spent" if summary["status"] == "exhausted" else summary["status"]
+    ended = status_in_words(summary["status"])
+    if ended == "budget spent" and "lr_find" in summary:
+        ended = "learning rates swept"
     if target is not None:
         verb = "reached" if ended == "reached" else f"{ended} without reaching"
         ended = f"{verb} {f'{target.value:g}' if target.metric == 'loss' else target}"

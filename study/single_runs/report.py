@@ -18,6 +18,7 @@ from largebatch.common.figures import DPI, paper_style
 from largebatch.common.text import duration
 from largebatch.records import printable
 from largebatch.records.names import EVALUATED, METRICS
+from largebatch.records.summary import status_in_words
 from largebatch.study.page.axes import NARROW, WIDE, Picture
 from largebatch.study.page.html import Drawn, figure_of, provenance_of, rendered, table_of
 from largebatch.study.page.styles import curve_styles
@@ -127,7 +128,7 @@ def runs_table(histories: dict[str, RunHistory]) -> Listing:
         rows.append(
             [
                 Entry(name),
-                Entry(history.status),
+                Entry(status_in_words(history.status)),
                 *(_number(history.last(key), ",.0f") for key in ("step", "samples")),
                 *(
                     _number(history.last(key), ".4g")

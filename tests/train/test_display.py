@@ -93,6 +93,8 @@ def test_what_matters_least_goes_first() -> None:
          "evaluation loss 2.1900 · runs/a"),
         ({"status": "exhausted", "target_loss": None, "eval_loss": None},
          "budget spent after 1,000 steps · 64,000 samples · 1.5 s of training · runs/a"),
+        ({"status": "exhausted", "target_loss": None, "lr_find": {"lr_suggested": 0.1}},
+         "learning rates swept after 1,000 steps · 64,000 samples · 1.5 s of training · runs/a"),
         ({"status": "exhausted", "target_loss": 2.2},
          "budget spent without reaching 2.2 after 1,000 steps · 64,000 samples · "
          "1.5 s of training · runs/a"),
