@@ -104,6 +104,12 @@ def test_the_user_s_cluster_wins_over_the_package_s(
     assert "cluster/aurora.yaml" in said
 
 
+OWN_STUDY = [
+    "sweep", "study=custom", "task=digits", "target.loss=0.9", "budget.samples=1e4",
+    "study.batch_sizes=[64,256]", "study.optimizers=[lamb]", "study.rules=[sqrt]",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -125,6 +131,14 @@ def test_the_user_s_cluster_wins_over_the_package_s(
         (["train", "seed=range(0,3"], "a bracket without its other half"),
         (["sweep", "seed=0,1", "optim=lam"], "optim must be one of adamw, kfac"),
         (["sweep", "seed=0,1", "hydra/launcher=x"], "hydra/launcher must be one of basic"),
+        (
+            [*OWN_STUDY, "study.rule_batches=[128]"],
+            "study.rule_batches must be among study.batch_sizes [64, 256], got [128]",
+        ),
+        (
+            [*OWN_STUDY, "study.start_batch=32"],
+            "study.start_batch must be one of study.batch_sizes [64, 256], got 32",
+        ),
         (["sweep", "seed=range(3,0)"], "seed=range(3,0) has no values"),
         (["sweep", "seed=1", "optim=glob(zz*)"], "optim=glob(zz*) has no values"),
         (["trian"], "no command 'trian': did you mean train?"),
