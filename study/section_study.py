@@ -164,7 +164,7 @@ def read_study(*folders: Path | str) -> Study:
     return Study(
         roots,
         [
-            replace(_section_study(found[key], curves[key]), floor=floors.get(key))
+            replace(section_study(found[key], curves[key]), floor=floors.get(key))
             for key in sorted(found)
         ],
         problems,
@@ -253,9 +253,8 @@ def _names(roots: Sequence[Path]) -> dict[Path, str]:
     return dict(zip(roots, names, strict=True))
 
 
-def _section_study(
-    section: Section, curves: Sequence[tuple[StudyCurve, Decisions]]
-) -> SectionStudy:
+def section_study(section: Section, curves: Sequence[tuple[StudyCurve, Decisions]]) -> SectionStudy:
+    """Read a section whose curves are these, each by what its study decided."""
     points = {curve.name: curve_points(curve, decisions) for curve, decisions in curves}
     order = _in_order(points)
     rows = [row for name in order for row in seed_rows(points[name])]

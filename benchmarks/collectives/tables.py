@@ -137,6 +137,7 @@ def keep(folder: Path | None, parts: dict[str, Any]) -> None:
 
 def keep_measured(folder: Path, measured: Sequence[Measurement], found: Sequence[Fit]) -> None:
     from largebatch.benchmarks.collectives.picture import measured_figure
+    from largebatch.common.figures import DPI, paper_style
 
     right = [row for row in measured if row.seconds]
     with (folder / "collectives.csv").open("x", newline="", encoding="utf-8") as file:
@@ -166,11 +167,13 @@ def keep_measured(folder: Path, measured: Sequence[Measurement], found: Sequence
     if right:
         rows = [(row.collective, row.ranks, row.nbytes, median(row.seconds)) for row in right]
         title = f"Measured: {measured[0].backend} on {measured[0].device}"
-        measured_figure(rows, title).savefig(folder / "collectives.png", dpi=150)
+        with paper_style():
+            measured_figure(rows, title).savefig(folder / "collectives.png", dpi=DPI)
 
 
 def keep_projection(folder: Path, projected: dict[str, Any]) -> None:
     from largebatch.benchmarks.collectives.picture import projection_figure
+    from largebatch.common.figures import DPI, paper_style
 
     rows, cluster = projected["rows"], projected["cluster"]
     names = list(dict.fromkeys(name for row in rows for name in row.seconds))
@@ -185,5 +188,6 @@ def keep_projection(folder: Path, projected: dict[str, Any]) -> None:
     (folder / "oneccl.env").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
     nodes = sorted({row.nodes for row in rows})
     sizes = sorted({row.nbytes for row in rows})
-    figure = projection_figure(cluster, nodes, sizes, names)
-    figure.savefig(folder / "projection.png", dpi=150)
+    with paper_style():
+        figure = projection_figure(cluster, nodes, sizes, names)
+        figure.savefig(folder / "projection.png", dpi=DPI)

@@ -27,6 +27,7 @@ from largebatch.benchmarks.scale.command import table
 from largebatch.benchmarks.time_to_target.model import Step, TimeCurve, bubble, time_curves
 from largebatch.benchmarks.time_to_target.picture import time_figure
 from largebatch.common.console import output_console
+from largebatch.common.figures import DPI
 from largebatch.records import read_fields
 from largebatch.records.fields import number, positive, whole
 from largebatch.records.names import SUMMARY
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.out is not None:
         write_csv(curves, step, options.out / "time.csv")
         figure = time_figure(curves, step.cluster.ranks_per_node)
-        figure.savefig(options.out / "time.png", dpi=200)
+        figure.savefig(options.out / "time.png", dpi=DPI)
         print(f"{options.out / 'time.csv'}, {options.out / 'time.png'}")
     return 0
 

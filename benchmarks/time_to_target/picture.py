@@ -6,22 +6,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from largebatch.benchmarks.time_to_target.model import TimeCurve, TimePoint
-from largebatch.common.figures import COLOURS, GREY, GRID, paper_style
+from largebatch.common.figures import GREY, GRID, paper_style
+from largebatch.study.page.styles import Style, curve_styles
 from largebatch.study.statistics.intervals import Estimate
 
 
 def time_figure(curves: Sequence[TimeCurve], tiles_per_node: int) -> Figure:
     """Two panels; bands are 95% intervals, an upright line is where more tiles do not pay."""
+    styles = curve_styles((curve.optimizer, curve.optimizer.split()[0]) for curve in curves)
     with paper_style():
         figure = Figure(figsize=(7.4, 3.3), layout="constrained")
         times, hours = figure.subplots(1, 2)
-        for place, curve in enumerate(curves):
-            colour = COLOURS[place % len(COLOURS)]
-            _draw(times, curve, [point.seconds for point in curve.points], colour)
-            _draw(hours, curve, [point.node_hours for point in curve.points], colour)
+        for curve in curves:
+            style = styles[curve.optimizer]
+            _draw(times, curve, [point.seconds for point in curve.points], style)
+            _draw(hours, curve, [point.node_hours for point in curve.points], style)
             if curve.pays_to is not None:
                 for panel in (times, hours):
-                    panel.axvline(curve.pays_to.value, color=colour, linewidth=0.9, linestyle=":")
+                    panel.axvline(
+                        curve.pays_to.value, color=style.colour, linewidth=0.9, linestyle=":"
+                    )
         first: TimePoint = curves[0].points[0]
         counts = [point.tiles for point in curves[0].points]
         ideal = [first.seconds.value * first.tiles / count for count in counts]
@@ -36,11 +40,11 @@ def time_figure(curves: Sequence[TimeCurve], tiles_per_node: int) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, curve: TimeCurve, values: Sequence[Estimate], colour: str) -> None:
+def _draw(axes: Axes, curve: TimeCurve, values: Sequence[Estimate], style: Style) -> None:
     counts = [point.tiles for point in curve.points]
     axes.plot(
-        counts, [value.value for value in values], color=colour, marker="o", markersize=3.5,
-        linewidth=1.4, label=curve.optimizer,
+        counts, [value.value for value in values], color=style.colour, marker=style.marker,
+        markersize=3.5, linewidth=1.4, linestyle=style.line, label=curve.optimizer,
     )  # fmt: skip
     ends = [
         (count, value.low, value.high)
@@ -49,4 +53,4 @@ def _draw(axes: Axes, curve: TimeCurve, values: Sequence[Estimate], colour: str)
     ]
     if ends:
         at, low, high = zip(*ends, strict=True)
-        axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(at, low, high, color=style.colour, alpha=0.15, linewidth=0)

@@ -8,9 +8,12 @@ from largebatch.study.final_loss.answers import loss_text
 from largebatch.study.final_loss.section import BudgetStudy, LossSection
 from largebatch.study.page.axes import (
     WIDE,
+    LineEnd,
     Picture,
     curve_handles,
+    name_ends,
     new_panels,
+    room_for,
     set_batch_axis,
     set_grid,
 )
@@ -24,11 +27,21 @@ def final_loss_figure(study: LossSection, styles: Mapping[str, Style], width: fl
     columns = min(len(study.budgets), 2 if width >= WIDE else 1)
     rows = -(-len(study.budgets) // columns)
     heights = [2.9 if width >= WIDE else 2.5] * rows
+    has_ends = all(one.means.get(name) for one in study.budgets for name in one.names)
+    room = room_for(names, width) if has_ends else 0.0
+    handles = [] if room else curve_handles(styles, names)
     picture, panels = new_panels(
-        width, heights, columns, curve_handles(styles, names), gaps=(0.62, 0.62), top=0.3
+        width, heights, columns, handles, gaps=(0.62, 0.62), top=0.3, room=room
     )
     for panel, one in zip(panels, study.budgets, strict=False):
         _draw_budget(picture, panel, one, styles, 9 // columns if width >= WIDE else 5)
+        if room:
+            last = {name: one.means[name][-1] for name in one.names}
+            name_ends(
+                panel,
+                [LineEnd(name, mean.batch_size, mean.loss.value, styles[name].colour)
+                 for name, mean in last.items()],
+            )  # fmt: skip
         panel.set_xlabel("Global batch size (samples)")
     for panel in panels[::columns]:
         panel.set_ylabel("Final loss")

@@ -1,9 +1,12 @@
-"""What the pictures of a study share: logarithmic axes in plain numbers, handles, legends, tips."""
+"""What the pictures of a study share: logarithmic axes in plain numbers, names beside the ends of
+lines, handles, legends, tips.
+"""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -22,6 +25,11 @@ NARROW: Final = 3.7
 """Of a picture on a phone."""
 _LEFT: Final = 0.72
 _RIGHT: Final = 0.2
+_LONGEST_BESIDE: Final = 16
+"""Characters of a name that may stand beside a panel; a legend takes longer ones."""
+_MOST_BESIDE: Final = 16
+_NAME_SIZE: Final = 8.5
+_POINTS_AN_INCH: Final = 72.0
 
 _TICKS: Final = (
     (1.0,),
@@ -50,9 +58,10 @@ class Picture:
 
 def new_panels(
     width: float, heights: Sequence[float], columns: int, handles: Sequence[Line2D], *,
-    gaps: tuple[float, float] = (0.62, 0.42), top: float = 0.1, sharex: bool = False,
+    gaps: tuple[float, float] = (0.62, 0.42), top: float = 0.1, room: float = 0.0,
+    sharex: bool = False,
 ) -> tuple[Picture, list[Axes]]:  # fmt: skip
-    """Panels row by row, with a legend below all of them; lengths in inches.
+    """Panels row by row, with a legend below all of them if it has anything; lengths in inches.
 
     Margins are fixed: a layout that asks every text for its size takes as long as the drawing.
 
@@ -60,32 +69,93 @@ def new_panels(
         heights: of each row of panels.
         gaps: between columns and between rows.
         top: room for a title.
+        room: right of each panel, for the names of its lines.
     """
-    longest = max(len(str(one.get_label())) for one in handles)
+    longest = max((len(str(one.get_label())) for one in handles), default=0)
     legend_columns = max(1, min(len(handles), int(width * 13 / (longest + 8))))
-    legend_height = 0.19 * math.ceil(len(handles) / legend_columns) + 0.08
+    legend_height = 0.19 * math.ceil(len(handles) / legend_columns) + 0.08 * bool(handles)
     rows = len(heights)
     bottom = legend_height + 0.48
     height = top + sum(heights) + gaps[1] * (rows - 1) + bottom
-    panel_width = (width - _LEFT - _RIGHT - gaps[0] * (columns - 1)) / columns
+    between, right = gaps[0] + room, _RIGHT + room
+    panel_width = (width - _LEFT - right - between * (columns - 1)) / columns
     figure = Figure(figsize=(width, height))
     panels = figure.subplots(
         rows, columns, squeeze=False, sharex=sharex, subplot_kw={"axes_class": PlainAxes},
         gridspec_kw={
             "left": _LEFT / width,
-            "right": 1 - _RIGHT / width,
+            "right": 1 - right / width,
             "bottom": bottom / height,
             "top": 1 - top / height,
-            "wspace": gaps[0] / panel_width,
+            "wspace": between / panel_width,
             "hspace": gaps[1] * rows / sum(heights),
             "height_ratios": heights,
         },
     )  # fmt: skip
-    figure.legend(
-        handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.0), ncols=legend_columns,
-        frameon=False, fontsize=8.5, borderaxespad=0.1,
-    )  # fmt: skip
+    if handles:
+        figure.legend(
+            handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.0), ncols=legend_columns,
+            frameon=False, fontsize=_NAME_SIZE, borderaxespad=0.1,
+        )  # fmt: skip
     return Picture(figure), list(panels.ravel())
+
+
+class LineEnd(NamedTuple):
+    """Where a line ends, in data, and what it is called."""
+
+    name: str
+    x: float
+    y: float
+    colour: str
+
+
+def room_for(names: Sequence[str], width: float) -> float:
+    """Inches that names beside a panel take; 0 where a legend has to name its lines: on a phone,
+    and where names are long or many.
+    """
+    longest = max(map(len, names), default=0)
+    fits = width >= WIDE and longest <= _LONGEST_BESIDE and len(names) <= _MOST_BESIDE
+    return 0.12 + 0.078 * longest if fits and longest else 0.0
+
+
+def name_ends(axes: Axes, ends: Sequence[LineEnd]) -> None:
+    """Name lines right of a panel whose limits are set, none over another, each led to its end."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    scaled = axes.transData + axes.transAxes.inverted()
+    inches = axes.get_position().height * axes.get_figure(root=True).get_figheight()  # type: ignore[union-attr]
+    gap = 1.3 * _NAME_SIZE / _POINTS_AN_INCH / inches
+    points = [
+        scaled.transform((min(max(end.x, left), right), min(max(end.y, low), high))) for end in ends
+    ]
+    order = sorted(range(len(ends)), key=lambda place: points[place][1])
+    heights = spread([float(points[place][1]) for place in order], gap)
+    margin = 1.0 + 0.1 / (axes.get_position().width * axes.get_figure(root=True).get_figwidth())  # type: ignore[union-attr]
+    for place, height in zip(order, heights, strict=True):
+        end, (x, y) = ends[place], points[place]
+        axes.plot(
+            [x, 1.0, margin], [y, y if x < 1 else height, height], color=end.colour, linewidth=0.8,
+            transform=axes.transAxes, clip_on=False, zorder=2,
+        )  # fmt: skip
+        axes.text(
+            margin, height, f" {label(end.name)}", transform=axes.transAxes, va="center_baseline",
+            fontsize=_NAME_SIZE,
+        )  # fmt: skip
+
+
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Ascending places as near as can be to those wanted, each at least `gap` from the next.
+
+    >>> spread([0.0, 0.5, 5.0], 1.0)
+    [-0.25, 0.75, 5.0]
+    """
+    blocks: list[list[float]] = []
+    for place, value in enumerate(wanted):
+        blocks.append([value - place * gap])
+        while len(blocks) > 1 and statistics.fmean(blocks[-2]) > statistics.fmean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    means = [statistics.fmean(block) for block in blocks for _ in block]
+    return [mean + place * gap for place, mean in enumerate(means)]
 
 
 def columns_of(width: float, count: int) -> int:

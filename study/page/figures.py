@@ -20,10 +20,13 @@ from largebatch.study.labels import label
 from largebatch.study.page.answers import is_placed
 from largebatch.study.page.axes import (
     WIDE,
+    LineEnd,
     Picture,
     curve_handles,
     handle,
+    name_ends,
     new_panels,
+    room_for,
     set_batch_axis,
     set_grid,
     set_log_axis,
@@ -51,7 +54,9 @@ def steps_figure(
 ) -> Picture:  # fmt: skip
     """Steps to target against batch size; a panel below has every critical batch size."""
     fitted = [name for name in section.names if section.estimates[name].b_crit is not None]
-    handles = curve_handles(styles, section.names)
+    drawn = [name for name in section.names if _reached(section, name)]
+    room = room_for(drawn, width) if drawn == section.names else 0.0
+    handles = [] if room else curve_handles(styles, section.names)
     if any(point.missed for point in section.all_points):
         handles.append(handle("o", "target missed", markersize=6, markerfacecolor="white"))
     handles.append(Line2D([], [], color=GREY, linestyle="--", label="perfect scaling"))
@@ -66,7 +71,9 @@ def steps_figure(
     for reference, line in zip(moved, cycle(_REFERENCE_LINES), strict=False):
         handles.append(Line2D([], [], color=GREY, label=reference.name, **line))
     heights = [3.6 if width >= WIDE else 2.9, *([0.2 + 0.2 * len(fitted)] if fitted else [])]
-    picture, panels = new_panels(width, heights, 1, handles, gaps=(0.0, 0.15), sharex=True)
+    picture, panels = new_panels(
+        width, heights, 1, handles, gaps=(0.0, 0.15), room=room, sharex=True
+    )
     curve, below = panels[0], (panels[1] if fitted else None)
     _set_limits(curve, section, width)
     _draw_guide(curve, section)
@@ -79,6 +86,8 @@ def steps_figure(
     _draw_missed(curve, section, styles)
     for reference, line in zip(moved, cycle(_REFERENCE_LINES), strict=False):
         _draw_reference(curve, section.estimates[section.names[0]], reference, line)
+    if room:
+        name_ends(curve, [_end(curve, section, name, styles[name].colour) for name in drawn])
     curve.set_ylabel("Steps to target")
     if below is not None:
         _draw_critical(below, section, fitted, styles, width)
@@ -90,15 +99,16 @@ def ratio_figure(study: Study, section: SectionStudy, styles: Styles, width: flo
     """Steps over those of the first curve, with the band that holds at all batch sizes at once."""
     first, *others = section.names
     shown = [name for name in others if (pair := section.pair(name, first)) and pair.points]
-    handles = [
-        Line2D([], [], color=styles[first].colour, label=f"{label(first)} = 1"),
-        *curve_handles(styles, shown),
-    ]
+    one = f"{first} = 1"
+    room = room_for([one, *shown], width)
+    handles = [] if room else [Line2D([], [], color=styles[first].colour, label=label(one))]
+    handles += [] if room else curve_handles(styles, shown)
     if section.has_intervals:
         handles.append(handle("o", "not told apart", markersize=5.5, markerfacecolor="white"))
-    picture, [axes] = new_panels(width, [2.8 if width >= WIDE else 2.5], 1, handles)
+    picture, [axes] = new_panels(width, [2.8 if width >= WIDE else 2.5], 1, handles, room=room)
     set_batch_axis(axes, section.batch_sizes, 9 if width >= WIDE else 5)
     values = [1.0]
+    ends = [LineEnd(one, axes.get_xlim()[1], 1.0, styles[first].colour)]
     for name in shown:
         pair = section.pair(name, first)
         assert pair is not None
@@ -106,6 +116,7 @@ def ratio_figure(study: Study, section: SectionStudy, styles: Styles, width: flo
         y = [point.ratio.value for point in pair.points]
         style = styles[name]
         values += y
+        ends.append(LineEnd(name, x[-1], y[-1], style.colour))
         bands = [(p.batch_size, p.band.low, p.band.high) for p in pair.points if p.band.low]
         if bands:
             sizes, low, high = zip(*bands, strict=True)
@@ -131,6 +142,8 @@ def ratio_figure(study: Study, section: SectionStudy, styles: Styles, width: flo
     axes.axhline(1.0, color=styles[first].colour, linewidth=1.4, zorder=2)
     set_log_axis(axes.yaxis, max(min(values) / 1.08, 0.1), min(max(values) * 1.08, 20.0), 7)
     set_grid(axes)
+    if room:
+        name_ends(axes, ends)
     axes.set(xlabel="Global batch size (samples)", ylabel=f"Steps, times those of {label(first)}")
     return picture
 
@@ -139,6 +152,25 @@ def _span(estimate: Estimate) -> str:
     if estimate.low is None or estimate.high is None:
         return ""
     return f" ({times(estimate.low)} to {times(estimate.high)})"
+
+
+def _reached(section: SectionStudy, name: str) -> list[tuple[int, float]]:
+    """Batch sizes of a curve that have steps, with these."""
+    return [
+        (point.batch_size, estimate.value)
+        for point in section.points[name]
+        if (estimate := section.steps(name, point.batch_size)) is not None
+    ]
+
+
+def _end(axes: Axes, section: SectionStudy, name: str, colour: str) -> LineEnd:
+    """Where the last of a curve's lines ends: its fit's, or its own."""
+    *_, (size, steps) = _reached(section, name)
+    right = axes.get_xlim()[1]
+    curve = section.estimates[name]
+    if curve.b_crit is None:
+        return LineEnd(name, size, steps, colour)
+    return LineEnd(name, right, model_steps(curve, [right])[0], colour)
 
 
 def _set_limits(axes: Axes, section: SectionStudy, width: float) -> None:

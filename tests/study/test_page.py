@@ -299,6 +299,26 @@ def test_a_panel_looks_as_matplotlib_would_draw_it(scale: str) -> None:
     assert np.array_equal(*images)
 
 
+def test_lines_are_named_where_they_end_and_by_a_legend_where_there_is_no_room(
+    tmp_path: Path,
+) -> None:
+    record_study(tmp_path, {"sgd": STEPS["sgd"], "adamw": STEPS["adamw"]})
+    beside, below = drawn(tmp_path, steps_figure).figure, drawn(tmp_path, steps_figure, NARROW)
+    names = {text.get_text().strip(): text for text in beside.axes[0].texts}
+    legends = [
+        {text.get_text() for text in figure.legends[0].get_texts()}
+        for figure in (beside, below.figure)
+    ]
+    assert set(names) == {"adamw", "sgd"} <= legends[1]
+    assert not legends[0] & {"adamw", "sgd"}
+    assert not below.figure.axes[0].texts
+    for name, text in names.items():  # each led to by a line of its colour
+        ends = [
+            line for line in beside.axes[0].lines if data_of(line)[1][-1] == text.get_position()[1]
+        ]
+        assert [line.get_color() for line in ends] == [KNOWN[name].colour]
+
+
 def lines_of(axes: Axes) -> list[tuple[list[float], list[float]]]:
     return [data_of(line) for line in axes.lines]
 

@@ -108,9 +108,11 @@ def measured_noise(
 
 def show(verdict: BranchVerdict, folder: Path, name: str) -> None:
     """Print the table, and write it and the picture beside the branches."""
+    from largebatch.common.figures import DPI
+
     print(report.table(verdict))
     report.write_csv(verdict, folder / "branches.csv")
-    report.draw(verdict, f"Branches of {name}").savefig(folder / "branches.png", dpi=200)
+    report.draw(verdict, f"Branches of {name}").savefig(folder / "branches.png", dpi=DPI)
     print(f"{folder / 'branches.csv'}, {folder / 'branches.png'}")
 
 

@@ -1,4 +1,7 @@
-"""The picture of a learning-rate sweep: the loss that each learning rate left."""
+"""The picture of a learning-rate sweep: the loss that each learning rate left.
+
+In ink: elsewhere a colour stands for an optimizer.
+"""
 
 import math
 from collections.abc import Mapping
@@ -6,14 +9,18 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from largebatch.common.figures import BLUE, GREEN, GRID, PURPLE, RED, paper_style
+from largebatch.common.figures import GREY, GRID, INK, paper_style
 from largebatch.records.summary import SummaryRecord
 from largebatch.train.lr_find.search import LRFinder, smoothed
 
-RAW, SMOOTH = "#9ec9e2", BLUE
-MINIMUM, BLOW_UP, SUGGESTION = GREEN, RED, PURPLE
+FOUND = (
+    ("lr_suggested", "suggestion", "--"),
+    ("lr_at_minimum", "least loss", "-."),
+    ("lr_at_blow_up", "blow-up", ":"),
+)
+"""Keys of what is found, their names and lines."""
 
 
 def draw(finder: LRFinder, summary: SummaryRecord) -> Figure:
@@ -24,13 +31,14 @@ def draw(finder: LRFinder, summary: SummaryRecord) -> Figure:
         axes = figure.subplots()
         axes.set_xscale("log")
         lrs = finder.lrs[:-1]
-        axes.plot(lrs, finder.losses[1:], color=RAW, linewidth=1.0, label="loss after the step")
-        axes.plot(lrs, smooth[1:], color=SMOOTH, linewidth=1.8, label="median of five")
+        axes.plot(lrs, finder.losses[1:], color=GREY, linewidth=0.8, label="loss after the step")
+        axes.plot(lrs, smooth[1:], color=INK, linewidth=1.8, label="median of five")
         if "lr_find" in summary:
             _mark(axes, summary["lr_find"])
         axes.set_ylim(*_limits(finder, smooth))
         axes.set_xlabel("Learning rate")
         axes.set_ylabel("Loss")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.4g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(True, color=GRID, linewidth=0.6)
         axes.set_title(
@@ -38,18 +46,14 @@ def draw(finder: LRFinder, summary: SummaryRecord) -> Figure:
             f"{summary['data_parallel_size']} rank(s), seed {summary['seed']}",
             fontsize=9.5,
         )
-        figure.legend(loc="outside right upper", frameon=False)
+        figure.legend(loc="outside lower center", frameon=False, ncols=3)
     return figure
 
 
 def _mark(axes: Axes, found: Mapping[str, Any]) -> None:
-    for key, colour, name in (
-        ("lr_suggested", SUGGESTION, "suggestion"),
-        ("lr_at_minimum", MINIMUM, "least loss"),
-        ("lr_at_blow_up", BLOW_UP, "blow-up"),
-    ):
+    for key, name, line in FOUND:
         label = f"{name} {found[key]:.3g}"
-        axes.axvline(found[key], color=colour, linewidth=1.2, linestyle="--", label=label)
+        axes.axvline(found[key], color=INK, linewidth=1.0, linestyle=line, label=label)
 
 
 def _limits(finder: LRFinder, smooth: list[float]) -> tuple[float, float]:

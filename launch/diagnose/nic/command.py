@@ -118,6 +118,7 @@ def say_unreadable(reasons: dict[str, int], total: int) -> None:
 
 def report(options: argparse.Namespace) -> int:
     """Words to standard output, the picture beside the records."""
+    from largebatch.common.figures import DPI
     from largebatch.launch.diagnose.nic.picture import nic_figure
     from largebatch.launch.diagnose.nic.report import format_survey
     from largebatch.launch.diagnose.nic.survey import read_survey
@@ -138,6 +139,6 @@ def report(options: argparse.Namespace) -> int:
     for line in format_survey(survey, steps):
         print(printable(line))
     out = options.out or folder / "nic.png"
-    nic_figure(survey, steps).savefig(out, dpi=150)
+    nic_figure(survey, steps).savefig(out, dpi=DPI)
     print(f"picture: {out}")
     return 0

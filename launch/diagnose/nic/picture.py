@@ -8,13 +8,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from largebatch.common.figures import INK, paper_style
 from largebatch.common.robust import Series
 from largebatch.launch.diagnose.nic.survey import Reading, Survey
 from largebatch.launch.diagnose.run_times import Steps
 
 MOST_MAPS = 4
 MOST_NODE_NAMES = 24
-STEP_COLOUR = "#0072B2"
 SECONDS_A_DAY = 86_400
 LEAST_SCALE = 4.0  # times the kind's floor
 MOST_SHOWN = 0.98  # of the steps' times
@@ -22,6 +22,11 @@ MOST_SHOWN = 0.98  # of the steps' times
 
 def nic_figure(survey: Survey, steps: Steps | None) -> Figure:
     """A map of nodes and time for each kind that moved, seconds a step below."""
+    with paper_style():
+        return _drawn(survey, steps)
+
+
+def _drawn(survey: Survey, steps: Steps | None) -> Figure:
     borders = survey.borders
     shown = sorted(survey.readings, key=_height, reverse=True)[:MOST_MAPS]
     with_steps = steps is not None and bool(np.isfinite(steps.times).any())
@@ -66,7 +71,7 @@ def _draw_map(
 
 
 def _draw_steps(axes: Axes, steps: Steps) -> None:
-    axes.plot(steps.times / SECONDS_A_DAY, steps.seconds, color=STEP_COLOUR, linewidth=0.9)
+    axes.plot(steps.times / SECONDS_A_DAY, steps.seconds, color=INK, linewidth=0.9)
     most = float(np.nanquantile(steps.seconds, MOST_SHOWN)) if len(steps.seconds) else 1.0
     axes.set_ylim(0, 1.3 * most)  # the first steps, where things are compiled, may leave the panel
     axes.set_title(f"seconds a step (times by {steps.anchor})", fontsize=9.5, loc="left")
