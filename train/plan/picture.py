@@ -4,6 +4,7 @@ In ink: elsewhere a colour stands for an optimizer.
 """
 
 import math
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -66,9 +67,13 @@ def _ends(stages: list[PlannedStage]) -> list[float]:
 
 
 def _add_tokens(axes: Axes, per: int) -> None:
-    top = axes.secondary_xaxis(
-        "top", functions=(lambda samples: samples * per, lambda tokens: tokens / per)
-    )
+    def to_tokens(samples: Any) -> Any:
+        return samples * per
+
+    def to_samples(tokens: Any) -> Any:
+        return tokens / per
+
+    top = axes.secondary_xaxis("top", functions=(to_tokens, to_samples))
     top.xaxis.set_major_formatter(FuncFormatter(_tokens))
     top.set_xlabel("Tokens")
 
