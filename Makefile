@@ -5,6 +5,7 @@
 # make matrix  every layout x optimizer x precision, every engine x world x accumulation, and every way to
 #              resume, against one process, with the figures
 # make docs    the site: these pages and the reference of the public names, in build/docs
+# make pictures  every picture of README and docs again, from the tables in docs/studies
 #
 # make compat TORCH=2.10.0   an environment with another torch, and all tests in it
 #
@@ -24,7 +25,7 @@ comma := ,
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: study test tests compat rehearse test-gpu matrix docs lint types clean
+.PHONY: study test tests compat rehearse test-gpu matrix docs pictures lint types clean
 
 study: $(VENV)/.train
 	$(BIN)/largebatch sweep study=$(STUDY) $(ARGS)
@@ -56,6 +57,9 @@ matrix: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+pictures: $(VENV)/.dev
+	$(BIN)/python docs/site/pictures.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from largebatch.benchmarks.harness import check
 from largebatch.common.errors import ConfigError
 from largebatch.conf.build import build
@@ -202,38 +200,67 @@ def table(record: Mapping[str, Any]) -> str:
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """A panel for each optimizer: loss against rate, a line for each width."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.lines import Line2D
 
-    from largebatch.common.figures import COLOURS, DPI, GREY, GRID, paper_style
+    from largebatch.common.figures import DPI, GREY, paper_style
+    from largebatch.study.page.axes import (
+        WIDE,
+        columns_of,
+        handle,
+        new_panels,
+        set_grid,
+        set_log_axis,
+    )
+    from largebatch.study.page.styles import LINES, curve_styles
 
-    names = list(ratios(record))
+    names, widths = list(ratios(record)), record["widths"]
+    styles = curve_styles((name, name) for name in names)
+    columns = columns_of(WIDE, len(names))
+    rows = math.ceil(len(names) / columns)
+    handles = [
+        Line2D([], [], color=GREY, marker="o", markersize=4, label=f"width {width:,}",
+               linestyle=LINES[place % len(LINES)], markerfacecolor=_face(GREY, width, widths))
+        for place, width in enumerate(widths)
+    ]  # fmt: skip
+    handles += [
+        Line2D([], [], color=GREY, linestyle=":", label=f"{widths[-1]:,}, one rate for all"),
+        handle("|", "its best rate", markersize=9, markeredgewidth=1.5),
+    ]
+    least = min(curve["best_loss"] for curve in record["curves"])
     with paper_style():
-        figure = Figure(figsize=(2.1 * len(names) + 0.6, 2.6), layout="constrained")
-        panels = np.atleast_1d(figure.subplots(1, len(names), sharey=True))
-        for axes, name in zip(panels, names, strict=True):
-            curves = [c for c in record["curves"] if c["optimizer"] == name]
-            for place, curve in enumerate(curves):
-                points = sorted((float(lr), loss) for lr, loss in curve["losses"].items())
-                own = curve["transferred"]
+        picture, panels = new_panels(
+            WIDE, [1.6] * rows, columns, handles, gaps=(0.5, 0.55), top=0.3
+        )
+        for place, (axes, name) in enumerate(zip(panels, names, strict=False)):
+            curves = [curve for curve in record["curves"] if curve["optimizer"] == name]
+            rates = [float(rate) for curve in curves for rate in curve["losses"]]
+            set_log_axis(axes.xaxis, min(rates) / 1.2, max(rates) * 1.2, 3)
+            axes.set_ylim(least - 0.15, least + 0.9)
+            for curve in curves:
+                points = sorted((float(rate), loss) for rate, loss in curve["losses"].items())
+                own, width = curve["transferred"], curve["width"]
+                colour = styles[name].colour if own else GREY
                 axes.plot(
-                    *zip(*points, strict=True), marker="o", markersize=2.5, linewidth=1.2,
-                    color=COLOURS[place] if own else GREY, linestyle="-" if own else "--",
-                    label=f"{curve['width']}" + ("" if own else ", one rate"),
+                    *zip(*points, strict=True), color=colour, linewidth=1.3,
+                    marker=styles[name].marker if own else "none", markersize=4,
+                    markerfacecolor=_face(colour, width, widths),
+                    linestyle=LINES[widths.index(width) % len(LINES)] if own else ":",
                 )  # fmt: skip
-                axes.axvline(
-                    curve["best_lr"], color=COLOURS[place] if own else GREY, linewidth=0.6,
-                    linestyle=":",
+                axes.plot(
+                    [curve["best_lr"]], [0.03], color=colour, marker="|", markersize=9,
+                    markeredgewidth=1.5, transform=axes.get_xaxis_transform(), clip_on=False,
                 )  # fmt: skip
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda lr, _: f"{lr:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_title(name)
-            axes.set_xlabel("Learning rate")
-            axes.grid(True, color=GRID, linewidth=0.6)
-        least = min(c["best_loss"] for c in record["curves"])
-        panels[0].set_ylim(least - 0.05, least + 1.0)
-        panels[0].set_ylabel(f"Loss after {record['steps']} steps")
-        panels[-1].legend(title="Width", frameon=False, loc="upper left")
-        figure.savefig(path, dpi=DPI)
+            axes.set_title(name, y=1.0)
+            if place + columns >= len(names):
+                axes.set_xlabel("Learning rate")
+            if place % columns == 0:
+                axes.set_ylabel(f"Loss after {record['steps']} steps")
+            set_grid(axes)
+        for axes in panels[len(names) :]:
+            axes.set_axis_off()
+        picture.figure.savefig(path, dpi=DPI)
+
+
+def _face(colour: str, width: int, widths: Sequence[int]) -> str:
+    """Of a width's markers: filled at the widest only, hollow below."""
+    return colour if width == widths[-1] else "white"
