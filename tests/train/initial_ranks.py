@@ -18,7 +18,7 @@ from largebatch.train import build as builder
 from largebatch.train.engines.fsdp import FSDP
 
 CPU = torch.device("cpu")
-LARGE = ("model.dim=512", "model.depth=12", "model.heads=8")
+LARGE = ("model.dim=384", "model.depth=12", "model.heads=8")
 
 
 class Asks(nn.Linear):

@@ -13,7 +13,7 @@ import pytest
 from processes import is_running
 
 BIN = Path(sys.executable).parent
-STEPS = 200
+STEPS = 60
 # Half of the best learning rate at this batch size, found by the study of the bytes task.
 HALF_OF_BEST = {"sgd": 0.225, "adamw": 0.008, "lars": 0.35, "lamb": 0.01}
 
