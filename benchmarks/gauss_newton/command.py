@@ -135,7 +135,7 @@ def configured(overrides: Sequence[str]) -> tuple[TrainConfig, str]:
     return replace(config, study=study), task
 
 
-class Run(NamedTuple):
+class KnownRun(NamedTuple):
     """Steps that were allowed, steps to the target, the last evaluation loss."""
 
     most_steps: int
@@ -204,7 +204,7 @@ class SearchOfAll:
 
     def _take(self, job: StudyJob, result: Result) -> None:
         place = self._place(job.batch_size, job.trial.setting, job.trial.seed)
-        self.runs[place] = Run(job.trial.give_up_steps, result.steps, result.loss)
+        self.runs[place] = KnownRun(job.trial.give_up_steps, result.steps, result.loss)
         self.protocol.tell(job, result)
         steps = "no target" if result.steps is None else f"{result.steps:.2f} steps"
         told = f"{self._words(job.trial.setting)}, seed {job.trial.seed}: {steps}"
@@ -263,7 +263,7 @@ class SearchOfAll:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def known_runs(path: Path, identity: str) -> dict[Place, Run]:
+def known_runs(path: Path, identity: str) -> dict[Place, KnownRun]:
     """The runs of a file; none where there is no file.
 
     Raises:
@@ -281,7 +281,7 @@ def known_runs(path: Path, identity: str) -> dict[Place, Run]:
     for row in rows:
         place = int(row["batch_size"]), float(row["lr"]), float(row["damping"]), int(row["seed"])
         steps = float(row["steps"]) if row["steps"] else None
-        found[place] = Run(int(row["most_steps"]), steps, float(row["loss"]))
+        found[place] = KnownRun(int(row["most_steps"]), steps, float(row["loss"]))
     return found
 
 
