@@ -62,6 +62,7 @@ def started(folder: Path, programs: Path, program: str, *words: str) -> str:
 def test_the_files_are_short_and_the_commands_few() -> None:
     task = FILES["my_project.py"].partition("class MyTask")[2].partition("class MyModel")[0]
     assert len([line for line in task.splitlines() if line.strip()]) <= 25
+    assert "](docs/tutorial.md)" in (ROOT / "README.md").read_text(encoding="utf-8")[:2000]
     assert [words[0] for words in COMMANDS] == ["pip", *["largebatch"] * 3, "python"]
 
 
