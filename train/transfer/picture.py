@@ -1,7 +1,7 @@
 """The picture of a coordinate check: each layer's outputs, and their change, against width."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Final
 
 from matplotlib.axes import Axes
@@ -53,7 +53,9 @@ def named_in_lines(names: Sequence[str], fits: Callable[[str], bool]) -> list[st
     >>> named_in_lines(["decoder.attention.query"], lambda line: len(line) <= 17)
     ['drifting:', 'decoder…on.query']
     """
-    short = [_shortened(name, lambda text: fits(f"{text},")) for name in names]
+    fits = cache(fits)  # measuring a text is what takes time, and lines begin alike
+    named = [_shortened(name, lambda text: fits(f"{text},")) for name in names[:MOST_NAMED]]
+    short = [*named, *names[MOST_NAMED:]]
     lines: list[str] = []
     for most in range(min(MOST_NAMED, len(short)), 0, -1):
         lines = ["drifting:"]
@@ -67,11 +69,17 @@ def named_in_lines(names: Sequence[str], fits: Callable[[str], bool]) -> list[st
 
 def _shortened(text: str, fits: Callable[[str], bool]) -> str:
     """The text without as much of its middle as makes it fit."""
-    kept, shown = len(text), text
-    while kept > 2 and not fits(shown):
-        kept -= 1
-        shown = f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
-    return shown
+    if len(text) <= 2 or fits(text):
+        return text
+
+    def around_middle(kept: int) -> str:
+        return f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
+
+    least, most = 2, len(text) - 1
+    while least < most:
+        kept = (least + most + 1) // 2
+        least, most = (kept, most) if fits(around_middle(kept)) else (least, kept - 1)
+    return around_middle(least)
 
 
 def _fits(figure: Figure, label: Text, renderer: RendererBase, text: str) -> bool:
