@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,18 @@ composed_once.set_up(Path(os.environ[forked.FOLDER]))
 gc.disable()  # what collection makes stays to the end, and looking it through takes a sixth of it
 
 
+# Which wait for long, or compute: first, so that none of them is left over at the end, alone.
+LONG = (
+    "launch/test_watch.py", "launch/test_submit_jobs.py", "rehearsal/test_rehearsed_features.py",
+    "rehearsal/test_rehearsed_ranks.py", "study/test_conduct.py", "launch/test_preflight.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files."""
+    items.sort(key=lambda item: not str(item.path).endswith(LONG))
+
+
 def pytest_collection_finish() -> None:
     """Leave tests and modules out of what the collector of garbage goes through."""
     gc.freeze()
@@ -36,16 +49,20 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel() -> Path:
     """The wheel, built from the checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
+    folder = Path(os.environ[forked.FOLDER])
     root = Path(__file__).resolve().parents[1]
-    built = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, root],
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert built.returncode == 0, built.stdout + built.stderr
-    (file,) = folder.iterdir()
+    with (folder / "wheel.lock").open("w") as lock:
+        flock(lock, LOCK_EX)  # one for all workers
+        if not (found := [*folder.glob("*.whl")]):
+            words = ["-m", "build", "--wheel", "--no-isolation", "--outdir", folder, root]
+            built = subprocess.run(
+                [sys.executable, *words], capture_output=True, text=True, timeout=600
+            )
+            assert built.returncode == 0, built.stdout + built.stderr
+            found = [*folder.glob("*.whl")]
+    (file,) = found
     return file
 
 

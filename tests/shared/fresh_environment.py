@@ -20,7 +20,7 @@ def make(folder: Path, wheel: Path, extras: Iterable[str]) -> Path:
     venv.create(folder, symlinks=True)
     programs = folder / "bin"
     pip = ["pip", "--python", str(programs / "python"), "install", "--quiet", "--no-deps"]
-    offline = ["--no-index", "--disable-pip-version-check"]
+    offline = ["--no-index", "--disable-pip-version-check", "--no-compile"]
     subprocess.run([sys.executable, "-m", *pip, *offline, str(wheel)], check=True, timeout=600)
     (packages,) = (folder / "lib").glob("python*/site-packages")
     (own,) = packages.glob(f"{wheel.name.partition('-')[0]}-*.dist-info")
