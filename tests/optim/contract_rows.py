@@ -155,9 +155,12 @@ def of_matrices(kind: Any, **facts: Any) -> ContractRow:
         given = [*params]
         if isinstance(given[0], dict):
             given = [{**group, "params": named(group["params"])} for group in given]
+            names = [name for group in given for name, _ in group["params"]]
         else:
             given = named(given)
-        return kind(given, **{"lr": 0.02, "weight_decay": 0.1, "adamw": ("kernel*",), **options})
+            names = [name for name, _ in given]
+        kernels = ["kernel*"] if any(name.startswith("kernel") for name in names) else []
+        return kind(given, **{"lr": 0.02, "weight_decay": 0.1, "adamw": kernels, **options})
 
     return ContractRow(kind.__name__, make, 0.02, late=None, **facts)
 
