@@ -103,7 +103,6 @@ COMMANDS: Final = {
 }
 
 
-# What pip and Python call by different names.
 def version() -> str:
     """Return this project's version, `unknown` where it is not installed."""
     from importlib import metadata
