@@ -183,7 +183,8 @@ def test_two_ranks_train_as_one_and_twice(engine: str, tmp_path: Path) -> None:
         )  # fmt: skip
     told = [rank.communicate(timeout=600) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], told
-    lines = [line.split() for output, _ in told for line in output.splitlines()]
+    said = [line.split() for output, _ in told for line in output.splitlines()]
+    lines = [words for words in said if words[0] != "[Gloo]"]  # which torch 2.10 writes there
     assert len(lines) == 4
     for steps, loss, accuracy, total in lines:
         assert int(steps) == alone.steps
