@@ -172,8 +172,8 @@ def _elsewhere(full_key: str, node: Any) -> list[str]:
     """Where a key is that was given without its section, or in one: `nproc`, `target_loss` and
     `engine.precision` for `engine.nproc`, `target.loss` and `precision`.
     """
-    whole = {} if node is None else OmegaConf.to_container(node._get_root(), resolve=False)
-    paths = [path for path in flattened(whole) if not path.startswith("hydra.")]  # type: ignore[arg-type]
+    whole: Any = {} if node is None else OmegaConf.to_container(node._get_root(), resolve=False)
+    paths = [path for path in flattened(whole) if not path.startswith("hydra.")]
     above, _, key = full_key.rpartition(".")
     if above:
         return [path for path in paths if path == key]

@@ -80,7 +80,7 @@ def choice(default: str | None, *words: str) -> Any:
 
 def convert(config: "DictConfig | dict[str, Any]", schema: type, above: str = "") -> None:
     """Convert the values of `config` in place to what the fields of the dataclass `schema` say."""
-    hints = get_type_hints(schema)
+    hints = _hints(schema)
     for declared in fields(schema):
         name = declared.name
         if name not in config:  # or `???`: the merge has a default or refuses it

@@ -94,10 +94,8 @@ class Guard:
     """Samples at each evaluation since the last one that was below the bound."""
 
     def __post_init__(self) -> None:
-        self._norms, self._losses = (
-            deque(maxlen=self.config.window),
-            deque(maxlen=self.config.window),
-        )
+        self._norms = deque(maxlen=self.config.window)
+        self._losses = deque(maxlen=self.config.window)
 
     @property
     def skips_non_finite(self) -> bool:

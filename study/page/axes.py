@@ -122,14 +122,15 @@ def name_ends(axes: Axes, ends: Sequence[LineEnd]) -> None:
     """Name lines right of a panel whose limits are set, none over another, each led to its end."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     scaled = axes.transData + axes.transAxes.inverted()
-    inches = axes.get_position().height * axes.get_figure(root=True).get_figheight()  # type: ignore[union-attr]
-    gap = 1.3 * _NAME_SIZE / _POINTS_AN_INCH / inches
+    figure: Any = axes.get_figure(root=True)
+    position = axes.get_position()
+    gap = 1.3 * _NAME_SIZE / _POINTS_AN_INCH / (position.height * figure.get_figheight())
     points = [
         scaled.transform((min(max(end.x, left), right), min(max(end.y, low), high))) for end in ends
     ]
     order = sorted(range(len(ends)), key=lambda place: points[place][1])
     heights = spread([float(points[place][1]) for place in order], gap)
-    margin = 1.0 + 0.1 / (axes.get_position().width * axes.get_figure(root=True).get_figwidth())  # type: ignore[union-attr]
+    margin = 1.0 + 0.1 / (position.width * figure.get_figwidth())
     for place, height in zip(order, heights, strict=True):
         end, (x, y) = ends[place], points[place]
         axes.plot(

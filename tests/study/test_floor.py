@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.lines import Line2D
@@ -45,12 +46,12 @@ def test_its_line_its_intervals_and_what_they_are_stand_with_the_curves(folder: 
     assert section.names == ["adamw"]  # it takes part in nothing else
     with paper_style():
         picture = steps_figure(study, section, curve_styles([("adamw", "adamw")]), WIDE)
-    axes = picture.figure.axes[0]
+    axes: Any = picture.figure.axes[0]
     (line,) = [one for one in axes.get_lines() if one.get_linestyle() == ":"]
-    assert list(line.get_xdata()) == list(FLOOR)  # type: ignore[arg-type]
+    assert list(line.get_xdata()) == list(FLOOR)
     assert line.get_ydata() == pytest.approx(list(FLOOR.values()))
-    (bars,) = [one for one in axes.collections if one.get_edgecolor().tolist() == [rgba(INK)]]  # type: ignore[attr-defined]
-    low, high = bars.get_paths()[2].vertices[:, 1]  # type: ignore[union-attr]
+    (bars,) = [one for one in axes.collections if one.get_edgecolor().tolist() == [rgba(INK)]]
+    low, high = bars.get_paths()[2].vertices[:, 1]
     assert low * high == pytest.approx(FLOOR[16384] ** 2)
     assert axes.get_ylim()[0] < low < FLOOR[16384] < high
     (tips,) = [tips for tips in picture.tips.values() if tips[0].startswith(NAME)]

@@ -170,10 +170,11 @@ def test_a_ramp_that_is_over_early_is_drawn_by_itself_too() -> None:
         ramp=StagedBatch(spec="0:10 400:20 800:40"), curve=WSD(warmup_samples=100),
         budget_samples=20_000, base_lr=0.1, base_batch=10,
     )  # fmt: skip
-    ramp, whole, rate, _, steps, _ = draw(plan, "title").axes
+    panels: Any = draw(plan, "title").axes
+    ramp, whole, rate, _, steps, _ = panels
     assert ramp.get_xlim() == (0, 1000)
     assert whole.get_xlim() == (0, 20_000)
-    assert max(rate.lines[0].get_xdata()) == 1000  # type: ignore[arg-type, type-var]
+    assert max(rate.lines[0].get_xdata()) == 1000
     assert steps.get_ylim()[1] == pytest.approx(108)  # of a constant 10, and room above
 
 
