@@ -48,6 +48,7 @@ NAMED: Final = MappingProxyType(
         "lars": Named(LARS, {"trust_coefficient": 0.01}),
         "mano": Named(Mano, SHORT),
         "muon": Named(Muon, SHORT),
+        "muon_hyperball": Named(Muon, {**SHORT, "hyperball": True}),
         # As large batches are trained with SGD; the class has neither.
         "sgd": Named(torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
         "shampoo": Named(Shampoo),
@@ -62,7 +63,7 @@ def names() -> list[str]:
     """Return the names that `create` takes, which are those of `largebatch train optim=NAME`.
 
     >>> print(*names())
-    adamw kfac kl_soap lamb lars mano muon sgd shampoo soap soap_muon
+    adamw kfac kl_soap lamb lars mano muon muon_hyperball sgd shampoo soap soap_muon
     """
     return sorted(NAMED)
 

@@ -34,7 +34,7 @@ class Style:
     line: Line = "-"
 
 
-KNOWN: Final = {
+_FIRST: Final = {
     name: Style(colour, marker)
     for name, colour, marker in zip(
         ("adamw", "lamb", "lars", "sgd", "kfac", "shampoo", "muon", "soap"),
@@ -43,6 +43,16 @@ KNOWN: Final = {
         strict=True,
     )
 }
+_KIN: Final[dict[str, tuple[str, str, Line]]] = {
+    "muon_hyperball": ("muon", "s", "--"),
+    "mano": ("muon", "^", ":"),
+    "kl_soap": ("soap", "o", "--"),
+    "soap_muon": ("soap", "v", "-."),
+}
+KNOWN: Final = _FIRST | {
+    name: Style(_FIRST[of].colour, marker, line) for name, (of, marker, line) in _KIN.items()
+}
+"""Kin have one colour, with other lines and markers."""
 
 
 def curve_styles(curves: Iterable[tuple[str, str]]) -> dict[str, Style]:

@@ -42,7 +42,7 @@ PARTS: dict[str, tuple[tuple[str, ...], str]] = {
     "mode=lr_find": (("task=digits", "mode=lr_find"), "mode"),
     **{f"optim={name}": ((*SMALL, f"optim={name}"), "optim")
        for name in ("adamw", "sgd", "lamb", "lars", "shampoo", "soap", "kfac", "muon", "kl_soap",
-                    "soap_muon", "mano")},
+                    "soap_muon", "mano", "muon_hyperball")},
     **{f"lr={name}": ((*SCHEDULED, f"lr={name}", "lr.warmup_samples=256"), "lr")
        for name in ("cosine", "inverse_sqrt", "polynomial", "step", "wsd")},
     **{f"batch={name}": ((*SCHEDULED, f"batch={name}"), "batch")
