@@ -4,6 +4,7 @@ import os
 import sysconfig
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -16,12 +17,26 @@ _LIBRARIES: Final = tuple(
 )
 
 
+_HYDRAS: Final = "HYDRA_FULL_ERROR"
 _ASKED: Final = "LARGEBATCH_FULL_ERROR"
 
 
-def keep_request() -> None:
-    """Note whether the user wants whole traces, before Hydra is set to leave errors alone."""
-    os.environ.setdefault(_ASKED, os.environ.get("HYDRA_FULL_ERROR", "0"))
+@contextmanager
+def errors_left_alone() -> Iterator[None]:
+    """Keep Hydra from wording errors, in this process and those that it starts; whether the user
+    wants whole traces stays known.
+    """
+    before = {name: os.environ.get(name) for name in (_ASKED, _HYDRAS)}
+    os.environ.setdefault(_ASKED, os.environ.get(_HYDRAS, "0"))
+    os.environ[_HYDRAS] = "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def of_user(error: BaseException) -> str | None:
@@ -29,7 +44,7 @@ def of_user(error: BaseException) -> str | None:
     which they have no part, or where the whole is asked for by HYDRA_FULL_ERROR=1, as in all Hydra
     programs.
     """
-    if os.environ.get(_ASKED, os.environ.get("HYDRA_FULL_ERROR")) == "1":
+    if os.environ.get(_ASKED, os.environ.get(_HYDRAS)) == "1":
         return None
     frames = [*_frames(error.__traceback__)]
     if not frames and not (isinstance(error, SyntaxError) and _is_users(error.filename)):

@@ -30,7 +30,7 @@ from yaml import YAMLError
 
 import largebatch.conf.resolvers  # noqa: F401 — registers them
 from largebatch.common.errors import ConfigError, format_config_error
-from largebatch.common.user_code import keep_request
+from largebatch.common.user_code import errors_left_alone
 from largebatch.conf.help_page import help_page
 from largebatch.conf.user_configs import first, tell_replaced, unreadable_file
 from largebatch.records.record import unwritable
@@ -59,8 +59,6 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: Sequen
     # Else Hydra takes a sweep with a mistake in it for one run, and words it as one.
     shows = options.cfg or options.info or options.shell_completion
     options.multirun = options.multirun or (command == "sweep" and not shows)
-    keep_request()
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     options.overrides = own_classes(options.overrides)
     sys.argv = [f"largebatch {command}", *_canonical(options), *options.overrides]
     begun = False
@@ -74,7 +72,7 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: Sequen
     many = is_many(options)
     entry = hydra.main(version_base="1.3", config_path=_CONFIGS, config_name="train")
     try:
-        with first(options.config_dir):
+        with first(options.config_dir), errors_left_alone():
             tell_replaced(options.config_dir)
             if many is None:
                 entry(begin)()

@@ -3,6 +3,7 @@ the user's own lines.
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,16 @@ def test_an_error_in_the_users_code_shows_their_lines(
     monkeypatch.setenv("LARGEBATCH_FULL_ERROR", "1")
     with pytest.raises(LookupError):
         train(*RUN[:-1], *words, "hydra.run.dir=again")
+
+
+def test_a_command_leaves_the_environment_as_it_was(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LARGEBATCH_FULL_ERROR", raising=False)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    before = dict(os.environ)
+    assert train(*RUN, "task._target_=own_tasks.Huge") == 0
+    assert dict(os.environ) == before
 
 
 def test_a_trillion_samples_have_an_order_without_a_list(train: Train) -> None:
