@@ -1,10 +1,11 @@
 """`largebatch bench transfer`: is the best rate of a narrow decoder the best of a wide one?
 
 For each optimizer the loss after a few steps at rates a factor √2 apart, at each width with rates
-of the narrowest (`scaling.base_width`) and, at the widest, with one rate for all tensors. Rates are
-searched from the optimizer's own outwards until both sides are worse; a parabola through the best
-and its neighbours says where between them the best one lies. One seed, constant rate after a linear
-warm-up over a tenth of the steps.
+of the narrowest (`scaling.base_width`) and, at the widest, with one rate for all tensors. The mean
+over seeds decides: rates are searched from the optimizer's own outwards until both sides are worse
+in the mean, and a parabola through the best and its neighbours says where between them the best one
+lies. The same of each seed alone says how far to trust it. Constant rate after a linear warm-up
+over a tenth of the steps.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from statistics import fmean
+from typing import Any, Final, NamedTuple
 
 from largebatch.benchmarks.harness import check
 from largebatch.common.errors import ConfigError
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--widths", default="64,256", help="the first is tuned (default: 64,256)")
     parser.add_argument("--steps", type=int, default=80, help="of a run (default: 80)")
     parser.add_argument("--samples", type=int, default=16, help="in a batch (default: 16)")
+    parser.add_argument("--seeds", type=int, default=3, help="that are averaged (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it here")
     options = parser.parse_args(arguments)
@@ -53,9 +56,11 @@ def main(arguments: Sequence[str]) -> int:
         check(len(widths) >= 2, "--widths", "two or more", options.widths)
         check(options.steps >= 10, "--steps", "10 or more", options.steps)
         check(options.samples >= 1, "--samples", "1 or more", options.samples)
+        check(options.seeds >= 1, "--seeds", "1 or more", options.seeds)
         record = measure(
-            options.optimizers.split(","), widths, options.overrides, options.steps, options.samples
-        )
+            options.optimizers.split(","), widths, options.overrides, options.steps,
+            options.samples, options.seeds,
+        )  # fmt: skip
     except (ConfigError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
@@ -73,6 +78,7 @@ def measure(
     overrides: Sequence[str],
     steps: int,
     samples: int,
+    seeds: int,
 ) -> dict[str, Any]:
     """Search the rate of each optimizer at each width; returns the record of all losses."""
     curves: list[dict[str, Any]] = []
@@ -82,23 +88,24 @@ def measure(
         for width, transferred in _asked(widths):
             config = configured(optimizer, width, widths[0] if transferred else None, overrides)
             task = build(config.task, "task") if task is None else task
-            loss = LossAtRate(config, task, steps, samples)
-            losses = search(loss, 0 if start is None else start)
-            best = min(losses, key=losses.__getitem__)
+            loss = LossesAtRate(config, task, steps, samples, seeds)
+            means = search(loss.mean, 0 if start is None else start)
+            best = min(means, key=means.__getitem__)
             start = best if start is None else start
             curve = {
                 "optimizer": optimizer,
                 "width": width,
                 "transferred": transferred,
-                "losses": {loss.rate(power): value for power, value in sorted(losses.items())},
-                "best_lr": loss.rate(vertex(losses)),
-                "best_loss": losses[best],
+                "losses": {loss.rate(power): of for power, of in sorted(loss.of_seeds.items())},
+                "best_lr": loss.rate(vertex(means)),
+                "best_loss": means[best],
+                "best_lr_of_seeds": [loss.rate(vertex(loss.alone(seed))) for seed in range(seeds)],
             }
             curves.append(curve)
             print(f"{optimizer} {width}: {curve['best_lr']:.3g}", file=sys.stderr, flush=True)
     return {
         "benchmark": "transfer", "widths": list(widths), "steps": steps, "samples": samples,
-        "overrides": list(overrides), "curves": curves,
+        "seeds": seeds, "overrides": list(overrides), "curves": curves,
     }  # fmt: skip
 
 
@@ -119,20 +126,35 @@ def configured(
         return widened(typed(compose("train", words)), "dim", width)
 
 
-class LossAtRate:
-    """The evaluation loss of a run at a rate, in powers of √2 from the optimizer's own."""
+class LossesAtRate:
+    """The evaluation losses of a run's seeds at a rate, in powers of √2 from the optimizer's own.
 
-    def __init__(self, config: TrainConfig, task: Task, steps: int, samples: int) -> None:
-        self._config, self._task = config, task
+    Attributes:
+        of_seeds: by the power, what has been asked for.
+    """
+
+    def __init__(
+        self, config: TrainConfig, task: Task, steps: int, samples: int, seeds: int
+    ) -> None:
+        self._configs = [replace(config, seed=config.seed + seed) for seed in range(seeds)]
+        self._task, self._steps, self._samples = task, steps, samples
         self._own = float(config.optim["lr"])
-        self._steps, self._samples = steps, samples
+        self.of_seeds: dict[int, list[float]] = {}
 
     def rate(self, power: float) -> float:
         return self._own * float(STEP**power)
 
-    def __call__(self, power: int) -> float:
-        optim = self._config.optim | {"lr": self.rate(power)}
-        run = ShortRun(replace(self._config, optim=optim), self._task, self._samples)
+    def mean(self, power: int) -> float:
+        self.of_seeds[power] = [self._loss(config, power) for config in self._configs]
+        return fmean(self.of_seeds[power])
+
+    def alone(self, seed: int) -> Losses:
+        """One seed's losses."""
+        return {power: losses[seed] for power, losses in self.of_seeds.items()}
+
+    def _loss(self, config: TrainConfig, power: int) -> float:
+        optim = config.optim | {"lr": self.rate(power)}
+        run = ShortRun(replace(config, optim=optim), self._task, self._samples)
         warmup = max(1, self._steps // 10)
         for step in range(self._steps):
             run.set_lr_factor(min(1.0, (step + 1) / warmup))
@@ -169,31 +191,50 @@ def vertex(losses: Mapping[int, float]) -> float:
     return best if curvature <= 0 else best + 0.5 * (left - right) / curvature
 
 
-def ratios(record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """By optimizer the best rate of the widest over that of the narrowest: with rates of the
-    narrowest brought to each tensor, and with one rate for all.
-    """
-    found: dict[str, tuple[float, float]] = {}
+class Ratio(NamedTuple):
+    """Of the best rate of the widest to that of the narrowest."""
+
+    of_means: float
+    lowest: float
+    """Of the seeds', each alone at both widths."""
+    highest: float
+
+    def __str__(self) -> str:
+        return f"{self.of_means:.2f} ({self.lowest:.2f} to {self.highest:.2f})"
+
+
+def ratios(record: Mapping[str, Any]) -> dict[str, tuple[Ratio, Ratio]]:
+    """By optimizer: with rates of the narrowest brought to each tensor, and with one for all."""
+    found: dict[str, tuple[Ratio, Ratio]] = {}
     for name in dict.fromkeys(curve["optimizer"] for curve in record["curves"]):
         first, *_, wide, plain = (c for c in record["curves"] if c["optimizer"] == name)
-        found[name] = wide["best_lr"] / first["best_lr"], plain["best_lr"] / first["best_lr"]
+        found[name] = _ratio(wide, first), _ratio(plain, first)
     return found
 
 
+def _ratio(wide: Mapping[str, Any], narrow: Mapping[str, Any]) -> Ratio:
+    pairs = zip(wide["best_lr_of_seeds"], narrow["best_lr_of_seeds"], strict=True)
+    of_seeds = [ours / other for ours, other in pairs]
+    return Ratio(wide["best_lr"] / narrow["best_lr"], min(of_seeds), max(of_seeds))
+
+
 def table(record: Mapping[str, Any]) -> str:
-    """A table in Markdown: best rates, their ratio, and losses at them."""
+    """A table in Markdown: best rates, their ratio (with the lowest and highest of a seed alone),
+    and losses at them.
+    """
     first, last = record["widths"][0], record["widths"][-1]
     lines = [
-        f"| optimizer | best rate at {first} | at {last} | ratio | within √2 | "
-        f"one rate for all: at {last} | ratio |",
-        "|---|---|---|---|---|---|---|",
+        f"| optimizer | best rate at {first} | at {last} | ratio (of seeds) | within √2 | loss "
+        f"| one rate for all: at {last} | ratio (of seeds) | loss |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (ratio, plain) in ratios(record).items():
         narrow, *_, wide, bare = (c for c in record["curves"] if c["optimizer"] == name)
-        within = "yes" if 1 / STEP <= ratio <= STEP else "no"
+        within = "yes" if 1 / STEP <= ratio.of_means <= STEP else "no"
         lines.append(
-            f"| {name} | {narrow['best_lr']:.3g} | {wide['best_lr']:.3g} | {ratio:.2f} | {within} "
-            f"| {bare['best_lr']:.3g} | {plain:.2f} |"
+            f"| {name} | {narrow['best_lr']:.3g} | {wide['best_lr']:.3g} | {ratio} | {within} "
+            f"| {wide['best_loss']:.2f} | {bare['best_lr']:.3g} | {plain} "
+            f"| {bare['best_loss']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -237,7 +278,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
             set_log_axis(axes.xaxis, min(rates) / 1.2, max(rates) * 1.2, 3)
             axes.set_ylim(least - 0.15, least + 0.9)
             for curve in curves:
-                points = sorted((float(rate), loss) for rate, loss in curve["losses"].items())
+                points = sorted((float(r), fmean(losses)) for r, losses in curve["losses"].items())
                 own, width = curve["transferred"], curve["width"]
                 colour = styles[name].colour if own else GREY
                 axes.plot(
