@@ -18,7 +18,7 @@ from largebatch.conf.specs import choice, count, real, spec, typed_as
 from largebatch.conf.sweep_config import LRFindConfig, StudyConfig
 from largebatch.conf.weights_config import AverageConfig, OuterConfig
 from largebatch.records.target import DIRECTIONS, MIN, Target, direction_of
-from largebatch.schedules.scaling import RULES, check_hold, check_options
+from largebatch.schedules.scaling import RULES, check_duration, check_hold, check_options
 from largebatch.schedules.transfer import STEPS
 
 Node = dict[str, Any]
@@ -34,6 +34,7 @@ class ScalingConfig:
     base_batch: int = count(256, least=1)
     hold: str | None = None
     base_samples: int | None = count(None, least=1)
+    duration_exponent: float | None = real(None, least=0.0)
     exponent: Any = None
     noise_scale: Any = None
     function: str | None = None
@@ -54,6 +55,7 @@ class ScalingConfig:
                 f"scaling.rule={self.rule} and scaling.function={self.function}"
             )
         check_hold(self.hold)
+        check_duration(self.duration_exponent, self.base_samples)
         if self.rule in RULES:
             check_options(RULES[self.rule], self.options)
 

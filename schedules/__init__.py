@@ -14,6 +14,7 @@ from largebatch.schedules.curves import (
     Polynomial,
     StepDecay,
 )
+from largebatch.schedules.hyper import Hyper
 from largebatch.schedules.noise import NoiseReading, NoiseScale
 from largebatch.schedules.noise_driven import (
     CABS,
@@ -31,7 +32,7 @@ from largebatch.schedules.ramps import (
     RampupBatch,
     StagedBatch,
 )
-from largebatch.schedules.scaling import HOLDS, RULES, Hyper, Rule, scale, scale_lr
+from largebatch.schedules.scaling import HOLDS, RULES, Rule, scale, scale_lr
 
 __all__ = [
     "CABS",

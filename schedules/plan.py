@@ -12,8 +12,17 @@ from largebatch.schedules.adaptive import AdaptiveRamp
 from largebatch.schedules.coupled import CoupledRamp
 from largebatch.schedules.curves import Curve
 from largebatch.schedules.fields import Checked, count, real
+from largebatch.schedules.hyper import Hyper
 from largebatch.schedules.ramps import Ramp
-from largebatch.schedules.scaling import OWN, Hyper, Rule, find_rule, resolve_hold, scale
+from largebatch.schedules.scaling import (
+    OWN,
+    Rule,
+    check_duration,
+    find_rule,
+    for_duration,
+    resolve_hold,
+    scale,
+)
 
 
 class Point(NamedTuple):
@@ -86,7 +95,9 @@ class Plan(Checked):
         budget_samples: the run ends with the first step that reaches it; batches are never cut.
         base_lr: peak learning rate at `base_batch`; `rule` makes it that of the batch in hand.
         hold: what stays of the weight decay as the batch grows, see `scale`.
-        base_samples: samples of the run that was tuned, for hold="timescale"; None for as many.
+        base_samples: samples of the run that was tuned, for hold="timescale" and
+            `duration_exponent`; None for as many.
+        duration_exponent: how the rate falls with the run's length, see `for_duration`.
         hyper: what else was tuned at `base_batch`; its lr and warm-up are those above.
         tokens_per_sample: for the totals.
 
@@ -110,6 +121,7 @@ class Plan(Checked):
     rule: str | Rule = "none"
     hold: str | None = OWN
     base_samples: int | None = None
+    duration_exponent: float = real("scaling.duration_exponent", 0.0, least=0.0)
     hyper: Hyper | None = None
     tokens_per_sample: int = count("budget.tokens_per_sample", 1, least=1)
     _ramp: Ramp = field(init=False, repr=False, compare=False)
@@ -119,10 +131,11 @@ class Plan(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_duration(self.duration_exponent, self.base_samples)
         self._set(_ramp=self.ramp, _curve=self.curve, _exponent=None, _hypers={})
         # Warm up as the rule says, and resolve a coupled ramp into a ramp and a curve.
         start = self.ramp.start if isinstance(self.ramp, CoupledRamp) else self.ramp.at(0)
-        warmup = scale(self._base, self.base_batch, start, self.rule).warmup_samples
+        warmup = self._prolonged(self._base, self.base_batch, start).warmup_samples
         self._set(_curve=replace(self.curve, warmup_samples=warmup))
         if isinstance(self.ramp, CoupledRamp):
             self._curve.check(self.budget_samples)
@@ -150,12 +163,21 @@ class Plan(Checked):
     def rescale(self, hyper: Hyper, batch_size: int) -> Hyper:
         """What `hyper`, tuned at `base_batch`, becomes at another batch size of this plan."""
         hold = resolve_hold(self.hold, find_rule(self.rule))
-        duration = self.budget_samples / (self.base_samples or self.budget_samples)
-        return scale(hyper, self.base_batch, batch_size, self._rule, hold=hold, duration=duration)
+        rule, duration = self._rule, self._duration
+        return scale(hyper, self.base_batch, batch_size, rule, hold=hold, duration=duration)
+
+    @property
+    def _duration(self) -> float:
+        return self.budget_samples / (self.base_samples or self.budget_samples)
+
+    @property
+    def _prolonged(self) -> Rule:
+        """The scaling rule, for a run of this length."""
+        return for_duration(find_rule(self.rule), self._duration, self.duration_exponent)
 
     def _rule(self, hyper: Hyper, base_batch: int, batch: int) -> Hyper:
-        """The scaling rule, but for the learning rate where a trade moves it."""
-        rule = find_rule(self.rule)
+        """The same, but for the learning rate where a trade moves it."""
+        rule = self._prolonged
         scaled = rule(hyper, base_batch, batch)
         if self._exponent is None:
             return scaled

@@ -2,7 +2,8 @@
 
 A rule is a function (hyper, base_batch, batch) -> Hyper of what was tuned at `base_batch` samples a
 step; further arguments are keyword-only. kappa = batch / base_batch. Weight decay is not the
-rules' affair: it is held by `hold`, in words that say what stays.
+rules' affair: it is held by `hold`, in words that say what stays. Nor is the length of the run:
+`for_duration` brings it to a rule.
 
 None of the rules but `surge` and `adascale` knows where the noise stops: beyond the critical batch
 size the best learning rate stops rising, whatever the rule says.
@@ -10,72 +11,12 @@ size the best learning rate stops rising, whatever the rule says.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 from largebatch.common.numbers import real_number, whole_number
-from largebatch.schedules.fields import Checked, count, real
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hyper(Checked):
-    """Hyperparameters tuned at one global batch size. None: the optimizer has no such
-    hyperparameter.
-
-    `lr` is the peak learning rate, `betas` and `ema_decay` (of an average of the weights) are decay
-    rates per step. `weight_decay` is decoupled, as in torch's AdamW: weights shrink by
-    lr * weight_decay a step.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    lr: float = real("lr", above=0.0)
-    betas: tuple[float, float] | None = (0.9, 0.999)
-    eps: float | None = real("eps", 1e-8, optional=True, least=0.0)
-    weight_decay: float | None = real("weight_decay", 0.0, optional=True, least=0.0)
-    ema_decay: float | None = None
-    warmup_samples: int = count("warmup_samples", 0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.betas is not None:
-            object.__setattr__(self, "betas", _betas(self.betas))
-        if self.ema_decay is not None:
-            object.__setattr__(self, "ema_decay", _decay_rate(self.ema_decay, "ema_decay"))
-
-    @classmethod
-    def of_group(cls, group: Mapping[str, Any], lr: float) -> "Hyper":
-        """What an optimizer's parameter group, or its configuration, holds of these; None for what
-        it has not, or has in another form (three betas, say).
-        """
-        betas = group.get("betas")
-        pair = isinstance(betas, Sequence) and len(betas) == 2
-        eps, weight_decay = (
-            value if isinstance(value := group.get(name), float | int) else None
-            for name in ("eps", "weight_decay")
-        )
-        return cls(
-            lr=lr,
-            betas=(betas[0], betas[1]) if betas and pair else None,
-            eps=eps,
-            weight_decay=weight_decay,
-        )
-
-
-def _betas(betas: Sequence[float]) -> tuple[float, float]:
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ValueError(f"betas must be two numbers, got {betas!r}")
-    return _decay_rate(betas[0], "betas[0]"), _decay_rate(betas[1], "betas[1]")
-
-
-def _decay_rate(value: object, name: str) -> float:
-    rate = real_number(value, name, least=0.0, most=1.0)
-    if rate == 1.0:
-        raise ValueError(f"{name} must be below 1, got {value!r}")
-    return rate
-
+from largebatch.schedules.hyper import Hyper
 
 Rule = Callable[..., Hyper]
 """(hyper, base_batch, batch, *, options) -> Hyper."""
@@ -123,11 +64,16 @@ def adam_sde(hyper: Hyper, base_batch: int, batch: int) -> Hyper:
     Raises:
         ValueError: kappa too large for the betas; it says how far they reach.
     """
-    kappa = batch / base_batch
+    return _sde(hyper, base_batch, batch)
+
+
+def _sde(hyper: Hyper, base_batch: int, batch: int, clock: float = 1.0) -> Hyper:
+    """`adam_sde` with kappa times `clock`, which is 1 / duration where time is a share of a run."""
+    kappa = batch / base_batch * clock
     scaled = replace(hyper, lr=hyper.lr * math.sqrt(kappa))
     if hyper.betas is not None:
         first, second = (
-            _shortened(beta, kappa, f"beta{index}", base_batch)
+            _shortened(beta, kappa, f"beta{index}", base_batch, clock)
             for index, beta in enumerate(hyper.betas, 1)
         )
         eps = None if hyper.eps is None else hyper.eps / math.sqrt(kappa)
@@ -239,6 +185,7 @@ def scale(
     *,
     hold: str | None = OWN,
     duration: float = 1.0,
+    duration_exponent: float = 0.0,
     **options: Any,
 ) -> Hyper:
     """What `hyper`, tuned at the global batch size `base_batch`, becomes at `batch`, in samples.
@@ -251,20 +198,62 @@ def scale(
             of the run) (Wang & Aitchison 2024, arXiv:2405.13698; Bergsma et al. 2025,
             arXiv:2505.13738). None leaves weight_decay as it is. "rule", the default, is
             "per_sample" under `adam_sde`, which implies it, and None under every other rule.
-        duration: samples of this run over samples of the one that was tuned; for "timescale".
+        duration: samples of this run over samples of the one that was tuned; for "timescale", and
+            for `duration_exponent`.
+        duration_exponent: lr goes as duration to the power of minus it, and more under `adam_sde`:
+            see `for_duration`.
         options: the rule's own: `noise_scale` (surge, adascale), `exponent` (power, half_life).
 
     Raises:
         ValueError: an unknown rule or hold, an option that the rule lacks or does not take, a value
             out of range, or a batch size that the rule does not reach.
+
+    >>> scale(Hyper(lr=0.4), 256, 1024, rule="sqrt", duration=4, duration_exponent=0.5).lr
+    0.4
     """
     base_batch = whole_number(base_batch, "base_batch", 1)
     batch = whole_number(batch, "batch", 1)
     function = find_rule(rule)
     check_options(function, options)
-    scaled = function(hyper, base_batch, batch, **options)
+    duration = real_number(duration, "duration", above=0.0)
+    scaled = for_duration(function, duration, duration_exponent)(
+        hyper, base_batch, batch, **options
+    )
     held = resolve_hold(hold, function)
     return replace(scaled, weight_decay=_held(hyper, scaled, batch / base_batch, held, duration))
+
+
+def for_duration(rule: Rule, duration: float, exponent: float) -> Rule:
+    """`rule` for a run `duration` times as long as the one that was tuned: lr times
+    duration^-exponent beside it.
+
+    The longer the run, the lower its best rate, which no rule of the batch says. With 1/2 this is
+    Complete(d)P's (Mlodozeniec et al. 2025, arXiv:2512.22382), which puts r = kappa / duration in
+    the place of kappa: under `adam_sde` betas and eps follow r too, and with another exponent
+    kappa duration^(-2 exponent); its formulas are here at second hand, the paper was not. 0.3 is
+    what Marin's recipes for text use (github.com/marin-community/marin, pull request 3292).
+    """
+    exponent = real_number(exponent, "scaling.duration_exponent", least=0.0)
+    if exponent == 0.0:
+        return rule
+    factor = duration**-exponent
+
+    def prolonged(hyper: Hyper, base_batch: int, batch: int, **options: Any) -> Hyper:
+        if rule is adam_sde:
+            return _sde(hyper, base_batch, batch, factor**2)
+        scaled = rule(hyper, base_batch, batch, **options)
+        return replace(scaled, lr=scaled.lr * factor)
+
+    return prolonged
+
+
+def check_duration(exponent: float | None, base_samples: int | None) -> None:
+    """Refuse an exponent of the run's length where the length of the tuned run is not known."""
+    if exponent and base_samples is None:
+        raise ValueError(
+            f"scaling.duration_exponent={exponent:g} moves the rate with the run's length over "
+            "that of the run that was tuned: give its samples, scaling.base_samples"
+        )
 
 
 def scale_lr(
@@ -350,7 +339,6 @@ def _held(
         return scaled.weight_decay * slower
     if hold == "per_sample":
         return scaled.weight_decay * (kappa * slower)
-    duration = real_number(duration, "duration", above=0.0)
     return scaled.weight_decay * (kappa * slower / duration)
 
 
@@ -363,16 +351,18 @@ def _averaged(hyper: Hyper, kappa: float) -> Hyper:
     return replace(hyper, ema_decay=hyper.ema_decay**kappa)
 
 
-def _shortened(beta: float, kappa: float, name: str, base_batch: int) -> float:
+def _shortened(beta: float, kappa: float, name: str, base_batch: int, clock: float) -> float:
     """1 - kappa (1 - beta), to the last bit beta at kappa = 1; a beta of 0 is no average at all."""
     if beta == 0.0:
         return beta
     # 10 * (1 - 0.9) is a hair below 1 in floats, and 1 on paper.
     if kappa * (1.0 - beta) >= 1.0 - 1e-12:
-        reach = math.ceil(base_batch / (1.0 - beta) * (1.0 - 1e-12)) - 1
+        reach = math.ceil(base_batch / clock / (1.0 - beta) * (1.0 - 1e-12)) - 1
+        longer = "" if clock == 1.0 else f" with a kappa {clock:.4g} times as large by duration"
         raise ValueError(
             f"the rule adam_sde needs kappa (1 - {name}) < 1, got {kappa:g} * {1.0 - beta:.4g} at "
-            f"a batch of {kappa * base_batch:g}: from {base_batch} it reaches {reach}; "
+            f"a batch of {kappa / clock * base_batch:g}{longer}: from {base_batch} it reaches "
+            f"{reach}; "
             f"raise {name} above {1.0 - 1.0 / kappa:.4g}, or use sqrt or half_life"
         )
     return beta - (kappa - 1.0) * (1.0 - beta)

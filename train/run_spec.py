@@ -291,6 +291,7 @@ def make_plan(config: TrainConfig) -> Plan:
             rule=_rule(scaling),
             hold=scaling.hold,
             base_samples=scaling.base_samples,
+            duration_exponent=scaling.duration_exponent or 0.0,
             hyper=Hyper.of_group(optim, optim["lr"]),
             tokens_per_sample=config.budget.tokens_per_sample,
         )

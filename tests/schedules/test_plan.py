@@ -1,6 +1,7 @@
 """The plan of a run: every sample once, the batch in hand its learning rate, refusals that help."""
 
 import re
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from largebatch.schedules import (
     Polynomial,
     Ramp,
     RampupBatch,
+    Seesaw,
     StagedBatch,
 )
 from largebatch.schedules.scaling import Rule
@@ -174,6 +176,33 @@ def test_the_timescale_is_a_share_of_the_run() -> None:
             base_batch=16, hold="timescale", base_samples=base_samples, hyper=TUNED,
         )  # fmt: skip
         assert plan.at(0).hyper.weight_decay == pytest.approx(0.1 * 4 * factor, rel=1e-12)
+
+
+def test_rate_and_reach_follow_the_length_of_the_run() -> None:
+    values: dict[str, Any] = {
+        "ramp": ConstantBatch(size=16 * 30), "curve": Constant(), "base_lr": 0.1, "base_batch": 16,
+        "rule": "adam_sde", "hyper": TUNED, "duration_exponent": 0.5, "base_samples": 10_000,
+    }  # fmt: skip
+    hyper = Plan(budget_samples=40_000, **values).at(0).hyper  # kappa 30 / 4
+    assert hyper.lr == pytest.approx(0.1 * 7.5**0.5, rel=1e-12)
+    assert hyper.betas == pytest.approx((1 - 7.5 * 0.05, 1 - 7.5 * 0.01), rel=1e-12)
+    with pytest.raises(ValueError, match=r"a batch of 480: from 16 it reaches 319"):
+        Plan(budget_samples=10_000, **values)
+    with pytest.raises(
+        ValueError, match=r"duration_exponent=0\.5 .* give .* scaling\.base_samples"
+    ):
+        Plan(budget_samples=40_000, **values | {"base_samples": None})
+
+
+def test_a_trade_of_rate_for_batch_keeps_the_rate_of_the_run_s_length() -> None:
+    for longer in (1, 4):
+        plan = Plan(
+            ramp=Seesaw(start=64, size=256), curve=Cosine(), budget_samples=40_000, base_lr=0.1,
+            base_batch=16, rule="sqrt", duration_exponent=0.5, base_samples=40_000 // longer,
+        )  # fmt: skip
+        assert plan.peak_lr == pytest.approx(0.2 / longer**0.5, rel=1e-12)
+        last = plan.stages()[-1]  # whose curve has fallen by the batch's factor of 4, not its root
+        assert last.hyper.lr == pytest.approx(plan.peak_lr * 2, rel=1e-12)
 
 
 def test_a_rule_that_does_not_reach_a_size_of_the_ramp_is_refused_before_the_first_step() -> None:

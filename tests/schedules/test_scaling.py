@@ -228,6 +228,58 @@ def test_what_is_held_of_the_weight_decay_is_held(rule: str, lr_factor: float) -
     assert share == pytest.approx(1 / decay_per_sample(TUNED, 64), rel=1e-12)
 
 
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "adam_sde"])
+def test_a_longer_run_takes_a_lower_rate_under_every_rule(rule: str) -> None:
+    options = OPTIONS.get(rule, {})
+    same = scale(TUNED, 64, 256, rule=rule, **options)
+    for exponent, factor in ((0.0, 1.0), (0.5, 1 / 2), (0.3, 0.6597539553864471)):
+        longer = scale(
+            TUNED, 64, 256, rule=rule, duration=4.0, duration_exponent=exponent, **options
+        )
+        assert longer.lr == pytest.approx(same.lr * factor, rel=1e-12)
+        assert replace(longer, lr=same.lr) == same
+
+
+def test_the_sde_s_clock_is_a_share_of_the_run() -> None:
+    # r = kappa / duration = 4 / 2 in the place of kappa (2512.22382); 4 / 2^(1/2) with half of it.
+    complete = scale(TUNED, 64, 256, rule="adam_sde", duration=2.0, duration_exponent=0.5)
+    assert complete.lr == pytest.approx(1e-3 * 2**0.5, rel=1e-12)
+    assert complete.betas == pytest.approx((0.8, 0.9), rel=1e-12)
+    assert complete.eps == pytest.approx(1e-8 / 2**0.5, rel=1e-12)
+    assert complete.ema_decay == pytest.approx(TUNED.ema_decay**2, rel=1e-12)  # type: ignore[operator]
+    assert complete.warmup_samples == TUNED.warmup_samples
+    slower = scale(TUNED, 64, 256, rule="adam_sde", duration=2.0, duration_exponent=0.25)
+    assert slower.lr == pytest.approx(1e-3 * 2**0.75, rel=1e-12)
+    assert slower.betas == pytest.approx((1 - 0.1 * 2**1.5, 1 - 0.05 * 2**1.5), rel=1e-12)
+    # As many samples and half the batch are one clock.
+    half = scale(TUNED, 64, 128, rule="adam_sde")
+    assert replace(complete, weight_decay=half.weight_decay) == half
+
+
+def test_the_sde_reaches_further_in_a_longer_run_and_less_far_in_a_shorter() -> None:
+    longer = scale(TUNED, 64, 64 * 20, rule="adam_sde", duration=4.0, duration_exponent=0.5)
+    assert longer.betas == pytest.approx((0.5, 0.75), rel=1e-12)  # kappa 5
+    reach = {"rule": "adam_sde", "duration": 0.5, "duration_exponent": 0.5}
+    scale(TUNED, 64, 319, **reach)
+    said = (
+        r"got 10 \* 0\.1 at a batch of 320 with a kappa 2 times as large .* it reaches 319; raise"
+    )
+    with pytest.raises(ValueError, match=said):
+        scale(TUNED, 64, 320, **reach)
+
+
+@pytest.mark.parametrize("rule", ["none", "sqrt", "adam_sde"])
+def test_weight_decay_is_held_beside_the_rate_of_a_longer_run(rule: str) -> None:
+    def scaled(hold: str) -> Hyper:
+        return scale(TUNED, 64, 256, rule=rule, hold=hold, duration=2.0, duration_exponent=0.5)
+
+    per_step, timescale = scaled("per_step"), scaled("timescale")
+    assert per_step.lr * per_step.weight_decay == pytest.approx(1e-4, rel=1e-12)  # type: ignore[operator]
+    before = decay_per_sample(TUNED, 64)
+    assert decay_per_sample(scaled("per_sample"), 256) == pytest.approx(before, rel=1e-12)
+    assert decay_per_sample(timescale, 256) == pytest.approx(before / 2.0, rel=1e-12)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_weight_decay_stays_where_nothing_is_held(rule: str) -> None:
     options = OPTIONS.get(rule, {})
@@ -277,6 +329,7 @@ def test_a_rule_of_ones_own_is_a_function_like_those_there() -> None:
         ({"rule": "surge", "noise_scale": 0}, r"scaling\.noise_scale must be a number > 0, got 0"),
         ({"hold": "per_epoch"}, r"one of per_step, per_sample, timescale, rule, got 'per_epoch'"),
         ({"hold": "timescale", "duration": 0}, r"duration must be a number > 0, got 0"),
+        ({"duration_exponent": -1}, r"scaling\.duration_exponent must be a number >= 0, got -1"),
     ],
 )
 def test_what_a_rule_cannot_use_is_refused(arguments: dict[str, Any], sentence: str) -> None:

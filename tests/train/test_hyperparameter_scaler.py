@@ -1,6 +1,7 @@
 """At a change of batch the optimizer's groups move as the rule says, and the record tells."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,20 @@ def test_each_group_is_scaled_from_its_own_values_not_from_the_step_before() -> 
             assert (group["betas"], group["eps"]) == (scaled.betas, scaled.eps)
             assert group["weight_decay"] == scaled.weight_decay
     assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.1 * 2**0.5)
+
+
+def test_groups_follow_the_length_of_the_run() -> None:
+    longer = replace(planned("adam_sde"), base_samples=256, duration_exponent=0.5)
+    optimizer = adamw()
+    coscaling = HyperparameterScaler(longer, optimizer)
+    *_, last = longer
+    coscaling.apply(last)
+    coscaling.set_lr(last.lr)
+    for group in optimizer.param_groups:  # a batch twice as large, over a run 4 times as long
+        assert group["betas"] == pytest.approx((0.95, 0.995))
+        assert group["eps"] == pytest.approx(1e-8 * 2**0.5)
+        assert group["lr"] == pytest.approx(0.01 / 2**0.5)
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.1 * 2 * 2**0.5)
 
 
 def test_a_change_is_told_once_with_what_moved() -> None:

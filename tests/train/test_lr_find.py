@@ -292,6 +292,15 @@ def test_the_weight_decay_of_a_timescale_is_that_of_the_run_not_of_the_sweep() -
     assert at.hyper.weight_decay == pytest.approx(0.1 * 2 / 2)
 
 
+def test_the_sde_s_clock_is_that_of_the_run_not_of_the_sweep() -> None:
+    # kappa / duration = 4 / 2 in the place of kappa; the sweep has its own rates.
+    at = planned("mode=lr_find", "batch.size=1024", "scaling=adam_sde", "scaling.base_batch=256",
+                 "scaling.duration_exponent=0.5", "scaling.base_samples=1e6",
+                 "budget.samples=2e6", "optim=adamw", "optim.betas=[0.9,0.99]").at(0)  # fmt: skip
+    assert at.hyper.betas == pytest.approx((0.8, 0.98))
+    assert at.lr == pytest.approx(1e-5)
+
+
 def test_the_optimizer_is_given_what_the_rule_has_at_that_batch_size(
     train: Train, read_run: ReadRun, tmp_path: Path
 ) -> None:

@@ -213,6 +213,17 @@ def test_a_split_over_more_ranks_than_there_are_is_planned(plan: PlanCommand) ->
     assert said["data_parallel_size"] == 24
 
 
+def test_the_plan_has_the_rates_of_the_run_s_length(plan: PlanCommand) -> None:
+    words = ["scaling=adam_sde", "scaling.base_batch=256", "batch.size=1024", "optim=adamw",
+             "optim.lr=0.01", "optim.betas=[0.9,0.99]", "budget.samples=4e6"]  # fmt: skip
+    longer = ["scaling.base_samples=1e6", "scaling.duration_exponent=0.5"]
+    (stage,) = described(plan, *words, *longer)["stages"]
+    assert stage["lr"] == pytest.approx(0.01)  # root of kappa 4 over a run 4 times as long
+    assert stage["betas"] == pytest.approx([0.9, 0.99])
+    (alike,) = described(plan, *words)["stages"]
+    assert alike["betas"] == pytest.approx([0.6, 0.96])
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -228,6 +239,7 @@ def test_a_split_over_more_ranks_than_there_are_is_planned(plan: PlanCommand) ->
         (["batch=stages", "batch.unit=steps"], ["batch.unit", "tokens", "steps"]),
         (["scaling=surge"], ["scaling.noise_scale"]),
         (["scaling=adam_sde", "batch.size=4096"], ["beta1", "2559", "half_life"]),
+        (["scaling.duration_exponent=0.5"], ["duration_exponent=0.5", "scaling.base_samples"]),
         (["scaling=sqrt", "scaling.hold=per_epoch"], ["scaling.hold", "per_sample", "per_epoch"]),
         (["scaling=sqrt", "+scaling.exponent=1"], ["scaling.exponent", "sqrt"]),
         (["scaling=custom"], ["scaling.function"]),

@@ -225,6 +225,21 @@ def test_other_data_under_the_same_name_is_refused(
     assert train(*TOKENS) == 0
 
 
+def test_a_record_of_before_there_was_a_key_is_resumed(
+    killed: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = killed / ".hydra" / "config.yaml"
+    lines = config.read_text().splitlines(keepends=True)
+    before = [line for line in lines if "duration_exponent: null" not in line]
+    assert len(before) == len(lines) - 1
+    config.write_text("".join(before))
+    moved = ("scaling.duration_exponent=0.5", "scaling.base_samples=1000")
+    assert train(*WORDS, *moved) == 2
+    assert "scaling.duration_exponent=None (now 0.5)" in capsys.readouterr().err
+    assert train(*WORDS) == 0
+    assert len(read_lines(killed)) == STEPS
+
+
 # A longer run -------------------------------------------------------------------------------------
 
 LONGER = f"budget.samples={64 * 2 * STEPS}"
@@ -268,6 +283,17 @@ def test_a_curve_that_would_have_been_another_is_refused(
     assert train(*WSD, LONGER) == 0
     assert train(*WSD, LONGER, "hydra.run.dir=at-once") == 0
     assert losses(run) == losses(tmp_path / "at-once")
+
+
+def test_rates_that_follow_the_length_of_the_run_are_another_run_s_in_a_longer_one(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (*WORDS, "scaling.duration_exponent=0.5", "scaling.base_samples=320", "optim.lr=0.4")
+    assert train(*words) == 0
+    assert {line["lr"] for line in read_lines(tmp_path / "run")} == {0.2}
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["lr"] == 0.2
+    assert train(*words, LONGER) == 2
+    assert "the schedule depends on it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def sweep_plan(plan: Plan, mode: LRFindConfig) -> Plan:
         plan, ramp=ConstantBatch(size=size), curve=curve, budget_samples=(mode.points + 1) * size,
         # What `plan` makes of it, whose length and trade count, not the sweep's.
         rule=lambda hyper, base_batch, batch: plan.rescale(hyper, batch),
-        hold=None, base_samples=None,
+        hold=None, base_samples=None, duration_exponent=0.0,
     )  # fmt: skip
 
 
