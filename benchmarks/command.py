@@ -18,6 +18,7 @@ BENCHMARKS: Final = {
     "time": ("time_to_target.command", "time to target and node-hours of a study on N tiles"),
     "start": ("start", "commands from their start, beside import torch"),
     "loop": ("loop", "what the loop adds to a step, beside a bare one"),
+    "study": ("study", "a study beside its training steps in a bare loop"),
     "transfer": ("transfer", "the best rate of a narrow decoder beside that of a wide one"),
     "report": ("report", "reading, fitting and drawing thousands of recorded runs"),
     "statistics": ("statistics.command", "how often a study's intervals cover"),
