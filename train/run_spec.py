@@ -16,6 +16,7 @@ from largebatch.common.errors import ConfigError, format_config_error, refusing
 from largebatch.common.memory import RANK_BYTES, check_memory
 from largebatch.conf.build import build
 from largebatch.conf.config import ScalingConfig, TrainConfig, typed
+from largebatch.conf.yaml_text import to_yaml
 from largebatch.distributed.ranks import Ranks
 from largebatch.records.checkpoints import samples_of
 from largebatch.records.record import check_free
@@ -134,10 +135,15 @@ def resolve_run(composed: DictConfig, ranks: Ranks, settings: Any = None) -> Run
     if config.mode is not None:
         config = as_sweep(config, plan)
         check_table(folder)
+    values = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    overrides, hydras = (
+        OmegaConf.to_container(part, enum_to_str=True)
+        for part in (settings.overrides.task, settings)
+    )
     hydra_files = {
-        "config.yaml": OmegaConf.to_yaml(composed, resolve=True),
-        "overrides.yaml": OmegaConf.to_yaml(settings.overrides.task),
-        "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": settings})),
+        "config.yaml": to_yaml(values),
+        "overrides.yaml": to_yaml(overrides),
+        "hydra.yaml": to_yaml({"hydra": hydras}),
     }
     if config.checkpoint.folder is not None:
         check_elsewhere(folder, config.checkpoint.folder)
@@ -163,7 +169,7 @@ def resolve_run(composed: DictConfig, ranks: Ranks, settings: Any = None) -> Run
     }
     checkpoint = None if resumption is None else resumption.checkpoint
     words = {
-        "config": OmegaConf.to_container(composed, resolve=True),
+        "config": values,
         "current": str(Path.cwd()) if settings.job.chdir else None,
         "begun_in": settings.runtime.cwd,
         "folder": str(folder),
@@ -203,7 +209,7 @@ def _origin(
     """Where the run branches from; None: nowhere, or it resumes from a checkpoint of its own."""
     if config.branch_from is None or (resumption is not None and resumption.checkpoint is not None):
         return None
-    resolved = OmegaConf.create(OmegaConf.to_yaml(composed, resolve=True))
+    resolved = OmegaConf.create(to_yaml(OmegaConf.to_container(composed, resolve=True)))
     origin = find_branch(config.branch_from, begun_in, resolved, world)
     seen, budget = samples_of(origin), config.budget.samples
     until = min(budget, config.target.give_up_samples or budget)

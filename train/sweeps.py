@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from largebatch.common.errors import ConfigError, RunFailed, SweepFailed
 from largebatch.common.text import common_words, say, terminal_width
+from largebatch.conf.yaml_text import to_yaml
 from largebatch.records import find_fields
 from largebatch.records.names import SUMMARY
 from largebatch.records.outcomes import UNFINISHED
@@ -111,7 +112,7 @@ class EveryRun(Launcher):
                 HydraConfig.instance().set_config(config)
                 with open_dict(config):
                     del config["hydra"]
-                self._check_one(folder, OmegaConf.to_yaml(config, resolve=True))
+                self._check_one(folder, to_yaml(OmegaConf.to_container(config, resolve=True)))
         self._words += map(list, batch)
         told = {"runs": len(self._words), "common": sorted(common_words(self._words))}
         os.environ[PLANNED] = json.dumps(told)

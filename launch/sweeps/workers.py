@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Final
 
 import cloudpickle
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
@@ -60,15 +59,17 @@ class Sweep:
 
     def run(self, number: int, overrides: Sequence[str]) -> JobReturn:
         """Run one job in this process, in its folder."""
-        config = self.job(number, overrides)
-        HydraConfig.instance().set_config(config)
-        return run_job(
+        done = run_job(
             hydra_context=self.context,
             task_function=self.task,
-            config=config,
+            config=self.job(number, overrides),
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
+        done.cfg = done.hydra_cfg = (
+            None  # nobody reads them; to send them takes long
+        )
+        return done
 
     def folder(self, number: int, overrides: Sequence[str]) -> Path:
         config = self.job(number, overrides)
