@@ -9,6 +9,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final
@@ -37,15 +38,12 @@ def build(node: Mapping[str, Any], name: str, kind: Any = object, **more: Any) -
             ValueError on them; and any error of a constructor of this package's or of torch's.
             Other errors of a user's target are its own and pass through.
     """
-    find_target(node.get("_target_"), f"{name}._target_")
+    target = find_target(node.get("_target_"), f"{name}._target_")
     if not isinstance(node.get("_partial_", False), bool):
         raise ConfigError(
             f"{name}._partial_ must be true or false, got {in_yaml(node['_partial_'])}"
         )
-    try:
-        make: partial[Any] = instantiate(dict(node) | {"_partial_": True}, _convert_="all")
-    except (InstantiationException, TypeError) as error:  # TypeError: of its own flags
-        raise ConfigError(f"{name}: {format_config_error(error)}") from error
+    make = _with_keys(target, node, name)
     check_arguments(make.func, make.args, make.keywords | more, name, partly=True)
     make = partial(make.func, *make.args, **fit_arguments(make.func, make.keywords, name))
     if node.get("_partial_"):
@@ -56,6 +54,33 @@ def build(node: Mapping[str, Any], name: str, kind: Any = object, **more: Any) -
     return built
 
 
+def _with_keys(target: Any, node: Mapping[str, Any], name: str) -> "partial[Any]":
+    """The target with the keys of `node`, as Hydra makes it, which takes milliseconds: only where
+    there are flags, targets within, interpolations or values of other kinds.
+    """
+    keys = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+    if callable(target) and _is_plain(keys):
+        return partial(target, **deepcopy(keys))
+    try:
+        made: partial[Any] = instantiate(dict(node) | {"_partial_": True}, _convert_="all")
+    except (InstantiationException, TypeError) as error:  # TypeError: of its own flags
+        raise ConfigError(f"{name}: {format_config_error(error)}") from error
+    return made
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is dict:
+        return all(
+            type(key) is str and not key.startswith("_") and _is_plain(own)
+            for key, own in value.items()
+        )
+    if type(value) is list:
+        return all(map(_is_plain, value))
+    if type(value) is str:
+        return "${" not in value and value != "???"
+    return value is None or type(value) in (bool, int, float)
+
+
 def check_kind(built: Any, kind: Any, name: str, target: str) -> None:
     """Refuse what is not of the class, or of one of the classes, `kind`."""
     if not isinstance(built, kind):
@@ -64,8 +89,10 @@ def check_kind(built: Any, kind: Any, name: str, target: str) -> None:
         raise ConfigError(f"{name} must make a {wanted}, got {target}, a {type(built).__name__}")
 
 
-def find_target(path: Any, name: str) -> None:
-    """Refuse a target that is not there, with what is. What importing a module raises passes."""
+def find_target(path: Any, name: str) -> Any:
+    """Return what a dotted name stands for, and refuse one that is not there with what is. What
+    importing a module raises passes.
+    """
     parts = str(path).split(".")
     if not isinstance(path, str) or len(parts) < 2 or not all(map(str.isidentifier, parts)):
         raise ConfigError(
@@ -80,6 +107,7 @@ def find_target(path: Any, name: str) -> None:
             raise ConfigError(_no_such(found, above, part, name, path))
         else:
             found = getattr(found, part)
+    return found
 
 
 def _module(parent: Any, above: str, part: str, name: str, path: str) -> Any:
