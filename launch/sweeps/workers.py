@@ -59,17 +59,13 @@ class Sweep:
 
     def run(self, number: int, overrides: Sequence[str]) -> JobReturn:
         """Run one job in this process, in its folder."""
-        done = run_job(
+        return run_job(
             hydra_context=self.context,
             task_function=self.task,
             config=self.job(number, overrides),
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
-        done.cfg = done.hydra_cfg = (
-            None  # nobody reads them; to send them takes long
-        )
-        return done
 
     def folder(self, number: int, overrides: Sequence[str]) -> Path:
         config = self.job(number, overrides)

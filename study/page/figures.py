@@ -360,7 +360,7 @@ def _draw_critical(
             text, (high if to_the_right else low, row), xycoords=transform,
             xytext=(8 if to_the_right else -8, 0), textcoords="offset points",
             ha="left" if to_the_right else "right", va="center_baseline", color=INK,
-            fontsize=8.5 if width >= WIDE else 8.0,
+            fontsize=8.5 if width >= WIDE and len(fitted) < 9 else 8.0,
         )  # fmt: skip
     axes.set_ylim(len(fitted) - 0.4, -0.6)
     axes.yaxis.set_major_locator(NullLocator())

@@ -7,11 +7,12 @@ contrast of 3 or more on the page's paper, light and dark, and no fact is shown 
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 from largebatch.common.figures import COLOURS
 
 Line = Literal["-", "--", "-.", ":"]
+Name = TypeVar("Name", bound=str)
 LINES: Final[tuple[Line, ...]] = ("-", "--", "-.", ":")
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -73,7 +74,7 @@ def curve_styles(curves: Iterable[tuple[str, str]]) -> dict[str, Style]:
             found[name] = Style(
                 _from(COLOURS, first.colour, place if alone else place // len(LINES)),
                 _from(MARKERS, first.marker, place),
-                LINES[turn % len(LINES)],
+                _from(LINES, first.line, turn),
             )
     return found
 
@@ -92,5 +93,5 @@ def _optimizer_styles(names: Iterable[str]) -> dict[str, Style]:
     return found
 
 
-def _from(cycle: tuple[str, ...], first: str, place: int) -> str:
+def _from(cycle: tuple[Name, ...], first: Name, place: int) -> Name:
     return cycle[(cycle.index(first) + place) % len(cycle)]
