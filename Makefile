@@ -91,7 +91,7 @@ $(VENV)/held.txt: $(BIN)/python constraints.txt
 	@if $(BIN)/python -c 'import torch' 2>/dev/null; then \
 		$(BIN)/python -c '$(INSTALLED)' > $@.new; \
 	else \
-		$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) && \
+		$(INSTALL) --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) && \
 		$(BIN)/python -c '$(INSTALLED)' > $@.new && \
 		cat constraints.txt >> $@.new; \
 	fi
@@ -105,8 +105,9 @@ $(VENV)/.train: $(VENV)/held.txt pyproject.toml
 	$(call install,train)
 	@touch $@
 
+# Without bytecode, which takes longer to make of all modules than what is imported takes in the tests.
 $(VENV)/.dev: $(VENV)/held.txt pyproject.toml
-	$(call install,$(EXTRAS))
+	$(call install,$(EXTRAS)) --no-compile
 	@touch $@
 
 clean:

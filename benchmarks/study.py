@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from largebatch.benchmarks import harness
 from largebatch.benchmarks.harness import add_options, against, run
 from largebatch.common.files import read_json
 from largebatch.conf.build import build
-from largebatch.conf.config import TrainConfig, typed
-from largebatch.records.names import SUMMARY
+from largebatch.conf.config import typed
+from largebatch.records.names import CONFIG, SUMMARY
 from largebatch.study.costs import StudyCost, read_cost
 from largebatch.train.tasks import Task
 from largebatch.train.transfer.coordinates import ShortRun
@@ -163,7 +163,9 @@ def steps_of(folder: Path) -> Steps:
 
 def prepared(run: Path) -> ShortRun:
     """What a run trains, in this process."""
-    config: TrainConfig = typed(OmegaConf.load(run / ".hydra" / "config.yaml"))
+    loaded = OmegaConf.load(run / CONFIG)
+    assert isinstance(loaded, DictConfig)
+    config = typed(loaded)
     task: Task = build(config.task, "task")
     return ShortRun(config, task, read_json(run / SUMMARY)["batch_size"])
 
