@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +33,7 @@ from largebatch.benchmarks.scale.steps import (
     matrices,
     norms_reduced,
     planned,
+    takes_meta,
 )
 from largebatch.common.console import output_console
 
@@ -84,6 +86,8 @@ def main(arguments: Sequence[str]) -> int:
             check(0 <= value < math.inf, f"--{name}", "a number of seconds of at least 0", value)
         folder = Path() if options.json is None else options.json.parent
         check(folder.is_dir(), "--json", "a file in a folder that exists", options.json)
+        accepted = "one whose collectives take meta tensors, as those of 2.13 do"
+        check(takes_meta(), "torch", accepted, torch.__version__)
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

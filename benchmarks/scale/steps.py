@@ -62,6 +62,12 @@ def as_rank(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def takes_meta() -> bool:
+    """Whether collectives of this torch take meta tensors; torch does not say so publicly."""
+    has: bool = torch._C._dispatch_has_kernel_for_dispatch_key("c10d::allreduce_", "Meta")
+    return has
+
+
 class MessageWatch(Traffic):  # type: ignore[no-untyped-call] # torch's own is not annotated
     """Also counts the bytes of tensors made meanwhile that are alive."""
 

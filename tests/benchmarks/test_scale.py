@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
@@ -17,6 +18,7 @@ from largebatch.benchmarks.scale.steps import (
     norms_reduced,
     parameters,
     planned,
+    takes_meta,
 )
 from largebatch.distributed.ranks import Ranks
 from largebatch.train.checkpoints.plan import digest_of, plan_of
@@ -24,11 +26,14 @@ from largebatch.train.checkpoints.torch_format import SharingPlanner
 
 SMALL = matrices(num_blocks=2, width=96, hidden=256)
 
+counted = pytest.mark.skipif(not takes_meta(), reason="this torch's collectives take data alone")
+
 
 def num_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
     return sum(4 * rows * columns for rows, columns in shapes.values())
 
 
+@counted
 def test_the_exchange_of_7b_parameters_over_38400_ranks_is_small() -> None:
     """6,272 blocks of up to 1024 by 1024; to each by itself the share would be 161 GB."""
     shapes = dict(matrices())
@@ -42,6 +47,7 @@ def test_the_exchange_of_7b_parameters_over_38400_ranks_is_small() -> None:
     assert found.sent == num_bytes(shapes) + sums
 
 
+@counted
 @pytest.mark.parametrize("layout", ["ddp", "hsdp"])
 @pytest.mark.parametrize("optimizer", EXCHANGES)
 def test_what_a_rank_has_in_hand_does_not_grow_with_the_world(optimizer: str, layout: str) -> None:
@@ -56,6 +62,7 @@ def test_what_a_rank_has_in_hand_does_not_grow_with_the_world(optimizer: str, la
     assert large.sent <= 1.2 * num_bytes(shapes) * (1 if layout == "ddp" else 2 / 12) + share
 
 
+@counted
 def test_norms_of_layers_are_one_sum_for_each_group() -> None:
     assert norms_reduced(SMALL, "ddp", 384).collectives == {}
     found = norms_reduced(SMALL, "hsdp", 384)
@@ -103,6 +110,7 @@ def test_planning_a_checkpoint_takes_no_longer_in_a_larger_world() -> None:
     assert large["torch_bytes"] > 1000
 
 
+@counted
 def test_the_table_says_what_is_counted_measured_and_modelled(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,3 +132,11 @@ def test_the_table_says_what_is_counted_measured_and_modelled(
 def test_what_cannot_be_is_refused(ranks: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert scale.main(["--ranks", ranks]) == 2
     assert "--ranks must be multiples of 12, from 24 to a million" in capsys.readouterr().err
+
+
+def test_a_torch_that_cannot_count_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scale, "takes_meta", lambda: False)
+    assert scale.main(["--ranks", "24"]) == 2
+    assert f"as those of 2.13 do, got {torch.__version__}" in capsys.readouterr().err
