@@ -32,9 +32,9 @@ from largebatch.optim.layerwise.overflows import Overflows
 from largebatch.optim.layerwise.step_inputs import SyncedStep
 from largebatch.optim.layerwise.step_plan import StepPlan
 from largebatch.optim.layerwise.steps_together import StepsTogether
-from largebatch.optim.math.adam import average, chunk_directions, lr_correction
+from largebatch.optim.math.adam import chunk_directions, lr_correction
 from largebatch.optim.math.bias_correction import rebased
-from largebatch.optim.math.tensors import Tensors, float_of, scalar, write
+from largebatch.optim.math.tensors import Tensors, average, float_of, scalar, write
 from largebatch.optim.math.trust_ratio import UNBOUNDED, Bounds, trust_ratio
 from largebatch.optim.options import require_bounds, require_one_of, resolved
 from largebatch.optim.sharding.layout import Name, local

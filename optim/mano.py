@@ -37,7 +37,7 @@ from largebatch.optim.blockwise.block_work import PartAtWork
 from largebatch.optim.blockwise.blocks import Block, matrices_of
 from largebatch.optim.blockwise.hidden_matrices import ADAMW, SPLIT, Given, OfHiddenMatrices
 from largebatch.optim.blockwise.work_group import BlockedLayer, BlockWorkGroup
-from largebatch.optim.math.tensors import averaged_momentum, squares_dtype, write
+from largebatch.optim.math.tensors import averaged_momentum, squares_dtype
 from largebatch.optim.options import require_one_of
 from largebatch.optim.sharding.layout import local
 from largebatch.optim.sharding.placement import Box
@@ -141,9 +141,7 @@ class Mano(OfHiddenMatrices):
         """Advance M by a gradient, and return what is projected."""
         buffer = local(self.state[part.layer.param]["momentum_buffer"])
         momentum, nesterov = part.group["momentum"], part.group["nesterov"]
-        mean, update = averaged_momentum(part.grad, buffer, momentum, nesterov)
-        write([buffer], [mean], skip)
-        return update
+        return averaged_momentum(part.grad, buffer, momentum, nesterov, skip)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from largebatch.optim.base import Group
 from largebatch.optim.blockwise.block_work import BlockAtWork
 from largebatch.optim.blockwise.blocks import Block, matrices_of
 from largebatch.optim.blockwise.hidden_matrices import ADAMW, SPLIT, Given, OfHiddenMatrices
-from largebatch.optim.blockwise.step_stats import BlockDirection, square
+from largebatch.optim.blockwise.step_stats import BlockDirection
 from largebatch.optim.math.newton_schulz import COEFFICIENTS, NewtonSchulz
 from largebatch.optim.math.tensors import averaged_momentum
 from largebatch.optim.options import require, require_one_of
@@ -170,12 +170,9 @@ class Muon(OfHiddenMatrices):
         """Advance M of each matrix, and orthogonalise all of them."""
         updates = []
         for block in blocks:
-            momentum, nesterov = block.group["momentum"], block.group["nesterov"]
-            mean, update = averaged_momentum(
-                block.grad, block.state["momentum"], momentum, nesterov
-            )
-            block.put("momentum", mean)
-            updates.append(update)
+            mean, group = block.state["momentum"], block.group
+            momentum, nesterov = group["momentum"], group["nesterov"]
+            updates.append(averaged_momentum(block.grad, mean, momentum, nesterov, block.skip))
         return orthogonal_directions(blocks, updates)
 
 
@@ -192,7 +189,7 @@ def orthogonal_directions(
         for place, factor in zip(places, factors, strict=True):
             scale = shape_scale(blocks[place].group["shape_rule"], *factor.shape)
             direction = (factor * scale).reshape(updates[place].shape)
-            found[place] = BlockDirection(direction, square(direction))
+            found[place] = BlockDirection(direction)
     return [found[place] for place in range(len(blocks))]
 
 

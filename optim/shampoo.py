@@ -208,10 +208,10 @@ class Shampoo(SecondOrderOptimizer):
         age = block.ages["exp_avg_sq"]
         own = grafted_step(grafting, mean, squares, age, beta2, group["eps"])
         if step < start:
-            return BlockDirection(own, square(own))
+            return BlockDirection(own)
         roots = {dim: block.state[f"root_{dim}"] for dim in block.dims}
         direction = in_basis(mean, roots)  # which are symmetric
-        return BlockDirection(direction, square(direction if grafting == "none" else own))
+        return BlockDirection(direction, None if grafting == "none" else square(own))
 
     def _take_roots(self, block: BlockAtWork, outcomes: Sequence[Outcome[Root]]) -> None:
         """New roots of the factors; one that fails leaves the last good one."""
@@ -226,15 +226,13 @@ class Shampoo(SecondOrderOptimizer):
     def _uses_momentum(self, group: Group) -> bool:
         return bool(group["momentum"] > 0)
 
-    def _step_with_momentum(
-        self, layer: BlockedLayer, group: Group, direction: Tensor, here: Here, skip: Tensor | None
+    def _with_momentum(
+        self, layer: BlockedLayer, group: Group, step: Tensor, here: Here, skip: Tensor | None
     ) -> Tensor:
-        if not self._uses_momentum(group):
-            return direction
         buffer = here(local(self.state[layer.param]["momentum_buffer"]))
-        moved = buffer * group["momentum"] + direction
+        moved = buffer * group["momentum"] + step
         write([buffer], [moved], skip)
-        return direction.add(moved, alpha=group["momentum"]) if group["nesterov"] else moved
+        return step.add(moved, alpha=group["momentum"]) if group["nesterov"] else moved
 
 
 def corrected_factor(block: BlockAtWork, dim: int) -> Tensor:

@@ -210,10 +210,10 @@ class SOAP(SecondOrderOptimizer):
         if block.step == 1 or block.is_due(first=1):
             by_dim, use = partial(factor_of, block), partial(self._turn_bases, block)
             yield from refreshed(block, 1, by_dim, basis_of(block), use)
-        length, rms = square(direction), block.group["update_rms"]
-        if rms is not None:
-            length = torch.full_like(length, rms**2 * direction.numel())
-        return BlockDirection(direction, length)
+        rms = block.group["update_rms"]
+        if rms is None:
+            return BlockDirection(direction)
+        return BlockDirection(direction, direction.new_full((), rms**2 * direction.numel()))
 
     def _direction(self, block: BlockAtWork) -> Tensor:
         group, grad, state = block.group, block.grad, block.state

@@ -55,7 +55,7 @@ from largebatch.optim.blockwise.work_group import DROPPED, BlockedLayer, BlockWo
 from largebatch.optim.math.adam import adam_direction, corrected
 from largebatch.optim.math.decompositions import REFRESHES
 from largebatch.optim.math.matrix_roots import full_precision
-from largebatch.optim.math.tensors import on_device, without_too_large, write
+from largebatch.optim.math.tensors import add, average, descend, on_device, without_too_large, write
 from largebatch.optim.options import require, require_one_of
 from largebatch.optim.sharding.layout import Name, local
 
@@ -99,11 +99,11 @@ class BlockwiseOptimizer(OwnedState):
         """Whether a layer's steps are averaged once more where the weights lie."""
         return False
 
-    def _step_with_momentum(
-        self, layer: BlockedLayer, group: Group, direction: Tensor, here: Here, skip: Tensor | None
+    def _with_momentum(
+        self, layer: BlockedLayer, group: Group, step: Tensor, here: Here, skip: Tensor | None
     ) -> Tensor:
-        """The step from a piece of a layer's direction, which lies `here` in its tensors."""
-        return direction
+        """Return the average of a layer's steps, from a piece that lies `here` in its tensors."""
+        raise NotImplementedError
 
     def _betas(self, group: Group) -> dict[str, float]:
         beta1, beta2 = group["betas"]
@@ -229,16 +229,17 @@ class BlockwiseOptimizer(OwnedState):
         for piece, part in pieces:  # all are to be taken, whether they move anything or not
             if piece.tensor in moved:
                 layer = work_group.layers[piece.tensor]
-                direction = part.to(layer.dtype) * scales[piece.tensor].to(layer.device)
+                scale = scales[piece.tensor].to(layer.device, layer.dtype)
                 here = partial(piece.box.of, within=layer.placement.boxes[layer.placement.me])
                 sphere = spheres.get(piece.tensor)
-                self._move(layer, direction.to(layer.dtype), here, gathered.skip, sphere)
+                self._move(layer, part.to(layer.dtype), here, gathered.skip, scale, sphere)
         for place, direction in ours.elementwise.items():
             self._move(work_group.layers[place], direction, lambda tensor: tensor, gathered.skip)
-        for place in stats.moved:
-            dropped = self.state[work_group.layers[place].param][DROPPED]
-            new = stats.squares[place, DROPPED_ROW].to(dropped)
-            write([dropped], [dropped + new], gathered.skip)
+        if stats.moved:
+            known = [self.state[work_group.layers[place].param][DROPPED] for place in stats.moved]
+            news = stats.squares[:, DROPPED_ROW].unbind()
+            dropped = [news[place].to(old) for place, old in zip(stats.moved, known, strict=True)]
+            add(known, dropped, gathered.skip)
 
     def _spheres(self, stats: BlockStats, skip: Tensor | None) -> dict[int, Sphere]:
         """The steps of the layers that stay on a sphere, by their place."""
@@ -260,23 +261,33 @@ class BlockwiseOptimizer(OwnedState):
         direction: Tensor,
         here: Here,
         skip: Tensor | None,
+        scale: Tensor | None = None,
         sphere: Sphere | None = None,
     ) -> None:
-        """Move the piece of this rank's part of the weights that lies `here` in it."""
+        """Move the piece of this rank's part of the weights that lies `here` in it.
+
+        Args:
+            scale: what the direction is to be multiplied by, 0-d; None: 1.
+        """
         group, weight = self._group_of[layer.param], here(local(layer.param))
+        # The weights themselves, where they are as wide and the step is made in any case.
+        new = weight.to(layer.dtype, copy=skip is not None)
+        rate: float | Tensor
         if sphere is not None:
-            keep, rate = (each.to(layer.dtype) for each in sphere[:2])
-            write([weight], [keep * weight.to(layer.dtype) - rate * direction], skip)
-            return
-        if layer.blocks:
-            direction = self._step_with_momentum(layer, group, direction, here, skip)
-        old = weight.to(layer.dtype)
-        if group["decay"] == "decoupled" and group["weight_decay"]:
-            direction = direction.add(old, alpha=group["weight_decay"])
-        lr = self._rate(layer, group)
-        if isinstance(lr, Tensor):
-            lr = on_device(lr, weight.device).to(layer.dtype)
-        write([weight], [old - lr * direction], skip)
+            new.mul_(sphere.keep.to(layer.dtype))
+            rate = sphere.rate.to(layer.dtype)
+        else:
+            if layer.blocks and self._uses_momentum(group):
+                direction = direction if scale is None else direction * scale
+                direction, scale = self._with_momentum(layer, group, direction, here, skip), None
+            rate = self._rate(layer, group)
+            if isinstance(rate, Tensor):
+                rate = on_device(rate, weight.device).to(layer.dtype)
+            if group["decay"] == "decoupled" and group["weight_decay"]:
+                descend(new, new, rate * group["weight_decay"])
+        descend(new, direction, rate if scale is None else rate * scale)
+        if new is not weight:
+            write([weight], [new], skip)
 
     def _advance(self, gathered: GatheredStep) -> None:
         """Count the step, on the device and on the host."""
@@ -284,10 +295,12 @@ class BlockwiseOptimizer(OwnedState):
             layer.param for gradients in gathered.gradients for layer in gradients.work_group.layers
         ]
         moved = [param for param in moved if param in gathered.active]
+        by_device: dict[torch.device, list[Tensor]] = {}
         for param in moved:
             step = self.state[param]["step"]
-            skip = None if gathered.skip is None else gathered.skip.to(step.device)
-            write([step], [step + 1], skip)
+            by_device.setdefault(step.device, []).append(step)
+        for device, steps in by_device.items():
+            add(steps, 1.0, None if gathered.skip is None else gathered.skip.to(device))
         self._counts.stepped(moved, gathered.skip)
 
     def _work_on_parts(
@@ -311,11 +324,11 @@ class BlockwiseOptimizer(OwnedState):
         """m̂ / (√v̂ + ε) of this rank's part of a parameter; advances m and v."""
         (beta1, beta2), state = group["betas"], self.state[param]
         exp_avg, exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
-        mean = exp_avg.lerp(grad, 1 - beta1)
-        squares = exp_avg_sq.lerp(grad * grad, 1 - beta2)
-        write([exp_avg, exp_avg_sq], [mean, squares], skip)
-        mean = corrected(mean, beta1, ages["exp_avg"])
-        return adam_direction(mean, corrected(squares, beta2, ages["exp_avg_sq"]), group["eps"])
+        average([exp_avg], [grad], beta1, skip)
+        average([exp_avg_sq], [grad * grad], beta2, skip)
+        mean = corrected(exp_avg, beta1, ages["exp_avg"])
+        squares = corrected(exp_avg_sq, beta2, ages["exp_avg_sq"])
+        return adam_direction(mean, squares, group["eps"])
 
     def layer_stats(self) -> dict[Name, dict[str, Tensor]]:
         """What the last step was like, for every layer moved by it.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from largebatch.optim.blockwise.work_group import BlockedLayer
-from largebatch.optim.math.tensors import root
+from largebatch.optim.math.tensors import norm_in_stretches, root
 from largebatch.optim.sharding.layout import Name, local
 
 DROPPED_ROW = 5
@@ -19,8 +19,8 @@ class BlockDirection:
     """What an owner makes of a block."""
 
     direction: Tensor
-    square: Tensor
-    """‖·‖² that the block contributes to the length of the layer's step, 0-d."""
+    square: Tensor | None = None
+    """‖·‖² that the block contributes to the length of the layer's step, 0-d; None: its own."""
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Tally:
     def add_part(self, place: int, grad: Tensor, direction: Tensor) -> None:
         """This rank's part of a layer without blocks."""
         if self._counts(place):
-            self._add(place, grad, BlockDirection(direction, square(direction)))
+            self._add(place, grad, BlockDirection(direction))
 
     def add_block(
         self, place: int, number: int, grad: Tensor, done: BlockDirection, condition: Tensor | None
@@ -96,11 +96,11 @@ class Tally:
             self._conditions[place][number] = condition.max()
 
     def stats(self) -> BlockStats:
-        rows = [torch.stack([each.to(self._none) for each in row]) for row in self._rows]
+        squares = torch.stack([each.to(self._none) for row in self._rows for each in row])
         conditions = [each.to(self._none) for own in self._conditions for each in own]
         # One more, so that there is something to stack.
         stacked = torch.stack([*conditions, self._none])
-        return BlockStats(self._layers, self._moved, torch.stack(rows), stacked)
+        return BlockStats(self._layers, self._moved, squares.view(-1, 6), stacked)
 
     def _counts(self, place: int) -> bool:
         """Of several copies of a layer the first one does."""
@@ -108,10 +108,12 @@ class Tally:
         return placement.copies[placement.me] == 0
 
     def _add(self, place: int, grad: Tensor, done: BlockDirection) -> None:
-        direction = done.direction
-        new = square(direction), done.square, square(grad), (grad * direction).sum()
+        direction, own = done.direction, square(done.direction)
+        step = own if done.square is None else done.square
+        new = own, step, square(grad), (grad * direction).sum()
         row = self._rows[place]
-        row[1:5] = [old + each for old, each in zip(row[1:5], new, strict=True)]
+        known = row[1:5]
+        row[1:5] = [b if a is self._none else a + b for a, b in zip(known, new, strict=True)]
 
 
 def num_conditions(layer: BlockedLayer) -> int:
@@ -120,4 +122,4 @@ def num_conditions(layer: BlockedLayer) -> int:
 
 def square(tensor: Tensor) -> Tensor:
     """‖tensor‖², 0-d."""
-    return (tensor * tensor).sum()
+    return norm_in_stretches(tensor.contiguous(), tensor.dtype).square()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from largebatch.optim.math.tensors import Tensors, root, write
+from largebatch.optim.math.tensors import Tensors, root
 
 
 def corrected(average: Tensor, beta: float, age: float) -> Tensor:
@@ -24,14 +24,6 @@ def adam_direction(
 ) -> Tensor:
     """Return m̂ / (√v̂ + ε) of bias-corrected moments; `root` may bound v̂ from below."""
     return mean.div(root(squares) + eps)
-
-
-def average(averages: Tensors, values: Tensors, beta: float, skip: Tensor | None) -> None:
-    """average ← β · average + (1 - β) · value, in place; untouched where `skip`."""
-    if skip is None:
-        torch._foreach_lerp_(averages, values, 1 - beta)
-    else:
-        write(averages, torch._foreach_lerp(averages, values, 1 - beta), skip)
 
 
 def chunk_directions(

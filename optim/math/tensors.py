@@ -25,13 +25,21 @@ def root(squares: Tensor) -> Tensor:
 
 
 def averaged_momentum(
-    grad: Tensor, mean: Tensor, momentum: float, nesterov: bool
-) -> tuple[Tensor, Tensor]:
-    """M ← μ M + (1 - μ) G; returns the new M, and the update: μ M + (1 - μ) G again with Nesterov
-    momentum, else M itself. All of the gradient's shape.
+    grad: Tensor, mean: Tensor, momentum: float, nesterov: bool, skip: Tensor | None
+) -> Tensor:
+    """M ← μ M + (1 - μ) G, unless `skip`. Returns the update, not to be written to: μ M + (1 - μ) G
+    again with Nesterov momentum, else M itself. All of the gradient's shape.
     """
-    mean = mean.lerp(grad, 1 - momentum)
-    return mean, grad.lerp(mean, momentum) if nesterov else mean
+    average([mean], [grad], momentum, skip)
+    return grad.lerp(mean, momentum) if nesterov else mean
+
+
+def average(averages: Tensors, values: Tensors, beta: float, skip: Tensor | None) -> None:
+    """average ← β · average + (1 - β) · value, in place; untouched where `skip`."""
+    if skip is None:
+        torch._foreach_lerp_(averages, values, 1 - beta)
+    else:
+        write(averages, torch._foreach_lerp(averages, values, 1 - beta), skip)
 
 
 def norm_in_stretches(chunk: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,6 +84,22 @@ def write(targets: Tensors, values: Tensors, skip: Tensor | None) -> None:
     for target, value in zip(targets, values, strict=True):
         # A choice, not arithmetic: values may be NaN, and 0 * NaN is NaN.
         torch.where(skip, target, value.to(target.dtype), out=target)
+
+
+def add(targets: Tensors, values: Tensors | float, skip: Tensor | None) -> None:
+    """targets ← targets + values; where `skip`, they keep their very bits."""
+    if skip is None:
+        torch._foreach_add_(targets, values)
+    else:
+        write(targets, torch._foreach_add(targets, values), skip)
+
+
+def descend(weight: Tensor, direction: Tensor, rate: float | Tensor) -> None:
+    """weight ← weight - rate · direction, with a rate that may be 0-d, in one pass."""
+    if isinstance(rate, Tensor):
+        weight.addcmul_(direction, rate, value=-1)
+    else:
+        weight.add_(direction, alpha=-rate)
 
 
 def largest_element(dtype: torch.dtype) -> float:
