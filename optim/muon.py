@@ -172,26 +172,33 @@ class Muon(OfHiddenMatrices):
         for block in blocks:
             mean, group = block.state["momentum"], block.group
             momentum, nesterov = group["momentum"], group["nesterov"]
-            updates.append(averaged_momentum(block.grad, mean, momentum, nesterov, block.skip))
+            update = averaged_momentum(block.grad, mean, momentum, nesterov, block.skip)
+            updates.append(update if nesterov else update.clone())
         return orthogonal_directions(blocks, updates)
 
 
 def orthogonal_directions(
     blocks: Sequence[BlockAtWork], updates: Sequence[Tensor]
 ) -> list[BlockDirection]:
-    """Return s U of each block's update, by the options of its group; those alike together."""
-    found: dict[int, BlockDirection] = {}
-    alike: dict[NewtonSchulz, list[int]] = {}
-    for place, block in enumerate(blocks):
-        alike.setdefault(method_of(block.group), []).append(place)
-    for method, places in alike.items():
-        factors = method([updates[place].flatten(1) for place in places])
-        for place, factor in zip(places, factors, strict=True):
-            scale = shape_scale(blocks[place].group["shape_rule"], *factor.shape)
-            direction = (factor * scale).reshape(updates[place].shape)
-            found[place] = BlockDirection(direction)
-    return [found[place] for place in range(len(blocks))]
+    """Return s U of each block's update, by the options of its group; those alike together.
+
+    Args:
+        updates: written over.
+    """
+    matrices = [update.flatten(1) for update in updates]
+    alike: dict[NewtonSchulz, list[Tensor]] = {}
+    for block, matrix in zip(blocks, matrices, strict=True):
+        alike.setdefault(method_of(block.group, matrix), []).append(matrix)
+    for method, some in alike.items():
+        method(some)
+    pairs = zip(matrices, updates, strict=True)
+    return [BlockDirection(matrix.reshape(update.shape)) for matrix, update in pairs]
 
 
-def method_of(group: Group) -> NewtonSchulz:
-    return NewtonSchulz(group["ns_steps"], group["coefficients"], group["ns_precision"] == "bf16")
+def method_of(group: Group, matrix: Tensor) -> NewtonSchulz:
+    return NewtonSchulz(
+        group["ns_steps"],
+        group["coefficients"],
+        group["ns_precision"] == "bf16",
+        shape_scale(group["shape_rule"], *matrix.shape),
+    )

@@ -7,7 +7,6 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from largebatch.optim import Mano, Muon, SOAPMuon, param_groups
-from largebatch.optim.math.newton_schulz import NewtonSchulz
 from largebatch.train.models.cnn import CNN
 from largebatch.train.models.mlp import ByteMLP
 from largebatch.train.models.transformer import Transformer
@@ -200,27 +198,6 @@ def test_the_rest_is_torchs_adamw_with_a_rate_and_a_decay_of_its_own(
     for name in ("0.weight", "2.bias", "4.weight", "4.bias"):
         torch.testing.assert_close(one.get_parameter(name), two.get_parameter(name))
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.3]
-
-
-def test_matrices_of_one_shape_go_together_and_come_out_as_alone() -> None:
-    shapes = [(4, 6), (6, 4), (4, 6), (5, 5), (4, 6)]
-    matrices = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    method = NewtonSchulz(bf16=False)
-    real = NewtonSchulz.of_batch
-    with mock.patch.object(NewtonSchulz, "of_batch", autospec=True, side_effect=real) as of_batch:
-        together = method(matrices)
-    assert sorted(call.args[1].shape[0] for call in of_batch.call_args_list) == [1, 4]
-    for matrix, found in zip(matrices, together, strict=True):
-        torch.testing.assert_close(found, method([matrix])[0])
-
-
-def test_polar_express_converges_where_jordans_does_not() -> None:
-    left, _, right = torch.linalg.svd(torch.randn(20, 30, dtype=torch.float64))
-    matrix = left @ torch.diag(torch.logspace(-2, 0, 20, dtype=torch.float64)) @ right[:20]
-    for coefficients, worst in (("polar_express", 1e-6), ("jordan", 0.4)):
-        (found,) = NewtonSchulz(8, coefficients, bf16=False)([matrix])
-        off = (torch.linalg.svdvals(found) - 1).abs().max()
-        assert worst / 10 < float(off) + 1e-7 < worst
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 1e12])
