@@ -5,8 +5,9 @@ norm of √(fan_out / fan_in) (Yang, Simon, Bernstein 2023, arXiv:2310.17813), w
 step's norm is at the learning rate 1 is a matter of the optimizer's direction, one of `STEPS`:
 
     "adam"         elements of one size, in few directions: √(fan_out · fan_in), so Θ(1 / fan_in)
-    "relative"     a share of the weights' own norm, as of LAMB: Θ(1)
-    "relative_gradient"   the same, whose decay is beside the gradient, as of LARS: Θ(1)
+    "relative"     a share of the weights' own norm, in many directions, as of Muon on spheres: Θ(1)
+    "relative_adam"       the same in Adam's few directions, as of LAMB: Θ(1 / √fan_in)
+    "relative_gradient"   the same in a gradient's, as of LARS: Θ(1 / √fan_in)
     "spectral"     √(fan_out / fan_in), as of Muon with that shape rule: Θ(1)
     "orthogonal"   1, as of Shampoo: Θ(√(fan_out / fan_in))
     "match_rms"    √max(fan_out, fan_in), as of Muon with that rule
@@ -78,7 +79,8 @@ def _rate(step: str, fans: Fans) -> float:
     return {
         "adam": 1 / fans.fan_in,
         "relative": 1.0,
-        "relative_gradient": 1.0,
+        "relative_adam": 1 / fans.fan_in,  # over the size of the weights, which `factors` knows
+        "relative_gradient": 1 / fans.fan_in,
         "spectral": 1.0,
         "orthogonal": math.sqrt(ratio),
         "match_rms": math.sqrt(ratio / max(fans.fan_out, fans.fan_in)),
@@ -88,16 +90,16 @@ def _rate(step: str, fans: Fans) -> float:
 
 
 STEPS: Final = (
-    "adam", "relative", "relative_gradient", "spectral", "orthogonal", "match_rms", "original",
-    "gradient",
+    "adam", "relative", "relative_adam", "relative_gradient", "spectral", "orthogonal", "match_rms",
+    "original", "gradient",
 )  # fmt: skip
 
 
 def factors(step: str, tensor: Placed) -> Factors:
     """What a tensor's rates, tuned on the base model, are to be multiplied by.
 
-    lr · weight_decay, which is what weights shrink by in a step, stays; where weight decay is part
-    of a "relative" step, the share of it that decay makes up.
+    What weights shrink by in a step stays: lr · weight_decay or, of a "relative" step that decay is
+    part of, that times the norm of the weights over that of the direction.
 
     Args:
         step: one of `STEPS`.
@@ -111,9 +113,12 @@ def factors(step: str, tensor: Placed) -> Factors:
     if step.startswith("relative"):
         # Weights fall as the root of the fan that is summed over, unless a multiplier does it.
         wider = 1.0 if tensor.multiplier != 1.0 else tensor.here.fan_in / tensor.base.fan_in
+        smaller = math.sqrt(wider)
+        if step != "relative":
+            lr *= smaller / tensor.multiplier
         if step == "relative_gradient":
-            return Factors(lr, math.sqrt(wider) * tensor.gradient)
-        return Factors(lr, math.sqrt(wider), tensor.gradient)
+            return Factors(lr, smaller / lr * tensor.gradient)
+        return Factors(lr, smaller / lr, tensor.gradient)
     if step == "gradient":  # which a multiplier scales too, as the way back does
         return Factors(*_held(lr / (tensor.multiplier**2 * tensor.branch)))
     return Factors(*_held(lr / tensor.multiplier), tensor.gradient)
@@ -131,7 +136,7 @@ _BY_NAME: Final = {
     "RMSprop": "adam",
     "SGD": "gradient",
     "LARS": "relative_gradient",
-    "LAMB": "relative",
+    "LAMB": "relative_adam",
     "SOAP": "adam",
     "Mano": "adam",
 }

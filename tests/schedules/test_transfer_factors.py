@@ -17,7 +17,6 @@ HEAD = Placed(Fans(96, 256), Fans(96, 64), multiplier=1 / 4)
     ("optimizer", "options", "lr"),
     [
         ("AdamW", {}, lambda rows, columns: 1 / columns),
-        ("LAMB", {}, lambda rows, columns: 1.0),
         ("Muon", {"shape_rule": "spectral"}, lambda rows, columns: 1.0),
         ("Shampoo", {"grafting": "none"}, lambda rows, columns: math.sqrt(rows / columns)),
         ("SGD", {}, lambda rows, columns: rows / columns),
@@ -32,6 +31,12 @@ def test_hidden_matrices_go_by_the_published_table(
     tensor = Placed(Fans(512, 64), Fans(128, 128))  # shapes that do not grow alike
     found = factors(step_of(optimizer, options), tensor).lr
     assert found == pytest.approx(lr(512, 64) / lr(128, 128))
+
+
+def test_lamb_s_published_rate_can_be_asked_for() -> None:
+    """Θ(1), arXiv:2602.20937."""
+    assert factors("relative", HIDDEN).lr == 1.0
+    assert factors(step_of("LAMB", {}), HIDDEN).lr == pytest.approx(1 / 2)
 
 
 def norm(step: str, fans: Fans) -> float:
@@ -75,10 +80,35 @@ def test_depth_leaves_rates_and_moves_eps_and_what_grows_with_gradients() -> Non
     assert factors("match_rms", deep).lr == 1.0
 
 
-def test_decay_within_a_relative_step_keeps_its_share_of_it() -> None:
+@pytest.mark.parametrize(
+    ("step", "direction"), [("relative", 1), ("relative_adam", 1), ("relative_gradient", 1 / 4)]
+)
+def test_decay_within_a_relative_step_shrinks_weights_by_as_much(
+    step: str, direction: float
+) -> None:
     # Weights of half the size: elements of Adam's direction stay, those of a gradient are a fourth.
-    assert factors("relative", HIDDEN).weight_decay == 2.0
-    assert factors("relative_gradient", HIDDEN).weight_decay == pytest.approx(2.0 / 4)
+    found = factors(step, HIDDEN)
+    assert found.lr * found.weight_decay * (1 / 2) / direction == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("step", ["relative_adam", "relative_gradient"])
+def test_a_share_of_the_weights_in_few_directions_does_what_the_spectral_condition_asks(
+    step: str,
+) -> None:
+    def effect(fans: Fans, size: float, lr: float) -> float:
+        return (
+            lr
+            * size
+            * math.sqrt(fans.fan_out * fans.fan_in)
+            / math.sqrt(fans.fan_out / fans.fan_in)
+        )
+
+    for here in (WIDE, Fans(64, 256), Fans(704, 256)):  # weights of variance 1 / fan_in
+        lr = factors(step, Placed(here, NARROW)).lr
+        before = effect(NARROW, 1 / math.sqrt(NARROW.fan_in), 1.0)
+        assert effect(here, 1 / math.sqrt(here.fan_in), lr) == pytest.approx(before)
+    # What a multiplier keeps small has weights of one size; an embedding takes one of its rows.
+    assert factors(step, HEAD).lr == factors(step, EMBEDDING).lr == 1.0
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -50,8 +50,11 @@ HIDDEN, HEAD, EMBEDDING = "blocks.1.mlp.down.weight", "head.weight", "embedding.
     ("optim", "hidden", "head"),
     [
         (("adamw",), 1 / 4, 1.0),
-        (("lamb",), 1.0, 1.0),
-        (("lars",), 1.0, 1.0),
+        (("lamb",), 1 / 2, 1.0),
+        (("lamb", "optim.groups.no_adapt=[mlp,head]"), 1 / 4, 1.0),
+        (("lamb", "scaling.step=relative"), 1.0, 1.0),
+        (("lars",), 1 / 2, 1.0),
+        (("lars", "optim.groups.no_adapt=[mlp,head]"), 1.0, 4.0),
         (("sgd",), 1.0, 4.0),
         (("muon", "optim.shape_rule=spectral"), 1.0, 1.0),
         (("muon",), 1 / 2, 1.0),
@@ -85,6 +88,21 @@ def test_weight_decay_and_eps_move_with_the_rate() -> None:
     assert (hidden["weight_decay"], hidden["eps"]) == pytest.approx((0.4, 2.5e-9))
     assert (vector["weight_decay"], vector["eps"]) == pytest.approx((0.0, 2.5e-9))
     assert group_of(optimizer, model, EMBEDDING)["weight_decay"] == 0.1
+
+
+def test_decay_beside_lamb_s_step_moves_against_its_rate() -> None:
+    decays = []
+    for decay in ("update", "decoupled"):
+        words = ("optim=lamb", "optim.weight_decay=0.1", f"+optim.decay={decay}")
+        model, optimizer = built(*WIDE, *words)
+        decays.append(group_of(optimizer, model, HIDDEN)["weight_decay"])
+    # Half the rate; within the step, times weights of half the size over an unchanged direction.
+    assert decays == pytest.approx([0.4, 0.2])
+
+
+def test_vectors_of_lars_go_by_sgd_s_rule() -> None:
+    model, optimizer = built(*WIDE, "optim=lars")
+    assert group_of(optimizer, model, "norm.weight")["lr_factor"] == 4.0
 
 
 def test_adamw_s_own_decay_stays_beside_muon_s() -> None:

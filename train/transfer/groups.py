@@ -6,7 +6,7 @@ another model the one that was tuned is made on the meta device, and shapes are 
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from hydra.utils import get_object
@@ -21,6 +21,9 @@ from largebatch.schedules.transfer import Factors, Fans, Placed, factors, step_o
 from largebatch.train.models import Transformer
 
 Groups = list[dict[str, Any]]
+
+_UNADAPTED: Final = {"relative_adam": "adam", "relative_gradient": "gradient"}
+"""What LAMB's and LARS's steps are without a trust ratio."""
 
 
 def transferred(groups: Groups, model: nn.Module, config: TrainConfig) -> Groups:
@@ -55,17 +58,19 @@ def _cut(
     """One group as several, in its order, tensors of one factor together."""
     found: dict[tuple[Factors, str], list[Any]] = {}
     for name, param in group["params"]:
-        found.setdefault((factors(steps[param], placed[param]), steps[param]), []).append(
-            (name, param)
-        )
+        step = steps[param]
+        if group.get("adapt") is False:
+            step = _UNADAPTED.get(step, step)
+        found.setdefault((factors(step, placed[param]), step), []).append((name, param))
     for (by, step), params in found.items():
         decay = options.get("weight_decay")
         if step == "adam" and options.get("adamw_weight_decay") is not None:
             decay = options["adamw_weight_decay"]
         decay = group.get("weight_decay", decay)
         more = {"lr_factor": by.lr} if by.lr != 1.0 else {}
+        decoupled = options.get("decay") == "decoupled"  # LAMB's, beside its step
         for key, value, factor in (
-            ("weight_decay", decay, by.weight_decay),
+            ("weight_decay", decay, 1 / by.lr if decoupled else by.weight_decay),
             ("eps", options.get("eps"), by.eps),
         ):
             if isinstance(value, int | float) and value and factor != 1.0:
