@@ -153,9 +153,10 @@ def step_of(optimizer: str, options: Mapping[str, Any]) -> str:
     Raises:
         ValueError: an optimizer, or a form of it, without a rule.
     """
+    is_orthogonal = optimizer in ("Muon", "SOAPMuon")
     if options.get("hyperball"):
-        return "relative"
-    if optimizer in ("Muon", "SOAPMuon"):
+        return "relative" if is_orthogonal else "relative_adam"
+    if is_orthogonal:
         return str(options["shape_rule"])
     if optimizer == "Shampoo" and options["grafting"] == "none":
         return "orthogonal"

@@ -121,7 +121,10 @@ def test_a_model_as_it_was_tuned_keeps_its_rates(step: str) -> None:
     [
         ("Shampoo", {"grafting": "adam"}, "adam"),
         ("Shampoo", {"grafting": "sgd"}, "gradient"),
-        ("Shampoo", {"grafting": "adam", "hyperball": True}, "relative"),
+        ("Shampoo", {"grafting": "adam", "hyperball": True}, "relative_adam"),
+        ("SOAP", {"hyperball": True}, "relative_adam"),
+        ("Muon", {"shape_rule": "match_rms", "hyperball": True}, "relative"),
+        ("SOAPMuon", {"shape_rule": "match_rms", "hyperball": True}, "relative"),
         ("KFAC", {"graft": "adam"}, "adam"),
         ("SOAPMuon", {"shape_rule": "match_rms", "hyperball": False}, "match_rms"),
     ],

@@ -60,6 +60,7 @@ HIDDEN, HEAD, EMBEDDING = "blocks.1.mlp.down.weight", "head.weight", "embedding.
         (("muon",), 1 / 2, 1.0),
         (("soap_muon",), 1 / 2, 1.0),
         (("muon", "optim.hyperball=true"), 1.0, 1.0),
+        (("shampoo", "optim.hyperball=true"), 1 / 2, 1.0),
         (("shampoo", "optim.grafting=none"), 1.0, 2.0),
         (("shampoo",), 1 / 4, 1.0),
         (("soap",), 1 / 4, 1.0),
