@@ -121,7 +121,7 @@ def configured(
     from hydra import compose, initialize_config_module
 
     words = [*TEXT, f"optim={optimizer}", *overrides]
-    words += [] if base is None else [f"scaling.base_width={base}"]
+    words += ["scaling.step=null"] if base is None else [f"scaling.base_width={base}"]
     with initialize_config_module("largebatch.conf", version_base="1.3"):
         return widened(typed(compose("train", words)), "dim", width)
 

@@ -6,7 +6,16 @@ from statistics import fmean
 import pytest
 
 from largebatch.benchmarks import command
-from largebatch.benchmarks.transfer import Ratio, draw, measure, ratios, search, table, vertex
+from largebatch.benchmarks.transfer import (
+    Ratio,
+    configured,
+    draw,
+    measure,
+    ratios,
+    search,
+    table,
+    vertex,
+)
 
 
 @pytest.mark.parametrize("best", [-7.3, -1.0, 0.4, 6.8])
@@ -40,6 +49,12 @@ def test_runs_are_made_and_what_comes_out_is_told(tmp_path: Path) -> None:
     assert table(record).splitlines()[2].startswith("| adamw | ")
     draw(record, tmp_path / "transfer.png")
     assert (tmp_path / "transfer.png").stat().st_size > 5_000
+
+
+def test_a_rule_that_is_asked_for_is_not_one_rate_for_all() -> None:
+    asked = ["scaling.step=relative"]
+    assert configured("lamb", 32, 16, asked).scaling.step == "relative"
+    assert configured("lamb", 32, None, asked).scaling.step is None
 
 
 def test_the_mean_s_ratio_stands_beside_those_of_seeds_alone() -> None:

@@ -19,7 +19,7 @@ from largebatch.schedules import Constant, ConstantBatch, Plan
 from largebatch.train.build import build_optimizer
 from largebatch.train.hyperparameter_scaler import HyperparameterScaler
 from largebatch.train.models import Transformer
-from largebatch.train.transfer.coordinates import ALONE, Coordinates, slope, widened
+from largebatch.train.transfer.coordinates import ALONE, Coordinates, ShortRun, slope, widened
 
 Coord = Callable[..., tuple[int, str, str]]
 
@@ -202,6 +202,27 @@ def test_a_slope_is_the_power_of_width() -> None:
     assert slope([1, 2, 4], [3.0, 3.0, 3.0]) == pytest.approx(0.0)
     assert slope([1, 2, 4], [1.0, 4.0, 16.0]) == pytest.approx(2.0)
     assert math.isnan(slope([1, 2], [1.0, math.inf]))
+
+
+@pytest.mark.parametrize(
+    ("optim", "least", "most"),
+    [
+        ("adamw", 1, 4), ("lamb", 1, 4), ("lars", 1, 4), ("soap", 1, 4), ("kl_soap", 1, 8),
+        ("shampoo", 1, 12), ("muon", 20, 128), ("soap_muon", 20, 128),
+    ],
+)  # fmt: skip
+def test_steps_have_few_directions_or_many_as_the_rules_take_them(
+    optim: str, least: float, most: float
+) -> None:
+    config = composed(*TEXT, f"optim={optim}", "model.dim=128", "scaling.base_width=64")
+    run = ShortRun(config, build(config.task, "task"), samples=16)
+    matrices = [p for n, p in run.model.named_parameters() if "blocks" in n and p.dim() == 2]
+    for _ in range(3):
+        before = [p.detach().clone() for p in matrices]
+        run.step()
+    steps = [p.detach() - old for p, old in zip(matrices, before, strict=True)]
+    stable_ranks = [(step.norm() / torch.linalg.matrix_norm(step, 2)) ** 2 for step in steps]
+    assert least <= torch.stack(stable_ranks).log().mean().exp() <= most
 
 
 @pytest.fixture
