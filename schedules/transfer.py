@@ -14,10 +14,18 @@ step's norm is at the learning rate 1 is a matter of the optimizer's direction, 
     "original"     √max(1, fan_out / fan_in), as of Muon with that rule
     "gradient"     √(fan_in / fan_out), as of SGD: Θ(fan_out / fan_in)
 
-Those of AdamW, LAMB, Shampoo and Muon are the table of Gupta et al. 2026 (arXiv:2602.20937); that
-of SGD is Yang, Simon, Bernstein's. A grafted step, or SOAP's, K-FAC's and Mano's, is as long as
-that of the method it is measured by, and goes by its rule: that is derived here, not from a source.
-LAMB's Θ(1) takes its steps for ones in many directions, as the table does.
+Published: those of AdamW, Shampoo and Muon are the table of Gupta et al. 2026 (arXiv:2602.20937);
+that of SGD is Yang, Simon, Bernstein's. That table has Θ(1) for LAMB too, as if its steps were in
+many directions: "relative" asks for it.
+
+Derived here: a grafted step, or SOAP's, K-FAC's and Mano's, is as long as that of the method it is
+measured by, and goes by its rule. LAMB's direction is Adam's, at the weights' length of √fan_out
+(of variance 1 / fan_in), and all of that is in few directions; LARS's is a gradient's. On spheres
+Shampoo's and SOAP's are in few, too.
+
+Measured: docs/schedules.md, with the commands. Steps of LAMB, LARS and SOAP have stable ranks of
+about 2 at every width, as Adam's, and Muon's rise with it; outputs drift with width under Θ(1) for
+LAMB and LARS, and stay under 1 / √fan_in.
 
 Depth: with every residual branch times base_depth / depth, rates stay, and eps in the branches
 takes the same factor (CompleteP, Dey et al. 2025, arXiv:2505.01618; taken over by Complete(d)P,

@@ -261,6 +261,19 @@ def test_mup_passes_and_the_standard_parametrisation_drifts(coord: Coord, tmp_pa
     assert layers["head"]["slope"] > 0.3
 
 
+@pytest.mark.parametrize("optim", ["lamb", "lars"])
+def test_layers_change_alike_where_steps_are_a_share_of_the_weights(
+    coord: Coord, optim: str
+) -> None:
+    words = (*QUICK[:-1], "--no-picture", "--json", f"optim={optim}", "scaling.base_width=32")
+    code, out, _ = coord(*words)
+    assert code == 0, out
+    code, out, _ = coord(*words, "scaling.step=relative")
+    assert code == 1
+    layers = json.loads(out)["layers"]
+    assert layers["blocks.0.mlp.down"]["slope"] > 0.4
+
+
 @pytest.mark.parametrize(
     ("first", "num_blocks"), [("head", 0), ("head", 40), ("decoder." + "deep." * 40 + "head", 40)],
     ids=["one", "many", "long"],
