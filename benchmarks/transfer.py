@@ -155,9 +155,9 @@ class LossesAtRate:
     def _loss(self, config: TrainConfig, power: int) -> float:
         optim = config.optim | {"lr": self.rate(power)}
         run = ShortRun(replace(config, optim=optim), self._task, self._samples)
-        warmup = max(1, self._steps // 10)
-        for step in range(self._steps):
-            run.set_lr_factor(min(1.0, (step + 1) / warmup))
+        steps, warmup = self._steps, max(1, self._steps // 10)
+        for step in range(steps):
+            run.set_lr_factor(min((step + 1) / warmup, (steps - step) / (steps - warmup)))
             if not math.isfinite(run.step()):
                 return math.inf
         loss = run.evaluate()
