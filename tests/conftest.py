@@ -23,6 +23,8 @@ _KEPT = ("LARGEBATCH_TEST_SLURM",)  # which CI sets for the tests themselves
 for _name in [name for name in os.environ if name.startswith(_LEFT_OVER) and name not in _KEPT]:
     del os.environ[_name]
 
+os.environ["PET_STANDALONE"] = "1"  # torchrun meets at a free port, and not at one for all
+
 forked.set_up()
 parsed_once.set_up()
 composed_once.set_up(Path(os.environ[forked.FOLDER]))

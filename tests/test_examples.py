@@ -50,7 +50,6 @@ def printed(name: str, which: int = 0, **variables: str) -> Printed:
         "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        "PET_STANDALONE": "1",  # torchrun takes a free port
         "HF_HUB_OFFLINE": "1",
         **variables,
     }
