@@ -4,8 +4,8 @@ For each optimizer the loss after a few steps at rates a factor √2 apart, at e
 of the narrowest (`scaling.base_width`) and, at the widest, with one rate for all tensors. The mean
 over seeds decides: rates are searched from the optimizer's own outwards until both sides are worse
 in the mean, and a parabola through the best and its neighbours says where between them the best one
-lies. The same of each seed alone says how far to trust it. Constant rate after a linear warm-up
-over a tenth of the steps.
+lies. The same of each seed alone says how far to trust it. Rates rise over a tenth of the steps and
+fall to 0 at the end, both linearly: at a constant rate the last steps' noise would decide.
 """
 
 import argparse
