@@ -4,8 +4,8 @@ Composing costs more than many a job of a study, whose jobs differ in a few valu
 choose is composed once in a process; values are set in a copy of it, in their order, as Hydra does.
 """
 
-import pickle
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Final
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -14,9 +14,8 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-_composed: Final[dict[tuple[int, tuple[str, ...]], tuple[DictConfig, bytes]]] = {}
-"""By the sweep's configuration, which is kept beside, and the words that choose groups: pickled, as
-a copy of it takes five times what reading it takes."""
+_composed: Final[dict[tuple[int, tuple[str, ...]], tuple[DictConfig, DictConfig]]] = {}
+"""By the sweep's configuration, which is kept beside, and the words that choose groups."""
 
 
 def composed(context: HydraContext, config: DictConfig, words: Sequence[str]) -> DictConfig:
@@ -36,9 +35,8 @@ def _cached(context: HydraContext, config: DictConfig, choices: Sequence[str]) -
     key = id(config), tuple(choices)
     if key not in _composed:
         loaded = context.config_loader.load_sweep_config(config, list(choices))
-        _composed[key] = config, pickle.dumps(loaded, pickle.HIGHEST_PROTOCOL)
-    job: DictConfig = pickle.loads(_composed[key][1])
-    return job
+        _composed[key] = config, loaded
+    return deepcopy(_composed[key][1])
 
 
 def _with_values(job: DictConfig, config: DictConfig, overrides: Sequence[Override]) -> DictConfig:
