@@ -29,6 +29,7 @@ from omegaconf import DictConfig, open_dict
 import largebatch.conf.resolvers  # noqa: F401 — registers them, in workers too
 from largebatch.common.errors import ConfigError, RunFailed
 from largebatch.common.signals import on_stop_signal
+from largebatch.common.text import one_line, say
 from largebatch.distributed.ranks import die_with_parent
 from largebatch.launch.sweeps.composition import composed
 
@@ -267,7 +268,9 @@ def _run(shared: bytes, number: int, overrides: Sequence[str]) -> JobReturn | Ke
         return _sweeps[shared].run(number, overrides)
     except KeyboardInterrupt as error:
         return error
-    except BaseException as error:  # of a configuration, an import, or the task's own sys.exit
+    # Of a configuration, an import, or the task's own sys.exit; the task says what else fails.
+    except BaseException as error:
+        say(f"{' '.join(overrides)}: {type(error).__name__}: {one_line(error)}")
         return _failed(overrides, error)
 
 

@@ -16,9 +16,11 @@ import forked
 import pytest
 import yaml
 from hydra import compose, initialize_config_module
+from hydra.core.utils import JobReturn, JobStatus
 from processes import is_running
 
 import largebatch.conf.resolvers  # noqa: F401 — registers them
+from largebatch.launch.sweeps.workers import _run
 from largebatch.records.summary import objective
 
 HERE = Path(__file__).parent
@@ -266,3 +268,10 @@ def test_the_configuration_of_a_sweep_s_run_can_be_shown(
     assert yaml.safe_load(capsys.readouterr().out)["seed"] == 7
     assert run("sweep", "--cfg", "job", "seed=7,8") == 2
     assert "seed=7,8 are values of a sweep" in capsys.readouterr().err
+
+
+def test_a_job_that_cannot_even_begin_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    returned = _run(b"no pickle", 0, ["optim=lamb", "seed=1"])
+    assert isinstance(returned, JobReturn)
+    assert returned.status == JobStatus.FAILED
+    assert capsys.readouterr().err.startswith("largebatch: optim=lamb seed=1: UnpicklingError: ")
