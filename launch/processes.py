@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Final, Self
 
 from largebatch.common.errors import ConfigError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # a bare install has no psutil
 ECHO_SECONDS: Final = 1.0
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_PR_GET_CHILD_SUBREAPER: Final = 37
 _ENDED: Final = ("zombie", "dead")
 
 
@@ -48,8 +49,8 @@ class ProcessGroupJob:
         self._context = ExitStack()
 
     def __enter__(self) -> Self:
-        if sys.platform == "linux":  # to find descendants still whose own parent is gone
-            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        if sys.platform == "linux":
+            self._context.enter_context(adopting())
         self._before = descendants()
         self._context.enter_context(on_stop_signal(self._pass_on))
         # A group of its own, so that Ctrl-C reaches it once, from here. It is in the background
@@ -73,6 +74,7 @@ class ProcessGroupJob:
 
     def __exit__(self, *exception: object) -> None:
         self.kill()
+        self._bury()
         self._context.close()
 
     def _pass_on(self, number: int) -> None:
@@ -114,6 +116,17 @@ class ProcessGroupJob:
         self._gone(10.0)
         return sorted(process.pid for process in self.processes())
 
+    def _bury(self) -> None:
+        """Take the exit codes of what this process has adopted, which else stays as a zombie."""
+        import psutil
+
+        known = {process.pid for process in self._before}
+        known |= set() if self._process is None else {self._process.pid}
+        for process in psutil.Process().children():
+            if process.pid not in known and not is_running(process):
+                with suppress(ChildProcessError):
+                    os.waitpid(process.pid, os.WNOHANG)
+
     def _gone(self, seconds: float) -> bool:
         """Wait until nothing of the job runs; False where it takes longer than `seconds`."""
         until = time.monotonic() + seconds
@@ -122,6 +135,18 @@ class ProcessGroupJob:
                 return False
             time.sleep(0.05)
         return True
+
+
+@contextmanager
+def adopting() -> Iterator[None]:
+    """Find descendants still whose own parent is gone: they become this process's, on Linux."""
+    prctl, before = ctypes.CDLL(None).prctl, ctypes.c_int()
+    prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
+    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(_PR_SET_CHILD_SUBREAPER, before.value, 0, 0, 0)
 
 
 def is_running(process: "psutil.Process") -> bool:
