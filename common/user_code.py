@@ -4,7 +4,6 @@ import os
 import sysconfig
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -21,22 +20,11 @@ _HYDRAS: Final = "HYDRA_FULL_ERROR"
 _ASKED: Final = "LARGEBATCH_FULL_ERROR"
 
 
-@contextmanager
-def errors_left_alone() -> Iterator[None]:
-    """Keep Hydra from wording errors, in this process and those that it starts; whether the user
-    wants whole traces stays known.
+def errors_left_alone() -> dict[str, str]:
+    """Variables that keep Hydra from wording errors, in this process and those that it starts, and
+    that say whether the user wants whole traces.
     """
-    before = {name: os.environ.get(name) for name in (_ASKED, _HYDRAS)}
-    os.environ.setdefault(_ASKED, os.environ.get(_HYDRAS, "0"))
-    os.environ[_HYDRAS] = "1"
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    return {_ASKED: os.environ.get(_ASKED, os.environ.get(_HYDRAS, "0")), _HYDRAS: "1"}
 
 
 def of_user(error: BaseException) -> str | None:

@@ -22,6 +22,7 @@ from hydra._internal.utils import (
     get_args_parser,
 )
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import env_override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -72,7 +73,7 @@ def run_hydra(task: Callable[[DictConfig], Any], command: str, arguments: Sequen
     many = is_many(options)
     entry = hydra.main(version_base="1.3", config_path=_CONFIGS, config_name="train")
     try:
-        with first(options.config_dir), errors_left_alone():
+        with first(options.config_dir), env_override(errors_left_alone()):
             tell_replaced(options.config_dir)
             if many is None:
                 entry(begin)()

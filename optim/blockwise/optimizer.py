@@ -102,7 +102,10 @@ class BlockwiseOptimizer(OwnedState):
     def _with_momentum(
         self, layer: BlockedLayer, group: Group, step: Tensor, here: Here, skip: Tensor | None
     ) -> Tensor:
-        """Return the average of a layer's steps, from a piece that lies `here` in its tensors."""
+        """Return the average of a layer's steps, from a piece that lies `here` in its tensors.
+
+        Called where `_uses_momentum` says so, by a subclass that has it.
+        """
         raise NotImplementedError
 
     def _betas(self, group: Group) -> dict[str, float]:

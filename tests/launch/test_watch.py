@@ -471,19 +471,3 @@ def test_a_heartbeat_that_was_there_before_is_no_sign_of_life(tmp_path: Path) ->
     done = watched(str(tmp_path), *words, command=["sleep", "1000"])
     assert (done.returncode, "no heartbeat" in done.stderr) == (124, True)
     assert os.path.exists(tmp_path / HEARTBEAT)
-
-
-def test_a_command_that_was_watched_leaves_no_zombie_and_adopts_nothing_later() -> None:
-    code = """
-import ctypes, os, psutil
-from largebatch.launch.processes import ProcessGroupJob
-with ProcessGroupJob(["sh", "-c", "(sleep 0.3 &); sleep 0.1"]) as job:
-    while job.exit_code(0.05) is None or job.processes():
-        pass
-assert psutil.Process().children() == [], psutil.Process().children()
-found = ctypes.c_int(7)
-ctypes.CDLL(None).prctl(37, ctypes.byref(found), 0, 0, 0)
-assert found.value == 0, found.value
-"""
-    done = forked.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr

@@ -217,7 +217,8 @@ def test_what_is_held_of_the_weight_decay_is_held(rule: str, lr_factor: float) -
 
     assert scaled(None).weight_decay == 0.1
     per_step = scaled("per_step")
-    assert per_step.lr * per_step.weight_decay == pytest.approx(1e-4, rel=1e-12)  # type: ignore[operator]
+    assert per_step.weight_decay is not None
+    assert per_step.lr * per_step.weight_decay == pytest.approx(1e-4, rel=1e-12)
     per_sample = scaled("per_sample")
     assert decay_per_sample(per_sample, 256) == pytest.approx(1e-4 / 64, rel=1e-12)
     # λ √κ with the root, λ κ at the same learning rate, λ with the linear rule
@@ -246,7 +247,8 @@ def test_the_sde_s_clock_is_a_share_of_the_run() -> None:
     assert complete.lr == pytest.approx(1e-3 * 2**0.5, rel=1e-12)
     assert complete.betas == pytest.approx((0.8, 0.9), rel=1e-12)
     assert complete.eps == pytest.approx(1e-8 / 2**0.5, rel=1e-12)
-    assert complete.ema_decay == pytest.approx(TUNED.ema_decay**2, rel=1e-12)  # type: ignore[operator]
+    assert TUNED.ema_decay is not None
+    assert complete.ema_decay == pytest.approx(TUNED.ema_decay**2, rel=1e-12)
     assert complete.warmup_samples == TUNED.warmup_samples
     slower = scale(TUNED, 64, 256, rule="adam_sde", duration=2.0, duration_exponent=0.25)
     assert slower.lr == pytest.approx(1e-3 * 2**0.75, rel=1e-12)
@@ -274,7 +276,8 @@ def test_weight_decay_is_held_beside_the_rate_of_a_longer_run(rule: str) -> None
         return scale(TUNED, 64, 256, rule=rule, hold=hold, duration=2.0, duration_exponent=0.5)
 
     per_step, timescale = scaled("per_step"), scaled("timescale")
-    assert per_step.lr * per_step.weight_decay == pytest.approx(1e-4, rel=1e-12)  # type: ignore[operator]
+    assert per_step.weight_decay is not None
+    assert per_step.lr * per_step.weight_decay == pytest.approx(1e-4, rel=1e-12)
     before = decay_per_sample(TUNED, 64)
     assert decay_per_sample(scaled("per_sample"), 256) == pytest.approx(before, rel=1e-12)
     assert decay_per_sample(timescale, 256) == pytest.approx(before / 2.0, rel=1e-12)
