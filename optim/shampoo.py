@@ -45,8 +45,9 @@ from largebatch.optim.math.adam import (
     grafted_step,
     next_squares,
 )
-from largebatch.optim.math.decompositions import Decomposition, Outcome
+from largebatch.optim.math.decompositions import ByProducts, Decomposition, Outcome
 from largebatch.optim.math.matrix_roots import Root, inverse_root
+from largebatch.optim.math.root_products import ORDERS, inverse_roots
 from largebatch.optim.math.tensors import write
 from largebatch.optim.options import require, require_one_of
 from largebatch.optim.sharding.layout import local
@@ -245,9 +246,15 @@ def corrected_factor(block: BlockAtWork, dim: int) -> Tensor:
 def root_of(block: BlockAtWork) -> Ask[Root]:
     """How the root of a dimension's factor is asked for."""
     exponent = block.group["exponent"] or 1 / (2 * len(block.dims))
-    take = partial(inverse_root, p=1 / exponent, ridge=block.group["ridge"])
+    p, ridge = 1 / exponent, block.group["ridge"]
+    take = partial(inverse_root, p=p, ridge=ridge)
+
+    def by_products(several: Sequence[Sequence[Tensor]]) -> tuple[list[Root], Tensor]:
+        return inverse_roots([factor for (factor,) in several], int(p), ridge)
 
     def ask(factor: Callable[[], Tensor], dim: int) -> Decomposition[Root]:
-        return Decomposition(take, lambda: [factor()], block.grad.device)
+        kind = "root", p, ridge, block.grad.shape[dim], block.grad.dtype
+        way = ByProducts(kind, by_products) if p in ORDERS else None
+        return Decomposition(take, lambda: [factor()], block.grad.device, way)
 
     return ask

@@ -31,6 +31,7 @@ from largebatch.optim.math.matrix_roots import (
     smallest_square,
     symmetric_eigen,
 )
+from largebatch.optim.math.root_products import ABOUT, inverse_powers, largest_eigenvalues
 
 FORMS = ("factored_eigen", "factored_cholesky", "exact")
 FORMER_FORMS = {"eigen": "factored_eigen", "inverse": "factored_cholesky"}
@@ -111,10 +112,32 @@ def decomposed(
     for (side, factor), kept, shift in zip(
         factors.items(), diagonal, (shift_in, shift_out), strict=True
     ):
-        inverse, condition = _inverse(form, factor, kept, shift)
+        inverse, condition, _ = _inverse(form, factor, kept, shift)
+        _require_finite(inverse)
         roots[f"inverse_{side}"] = inverse
         conditions.append(condition)
     return roots | {"condition": (conditions[0] * conditions[1]).max()}
+
+
+def inverses_by_products(
+    form: str, damping: Damping, factor_in: Tensor, factor_out: Tensor, diagonal: tuple[bool, bool]
+) -> tuple[Roots, Tensor]:
+    """As `decomposed` does for a factored form, by matrix products and without waiting.
+
+    Returns:
+        The inverses, with the "condition" of each group, (groups,), and whether both of a group's
+        hold, (groups,) bool. Of many layers alike at once, as if they were groups of one.
+    """
+    *shifts, _ = split(damping, factor_in, factor_out, diagonal)
+    roots: Roots = {}
+    condition, hold = torch.ones_like(shifts[0]), torch.ones_like(shifts[0], dtype=torch.bool)
+    for side, factor, kept, shift in zip(
+        ("in", "out"), (factor_in, factor_out), diagonal, shifts, strict=True
+    ):
+        inverse, its, holds = _inverse(form, factor, kept, shift, damping.ridge)
+        roots[f"inverse_{side}"] = inverse
+        condition, hold = condition * its, hold & holds & inverse.isfinite().flatten(1).all(dim=1)
+    return roots | {"condition": condition}, hold
 
 
 @full_precision()
@@ -147,10 +170,15 @@ def _denominators(roots: Roots) -> Tensor:
     return torch.where(empty.reshape(-1, 1, 1), 1.0, damped)
 
 
-def _inverse(form: str, factor: Tensor, diagonal: bool, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """(factor + shift)⁻¹ and the condition number, of each group.
+def _inverse(
+    form: str, factor: Tensor, diagonal: bool, shift: Tensor, least: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(factor + shift)⁻¹, the condition number and whether they hold, of each group.
 
     By factors scaled by their largest entry; one whose largest is below 1e-36 is zero.
+
+    Args:
+        least: of shift / ‖factor‖_F, to invert by matrix products; else by decompositions.
     """
     dims = [*range(1, factor.dim())]
     largest = factor.abs().amax(dim=dims, keepdim=True)
@@ -158,10 +186,15 @@ def _inverse(form: str, factor: Tensor, diagonal: bool, shift: Tensor) -> tuple[
     scale = torch.where(empty, 1.0, largest)
     shift = torch.where(empty, 1.0, shift.reshape(scale.shape) / scale).reshape(-1, 1)
     scaled = torch.where(empty, 0.0, factor / scale)
-    inverse, condition = _scaled_inverse(form, scaled, diagonal, shift)
-    inverse = inverse / scale
-    _require_finite(inverse)
-    return inverse, condition
+    hold = torch.ones_like(shift[:, 0], dtype=torch.bool)
+    if diagonal:
+        damped = scaled + shift
+        inverse, condition = 1 / damped, damped.amax(dim=1) / damped.amin(dim=1)
+    elif least is None:
+        inverse, condition = _decomposed_inverse(form, scaled, shift)
+    else:
+        inverse, condition, hold = _inverse_by_products(form, scaled, shift, least)
+    return inverse / scale, condition, hold
 
 
 def _require_finite(inverse: Tensor) -> None:
@@ -169,20 +202,35 @@ def _require_finite(inverse: Tensor) -> None:
         raise RootError("a damped inverse has left non-finite numbers", LEFT)
 
 
-def _scaled_inverse(
-    form: str, factor: Tensor, diagonal: bool, shift: Tensor
-) -> tuple[Tensor, Tensor]:
-    if diagonal:
-        damped = factor + shift
-        return 1 / damped, damped.amax(dim=1) / damped.amin(dim=1)
+def _decomposed_inverse(form: str, factor: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     if form == "factored_eigen":
         eigenvalues, basis = _eigen(factor)
         damped = eigenvalues + shift
         inverse = torch.stack([*map(of_eigen, 1 / damped, basis)])
         return inverse, damped.amax(dim=1) / damped.amin(dim=1)
-    damped = factor + torch.diag_embed(shift.expand(factor.shape[:2]))
+    damped = _shifted(factor, shift)
     inverse = _cholesky_inverse(damped)
     return inverse, _norm_1(damped) * _norm_1(inverse)
+
+
+def _inverse_by_products(
+    form: str, factor: Tensor, shift: Tensor, least: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    damped = _shifted(factor, shift)
+    bound = torch.linalg.vector_norm(damped, dim=(1, 2), keepdim=True)
+    least = least / (1 + least * factor.shape[1] ** 0.5)
+    with full_precision(factor.dtype):
+        inverse, hold = inverse_powers(damped / bound, 1, least)
+        inverse = inverse / bound
+        if form == "factored_eigen":
+            norms = [largest_eigenvalues(each, ABOUT) for each in (damped, inverse)]
+        else:
+            norms = [_norm_1(each) for each in (damped, inverse)]
+    return inverse, norms[0] * norms[1], hold
+
+
+def _shifted(factor: Tensor, shift: Tensor) -> Tensor:
+    return factor + torch.diag_embed(shift.expand(factor.shape[:2]))
 
 
 def _norm_1(matrices: Tensor) -> Tensor:

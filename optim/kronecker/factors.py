@@ -4,16 +4,16 @@ Only the rank that works on a layer has them; the others hold empty tensors in t
 of a layer's groups lie one below the other: a factor is (groups · n, n), a diagonal (groups · n,).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from largebatch.optim.kronecker.damping import Damping, Roots, decomposed
+from largebatch.optim.kronecker.damping import Damping, Roots, decomposed, inverses_by_products
 from largebatch.optim.kronecker.layers import FactorSums, Layer
-from largebatch.optim.math.decompositions import Decomposition
+from largebatch.optim.math.decompositions import ByProducts, Decomposition
 from largebatch.optim.math.tensors import write
 
 State = Mapping[str, Tensor]
@@ -131,11 +131,36 @@ def new_roots(
             for name, value in roots.items()
         }
 
-    values = (value,) if isinstance(value, Tensor) else ()
     device = state["factor_in"].device
     if of_asked:
         return Decomposition(compute, lambda: asked(layer, state), device)
-    return Decomposition(compute, lambda: (*averages(layer, state), *values), device)
+    values = (value,) if isinstance(value, Tensor) else ()
+    way = None if form == "exact" else _by_products(layer, form, damping)
+    return Decomposition(compute, lambda: (*averages(layer, state), *values), device, way)
+
+
+def _by_products(layer: Layer, form: str, damping: Damping) -> ByProducts:
+    """How the inverses of layers of one shape are made together."""
+    diagonal, value = (layer.diagonal_in, layer.diagonal_out), damping.value
+
+    def compute(several: Sequence[Sequence[Tensor]]) -> tuple[list[Roots], Tensor]:
+        sides = [torch.cat([tensors[side] for tensors in several]) for side in (0, 1)]
+        with_value = replace(damping, value=several[0][2]) if len(several[0]) > 2 else damping
+        roots, hold = inverses_by_products(form, with_value, *sides, diagonal)
+        found = []
+        for number in range(len(several)):
+            groups = slice(number * layer.groups, (number + 1) * layer.groups)
+            own = {name: each[groups] for name, each in roots.items()}
+            condition = own.pop("condition").amax().reshape(1)
+            found.append(
+                {name: each.flatten(0, 1) for name, each in own.items()} | {"condition": condition}
+            )
+        return found, hold.view(len(several), -1).all(dim=1)
+
+    # Damping that depends on what a layer has seen is a tensor, of that layer alone.
+    alone = layer.name if isinstance(value, Tensor) else value
+    shapes = layer.shape_in, layer.shape_out, diagonal, layer.dtype
+    return ByProducts(("damped", form, alone, damping.relative, damping.ridge, *shapes), compute)
 
 
 def ask_of(layer: Layer, state: State, value: float | Tensor) -> None:

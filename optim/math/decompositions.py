@@ -3,19 +3,25 @@
 CPUs and CUDA have eigendecompositions, QR and Cholesky factors of their own. XPU has not (eigh, qr
 and cholesky in torch-xpu-ops' XPUFallback.template): torch takes each matrix to the host, and the
 result back, and the host waits for the device each time; asking whether it has succeeded waits
-once more. So where the device has none, all that a step has to decompose goes to the host in one
-piece, is decomposed there by the same functions, and comes back in one piece: the host waits once
-in a step that takes roots or bases, in place of several times a matrix.
+once more. So where the device has none,
+
+- inverse roots and damped inverses are made there by matrix products (`ByProducts`), those of one
+  size together. The host waits for one answer, which of them hold;
+- all else, and what does not hold, goes to the host in one piece, is decomposed there by the same
+  functions, and comes back in one piece: the host waits once in a step that takes bases, in place
+  of several times a matrix.
 
 The step waits for it. To continue meanwhile with the roots of before is another algorithm, the same
 on every device and machine: `Beside`, for optimizers with `refresh="beside"`.
 """
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import islice
 from threading import Lock, Thread, main_thread
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -25,6 +31,8 @@ from torch import Tensor
 
 from largebatch.optim.math.matrix_roots import LEFT, RootError, smallest_square
 from largebatch.optim.sharding.step_counts import Arriving
+
+log = logging.getLogger("largebatch.optim.decompositions")
 
 Result = TypeVar("Result")
 
@@ -40,6 +48,19 @@ DECOMPOSE = frozenset({"cpu", "cuda"})
 STRETCH = 1 << 28
 """Bytes that travel in one piece, about: a copy of them is on the device and on the host."""
 
+BATCH = 1 << 26
+"""Bytes of which roots are made by products at once, about: they take seven times as many."""
+
+
+class ByProducts(NamedTuple):
+    """How decompositions of one kind are made by matrix products alone, many at once."""
+
+    kind: Hashable
+    """Equal for those that may be made together; shapes are a part of it."""
+    compute: Callable[[Sequence[Sequence[Tensor]]], tuple[Sequence[Any], Tensor]]
+    """From the tensors of each their results, and which of these hold, (count,) bool; all on the
+    device, which is not waited for."""
+
 
 @dataclass(frozen=True)
 class Decomposition(Generic[Result]):
@@ -53,6 +74,8 @@ class Decomposition(Generic[Result]):
     tensors: Callable[[], Sequence[Tensor]]
     device: torch.device
     """Where the tensors lie."""
+    by_products: ByProducts | None = None
+    """Another way to the same result, up to rounding."""
 
     def __call__(self) -> Result:
         return self.compute(*self.tensors())
@@ -62,7 +85,14 @@ def decompose(asked: Sequence[Decomposition[Any]]) -> list[Outcome[Any]]:
     """The outcome of each, in order; all of one device."""
     if not asked or asked[0].device.type in DECOMPOSE:
         return [*asked]
-    return [outcome for some in _stretches(asked) for outcome in _on_host(some, asked[0].device)]
+    device = asked[0].device
+    outcomes = _made_by_products(asked)
+    others = [number for number in range(len(asked)) if number not in outcomes]
+    for some in _stretches(others, [asked[number] for number in others], STRETCH):
+        _say_once(f"Decomposed on the host, which waits for it: what {device.type} cannot make.")
+        found = _on_host([*some.values()], device)
+        outcomes |= dict(zip(some, found, strict=True))
+    return [outcomes[number] for number in range(len(asked))]
 
 
 class Beside:
@@ -164,15 +194,52 @@ class _Ready(NamedTuple):
     tensors: Sequence[Tensor]
 
 
-def _stretches(asked: Sequence[Decomposition[Any]]) -> Iterator[list[_Ready]]:
-    some: list[_Ready] = []
-    for each in asked:
-        some.append(_Ready(each.compute, each.tensors()))
-        if sum(tensor.nbytes for ready in some for tensor in ready.tensors) >= STRETCH:
+def _stretches(
+    numbers: Sequence[int], asked: Sequence[Decomposition[Any]], size: int
+) -> Iterator[dict[int, _Ready]]:
+    """Those asked, by their numbers, in pieces of about `size` bytes."""
+    some: dict[int, _Ready] = {}
+    for number, each in zip(numbers, asked, strict=True):
+        some[number] = _Ready(each.compute, each.tensors())
+        if sum(tensor.nbytes for ready in some.values() for tensor in ready.tensors) >= size:
             yield some
-            some = []
+            some = {}
     if some:
         yield some
+
+
+@cache
+def _say_once(text: str) -> None:
+    """Whatever is decided by the device; once in a process."""
+    log.info(text)
+
+
+def _made_by_products(asked: Sequence[Decomposition[Any]]) -> dict[int, Outcome[Any]]:
+    """The outcomes that hold of those that can be made so, by their numbers among all."""
+    alike: dict[Hashable, list[int]] = {}
+    for number, each in enumerate(asked):
+        if each.by_products is not None:
+            alike.setdefault(each.by_products.kind, []).append(number)
+    results: dict[int, Any] = {}
+    hold: list[Tensor] = []
+    for numbers in alike.values():
+        way = asked[numbers[0]].by_products
+        assert way is not None
+        for some in _stretches(numbers, [asked[number] for number in numbers], BATCH):
+            found, holds = way.compute([ready.tensors for ready in some.values()])
+            results |= dict(zip(some, found, strict=True))
+            hold.append(holds)
+    if not results:
+        return {}
+    _say_once(f"Inverse roots by matrix products: {asked[0].device.type} has no decompositions.")
+    held = Arriving(torch.cat(hold)).wait().tolist()
+    if not all(held):
+        _say_once("Some roots by matrix products do not hold, and are decomposed after all.")
+    return {
+        number: partial(results.__getitem__, number)
+        for number, holds in zip(results, held, strict=True)
+        if holds
+    }
 
 
 def _on_host(asked: Sequence[_Ready], device: torch.device) -> list[Outcome[Any]]:
