@@ -48,8 +48,8 @@ DECOMPOSE = frozenset({"cpu", "cuda"})
 STRETCH = 1 << 28
 """Bytes that travel in one piece, about: a copy of them is on the device and on the host."""
 
-BATCH = 1 << 26
-"""Bytes of which roots are made by products at once, about: they take seven times as many."""
+BATCH = 1 << 25
+"""Bytes of which roots are made by products at once, about: they take eight times as many."""
 
 
 class ByProducts(NamedTuple):

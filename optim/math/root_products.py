@@ -12,9 +12,9 @@ stage with Y in the place of A has the fourth roots. With a ridge of 1e-5 that i
 A^(-1/2), 52 for A^(-1/4), 35 with all that is looked at besides: the largest eigenvalue, to which
 the ridge is relative, whether the root holds, and the condition number.
 
-Rounding grows with the condition number as in an eigendecomposition in FP32, and less: of 1,024
-eigenvalues from 1 to 1e-12 and a ridge of 1e-5 the root A^(-1/4) is wrong by 4e-4 of its norm, where
-`eigh` leaves 2.5e-3.
+Rounding grows with the condition number as in an eigendecomposition in FP32, and less: the
+root A^(-1/4) of 1,024 eigenvalues from 1 to 1e-12 and a ridge of 1e-5 is wrong by 4e-4 of its norm,
+where `eigh` leaves 2.5e-3.
 
 What is found holds if Z and Y of every stage are each other's inverse, which an eigenvalue that has
 not come to 1 spoils, and R^(p/2) A R^(p/2) is the identity. Where it does not, as where the ridge
@@ -75,21 +75,23 @@ def inverse_roots(matrices: Sequence[Tensor], p: int, ridge: float) -> tuple[lis
     of them hold, (count,) bool. As `inverse_root` in `largebatch.optim.math.matrix_roots`; nothing
     waits for the device.
     """
-    stack = torch.stack([*matrices])
-    with full_precision(stack.dtype):
-        scale = stack.abs().amax(dim=(1, 2))
+    unit = torch.stack([*matrices])
+    with full_precision(unit.dtype):
+        scale = unit.abs().amax(dim=(1, 2))
         scale = torch.where(scale > 0, scale, 1.0)
-        scaled = stack / _by_matrix(scale)
-        largest = largest_eigenvalues(scaled)
-        empty = ~(largest * scale >= smallest_square(stack.dtype))
-        unit = scaled / _by_matrix(torch.where(empty, 1.0, largest))
-        unit.diagonal(dim1=1, dim2=2).add_(ridge)
-        unit = torch.where(_by_matrix(empty), _identity(stack), unit / (1 + ridge))
+        unit /= _by_matrix(scale)
+        largest = largest_eigenvalues(unit)
+        finite = largest.isfinite()  # as is all of what it is made of
+        empty = ~(largest * scale >= smallest_square(unit.dtype))
+        unit /= _by_matrix(torch.where(empty, 1.0, largest) * (1 + ridge))
+        unit.diagonal(dim1=1, dim2=2).add_(ridge / (1 + ridge))
+        torch.where(_by_matrix(empty), _identity(unit), unit, out=unit)
         roots, holds = inverse_powers(unit, p, ridge / (1 + ridge))
         condition = torch.where(empty, 1.0, largest_eigenvalues(roots, ABOUT) ** p)
         length = (largest * scale * (1 + ridge)) ** (-1 / p)
-        roots = torch.where(_by_matrix(empty), _identity(stack), roots * _by_matrix(length))
-    holds &= (stack.isfinite() & roots.isfinite()).all(dim=2).all(dim=1)
+        roots *= _by_matrix(length)
+        torch.where(_by_matrix(empty), _identity(unit), roots, out=roots)
+    holds &= finite & roots.isfinite().flatten(1).all(dim=1)
     found = [Root(root, each) for root, each in zip(roots, condition, strict=True)]
     return found, holds
 
@@ -105,6 +107,7 @@ def inverse_powers(matrices: Tensor, p: int, least: float) -> tuple[Tensor, Tens
         least = math.sqrt(least)
         y, z = _stage(y, least)
         residuals.append(_distance(z @ y))
+    del y
     root = half = (z + z.mT) / 2
     if p == 1:
         root = half @ half
@@ -122,8 +125,10 @@ def _stage(matrices: Tensor, least: float) -> tuple[Tensor, Tensor]:
     for number, (a, b, c) in enumerate(polynomials(least)):
         gram = z @ y if number else y
         step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        del gram  # each is as much as all factors at work
         step.diagonal(dim1=1, dim2=2).add_(a)
-        y, z = y @ step, step @ z if number else step
+        y = y @ step
+        z = step @ z if number else step
     return y, z
 
 
@@ -139,8 +144,9 @@ def largest_eigenvalues(matrices: Tensor, squarings: int = SQUARINGS) -> Tensor:
 
 
 def _distance(matrices: Tensor) -> Tensor:
-    """‖M - I‖ of each."""
-    distances: Tensor = torch.linalg.vector_norm(matrices - _identity(matrices), dim=(1, 2))
+    """‖M - I‖ of each, whose diagonal it takes off."""
+    matrices.diagonal(dim1=1, dim2=2).sub_(1)
+    distances: Tensor = torch.linalg.vector_norm(matrices, dim=(1, 2))
     return distances
 
 
