@@ -144,9 +144,9 @@ def _by_products(layer: Layer, form: str, damping: Damping) -> ByProducts:
     diagonal, value = (layer.diagonal_in, layer.diagonal_out), damping.value
 
     def compute(several: Sequence[Sequence[Tensor]]) -> tuple[list[Roots], Tensor]:
-        sides = [torch.cat([tensors[side] for tensors in several]) for side in (0, 1)]
+        factor_in, factor_out = (torch.cat([own[side] for own in several]) for side in (0, 1))
         with_value = replace(damping, value=several[0][2]) if len(several[0]) > 2 else damping
-        roots, hold = inverses_by_products(form, with_value, *sides, diagonal)
+        roots, hold = inverses_by_products(form, with_value, factor_in, factor_out, diagonal)
         found = []
         for number in range(len(several)):
             groups = slice(number * layer.groups, (number + 1) * layer.groups)
