@@ -34,10 +34,10 @@ study: $(VENV)/.train
 test: lint
 	@$(MAKE) --no-print-directory -j 2 types tests
 
-# Files side by side, one more than two cores, as many tests wait; a thread a process. Commands under
+# Files side by side, twice as many as two cores, as many tests wait; a thread a process. Commands under
 # test find the bytecode of those before them.
 tests: $(VENV)/.dev
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder
 
 compat:
 	$(MAKE) test VENV=.venv-torch-$(TORCH) TORCH=torch==$(TORCH)
