@@ -57,6 +57,8 @@ def printed(name: str, which: int = 0, **variables: str) -> Printed:
     begins = subprocess.run
     if words[0] == "python":
         words, begins = [sys.executable, *words[1:]], forked.run
+    elif words[0] == "torchrun":
+        words = forked.launched(words)
     done = begins(
         words,
         cwd=ROOT,

@@ -141,7 +141,7 @@ def collectives(cell: Cell) -> Outcome:
 
     layout, row = LAYOUTS[cell.layout], ROWS[cell.row]
     counts: dict[str, dict[int, int]] = {"plain": {}, "amp": {}}
-    for num_parameters in (10, 300):
+    for num_parameters in (10, 100):
         model = spread_tower(cell.layout, num_parameters)
         optimizer = row.make(model, layout, cell.precision)
         stepped = optimizer.optim if layout.redundancy else optimizer
