@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import gc
 import importlib
+import importlib.util
 import os
 import pickle
 import runpy
@@ -24,9 +25,10 @@ import composed_once
 import parsed_once
 from processes import is_running
 
-# What commands and ranks import, and what torch imports late.
+# What commands and ranks import, and what torch and DeepSpeed import late, where they are there.
 PRELOADED = (
     "torch._dynamo",
+    "torch._inductor.compile_fx",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.optim",
@@ -34,6 +36,8 @@ PRELOADED = (
     "torch.distributed.tensor.parallel",
     "torch.nn.parallel",
     "torch.utils.flop_counter",
+    "torch.utils.serialization.config",
+    "pydantic",
     "hydra",
     "hydra._internal.hydra",
     "scipy.stats",
@@ -43,7 +47,11 @@ PRELOADED = (
     "rich._emoji_codes",
     "largebatch.cli",
     "largebatch.common.progress",
+    "largebatch.distributed.mailbox",
     "largebatch.distributed.rank_dump",
+    "largebatch.launch.doctor.preflight.command",
+    "largebatch.launch.jobs.submit",
+    "largebatch.train.checkpoints.saving",
     "largebatch.train.command",
     "largebatch.train.engines.ddp",
     "largebatch.train.engines.fsdp",
@@ -52,6 +60,7 @@ PRELOADED = (
     "largebatch.train.sweep_command",
     "largebatch.train.tasks.bytes",
     "largebatch.train.tasks.digits",
+    "largebatch.train.tasks.text",
     "largebatch.study.report",
 )
 
@@ -70,7 +79,8 @@ def main() -> None:
     importable = os.environ.get("PYTHONPATH", "").split(":")
     base = [entry for entry in sys.path[1:] if entry not in importable]
     for name in PRELOADED:
-        importlib.import_module(name)
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+            importlib.import_module(name)
     parsed_once.set_up()
     parsed_once.parse_ahead()
     composed_once.set_up(path.parent)
