@@ -100,11 +100,12 @@ def main() -> None:
 
 def warm() -> None:
     """Do what the first command of a process does beside its own work: find plugins, learn
-    grammars, make schemas of types, read the text of task=bytes.
+    grammars, make schemas of types, read the text of task=bytes and the images of task=digits.
     """
     from hydra import compose, initialize_config_module
 
     from largebatch.conf.config import typed
+    from largebatch.train.tasks.digits import Digits
     from largebatch.train.tasks.package_text import package_text
 
     with initialize_config_module("largebatch.conf", version_base="1.3"):
@@ -112,6 +113,7 @@ def warm() -> None:
             typed(compose("train", words))
     for num_bytes in (65_536, 2_000_000):
         package_text(num_bytes)
+    Digits()
 
 
 def run(request: Request, base: list[str]) -> int:

@@ -6,6 +6,7 @@ generalization in it), as in steps-to-target studies of small sets.
 
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from largebatch.train.tasks import Batch
 from largebatch.train.tasks.metrics import Metrics, accuracy
 
 
+@cache  # a process of a study makes many runs, of a tenth of a second each
 def _read() -> tuple[np.ndarray, np.ndarray]:
     """Pixels (1797, 64) and labels as `sklearn.datasets.load_digits` gives them, whose import takes
     longer than a short run.
