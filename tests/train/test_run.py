@@ -80,7 +80,8 @@ def test_micro_batches_do_not_change_the_trajectory(
 ) -> None:
     losses = []
     for size in (64, 16, 1):
-        train(*SHORT, f"hydra.run.dir=micro{size}", f"engine.micro_batch_size={size}")
+        words = (f"hydra.run.dir=micro{size}", f"engine.micro_batch_size={size}")
+        assert train(*SHORT, "budget.samples=256", *words) == 0
         losses.append([line["loss"] for line in read_run(tmp_path / f"micro{size}")[0]])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
