@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -122,13 +123,15 @@ ROOMS = {
 }
 LARGEST_FOLDER, LONGEST_FILE = 15, 400
 
+nodes = cache(lambda source: [*ast.walk(ast.parse(source))])  # several tests look at each file
+
 
 def imported(source: str, package: str) -> Iterator[list[str]]:
     """Each import of `source`, a module of `package`, as the names it may stand for.
 
     `from a import b` may mean the module a.b or the name b in a.
     """
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             yield from ([alias.name] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -255,7 +258,7 @@ def test_no_files_import_one_another_in_a_circle(needs: dict[str, set[str]]) -> 
 def test_no_class_name_stands_for_two_things(needs: dict[str, set[str]]) -> None:
     where: dict[str, list[str]] = {}
     for path in sorted(needs):
-        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        for node in nodes((ROOT / path).read_text(encoding="utf-8")):
             if isinstance(node, ast.ClassDef):
                 where.setdefault(node.name, []).append(path)
     assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}
