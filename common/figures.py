@@ -26,5 +26,6 @@ def paper_style() -> AbstractContextManager[None]:
             "legend.fontsize": 8.5,
             "axes.spines.top": False,
             "axes.spines.right": False,
+            "text.hinting": "none",  # letters of few pixels need it, and it takes a while
         }
     )

@@ -29,10 +29,12 @@ def load(name: str) -> ModuleType:
 def load_matplotlib() -> None:
     """Import what matplotlib's artists stand on, so that they come without a help text each.
 
-    matplotlib writes a signature and a docstring for the method `set` of every class, a third of
-    what its import takes. For commands: in a process of the user's somebody may read them.
+    matplotlib writes a signature and a docstring for the method `set` of every class, and lists the
+    properties of some, two fifths of what its import takes. For commands: in a process of the
+    user's somebody may read them.
     """
     artist: Any = load("matplotlib.artist")
+    artist.kwdoc = lambda kind: ""
     written = "_update_set_signature_and_docstring"
     if hasattr(artist.Artist, written):  # else this matplotlib does it in another way, or not
         setattr(artist.Artist, written, classmethod(lambda kind: None))

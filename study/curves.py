@@ -128,7 +128,7 @@ def leaves(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for path, value in flattened(config, above).items():
-        if path.split(".")[-1] == "betas" and isinstance(value, Sequence):
+        if isinstance(value, list) and path.rpartition(".")[2] == "betas":
             found |= {f"{path}.{place}": entry for place, entry in enumerate(value)}
         else:
             found[path] = value

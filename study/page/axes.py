@@ -16,6 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 
 from largebatch.common.figures import GREY, GRID
 from largebatch.study.labels import label, plain
+from largebatch.study.page.legend import PlainLegend
 from largebatch.study.page.styles import Style
 from largebatch.study.page.ticks import PlainAxes
 
@@ -93,10 +94,9 @@ def new_panels(
         },
     )  # fmt: skip
     if handles:
-        figure.legend(
-            handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.0), ncols=legend_columns,
-            frameon=False, fontsize=_NAME_SIZE, borderaxespad=0.1,
-        )  # fmt: skip
+        legend: Any = PlainLegend(handles, legend_columns)
+        legend.set_figure(figure)
+        figure.legends.append(legend)
     return Picture(figure), list(panels.ravel())
 
 

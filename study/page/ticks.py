@@ -6,7 +6,7 @@ the pictures need it: ticks and labels at the bottom and on the left, none turne
 without labels, no offset as of + 1e6.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, ClassVar, Final, Literal
 
 import matplotlib
@@ -16,19 +16,33 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis, Tick, XAxis, YAxis
 from matplotlib.backend_bases import RendererBase
 from matplotlib.font_manager import FontProperties
-from matplotlib.lines import Line2D
-from matplotlib.markers import TICKDOWN, TICKLEFT
+from matplotlib.markers import TICKDOWN, TICKLEFT, MarkerStyle
+from matplotlib.path import Path
 from matplotlib.text import Text
-from matplotlib.transforms import Bbox, Transform
+from matplotlib.transforms import Bbox, IdentityTransform, Transform
 
 from largebatch.common.figures import GRID
 
 _SLACK: Final = 1e-9
 """By which rounding may set a tick beyond the end of its axis, as a share."""
 
+_layouts: Final[dict[Hashable, Any]] = {}
 _STYLE: Final = (
     "color", "labelsize", "major.pad", "major.size", "major.width", "minor.size", "minor.width",
 )  # fmt: skip
+
+
+class PlainText(Text):
+    """A level text in one font, laid out once for all pictures that have it somewhere."""
+
+    def _get_layout(self, renderer: RendererBase) -> Any:  # of where it stands it knows nothing
+        figure: Any = self.get_figure(root=True)
+        style = self.get_fontsize(), self.get_horizontalalignment(), self.get_verticalalignment()
+        key = self.get_text(), *style, figure.dpi, type(renderer)
+        if key not in _layouts:
+            laid_out: Any = super()
+            _layouts[key] = laid_out._get_layout(renderer)
+        return _layouts[key]
 
 
 class PlainAxis(Axis):
@@ -38,7 +52,7 @@ class PlainAxis(Axis):
     minorTicks: Any = ()
     _is_x: ClassVar[bool]
     _labels: ClassVar[str]
-    _mark: ClassVar[Any]
+    _mark: ClassVar[MarkerStyle]
 
     def __init__(self, axes: Axes, **options: Any) -> None:
         self._texts: list[Text] = []
@@ -105,25 +119,30 @@ class PlainAxis(Axis):
         return [place for place in places if low <= place <= high]
 
     def _draw_grid(self, renderer: RendererBase, places: Sequence[float]) -> None:
-        along, across = np.repeat(places, 3), np.tile([0.0, 1.0, np.nan], len(places))
-        grid = Line2D(*self._xy(along, across), color=GRID, linewidth=0.6)
-        grid.set_transform(self._blended("grid"))
-        grid.set_figure(self._figure)
-        grid.set_clip_path(self.axes.patch)
-        grid.draw(renderer)
+        along, across = np.repeat(places, 2), np.tile([0.0, 1.0], len(places))
+        points = self._blended("grid").transform(np.stack(self._xy(along, across), axis=1))
+        pen = renderer.new_gc()
+        pen.set_foreground(GRID)
+        pen.set_linewidth(0.6)
+        pen.set_capstyle("projecting")
+        pen.set_clip_rectangle(self.axes.bbox)
+        grid = Path(points, [Path.MOVETO, Path.LINETO] * len(places))
+        renderer.draw_path(pen, grid, IdentityTransform())
+        pen.restore()
 
     def _draw_marks(self, renderer: RendererBase, places: Sequence[float], kind: str) -> None:
         transform = self._blended("tick1")  # where there are none too: it sets the axis' own line
         if not places:
             return
-        marks = Line2D(
-            *self._xy(places, [0.0] * len(places)), linestyle="none", marker=self._mark,
-            color=self._style["color"], markersize=self._style[f"{kind}.size"],
-            markeredgewidth=self._style[f"{kind}.width"],
-        )  # fmt: skip
-        marks.set_transform(transform)
-        marks.set_figure(self._figure)
-        marks.draw(renderer)
+        points = transform.transform(np.stack(self._xy(places, [0.0] * len(places)), axis=1))
+        size = renderer.points_to_pixels(self._style[f"{kind}.size"])
+        pen = renderer.new_gc()
+        pen.set_foreground(self._style["color"])
+        pen.set_linewidth(self._style[f"{kind}.width"])
+        pen.set_snap(size >= 1)
+        mark, scaled = self._mark.get_path(), self._mark.get_transform().scale(size)
+        renderer.draw_markers(pen, mark, scaled, Path(points), IdentityTransform())
+        pen.restore()
 
     def _set_texts(self, shown: Sequence[tuple[float, str]]) -> None:
         """Let there be a text for each label, where it belongs."""
@@ -133,7 +152,7 @@ class PlainAxis(Axis):
                 axes.get_xaxis_text1_transform if self._is_x else axes.get_yaxis_text1_transform
             )
             transform, vertical, horizontal = beside(pad)
-            text = Text(
+            text = PlainText(
                 fontsize=self._font_size, color=self._style["color"], va=vertical,
                 ha=horizontal, transform=transform,
             )  # fmt: skip
@@ -172,13 +191,13 @@ class PlainAxis(Axis):
 class PlainXAxis(PlainAxis, XAxis):
     """The one below."""
 
-    _is_x, _labels, _mark = True, "labelbottom", TICKDOWN
+    _is_x, _labels, _mark = True, "labelbottom", MarkerStyle(TICKDOWN)
 
 
 class PlainYAxis(PlainAxis, YAxis):
     """The one on the left."""
 
-    _is_x, _labels, _mark = False, "labelleft", TICKLEFT
+    _is_x, _labels, _mark = False, "labelleft", MarkerStyle(TICKLEFT)
 
 
 class PlainAxes(Axes):
