@@ -26,6 +26,7 @@ from largebatch.records.names import METRICS
 from largebatch.study.final_loss.page import FIGURE, loss_html, print_losses
 from largebatch.study.final_loss.section import LossSection
 from largebatch.study.final_loss.tables import write_loss_csv
+from largebatch.study.forks import made, may_fork
 from largebatch.study.page.csv_files import write_csv_files
 from largebatch.study.page.html import Drawn, page_of, section_titles
 from largebatch.study.page.references import SOURCES, Reference, references
@@ -54,12 +55,15 @@ class StudyReport:
 
 
 def write_report(
-    *folders: Path | str, out: Path | str | None = None, reference: Sequence[str] = ()
-) -> StudyReport:
+    *folders: Path | str, out: Path | str | None = None, reference: Sequence[str] = (),
+    forked: bool = False,
+) -> StudyReport:  # fmt: skip
     """Write the report of the runs below `folders` into `out` (default: the first of them).
 
     Args:
         reference: published curves to draw beside the study's: mlperf, zhang.
+        forked: half of the pictures are drawn by a copy of this process, which must have no other
+            threads.
 
     Raises as `read_study` does, before anything is written; `ValueError` for a reference that there
     is not.
@@ -73,7 +77,7 @@ def write_report(
         tables |= write_loss_csv(study.losses, target)
     pictures: dict[str, Path] = {}
     drawn = [
-        _draw(study, place, target, name, pictures, published)
+        _draw(study, place, target, name, pictures, published, forked)
         for place, name in enumerate(_file_names(study))
     ]
     further = [
@@ -136,7 +140,9 @@ def main(argv: Sequence[str]) -> int:
 
             print_runs(write_runs_report(*folders, out=arguments.out, against=arguments.against))
         else:
-            print_report(write_report(*folders, out=arguments.out, reference=named))
+            print_report(
+                write_report(*folders, out=arguments.out, reference=named, forked=may_fork())
+            )
     except ModuleNotFoundError as error:
         advice = "install it with: pip install 'largebatch[train]'"
         print(f"largebatch report needs {missing(error)}; {advice}", file=sys.stderr)
@@ -162,7 +168,7 @@ def _file_names(study: Study) -> list[str]:
 
 def _draw(
     study: Study, place: int, folder: Path, suffix: str, pictures: dict[str, Path],
-    published: Sequence[Reference],
+    published: Sequence[Reference], forked: bool,
 ) -> dict[str, Drawn]:  # fmt: skip
     """Draw a section's pictures, write them as files and note these in `pictures`."""
     from largebatch.study.page.figures import ratio_figure, steps_figure
@@ -178,13 +184,17 @@ def _draw(
     if not any(pair.points for pair in section.pairs if pair.other == section.names[0]):
         del kinds["ratio"]
     titles = section_titles(study)
-    return {
-        name: _drawn(
-            partial(draw, study, section, styles), f"{name}{suffix}",
-            f"{description}: {titles[place]}", folder, pictures,
-        )
-        for name, (draw, description) in kinds.items()
-    }  # fmt: skip
+    drawn = made(
+        [
+            partial(
+                _drawn, partial(draw, study, section, styles),
+                f"{description}: {titles[place]}", *_noted(f"{name}{suffix}", folder, pictures),
+            )
+            for name, (draw, description) in kinds.items()
+        ],
+        forked=forked,
+    )  # fmt: skip
+    return dict(zip(kinds, drawn, strict=True))
 
 
 def _draw_losses(
@@ -197,7 +207,7 @@ def _draw_losses(
     suffix = re.sub(r"[^A-Za-z0-9.]+", "-", f"-{section.task}")[:_LONGEST_NAME] if several else ""
     draw = partial(final_loss_figure, section, _styles(study))
     told = f"Final loss against batch size: {section.title}"
-    return {FIGURE: _drawn(draw, f"{FIGURE}{suffix}", told, folder, pictures)}
+    return {FIGURE: _drawn(draw, told, *_noted(f"{FIGURE}{suffix}", folder, pictures))}
 
 
 def _styles(study: Study) -> Mapping[str, "Style"]:
@@ -207,23 +217,24 @@ def _styles(study: Study) -> Mapping[str, "Style"]:
     return curve_styles([*curves, *(pair for one in study.losses for pair in one.curves)])
 
 
-def _drawn(
-    draw: Callable[[float], "Picture"], name: str, told: str, folder: Path,
-    pictures: dict[str, Path],
-) -> Drawn:  # fmt: skip
-    """Draw for paper and for phones, write the files and note these in `pictures`."""
+def _noted(name: str, folder: Path, pictures: dict[str, Path]) -> tuple[Path, Path]:
+    """A picture's files, noted in `pictures`."""
+    pictures |= {name: folder / f"{name}.png", f"{name}.svg": folder / f"{name}.svg"}
+    return pictures[name], pictures[f"{name}.svg"]
+
+
+def _drawn(draw: Callable[[float], "Picture"], told: str, png: Path, svg: Path) -> Drawn:
+    """Draw for paper and for phones, and write the files."""
     from largebatch.common.figures import paper_style
     from largebatch.study.page.axes import NARROW, WIDE
     from largebatch.study.page.svg import svg_of, themed, write_png
 
     with paper_style():
         picture = draw(WIDE)
-        png = pictures[name] = folder / f"{name}.png"
         write_png(picture, png)
-        wide = svg_of(picture, f"w-{name}-")
-        path = pictures[f"{name}.svg"] = folder / f"{name}.svg"
-        path.write_text(wide, encoding="utf-8")
+        wide = svg_of(picture, f"w-{png.stem}-")
+        svg.write_text(wide, encoding="utf-8")
         phone = draw(NARROW)
         phone.tips.clear()  # no pointer rests on a phone
-        narrow = svg_of(phone, f"n-{name}-")
+        narrow = svg_of(phone, f"n-{png.stem}-")
     return Drawn(themed(wide, told), themed(narrow, told))

@@ -13,6 +13,7 @@ from typing import Any, Final
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_mixed import MixedModeRenderer
 from matplotlib.backends.backend_svg import RendererSVG
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
@@ -68,11 +69,13 @@ def png_of(pixels: "np.ndarray[Any, np.dtype[np.uint8]]") -> bytes:
 
 def svg_of(picture: Picture, prefix: str) -> str:
     """The picture as SVG; `prefix` sets its identifiers apart from those of others on a page."""
-    file = io.StringIO()
-    picture.figure.set_dpi(72)
+    figure, file = picture.figure, io.StringIO()
+    images_dpi = figure.dpi
+    figure.set_dpi(72)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "largebatch"}):
-        renderer = _Renderer(*picture.figure.bbox.size, file, metadata=_NO_METADATA)
-        picture.figure.draw(renderer)
+        svg = _Renderer(*figure.bbox.size, file, image_dpi=images_dpi, metadata=_NO_METADATA)
+        renderer = MixedModeRenderer(figure, *figure.get_size_inches(), images_dpi, svg)
+        figure.draw(renderer)
         renderer.finalize()
     root = ET.fromstring(file.getvalue())
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
@@ -98,12 +101,15 @@ class _Renderer(RendererSVG):
     def get_text_width_height_descent(
         self, s: str, prop: FontProperties, ismath: Any
     ) -> tuple[float, float, float]:
-        return _text_size(s, prop, ismath)
+        size: tuple[float, float, float] = _text_size(s, prop, ismath)
+        return size
 
 
 @lru_cache(4096)
 def _text_size(text: str, font: FontProperties, ismath: Any) -> tuple[float, float, float]:
-    size: tuple[float, float, float] = text_to_path.get_text_width_height_descent(text, font, ismath)
+    size: tuple[float, float, float] = text_to_path.get_text_width_height_descent(
+        text, font, ismath
+    )
     return size
 
 
