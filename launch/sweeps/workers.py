@@ -22,7 +22,7 @@ from typing import Final
 
 import cloudpickle
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
@@ -32,6 +32,7 @@ from largebatch.common.signals import on_stop_signal
 from largebatch.common.text import one_line, say
 from largebatch.distributed.ranks import die_with_parent
 from largebatch.launch.sweeps.composition import composed
+from largebatch.launch.sweeps.run_job import run_job
 
 LOOK_SECONDS: Final = 0.2
 
@@ -60,13 +61,7 @@ class Sweep:
 
     def run(self, number: int, overrides: Sequence[str]) -> JobReturn:
         """Run one job in this process, in its folder."""
-        return run_job(
-            hydra_context=self.context,
-            task_function=self.task,
-            config=self.job(number, overrides),
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-        )
+        return run_job(self.context, self.task, self.job(number, overrides))
 
     def folder(self, number: int, overrides: Sequence[str]) -> Path:
         config = self.job(number, overrides)
@@ -265,7 +260,9 @@ def _run(shared: bytes, number: int, overrides: Sequence[str]) -> JobReturn | Ke
             sweep, singletons = pickle.loads(shared)
             Singleton.set_state(singletons)
             _sweeps[shared] = sweep
-        return _sweeps[shared].run(number, overrides)
+        returned = _sweeps[shared].run(number, overrides)
+        returned.cfg = returned.hydra_cfg = None  # the folder has them; here nobody asks
+        return returned
     except KeyboardInterrupt as error:
         return error
     # Of a configuration, an import, or the task's own sys.exit; the task says what else fails.

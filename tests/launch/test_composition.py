@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hydra import initialize_config_module
 from hydra._internal.callbacks import Callbacks
+from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
@@ -71,6 +72,25 @@ def test_jobs_that_differ_in_values_are_composed_once(
         assert (job.seed, job.hydra.sweep.subdir) == (seed, f"s{seed}")
         job.seed = 99  # what becomes of one job's configuration is nothing to the next
     assert len(loads) == 1
+
+
+def test_a_job_keeps_classes_whose_names_stand_for_others(
+    sweep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, config = sweep
+    monkeypatch.setattr(composition, "_composed", {})
+    load = context.config_loader.load_sweep_config
+    anew = load(config, JOB)
+
+    def load_and_import_again(*arguments: Any) -> Any:  # as Hydra does with its plugins
+        found = load(*arguments)
+        monkeypatch.setattr("hydra.conf.HydraConf", type("HydraConf", (), {}))
+        return found
+
+    monkeypatch.setattr(context.config_loader, "load_sweep_config", load_and_import_again)
+    job = composed(context, config, JOB)
+    assert plain(job) == plain(anew)
+    assert OmegaConf.get_type(job, "hydra") is HydraConf
 
 
 def test_a_key_that_there_is_not_is_refused_in_hydras_words(sweep: Any) -> None:

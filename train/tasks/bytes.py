@@ -3,6 +3,7 @@ that training needs (`package_text.py`).
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -22,11 +23,14 @@ VOCABULARY: Final = 96
 Symbols = npt.NDArray[np.uint8]
 
 
+@lru_cache(maxsize=4)  # a study makes its task for each run
 def _symbols(text: bytes) -> Symbols:
     table = np.full(256, ord("?") - 31, np.uint8)
     table[32:127] = np.arange(1, VOCABULARY)
     table[ord("\n")] = 0
-    return table[np.frombuffer(text, np.uint8)]
+    symbols = table[np.frombuffer(text, np.uint8)]
+    symbols.setflags(write=False)
+    return symbols
 
 
 class Bytes:

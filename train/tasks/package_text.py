@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +43,7 @@ class PackageText:
     train: bytes
     held_out: bytes
 
-    @property
+    @cached_property
     def hash(self) -> str:
         digest = hashlib.sha256(self.train)
         digest.update(self.held_out)
