@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 
-class _Writer(pickle.Pickler):
+class _MouldWriter(pickle.Pickler):
     """Writes the place of a class among `kinds`, in place of its name."""
 
     kinds: list[type]
@@ -30,7 +30,7 @@ class _Writer(pickle.Pickler):
         return self.kinds.index(obj)
 
 
-class _Reader(pickle.Unpickler):
+class _MouldReader(pickle.Unpickler):
     kinds: list[type]
 
     def persistent_load(self, pid: int) -> type:
@@ -46,13 +46,13 @@ class _Mould:
 
     def __init__(self, config: DictConfig) -> None:
         written = io.BytesIO()
-        writer = _Writer(written, pickle.HIGHEST_PROTOCOL)
+        writer = _MouldWriter(written, pickle.HIGHEST_PROTOCOL)
         self._kinds = writer.kinds = []
         writer.dump(config)
         self._written = written.getvalue()
 
     def copy(self) -> DictConfig:
-        reader = _Reader(io.BytesIO(self._written))
+        reader = _MouldReader(io.BytesIO(self._written))
         reader.kinds = self._kinds
         found: DictConfig = reader.load()
         return found

@@ -16,8 +16,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 
-def run_job(context: HydraContext, task: TaskFunction, config: DictConfig) -> JobReturn:
-    """Call `task` in the folder of the job that `config` is of; what it raises is returned."""
+def run_job(
+    context: HydraContext, task: TaskFunction, config: DictConfig, brief: bool = False
+) -> JobReturn:
+    """Call `task` in the folder of the job that `config` is of; what it raises is returned.
+
+    Args:
+        brief: what is returned says what the task returned, and not how it was configured.
+    """
     if config.hydra.output_subdir is not None:  # and Hydra writes what it has composed
         return of_hydra.run_job(task, config, "hydra.sweep.dir", "hydra.sweep.subdir", context)
     here, before = os.getcwd(), HydraConfig.instance().cfg
@@ -28,6 +34,8 @@ def run_job(context: HydraContext, task: TaskFunction, config: DictConfig) -> Jo
             runtime.output_dir = os.path.abspath(folder)
     settings = HydraConfig.get()
     returned = JobReturn(overrides=OmegaConf.to_container(config.hydra.overrides.task))
+    given, held = _without_settings(config), HydraConfig.instance().cfg
+    returned.cfg, returned.hydra_cfg = given, held if brief else deepcopy(held)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         if settings.job.chdir:
@@ -37,12 +45,14 @@ def run_job(context: HydraContext, task: TaskFunction, config: DictConfig) -> Jo
         with env_override(settings.job.env_set):
             context.callbacks.on_job_start(config=config, task_function=task)
             try:
-                returned.return_value = task(_without_settings(config))
+                returned.return_value = task(given)
                 returned.status = JobStatus.COMPLETED
             except Exception as error:
                 returned.status, returned.return_value = JobStatus.FAILED, error
         returned.task_name = JobRuntime.instance().get("name")
         context.callbacks.on_job_end(config=config, job_return=returned)
+        if brief:
+            returned.cfg = returned.hydra_cfg = None
         return returned
     finally:
         HydraConfig.instance().cfg = before
@@ -52,8 +62,8 @@ def run_job(context: HydraContext, task: TaskFunction, config: DictConfig) -> Jo
 def _without_settings(config: DictConfig) -> DictConfig:
     """A copy of what is the user's; Hydra's settings are two thirds of all."""
     content: dict[str, Any] = config.__dict__["_content"]
-    settings = content.pop("hydra")
+    config.__dict__["_content"] = {key: content[key] for key in content if key != "hydra"}
     try:
         return deepcopy(config)
     finally:
-        content["hydra"] = settings
+        config.__dict__["_content"] = content

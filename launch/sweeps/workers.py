@@ -50,6 +50,8 @@ class Sweep:
     context: HydraContext
     config: DictConfig
     task: TaskFunction
+    brief: bool = False
+    """Whether what a job returns need not say how it was configured."""
 
     def job(self, number: int, overrides: Sequence[str]) -> DictConfig:
         """Compose the configuration of one job."""
@@ -61,7 +63,7 @@ class Sweep:
 
     def run(self, number: int, overrides: Sequence[str]) -> JobReturn:
         """Run one job in this process, in its folder."""
-        return run_job(self.context, self.task, self.job(number, overrides))
+        return run_job(self.context, self.task, self.job(number, overrides), self.brief)
 
     def folder(self, number: int, overrides: Sequence[str]) -> Path:
         config = self.job(number, overrides)
@@ -260,9 +262,7 @@ def _run(shared: bytes, number: int, overrides: Sequence[str]) -> JobReturn | Ke
             sweep, singletons = pickle.loads(shared)
             Singleton.set_state(singletons)
             _sweeps[shared] = sweep
-        returned = _sweeps[shared].run(number, overrides)
-        returned.cfg = returned.hydra_cfg = None  # the folder has them; here nobody asks
-        return returned
+        return _sweeps[shared].run(number, overrides)
     except KeyboardInterrupt as error:
         return error
     # Of a configuration, an import, or the task's own sys.exit; the task says what else fails.

@@ -14,10 +14,12 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from largebatch.common.errors import ConfigError, SweepFailed
+from largebatch.common.loading import load_matplotlib
 from largebatch.conf.config import typed
 from largebatch.conf.sweep_config import LOSS, STEPS, StudyConfig
 from largebatch.records.target import Target
 from largebatch.study.costs import StudyCost, add_cost
+from largebatch.study.forks import may_fork
 from largebatch.study.protocol.conduct import (
     Launch,
     More,
@@ -65,7 +67,8 @@ def sweep(
             cost.worker_seconds = workers * (time.perf_counter() - conducted)
         if cost.runs:
             add_cost(folder, cost)
-        report = write_report(folder)
+        load_matplotlib()
+        report = write_report(folder, forked=may_fork())
     print_report(report)
     found = f", {count['found']} were there" if count["found"] else ""
     print(f"study took {time.perf_counter() - begin:.0f} s ({count['made']} runs made{found})")

@@ -70,14 +70,25 @@ def seen(hydra: Any, folder: Path, words: list[str], ours: bool) -> dict[str, st
         returned = run_job(context, task, config)
     else:
         returned = of_hydra(task, config, "hydra.sweep.dir", "hydra.sweep.subdir", context)
+    assert returned.hydra_cfg is not None  # a copy that can be sent by itself
+    assert returned.hydra_cfg.hydra._get_parent() is returned.hydra_cfg
     after = OmegaConf.to_container(config.optim), HydraConfig.instance().cfg, os.getcwd()
     assert after == before
     assert config.seed != 99
     found["told"] = told.told
     found["returned"] = returned.overrides, returned.working_dir, returned.status.name
+    found["configured"] = list(map(OmegaConf.to_container, (returned.cfg, returned.hydra_cfg)))
     found["value"] = repr(returned._return_value)
     found["files"] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     return {name: str(value).replace(str(folder), "FOLDER") for name, value in found.items()}
+
+
+def test_what_is_returned_in_brief_leaves_out_how_the_job_was_configured(
+    hydra: Any, tmp_path: Path
+) -> None:
+    context = HydraContext(hydra.config_loader, Callbacks())
+    returned = run_job(context, lambda _: 0.5, job(hydra, tmp_path, []), brief=True)
+    assert (returned.cfg, returned.hydra_cfg, returned.return_value) == (None, None, 0.5)
 
 
 @pytest.mark.parametrize(

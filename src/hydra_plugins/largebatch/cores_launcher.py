@@ -43,23 +43,31 @@ class CoresLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        return self.launch_growing(job_overrides, initial_job_idx)
+        return self._launch(job_overrides, initial_job_idx)
 
     def launch_growing(
         self,
         job_overrides: Sequence[Sequence[str]],
         initial_job_idx: int,
-        more: Callable[[int], Sequence[Sequence[str]]] = lambda place: (),
+        more: Callable[[int], Sequence[Sequence[str]]],
     ) -> Sequence[JobReturn]:
-        """Launch jobs, and with each that has succeeded those that `more` returns for its place."""
+        """Launch jobs, and with each that has succeeded those that `more` returns for its place.
+        What is returned leaves out how they were configured.
+        """
+        return self._launch(job_overrides, initial_job_idx, more=more, brief=True)
+
+    def _launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int, *, brief: bool = False,
+        **more: Any,
+    ) -> Sequence[JobReturn]:  # fmt: skip
         # Hydra imports its plugins at every start: what they stand on comes only when it is used.
         from largebatch.launch.sweeps.workers import Sweep, Workers, num_workers
 
         if self._workers is None:
             self.num_workers = num_workers(self._n_jobs)
             self._workers = Workers(self.num_workers)
-        sweep = Sweep(self.hydra_context, self.config, self._task_function)
+        sweep = Sweep(self.hydra_context, self.config, self._task_function, brief)
         returned: Sequence[JobReturn] = self._workers.launch(
-            sweep, job_overrides, initial_job_idx, more
+            sweep, job_overrides, initial_job_idx, **more
         )
         return returned
