@@ -7,7 +7,7 @@ takes to be built. Here the job's configuration is its own already.
 import os
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra.core.utils as of_hydra
 from hydra.core.hydra_config import HydraConfig
@@ -26,16 +26,17 @@ def run_job(
     """
     if config.hydra.output_subdir is not None:  # and Hydra writes what it has composed
         return of_hydra.run_job(task, config, "hydra.sweep.dir", "hydra.sweep.subdir", context)
-    here, before = os.getcwd(), HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(config)  # from here on ${hydra:…} stands for something
+    here, holder = os.getcwd(), HydraConfig.instance()
+    before = holder.cfg
+    holder.set_config(config)  # from here on ${hydra:…} stands for something
+    settings: Any = HydraConfig.get()
     folder = os.path.join(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir))
-    for runtime in (config.hydra.runtime, HydraConfig.get().runtime):
+    for runtime in (config.hydra.runtime, settings.runtime):
         with read_write(runtime), open_dict(runtime):
             runtime.output_dir = os.path.abspath(folder)
-    settings = HydraConfig.get()
-    returned = JobReturn(overrides=OmegaConf.to_container(config.hydra.overrides.task))
-    given, held = _without_settings(config), HydraConfig.instance().cfg
-    returned.cfg, returned.hydra_cfg = given, held if brief else deepcopy(held)
+    words: Any = OmegaConf.to_container(config.hydra.overrides.task)
+    given, held = _without_settings(config), cast(DictConfig, holder.cfg)
+    returned = JobReturn(words, given, held if brief else deepcopy(held))
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         if settings.job.chdir:
@@ -55,7 +56,7 @@ def run_job(
             returned.cfg = returned.hydra_cfg = None
         return returned
     finally:
-        HydraConfig.instance().cfg = before
+        holder.cfg = before
         os.chdir(here)
 
 

@@ -27,7 +27,7 @@ class PlainLegend(Artist):
         super().__init__()
         self._columns: Any = np.array_split(np.arange(len(handles)), columns)
         self._lines = list(handles)
-        self._texts = [
+        self._texts: list[Text] = [
             PlainText(text=str(line.get_label()), fontsize=SIZE, va="center_baseline")
             for line in handles
         ]

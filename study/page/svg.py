@@ -61,7 +61,7 @@ def png_of(pixels: "np.ndarray[Any, np.dtype[np.uint8]]") -> bytes:
         for kind, data in (
             (b"IHDR", struct.pack(">2I5B", width, height, 8, _RGB, 0, 0, 0)),
             (b"pHYs", struct.pack(">2IB", a_metre, a_metre, 1)),
-            (b"IDAT", zlib.compress(packed, 1)),
+            (b"IDAT", zlib.compress(packed.tobytes(), 1)),
             (b"IEND", b""),
         )
     )
@@ -73,8 +73,8 @@ def svg_of(picture: Picture, prefix: str) -> str:
     images_dpi = figure.dpi
     figure.set_dpi(72)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "largebatch"}):
-        svg = _Renderer(*figure.bbox.size, file, image_dpi=images_dpi, metadata=_NO_METADATA)
-        renderer = MixedModeRenderer(figure, *figure.get_size_inches(), images_dpi, svg)
+        svg = _RENDERER(*figure.bbox.size, file, image_dpi=images_dpi, metadata=_NO_METADATA)
+        renderer = _MIXED(figure, *figure.get_size_inches(), images_dpi, svg)
         figure.draw(renderer)
         renderer.finalize()
     root = ET.fromstring(file.getvalue())
@@ -103,6 +103,11 @@ class _Renderer(RendererSVG):
     ) -> tuple[float, float, float]:
         size: tuple[float, float, float] = _text_size(s, prop, ismath)
         return size
+
+
+# matplotlib types what they are made with nowhere, or not as it is.
+_RENDERER: Final[Any] = _Renderer
+_MIXED: Final[Any] = MixedModeRenderer
 
 
 @lru_cache(4096)

@@ -135,13 +135,14 @@ class PlainAxis(Axis):
         if not places:
             return
         points = transform.transform(np.stack(self._xy(places, [0.0] * len(places)), axis=1))
-        size = renderer.points_to_pixels(self._style[f"{kind}.size"])
+        size: Any = renderer.points_to_pixels(self._style[f"{kind}.size"])
         pen = renderer.new_gc()
         pen.set_foreground(self._style["color"])
         pen.set_linewidth(self._style[f"{kind}.width"])
         pen.set_snap(size >= 1)
-        mark, scaled = self._mark.get_path(), self._mark.get_transform().scale(size)
-        renderer.draw_markers(pen, mark, scaled, Path(points), IdentityTransform())
+        mark: Any = self._mark.get_transform()
+        path = self._mark.get_path()
+        renderer.draw_markers(pen, path, mark.scale(size), Path(points), IdentityTransform())
         pen.restore()
 
     def _set_texts(self, shown: Sequence[tuple[float, str]]) -> None:
@@ -152,7 +153,7 @@ class PlainAxis(Axis):
                 axes.get_xaxis_text1_transform if self._is_x else axes.get_yaxis_text1_transform
             )
             transform, vertical, horizontal = beside(pad)
-            text = PlainText(
+            text: Text = PlainText(
                 fontsize=self._font_size, color=self._style["color"], va=vertical,
                 ha=horizontal, transform=transform,
             )  # fmt: skip
