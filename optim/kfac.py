@@ -67,8 +67,9 @@ class KFAC(KroneckerOptimizer):
       that it means the same whatever the scale of gradients. `final_damping`: where it is after
       `damping_items` items, moving geometrically; None: it stays. `ridge`: the least damping,
       relative to the largest eigenvalue.
-    - `form`: "factored_eigen", by eigenvectors; "factored_cholesky", the same by Cholesky factors;
-      "exact", damping the product of the factors (see `kronecker.damping`).
+    - `form`: "factored_cholesky", by Cholesky factors; "factored_eigen", the same by eigenvectors,
+      which take four times as long; "exact", damping the product of the factors (see
+      `kronecker.damping`).
     - `factor_decay`: what remains of the running averages at an update of them.
     - `graft`: whose step gives the preconditioned gradient of a layer its norm (`math.adam`),
       with moments of its own; or "none".
@@ -127,7 +128,7 @@ class KFAC(KroneckerOptimizer):
         final_damping: float | None = None,
         damping_items: float | None = None,
         ridge: float = 1e-6,
-        form: str = "factored_eigen",
+        form: str = "factored_cholesky",
         factor_decay: float = 0.95,
         graft: str = "adam",
         kl_clip: float | None = None,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from largebatch.optim.math.matrix_roots import (
+    ASKED,
     LEFT,
     RootError,
     full_precision,
@@ -32,6 +33,7 @@ from largebatch.optim.math.matrix_roots import (
     symmetric_eigen,
 )
 from largebatch.optim.math.root_products import ABOUT, inverse_powers, largest_eigenvalues
+from largebatch.optim.math.tensors import is_finite
 
 FORMS = ("factored_eigen", "factored_cholesky", "exact")
 FORMER_FORMS = {"eigen": "factored_eigen", "inverse": "factored_cholesky"}
@@ -144,17 +146,16 @@ def inverses_by_products(
 def precondition(roots: Roots, gradient: Tensor) -> Tensor:
     """(A ⊗ G + λ)⁻¹ on gradients laid out as matrices, (groups, out, in)."""
     if "shift" not in roots:
-        return _apply(roots["inverse_in"], _apply(roots["inverse_out"], gradient).mT).mT
+        inverse_in, inverse_out = roots["inverse_in"], roots["inverse_out"]  # both symmetric
+        is_diagonal = inverse_out.dim() == 2
+        half = inverse_out.unsqueeze(2) * gradient if is_diagonal else inverse_out @ gradient
+        return half * inverse_in.unsqueeze(1) if inverse_in.dim() == 2 else half @ inverse_in
     basis_in, basis_out = roots.get("basis_in"), roots.get("basis_out")
     rotated = gradient if basis_out is None else basis_out.mT @ gradient
     rotated = rotated if basis_in is None else rotated @ basis_in
     rotated = rotated / _denominators(roots)
     rotated = rotated if basis_in is None else rotated @ basis_in.mT
     return rotated if basis_out is None else basis_out @ rotated
-
-
-def _apply(inverse: Tensor, matrices: Tensor) -> Tensor:
-    return inverse.unsqueeze(2) * matrices if inverse.dim() == 2 else inverse @ matrices
 
 
 def _largest_product(roots: Roots) -> Tensor:
@@ -198,7 +199,7 @@ def _inverse(
 
 
 def _require_finite(inverse: Tensor) -> None:
-    if not bool(inverse.isfinite().all()):
+    if not bool(is_finite(inverse)):
         raise RootError("a damped inverse has left non-finite numbers", LEFT)
 
 
@@ -244,9 +245,12 @@ def _cholesky_inverse(matrices: Tensor) -> Tensor:
         if info.any():  # of a factor with a zero on its diagonal the inverse would raise
             continue
         inverse = torch.cholesky_inverse(lower)
-        if inverse.isfinite().all():
+        if is_finite(inverse):
             return inverse.to(matrices.dtype)
-    raise RootError(f"a {tuple(matrices.shape[1:])} matrix, damped, is not positive definite")
+    what = f"a {tuple(matrices.shape[1:])} matrix, damped, is not"
+    if is_finite(matrices):
+        raise RootError(f"{what} positive definite")
+    raise RootError(f"{what} finite", ASKED)
 
 
 def _eigen(factors: Tensor) -> tuple[Tensor, Tensor]:

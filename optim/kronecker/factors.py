@@ -14,7 +14,7 @@ from torch import Tensor
 from largebatch.optim.kronecker.damping import Damping, Roots, decomposed, inverses_by_products
 from largebatch.optim.kronecker.layers import FactorSums, Layer
 from largebatch.optim.math.decompositions import ByProducts, Decomposition
-from largebatch.optim.math.tensors import write
+from largebatch.optim.math.tensors import is_finite, write
 
 State = Mapping[str, Tensor]
 
@@ -94,15 +94,24 @@ def average(
     """
     idle = ~(sums.positions > 0)
     idle = idle if skip is None else idle | skip
-    found = (sums.inputs / sums.positions, sums.outputs * scale)
-    finite = found[0].isfinite().all() & found[1].isfinite().all()
+    positions, scale = (value.to(layer.dtype) for value in (sums.positions, scale))
+    found = ((sums.inputs, 1 / positions), (sums.outputs, scale))
+    finite = torch.stack([is_finite(_diagonal(each) * by) for each, by in found]).all()
     dropped = state["dropped_updates"]
     write([dropped], [dropped + 1], idle | finite)
     idle = idle | ~finite
-    before = [in_groups(layer, state[key]) for key in FACTORS]
-    after = [old.lerp(new, 1 - decay) for old, new in zip(before, found, strict=True)]
     weight, seen = state["factor_weight"], state["items"]
-    write([*before, weight, seen], [*after, decay * weight + (1 - decay), seen + items], idle)
+    kept = torch.where(idle, 1.0, torch.full_like(weight, decay))
+    for key, (each, by) in zip(FACTORS, found, strict=True):
+        # In place and by few passes: factors are the most that there is of a layer.
+        share = torch.where(idle, 0.0, (1 - decay) * by)
+        in_groups(layer, state[key]).mul_(kept).addcmul_(torch.where(idle, 0.0, each), share)
+    write([weight, seen], [decay * weight + (1 - decay), seen + items], idle)
+
+
+def _diagonal(sums: Tensor) -> Tensor:
+    """Of sums of squares; none of their elements is larger."""
+    return sums if sums.dim() == 2 else sums.diagonal(dim1=1, dim2=2)
 
 
 def averages(layer: Layer, state: State) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from largebatch.optim.kronecker.damping import Roots, precondition
 from largebatch.optim.kronecker.layers import FactorSums, Layer
-from largebatch.optim.math.tensors import root
+from largebatch.optim.math.tensors import is_finite, root
 from largebatch.optim.sharding.layout import local
 from largebatch.optim.sharding.placement import Placement
 from largebatch.optim.sharding.redistribution import WorkGroup
@@ -117,7 +117,7 @@ class KroneckerWorkGroup(WorkGroup[Layer]):
             gradient = layer.matrices([blocks[param][0] for param in layer.params])
             update = precondition(roots[layer], gradient)
             # What FP32 does not hold is no step; a gradient that is no number stays one.
-            usable = update.isfinite().all() | ~gradient.isfinite().all()
+            usable = is_finite(update) | ~is_finite(gradient)
             update, scale = normalised(torch.where(usable, update, 0.0))
             numbers.add(layer, "scale", scale)
             numbers.add(layer, "gradient", gradient.square().sum())
@@ -136,12 +136,13 @@ class KroneckerWorkGroup(WorkGroup[Layer]):
 
 
 def normalised(update: Tensor) -> tuple[Tensor, Tensor]:
-    """The tensor divided by a power of two such that its largest element is between 1/2 and 1, and
-    that power, 0-d: 1 for one of zeros or with numbers that are none."""
-    _, exponent = torch.frexp(update.abs().amax())
-    scale = torch.ldexp(torch.ones_like(update[0, 0, 0]), exponent)
+    """The tensor divided, in place, by a power of two such that its largest element is between 1/2
+    and 1, and that power, 0-d: 1 for one of zeros or with numbers that are none."""
+    least, most = torch.aminmax(update)
+    _, exponent = torch.frexp(torch.maximum(-least, most))
+    scale = torch.ldexp(torch.ones_like(most), exponent)
     scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
-    return update / scale, scale
+    return update.div_(scale), scale
 
 
 def make_work_groups(

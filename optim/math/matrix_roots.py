@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from largebatch.optim.math.tensors import is_finite
 from largebatch.optim.options import require
 from largebatch.optim.sharding.layout import Name
 from largebatch.optim.sharding.redistribution import WorkGroup
@@ -117,7 +118,7 @@ def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if found is None:
         found = finite_eigen(scaled.to("cpu", torch.float64))
     if found is None:
-        finite = bool(torch.isfinite(matrix).all())
+        finite = bool(is_finite(matrix))
         what = "does not converge" if finite else "was asked of non-finite numbers"
         raise RootError(
             f"the eigendecomposition of a {tuple(matrix.shape)} matrix {what}",
@@ -141,7 +142,7 @@ def finite_eigen(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
             values, vectors = torch.linalg.eigh(matrix)
     except LinAlgError:
         return None
-    finite = torch.isfinite(values).all() & torch.isfinite(vectors).all()
+    finite = is_finite(values) & is_finite(vectors)
     return (values, vectors) if bool(finite) else None
 
 
@@ -162,7 +163,7 @@ def inverse_root(matrix: Tensor, p: float, ridge: float = DEFAULT_RIDGE) -> Root
     relative = torch.where(empty, 1.0, values / torch.where(empty, 1.0, largest) + ridge)
     scale = torch.where(empty, 1.0, largest) ** (-1 / p)
     root = of_eigen(relative ** (-1 / p) * scale, vectors)
-    if not bool(torch.isfinite(root).all()):
+    if not bool(is_finite(root)):
         what = f"the root of a {tuple(matrix.shape)} matrix has left non-finite numbers"
         raise RootError(what, LEFT)
     return Root(root, relative[-1] / relative[0])
@@ -206,8 +207,8 @@ def refined_basis(matrix: Tensor, basis: Tensor) -> Refined:
     refined *= torch.where(triangle.diagonal() < 0, -1, 1).to(refined)
     refined = torch.where(empty, basis, refined)
     order = torch.where(empty, torch.arange(len(order), device=order.device), order)
-    if not bool(torch.isfinite(refined).all()):
-        finite = bool(torch.isfinite(matrix).all())
+    if not bool(is_finite(refined)):
+        finite = bool(is_finite(matrix))
         what = f"QR of a {tuple(matrix.shape)} matrix has left non-finite numbers"
         raise RootError(what, LEFT if finite else ASKED)
     return Refined(refined, order)

@@ -120,6 +120,14 @@ def without_too_large(gradient: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(too_large, 0.0, gradient), too_large.sum()
 
 
+def is_finite(tensor: Tensor) -> Tensor:
+    """Whether all elements are, 0-d: in one pass, where `isfinite` takes five."""
+    if not tensor.numel():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    least, most = torch.aminmax(tensor)  # NaN if there is one
+    return least.isfinite() & most.isfinite()
+
+
 def in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The tensors in a dtype; themselves where they have it."""
     if all(tensor.dtype == dtype for tensor in tensors):

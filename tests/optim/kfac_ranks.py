@@ -36,7 +36,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "defaults": {"inverse_interval": 3},
     "ridge": {"inverse_interval": 3, "ridge": 1e-4},
     "inverse": {
-        "form": "factored_cholesky",
+        "form": "factored_eigen",
         "damping": 1e-4,
         "graft": "sgd",
         "weight_decay": 0.1,

@@ -19,7 +19,7 @@ OPTIONS = [
     {},
     {"graft": "none"},
     {"form": "exact", "kl_clip": 1e-3},
-    {"form": "factored_cholesky"},
+    {"form": "factored_eigen"},
     {"relative_damping": False},
     {"rule": "sgd", "graft": "sgd"},
 ]

@@ -61,11 +61,14 @@ def test_the_step_is_the_natural_gradient_where_kfac_is_exact(form: str, damping
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_factored_damping_is_that_of_martens_and_grosse(relative: bool) -> None:
-    """Section 6.3: π = √(tr A / dim A · dim G / tr G), by dense algebra over A ⊗ G."""
+@pytest.mark.parametrize(("form", "p"), [("factored_eigen", 2), ("factored_cholesky", 1)])
+def test_factored_damping_is_that_of_martens_and_grosse(form: str, p: int, relative: bool) -> None:
+    """Section 6.3: π = √(tr A / dim A · dim G / tr G), by dense algebra over A ⊗ G; the condition
+    number is that in the p-norm."""
     torch.manual_seed(0)
     layer, x = nn.Linear(3, 2).double(), torch.randn(8, 3).double()
-    optimizer = KFAC(layer, lr=1.0, damping=0.04, relative_damping=relative, **PLAIN)
+    options = {"damping": 0.04, "relative_damping": relative, "form": form}
+    optimizer = KFAC(layer, lr=1.0, **options, **PLAIN)
     layer(x).square().sum(dim=1).mean().backward()
     gradient = flat([layer.weight.grad, layer.bias.grad])
     step = flat(moved_by(optimizer, [*layer.parameters()]))
@@ -80,7 +83,7 @@ def test_factored_damping_is_that_of_martens_and_grosse(relative: bool) -> None:
     expected = torch.linalg.solve(torch.kron(damped_out, damped_in), gradient)
     torch.testing.assert_close(step, expected, **TIGHT)
     stats = optimizer.layer_stats()["weight"]
-    condition = torch.linalg.cond(torch.kron(damped_out, damped_in))
+    condition = torch.linalg.cond(torch.kron(damped_out, damped_in), p)
     torch.testing.assert_close(stats["condition_number"], condition, **TIGHT)
     cosine = nn.functional.cosine_similarity(expected, gradient, dim=0)
     torch.testing.assert_close(stats["cosine"], cosine, **TIGHT)
