@@ -3,6 +3,7 @@
 import atexit
 import builtins
 import contextlib
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -70,6 +71,8 @@ WARMED = (
      "target.loss=null", "hydra.run.dir=runs/a_b-1", "evaluation.growth=100", "+task.new={a: [1]}"],
 )  # fmt: skip
 
+LARGE_PAGE, MADV_COLLAPSE = 2 << 20, 25  # of Linux 6.1 and later
+
 Request = dict[str, Any]
 
 
@@ -93,6 +96,7 @@ def main() -> None:
         finalizer.atexit = False
     gc.collect()
     gc.freeze()
+    gather_pages()
     request = serve(path, owner)
     if request is not None:
         end(run(request, base))
@@ -114,6 +118,22 @@ def warm() -> None:
     for num_bytes in (65_536, 2_000_000):
         package_text(num_bytes)
     Digits()
+
+
+def gather_pages() -> None:
+    """Ask the kernel to put this memory into large pages, where it has any and can.
+
+    Of the 33 ms of processor time that a fork took which did nothing, 19 went into copying the
+    table of small ones and taking it down.
+    """
+    madvise = ctypes.CDLL(None).madvise
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        where, rights, _, _, _, *name = line.split()
+        if rights == "rw-p" and name in ([], ["[heap]"]):
+            first, last = (int(address, 16) for address in where.split("-"))
+            first, last = -(-first // LARGE_PAGE) * LARGE_PAGE, last // LARGE_PAGE * LARGE_PAGE
+            if first < last:
+                madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_COLLAPSE)
 
 
 def run(request: Request, base: list[str]) -> int:
