@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "shared"))
 
 import composed_once
+import copied_plainly
 import forked
 import parsed_once
 
@@ -26,6 +27,7 @@ for _name in [name for name in os.environ if name.startswith(_LEFT_OVER) and nam
 os.environ["PET_STANDALONE"] = "1"  # torchrun meets at a free port, and not at one for all
 
 forked.set_up()
+copied_plainly.set_up()
 parsed_once.set_up()
 composed_once.set_up(Path(os.environ[forked.FOLDER]))
 

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 import composed_once
+import copied_plainly
 import parsed_once
 from processes import is_running
 
@@ -84,6 +85,7 @@ def main() -> None:
     for name in PRELOADED:
         if importlib.util.find_spec(name.partition(".")[0]) is not None:
             importlib.import_module(name)
+    copied_plainly.set_up()
     parsed_once.set_up()
     parsed_once.parse_ahead()
     composed_once.set_up(path.parent)
