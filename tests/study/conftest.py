@@ -11,7 +11,7 @@ from largebatch.study.protocol.search import Result
 Simulate = Callable[[str, int, float, int, int], Result]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def simulate() -> Simulate:
     """The result of a run of (optimizer, batch size, learning rate, seed, steps to give up at).
 

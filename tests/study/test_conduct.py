@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -43,12 +44,18 @@ def best(protocol: Protocol) -> dict[tuple[str, int], tuple[Setting | None, floa
     }
 
 
-@pytest.fixture
-def whole(tmp_path: Path, simulate: Simulate) -> Path:
-    """A study that nothing disturbed."""
-    folder = tmp_path / "whole"
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, simulate: Simulate) -> Path:
+    """A study that nothing disturbed, to look at."""
+    folder = tmp_path_factory.mktemp("undisturbed")
     conduct(make_protocol(), folder, ARGUMENTS, Workers(folder, simulate))
     return folder
+
+
+@pytest.fixture
+def whole(undisturbed: Path, tmp_path: Path) -> Path:
+    """A copy of it, to go on in."""
+    return Path(shutil.copytree(undisturbed, tmp_path / "whole"))
 
 
 def test_a_study_runs_every_job_once_and_ends(tmp_path: Path, simulate: Simulate) -> None:
@@ -63,13 +70,13 @@ def test_a_study_runs_every_job_once_and_ends(tmp_path: Path, simulate: Simulate
 
 
 def test_a_launcher_that_takes_rounds_comes_to_the_same_end(
-    whole: Path, tmp_path: Path, simulate: Simulate
+    undisturbed: Path, tmp_path: Path, simulate: Simulate
 ) -> None:
     folder = tmp_path / "rounds"
     workers = Workers(folder, simulate)
     count = conduct(make_protocol(), folder, ARGUMENTS, in_rounds(workers))
     assert count == {"made": len(workers.launched), "found": 0}
-    assert records(folder) == records(whole)
+    assert records(folder) == records(undisturbed)
 
 
 def test_finished_runs_are_not_run_again(whole: Path, simulate: Simulate) -> None:
@@ -107,7 +114,7 @@ def test_a_run_that_was_cut_off_is_discarded_and_run_again(
     [(0, True), (1, False), (2, True), (7, False), (20, True), (41, False)],
 )
 def test_a_study_cut_off_anywhere_comes_to_the_same_end(
-    dies_at: int, interrupts: bool, whole: Path, tmp_path: Path, simulate: Simulate
+    dies_at: int, interrupts: bool, undisturbed: Path, tmp_path: Path, simulate: Simulate
 ) -> None:
     folder = tmp_path / "cut off"
     first = Workers(folder, simulate, dies_at, interrupts)
@@ -115,7 +122,7 @@ def test_a_study_cut_off_anywhere_comes_to_the_same_end(
         conduct(make_protocol(), folder, ARGUMENTS, first)
     second = Workers(folder, simulate)
     count = conduct(make_protocol(), folder, ARGUMENTS, second)
-    assert records(folder) == records(whole)
+    assert records(folder) == records(undisturbed)
     assert count == {"made": len(second.launched), "found": dies_at}
     assert set(first.launched[:-1]).isdisjoint(second.launched)
     assert first.launched[-1] in second.launched
@@ -143,7 +150,7 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(
 
 
 def test_a_study_cut_off_again_and_again_comes_to_the_same_end(
-    whole: Path, tmp_path: Path, simulate: Simulate
+    undisturbed: Path, tmp_path: Path, simulate: Simulate
 ) -> None:
     folder, num_conducts, finished = tmp_path / "cut off", 0, False
     while not finished:
@@ -153,7 +160,7 @@ def test_a_study_cut_off_again_and_again_comes_to_the_same_end(
             finished = True
         num_conducts += 1
     assert num_conducts > 10
-    assert records(folder) == records(whole)
+    assert records(folder) == records(undisturbed)
 
 
 def test_a_run_that_leaves_no_record_ends_the_study(tmp_path: Path) -> None:
