@@ -26,6 +26,7 @@ from largebatch.common.figures import GRID
 _SLACK: Final = 1e-9
 """By which rounding may set a tick beyond the end of its axis, as a share."""
 
+_MOST_LAYOUTS: Final = 10_000
 _layouts: Final[dict[Hashable, Any]] = {}
 _STYLE: Final = (
     "color", "labelsize", "major.pad", "major.size", "major.width", "minor.size", "minor.width",
@@ -40,6 +41,8 @@ class PlainText(Text):
         style = self.get_fontsize(), self.get_horizontalalignment(), self.get_verticalalignment()
         key = self.get_text(), *style, figure.dpi, type(renderer)
         if key not in _layouts:
+            if len(_layouts) >= _MOST_LAYOUTS:  # of many studies in one process
+                _layouts.clear()
             laid_out: Any = super()
             _layouts[key] = laid_out._get_layout(renderer)
         return _layouts[key]
