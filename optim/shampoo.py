@@ -29,9 +29,9 @@ from largebatch.optim.base import Group
 from largebatch.optim.blockwise.block_work import (
     BlockAtWork,
     BlockTask,
+    advance_factor,
     factor_beta,
     in_basis,
-    next_factor,
 )
 from largebatch.optim.blockwise.blocks import Block
 from largebatch.optim.blockwise.optimizer import Here, SecondOrderOptimizer
@@ -196,7 +196,7 @@ class Shampoo(SecondOrderOptimizer):
         group, grad, step = block.group, block.grad, block.step
         (beta1, beta2), start = group["betas"], group["start_preconditioning_step"]
         for dim in block.dims:
-            block.put(f"factor_{dim}", next_factor(block, dim))
+            advance_factor(block, dim)
         if block.is_due(start):
             factor, use = partial(corrected_factor, block), partial(self._take_roots, block)
             yield from refreshed(block, start, factor, root_of(block), use)

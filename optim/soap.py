@@ -61,9 +61,9 @@ from largebatch.optim.base import Group
 from largebatch.optim.blockwise.block_work import (
     BlockAtWork,
     BlockTask,
+    advance_factor,
     factor_beta,
     in_basis,
-    next_factor,
     out_of_basis,
 )
 from largebatch.optim.blockwise.blocks import Block
@@ -202,11 +202,11 @@ class SOAP(SecondOrderOptimizer):
         factors where it is due."""
         direction = self._direction(block)
         if block.group["factors"] == "kl":
-            factors = kl_factors(block)
+            for dim, factor in kl_factors(block).items():  # each of all as they were
+                block.put(f"factor_{dim}", factor)
         else:
-            factors = {dim: next_factor(block, dim) for dim in block.dims}
-        for dim, factor in factors.items():
-            block.put(f"factor_{dim}", factor)
+            for dim in block.dims:
+                advance_factor(block, dim)
         if block.step == 1 or block.is_due(first=1):
             by_dim, use = partial(factor_of, block), partial(self._turn_bases, block)
             yield from refreshed(block, 1, by_dim, basis_of(block), use)
@@ -231,12 +231,11 @@ class SOAP(SecondOrderOptimizer):
         bases, condition = {}, block.state["condition"].clone()
         squares = block.state["exp_avg_sq"]
         for dim, outcome in zip(block.dims, outcomes, strict=True):
-            factor, basis = block.state[f"factor_{dim}"], block.state[f"basis_{dim}"]
-            found = block.attempt(outcome, dim)
+            basis, found = block.state[f"basis_{dim}"], block.attempt(outcome, dim)
             if found is not None:
                 basis = block.put(f"basis_{dim}", found.basis)
                 squares = squares.index_select(dim, found.order)
-                condition[dim] = condition_number(factor, basis)
+                condition[dim] = found.condition
             bases[dim] = basis
         if block.step == 1:
             squares = in_basis(block.grad, bases).square_().mul_(1 - block.group["betas"][1])
@@ -299,11 +298,4 @@ def kl_factors(block: BlockAtWork) -> dict[int, Tensor]:
 
 def first_basis(factor: Tensor, basis: Tensor) -> Refined:
     """An eigenbasis in place of `basis`."""
-    return Refined(eigenbasis(factor), torch.arange(len(basis), device=basis.device))
-
-
-def condition_number(factor: Tensor, basis: Tensor) -> Tensor:
-    """The largest by the smallest Rayleigh quotient of the basis, 0-d; as far as FP32 tells."""
-    quotients = (basis * (factor @ basis)).sum(dim=0)
-    smallest = quotients.min().clamp(min=torch.finfo(factor.dtype).eps * quotients.max())
-    return torch.where(smallest > 0, quotients.max() / smallest, 1.0)
+    return eigenbasis(factor)

@@ -145,16 +145,20 @@ def factor_beta(group: Group) -> float:
     return group["betas"][1] if beta is None else beta
 
 
-def next_factor(block: BlockAtWork, dim: int) -> Tensor:
-    """A dimension's Kronecker factor with this step's G_(i) G_(i)ᵀ, a new tensor of shape
-    (n_i, n_i); G_(i) is the gradient unfolded along dimension i.
+def advance_factor(block: BlockAtWork, dim: int) -> None:
+    """Take this step's G_(i) G_(i)ᵀ into a dimension's Kronecker factor, (n_i, n_i); G_(i) is the
+    gradient unfolded along dimension i.
 
     The product is as precise as what is set globally: callers set `matrix_roots.full_precision`.
     """
     beta, factor = factor_beta(block.group), block.state[f"factor_{dim}"]
     unfolded = block.grad.movedim(dim, 0).flatten(1)
-    new: Tensor = unfolded @ unfolded.T
-    return factor + new if beta == 1 else factor.lerp(new, 1 - beta)
+    weight = 1 if beta == 1 else 1 - beta
+    if block.skip is None:
+        factor.addmm_(unfolded, unfolded.T, beta=beta, alpha=weight)
+    else:
+        new = torch.addmm(factor, unfolded, unfolded.T, beta=beta, alpha=weight)
+        write([factor], [new], block.skip)
 
 
 def in_basis(tensor: Tensor, matrices: Mapping[int, Tensor]) -> Tensor:

@@ -74,6 +74,8 @@ class Refined(NamedTuple):
     """Orthonormal columns, shape (n, n)."""
     order: Tensor
     """Column j has come from column order[j] of the basis before."""
+    condition: Tensor
+    """Largest by smallest eigenvalue, as far as the basis before and the dtype tell; 0-d."""
 
 
 @contextmanager
@@ -176,13 +178,22 @@ def of_eigen(values: Tensor, vectors: Tensor) -> Tensor:
     return (product + product.T) / 2
 
 
-def eigenbasis(matrix: Tensor) -> Tensor:
+def eigenbasis(matrix: Tensor) -> Refined:
     """Orthonormal eigenvectors, the columns, that of the largest eigenvalue first.
 
     Raises:
         RootError: as for `symmetric_eigen`.
     """
-    return symmetric_eigen(matrix)[1].flip(1)
+    values, vectors = symmetric_eigen(matrix)
+    order = torch.arange(len(values), device=values.device)
+    return Refined(vectors.flip(1), order, _condition(values))
+
+
+def _condition(values: Tensor) -> Tensor:
+    """Largest by smallest, which is known to a digit of the largest; 1 where all are 0."""
+    largest = values.amax()
+    smallest = values.amin().clamp(min=torch.finfo(values.dtype).eps * largest)
+    return torch.where(smallest > 0, largest / smallest, 1.0)
 
 
 def refined_basis(matrix: Tensor, basis: Tensor) -> Refined:
@@ -201,7 +212,8 @@ def refined_basis(matrix: Tensor, basis: Tensor) -> Refined:
     empty = largest < smallest_square(matrix.dtype)  # nothing to refine it by
     with full_precision(matrix.dtype):
         power = (matrix / torch.where(empty, 1.0, largest)) @ basis
-        order = (basis * power).sum(dim=0).argsort(descending=True, stable=True)
+        quotients = (basis * power).sum(dim=0)
+        order = quotients.argsort(descending=True, stable=True)
         refined: Tensor
         refined, triangle = torch.linalg.qr(power[:, order])
     refined *= torch.where(triangle.diagonal() < 0, -1, 1).to(refined)
@@ -211,7 +223,7 @@ def refined_basis(matrix: Tensor, basis: Tensor) -> Refined:
         finite = bool(is_finite(matrix))
         what = f"QR of a {tuple(matrix.shape)} matrix has left non-finite numbers"
         raise RootError(what, LEFT if finite else ASKED)
-    return Refined(refined, order)
+    return Refined(refined, order, torch.where(empty, 1.0, _condition(quotients)))
 
 
 class Failures:

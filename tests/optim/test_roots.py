@@ -222,7 +222,9 @@ def test_failures_are_passed_over_counted_and_then_raised() -> None:
 def test_the_eigenbasis_diagonalises(n: int) -> None:
     values = torch.logspace(-4, 0, n).flip(0)
     matrix = spd(values)
-    basis = eigenbasis(matrix.float()).double()
+    found = eigenbasis(matrix.float())
+    basis = found.basis.double()
+    assert float(found.condition) == pytest.approx(float(values[0] / values[-1]), rel=0.01)
     diagonal = basis.T @ matrix @ basis
     assert float((basis.T @ basis - torch.eye(n)).abs().max()) < 1e-5
     assert float((diagonal - torch.diag(values.double())).abs().max()) < 1e-5
@@ -231,13 +233,15 @@ def test_the_eigenbasis_diagonalises(n: int) -> None:
 def test_qr_steps_converge_to_the_eigenbasis() -> None:
     """At the rate of orthogonal iteration: an angle shrinks by λ_j / λ_i = 1/2 a step."""
     values = 2.0 ** -torch.arange(8, dtype=torch.float64)
-    matrix, exact = spd(values), eigenbasis(spd(values))
+    matrix, exact = spd(values), eigenbasis(spd(values)).basis
     basis = torch.eye(8, dtype=torch.float64)
     for _ in range(10):
         basis = refined_basis(matrix, basis).basis
     early = (basis.T @ exact).abs().fill_diagonal_(0).max()
     for _ in range(10):
-        basis = refined_basis(matrix, basis).basis
+        _, _, condition = refined = refined_basis(matrix, basis)
+        basis = refined.basis
+    assert float(condition) == pytest.approx(2.0**7, rel=1e-3)
     late = (basis.T @ exact).abs().fill_diagonal_(0).max()
     assert float(late / early) == pytest.approx(2.0**-10, rel=0.2)
     torch.testing.assert_close(
@@ -251,11 +255,12 @@ def test_a_qr_step_keeps_an_eigenbasis_and_sorts_it() -> None:
     refined = refined_basis(torch.diag(values), torch.eye(4, dtype=torch.float64))
     assert torch.equal(refined.basis, torch.eye(4, dtype=torch.float64)[:, [3, 1, 2, 0]])
     assert refined.order.tolist() == [3, 1, 2, 0]
+    assert float(refined.condition) == 8
 
 
 def test_a_qr_step_on_a_rank_deficient_matrix_stays_orthonormal() -> None:
     matrix = spd(torch.tensor([1.0] + [0.0] * 7)).float()
-    basis = refined_basis(matrix, eigenbasis(spd(torch.ones(8), seed=1)).float()).basis
+    basis = refined_basis(matrix, eigenbasis(spd(torch.ones(8), seed=1)).basis.float()).basis
     torch.testing.assert_close(basis.T @ basis, torch.eye(8), atol=1e-6, rtol=0)
 
 
@@ -285,9 +290,10 @@ def test_a_basis_is_orthonormal_at_every_scale(scale: float) -> None:
     """And that of a matrix that counts as zero is the one before."""
     matrix, before = spd(torch.tensor([4.0, 2.0, 1.0, 0.0])).float(), torch.eye(4).roll(1, 0)
     refined = refined_basis(matrix * scale, before)
-    plain = refined_basis(matrix, before) if scale > 1e-36 else (before, torch.arange(4))
+    as_before = before, torch.arange(4), torch.ones(())
+    plain = refined_basis(matrix, before) if scale > 1e-36 else as_before
     torch.testing.assert_close(tuple(refined), tuple(plain))
-    basis = eigenbasis(matrix * scale)
+    basis = eigenbasis(matrix * scale).basis
     torch.testing.assert_close(basis.T @ basis, torch.eye(4), atol=1e-6, rtol=0)
 
 
