@@ -41,6 +41,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
         monkeypatch.setattr(sys, "argv", ["largebatch"])
         monkeypatch.setattr(sys, "path", list(sys.path))
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        if HERE_AND_NOW not in words:
+            monkeypatch.setattr(sys, "executable", forked.stand_in())
         main = {"train": command.main, "sweep": sweep_command.main}[name]
         return main(list(words))
 
