@@ -14,8 +14,17 @@ from largebatch.distributed import walltime
 from largebatch.distributed.addresses import free_port
 from largebatch.distributed.walltime import JOB_END, end_of_job, find_stop, time_of_day
 
+SLOW = """
+import time
+from largebatch.train.tasks.digits import Digits
+class Slow(Digits):
+    def train_batch(self, indices):
+        time.sleep(0.02)
+        return super().train_batch(indices)
+"""
+"""A task whose steps wait: until a run's end comes, others have the processor."""
 LONG = [
-    "task=digits", "optim=sgd", "target.loss=null", "budget.samples=4e6", "batch.size=64",
+    "task=digits", "task._target_=slow_digits.Slow", "optim=sgd", "target.loss=null", "budget.samples=4e6", "batch.size=64",
     "evaluation.growth=2", "checkpoint.every_samples=1e9", "resume=auto", "hydra.run.dir=run",
 ]  # fmt: skip
 
@@ -28,6 +37,7 @@ def saved(folder: Path) -> list[int]:
 def test_all_ranks_stop_and_save_at_one_step_and_go_on_by_the_same_command(
     read_run: ReadRun, tmp_path: Path
 ) -> None:
+    (tmp_path / "slow_digits.py").write_text(SLOW)
     before = 0
     for _ in range(2):
         now = time.time() + 3
@@ -49,6 +59,7 @@ def test_all_ranks_stop_and_save_at_one_step_and_go_on_by_the_same_command(
 def test_a_run_saves_before_its_job_ends(
     train: Train, read_run: ReadRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "slow_digits.py").write_text(SLOW)
     ends: list[float] = []
 
     def end_soon(walltime: int | None, environment: Mapping[str, str]) -> float:
