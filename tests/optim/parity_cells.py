@@ -164,8 +164,9 @@ class Run:
         for name, param in self.model.named_parameters():
             if name in grads:
                 param.grad = like(param, grads[name] * scale)
-                if number == 0:  # the harness itself
+                if (self.layout.name, param.dtype, name) not in _GIVEN:  # the harness itself
                     assert torch.equal(whole(param.grad), (grads[name] * scale).to(param.dtype))
+                    _GIVEN.add((self.layout.name, param.dtype, name))
 
     def backward(self, number: int) -> None:
         generator = torch.Generator().manual_seed(number)
@@ -206,6 +207,10 @@ class Run:
         params = [param for group in self.optimizer.param_groups for param in group["params"]]
         names = {param: name for name, param in self.model.named_parameters()}
         return names[params[int(number)]] + bracket + part
+
+
+_GIVEN: set[tuple[str, torch.dtype, str]] = set()
+"""The layouts, types and parameters whose given gradients have been looked at in this process."""
 
 
 def given_gradients(shapes: dict[str, torch.Size], number: int) -> dict[str, Tensor]:
