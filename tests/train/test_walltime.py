@@ -24,8 +24,9 @@ class Slow(Digits):
 """
 """A task whose steps wait: until a run's end comes, others have the processor."""
 LONG = [
-    "task=digits", "task._target_=slow_digits.Slow", "optim=sgd", "target.loss=null", "budget.samples=4e6", "batch.size=64",
-    "evaluation.growth=2", "checkpoint.every_samples=1e9", "resume=auto", "hydra.run.dir=run",
+    "task=digits", "task._target_=slow_digits.Slow", "optim=sgd", "target.loss=null",
+    "budget.samples=4e6", "batch.size=64", "evaluation.growth=2",
+    "checkpoint.every_samples=1e9", "resume=auto", "hydra.run.dir=run",
 ]  # fmt: skip
 
 
