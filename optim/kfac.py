@@ -85,8 +85,8 @@ class KFAC(KroneckerOptimizer):
     - `factor_interval`, `inverse_interval`: steps between updates of the averages, and of a layer's
       inverses; layers take turns within the interval, and more often in the first steps.
     - `refresh`: "in_step", or "beside": inverses are made on the host beside the steps, and come
-      into use an interval late, but for those of the first interval; for devices without
-      decompositions.
+      into use an interval late, but for those of the first interval; where a step is
+      not to wait for them.
     - `max_factor_size`: of a larger factor the diagonal is kept.
     - `tolerated_failures`: decompositions of one layer that may fail in a row; it keeps the last
       good one meanwhile. `failures.total` counts them.

@@ -73,8 +73,8 @@ class Shampoo(SecondOrderOptimizer):
       first. In the first interval factors are young, and roots are taken more often: once in steps
       2 to 3, 4 to 7, 8 to 15, and so on.
     - `refresh`: "in_step", or "beside": roots are made on the host beside the steps, and come into
-      use an interval late (`largebatch.optim.blockwise.refresh`), for devices without
-      decompositions.
+      use an interval late (`largebatch.optim.blockwise.refresh`), where a step is not
+      to wait for them.
     - `start_preconditioning_step`: until then the grafted method's own step is taken. Where it is
       not below the interval, the first roots are spread over the interval before it.
     - `momentum`, `nesterov`: of the steps u, as in torch's SGD: b ← μ b + u, and b, or u + μ b. It

@@ -235,7 +235,8 @@ class SOAP(SecondOrderOptimizer):
             if found is not None:
                 basis = block.put(f"basis_{dim}", found.basis)
                 squares = squares.index_select(dim, found.order)
-                condition[dim] = found.condition
+                most = 1 / torch.finfo(condition.dtype).eps  # in FP64 more is seen beside the steps
+                condition[dim] = found.condition.clamp(max=most)
             bases[dim] = basis
         if block.step == 1:
             squares = in_basis(block.grad, bases).square_().mul_(1 - block.group["betas"][1])

@@ -116,6 +116,7 @@ def decomposed(
     ):
         inverse, condition, _ = _inverse(form, factor, kept, shift)
         _require_finite(inverse)
+        _require_finite(condition)  # not, where the damping has overflown
         roots[f"inverse_{side}"] = inverse
         conditions.append(condition)
     return roots | {"condition": (conditions[0] * conditions[1]).max()}

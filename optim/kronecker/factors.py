@@ -104,13 +104,16 @@ def average(
     kept = torch.where(idle, 1.0, torch.full_like(weight, decay))
     for key, (each, by) in zip(FACTORS, found, strict=True):
         # In place and by few passes: factors are the most that there is of a layer.
-        share = torch.where(idle, 0.0, (1 - decay) * by)
-        in_groups(layer, state[key]).mul_(kept).addcmul_(torch.where(idle, 0.0, each), share)
+        share, factor = torch.where(idle, 0.0, (1 - decay) * by), in_groups(layer, state[key])
+        into = factor if skip is None else factor.clone()
+        into.mul_(kept).addcmul_(torch.where(idle, 0.0, each), share)
+        if skip is not None:
+            write([factor], [into], idle)
     write([weight, seen], [decay * weight + (1 - decay), seen + items], idle)
 
 
 def _diagonal(sums: Tensor) -> Tensor:
-    """Of sums of squares; none of their elements is larger."""
+    """Of sums of squares, whose elements are no larger than that."""
     return sums if sums.dim() == 2 else sums.diagonal(dim1=1, dim2=2)
 
 
@@ -154,22 +157,25 @@ def _by_products(layer: Layer, form: str, damping: Damping) -> ByProducts:
 
     def compute(several: Sequence[Sequence[Tensor]]) -> tuple[list[Roots], Tensor]:
         factor_in, factor_out = (torch.cat([own[side] for own in several]) for side in (0, 1))
-        with_value = replace(damping, value=several[0][2]) if len(several[0]) > 2 else damping
+        with_value = damping
+        if isinstance(value, Tensor):  # of each layer what it has seen has made of it
+            values = torch.cat([own[2].reshape(1).expand(layer.groups) for own in several])
+            with_value = replace(damping, value=values)
         roots, hold = inverses_by_products(form, with_value, factor_in, factor_out, diagonal)
         found = []
         for number in range(len(several)):
             groups = slice(number * layer.groups, (number + 1) * layer.groups)
-            own = {name: each[groups] for name, each in roots.items()}
+            # In storages of their own: one that is kept must not keep the others.
+            own = {name: each[groups].clone() for name, each in roots.items()}
             condition = own.pop("condition").amax().reshape(1)
             found.append(
                 {name: each.flatten(0, 1) for name, each in own.items()} | {"condition": condition}
             )
         return found, hold.view(len(several), -1).all(dim=1)
 
-    # Damping that depends on what a layer has seen is a tensor, of that layer alone.
-    alone = layer.name if isinstance(value, Tensor) else value
+    same = None if isinstance(value, Tensor) else value
     shapes = layer.shape_in, layer.shape_out, diagonal, layer.dtype
-    return ByProducts(("damped", form, alone, damping.relative, damping.ridge, *shapes), compute)
+    return ByProducts(("damped", form, same, damping.relative, damping.ridge, *shapes), compute)
 
 
 def ask_of(layer: Layer, state: State, value: float | Tensor) -> None:

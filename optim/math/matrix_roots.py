@@ -47,7 +47,7 @@ TOLERATED_FAILURES = 3
 DIVERGES, ASKED, LEFT = range(3)
 # What went wrong, by the number under which ranks tell each other.
 REASONS = (
-    "the decomposition of a factor does not converge",
+    "the decomposition of a factor does not converge, or a damped factor is not positive definite",
     "the decomposition of a factor was asked of non-finite numbers",
     "the decomposition of a factor has left non-finite numbers",
 )
@@ -75,7 +75,7 @@ class Refined(NamedTuple):
     order: Tensor
     """Column j has come from column order[j] of the basis before."""
     condition: Tensor
-    """Largest by smallest eigenvalue, as far as the basis before and the dtype tell; 0-d."""
+    """Largest by smallest eigenvalue, as far as a basis that still turns tells; 0-d."""
 
 
 @contextmanager
@@ -212,10 +212,10 @@ def refined_basis(matrix: Tensor, basis: Tensor) -> Refined:
     empty = largest < smallest_square(matrix.dtype)  # nothing to refine it by
     with full_precision(matrix.dtype):
         power = (matrix / torch.where(empty, 1.0, largest)) @ basis
-        quotients = (basis * power).sum(dim=0)
-        order = quotients.argsort(descending=True, stable=True)
+        order = (basis * power).sum(dim=0).argsort(descending=True, stable=True)
         refined: Tensor
         refined, triangle = torch.linalg.qr(power[:, order])
+    values = triangle.diagonal().abs()
     refined *= torch.where(triangle.diagonal() < 0, -1, 1).to(refined)
     refined = torch.where(empty, basis, refined)
     order = torch.where(empty, torch.arange(len(order), device=order.device), order)
@@ -223,7 +223,7 @@ def refined_basis(matrix: Tensor, basis: Tensor) -> Refined:
         finite = bool(is_finite(matrix))
         what = f"QR of a {tuple(matrix.shape)} matrix has left non-finite numbers"
         raise RootError(what, LEFT if finite else ASKED)
-    return Refined(refined, order, torch.where(empty, 1.0, _condition(quotients)))
+    return Refined(refined, order, torch.where(empty, 1.0, _condition(values)))
 
 
 class Failures:

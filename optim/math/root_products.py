@@ -9,8 +9,8 @@ are Y → A^(1/2) and Z → A^(-1/2) (Higham 2008, "Functions of Matrices", Theo
 polynomials that take x = λ^(1/2) to 1 under x ← ax + bx³ + cx⁵: those of
 `largebatch.optim.math.newton_schulz`, begun where the smallest eigenvalue asks for it. A further
 stage with Y in the place of A has the fourth roots. With a ridge of 1e-5 that is 30 products for
-A^(-1/2), 52 for A^(-1/4), 35 with all that is looked at besides: the largest eigenvalue, to which
-the ridge is relative, whether the root holds, and the condition number.
+A^(-1/2), 52 for A^(-1/4), and 33 or 35 for what is looked at besides: the largest eigenvalue, to
+which the ridge is relative, whether the root holds, and the condition number.
 
 Rounding grows with the condition number as in an eigendecomposition in FP32, and less: the
 root A^(-1/4) of 1,024 eigenvalues from 1 to 1e-12 and a ridge of 1e-5 is wrong by 4e-4 of its norm,
@@ -58,7 +58,7 @@ _LEAST = _least_values()
 
 
 def polynomials(least: float) -> list[Polynomial]:
-    """What takes all x from `least` to 1 to 1, up to rounding in FP64."""
+    """What takes all x from `least` > 0 to 1 to 1, up to rounding in FP64."""
     start = max((i for i, value in enumerate(_LEAST) if value <= least), default=0)
     chosen, x = [*_POLYNOMIALS[start:]], min(least, _LEAST[start])
     for polynomial in chosen:
@@ -88,9 +88,13 @@ def inverse_roots(matrices: Sequence[Tensor], p: int, ridge: float) -> tuple[lis
         torch.where(_by_matrix(empty), _identity(unit), unit, out=unit)
         roots, holds = inverse_powers(unit, p, ridge / (1 + ridge))
         condition = torch.where(empty, 1.0, largest_eigenvalues(roots, ABOUT) ** p)
-        length = (largest * scale * (1 + ridge)) ** (-1 / p)
+        length = (largest * (1 + ridge)) ** (-1 / p) * scale ** (
+            -1 / p
+        )  # in two: neither overflows
         roots *= _by_matrix(length)
         torch.where(_by_matrix(empty), _identity(unit), roots, out=roots)
+    # A factor that rounding has made indefinite: `inverse_root` takes eigenvalues below 0 for 0.
+    holds &= condition <= 1.1 * (1 + 1 / ridge)
     holds &= finite & roots.isfinite().flatten(1).all(dim=1)
     found = [Root(root, each) for root, each in zip(roots, condition, strict=True)]
     return found, holds
@@ -103,6 +107,7 @@ def inverse_powers(matrices: Tensor, p: int, least: float) -> tuple[Tensor, Tens
     Products are as precise as what is set: callers set `full_precision`.
     """
     y, residuals = matrices, []
+    least = max(least, torch.finfo(matrices.dtype).eps)  # what is below does not hold in any case
     for _ in range(max(1, p.bit_length() - 1)):
         least = math.sqrt(least)
         y, z = _stage(y, least)

@@ -35,7 +35,7 @@ ROWS: dict[str, dict[str, Any]] = {
     # But for the interval: in the steps of a cell each layer has several turns.
     "defaults": {"inverse_interval": 3},
     "ridge": {"inverse_interval": 3, "ridge": 1e-4},
-    "inverse": {
+    "eigen": {
         "form": "factored_eigen",
         "damping": 1e-4,
         "graft": "sgd",
@@ -109,7 +109,7 @@ class Run:
         options = {"lr": 0.02, **ROWS[self.cell.row], **self.options}
         if self.cell.layout != "DDP":
             self.optimizer = KFAC(self.model, **options)
-        elif self.cell.row == "inverse":  # which knows its group
+        elif self.cell.row == "eigen":  # which knows its group
             self.optimizer = KFAC(self.module, **options)
         else:
             self.optimizer = KFAC(self.model, process_group=dist.group.WORLD, **options)

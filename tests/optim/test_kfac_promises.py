@@ -46,7 +46,7 @@ def test_a_loss_scale_of_other_means_is_given_by_attribute() -> None:
     assert_same_bits(scaled.tensors(), plain.tensors())  # by powers of two
 
 
-@pytest.mark.parametrize("row", ["defaults", "inverse", "exact", "diagonal"])
+@pytest.mark.parametrize("row", ["defaults", "eigen", "exact", "diagonal"])
 def test_the_host_waits_for_the_device_where_a_layer_is_decomposed_only(row: str) -> None:
     run = run_of(row, inverse_interval=16, factor_interval=1, lr=torch.tensor(0.02))
     run.train(0, 9)  # with the turns of the first steps

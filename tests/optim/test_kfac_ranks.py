@@ -40,7 +40,7 @@ PASSES = {2: (5, 3), 4: (3, 1)}
 CELLS = [
     *(Cell(*spread, row, FP32) for spread in SPREADS for row in ("defaults", "ridge")),
     *(Cell(*spread, "defaults", FP64, PASSES[spread[1]]) for spread in SPREADS),
-    *(Cell(*spread, "inverse", FP64) for spread in (("DDP", 2), ("FSDP2", 4))),
+    *(Cell(*spread, "eigen", FP64) for spread in (("DDP", 2), ("FSDP2", 4))),
     *(Cell(*spread, "exact", FP64) for spread in (("FSDP2", 2), ("HSDP", 4))),
     *(Cell(*spread, "diagonal", FP64) for spread in (("FSDP2", 2), ("DDP", 4), ("HSDP", 4))),
 ]
@@ -52,7 +52,7 @@ IN_MATRIX = {
     Cell("HSDP", 4, "ridge", FP32),
     Cell("DDP", 4, "defaults", FP64, PASSES[4]),
     Cell("HSDP", 4, "defaults", FP64, PASSES[4]),
-    Cell("FSDP2", 4, "inverse", FP64),
+    Cell("FSDP2", 4, "eigen", FP64),
     Cell("DDP", 4, "diagonal", FP64),
 }
 each_cell = pytest.mark.parametrize(

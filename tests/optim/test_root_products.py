@@ -117,6 +117,23 @@ def test_what_the_dtype_cannot_tell_does_not_hold() -> None:
     assert not by_products(spd(torch.tensor([-0.5, 1.0, 1.0])).float(), 2, 1e-5)[1]
 
 
+@pytest.mark.parametrize("p", ORDERS)
+def test_an_eigenvalue_that_eats_the_ridge_up_does_not_hold(p: int) -> None:
+    """As rounding may leave it: `inverse_root` takes it for 0."""
+    values = torch.cat([torch.linspace(0.1, 1, 15), torch.tensor([-0.9e-3])])
+    assert not by_products(spd(values).float(), p, 1e-3)[1]
+    assert by_products(spd(values.clamp(min=0)).float(), p, 1e-3)[1]
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_a_root_of_what_overflows_is_no_zero(p: int) -> None:
+    """λ_max is 8 times the largest entry, and more than FP32 holds."""
+    root, holds = by_products(torch.full((8, 8), 8e37), p, 1e-3)
+    exact_root = exact(torch.full((8, 8), 8e37).double(), p, 1e-3)
+    assert holds
+    assert far(root.matrix, exact_root) < 1e-4
+
+
 def test_too_few_steps_do_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """One direction of 48 that has not come to 1."""
     matrix = spd(torch.cat([torch.ones(47), torch.zeros(1)])).float()
@@ -200,28 +217,54 @@ def test_damped_inverses_of_what_is_not_finite_do_not_hold() -> None:
     assert hold.tolist() == [True, False]
 
 
-def kfac_weights(form: str, **options: Any) -> list[Tensor]:
+def kfac_trained(steps: int = 6, **options: Any) -> tuple[nn.Module, KFAC]:
+    """Layers of one shape and of others, convolutions in groups; two groups of parameters."""
     torch.manual_seed(0)
-    layers = [nn.Embedding(7, 6), *(nn.Linear(6, 6) for _ in range(3)), nn.Linear(6, 7)]
-    model = nn.Sequential(*layers).double()
-    optimizer = KFAC(model, lr=0.1, inverse_interval=2, form=form, **options)
-    for step in range(6):
+    model = nn.Sequential(
+        *(nn.Embedding(7, 8), *(nn.Linear(8, 8) for _ in range(3)), nn.Unflatten(1, (4, 2))),
+        *(nn.Conv1d(4, 4, 2, groups=2), nn.Conv1d(4, 4, 1, groups=2), nn.Conv1d(4, 4, 1, groups=2)),
+        *(nn.Flatten(), nn.Linear(4, 7)),
+    ).double()
+    params = [*model.parameters()]
+    groups = [{"params": params[:5]}, {"params": params[5:], "damping": 0.1}]
+    optimizer = KFAC(model, lr=0.1, params=groups, inverse_interval=4, **options)
+    for step in range(steps):
         x, y = torch.randint(7, (2, 32), generator=torch.Generator().manual_seed(step)).unbind()
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    return [param.detach() for param in model.parameters()]
+    return model, optimizer
 
 
 @pytest.mark.parametrize("form", ["factored_eigen", "factored_cholesky"])
-@pytest.mark.parametrize("options", [{}, {"final_damping": 1e-4, "damping_items": 100}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"final_damping": 1e-4, "damping_items": 100}, {"ridge": 0.0}, {"ridge": 1e-30}],
+    ids=str,
+)
 def test_kfac_takes_the_steps_of_decompositions(
     form: str, options: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:
-    expected = kfac_weights(form, **options)
+    options = {"graft": "none", "form": form, **options}
+    expected, _ = kfac_trained(**options)
     request.getfixturevalue("no_decompositions")
-    for one, other in zip(kfac_weights(form, **options), expected, strict=True):
+    found, _ = kfac_trained(**options)
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.usefixtures("no_decompositions")
+@pytest.mark.parametrize("steps", [1, 6])
+def test_inverses_that_were_made_together_do_not_keep_each_other(steps: int) -> None:
+    _, optimizer = kfac_trained(steps)
+    inverses = [
+        state[name]
+        for state in optimizer.state.values()
+        for name in ("inverse_in", "inverse_out")
+        if name in state
+    ]
+    assert len(inverses) > 10
+    assert all(each.untyped_storage().nbytes() == each.nbytes for each in inverses)
 
 
 def test_alike_are_made_together_and_one_that_fails_goes_to_the_host(

@@ -249,6 +249,17 @@ def test_qr_steps_converge_to_the_eigenbasis() -> None:
     )
 
 
+def test_a_qr_step_tells_the_condition_while_the_basis_turns() -> None:
+    """From no basis at all: at once within a factor of 5, where the diagonal says 6."""
+    matrix = spd(torch.logspace(-3, 0, 24))
+    basis, told = torch.eye(24, dtype=torch.float64), []
+    for _ in range(3):
+        refined = refined_basis(matrix, basis)
+        basis, told = refined.basis, [*told, float(refined.condition)]
+    assert told[0] > 1000 / 5
+    assert told[-1] == pytest.approx(1000, rel=0.15)
+
+
 def test_a_qr_step_keeps_an_eigenbasis_and_sorts_it() -> None:
     """The columns come in the order of the eigenvalues, none of them turned around."""
     values = torch.tensor([1.0, 4.0, 2.0, 8.0], dtype=torch.float64)

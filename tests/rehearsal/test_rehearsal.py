@@ -26,9 +26,9 @@ pytestmark = MARKS
 NAMES = [run.name for run in cells.plain()]
 # Of bytes each optimizer has a run in bf16 too (test_rehearsed_features): here with two.
 HERE = [name for name in NAMES if not name.startswith("bytes")] + ["bytes lamb", "bytes kfac"]
-# Whose roots and inverses the device makes by products. In FP32 they are nearer to the truth than
-# those of the CPU, whose eigenvectors lose a hundredth of what the ridge of 1e-5 leaves.
-BY_PRODUCTS = ("shampoo", "kfac")
+# Whose roots and inverses the device makes by products, to how near the CPU's weights they come in
+# FP32: where eigenvalues are 1e-5 or less of the largest, neither way knows them to all digits.
+BY_PRODUCTS = {"shampoo": 1e-3, "kfac": 2e-4}
 # Of those whose steps ask a device for decompositions, and of one other.
 AS_CUDA = [name for name in HERE if name.split()[-1] in (*cells.SECOND_ORDER, "lamb")]
 each_here = each("name", NAMES, HERE)
@@ -115,7 +115,7 @@ def test_with_the_names_of_torch_cuda(
 def test_a_run_has_the_weights_of_the_cpu(found: dict[str, Outcome], name: str) -> None:
     """In FP32, with attention by the same operators."""
     one, other = ended(found, name), ended(found, f"{name} cpu")
-    limit = 1e-3 if name.split()[-1] in BY_PRODUCTS else 1e-6
+    limit = BY_PRODUCTS.get(name.split()[-1], 1e-6)
     assert largest_difference(one, other) < limit
     assert one["lines"][-1]["loss"] == pytest.approx(other["lines"][-1]["loss"], abs=limit)
 
