@@ -202,7 +202,7 @@ class SOAP(SecondOrderOptimizer):
         factors where it is due."""
         direction = self._direction(block)
         if block.group["factors"] == "kl":
-            for dim, factor in kl_factors(block).items():  # each of all as they were
+            for dim, factor in kl_factors(block).items():  # all from the factors before
                 block.put(f"factor_{dim}", factor)
         else:
             for dim in block.dims:

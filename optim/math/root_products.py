@@ -88,10 +88,8 @@ def inverse_roots(matrices: Sequence[Tensor], p: int, ridge: float) -> tuple[lis
         torch.where(_by_matrix(empty), _identity(unit), unit, out=unit)
         roots, holds = inverse_powers(unit, p, ridge / (1 + ridge))
         condition = torch.where(empty, 1.0, largest_eigenvalues(roots, ABOUT) ** p)
-        length = (largest * (1 + ridge)) ** (-1 / p) * scale ** (
-            -1 / p
-        )  # in two: neither overflows
-        roots *= _by_matrix(length)
+        # In two, as λ_max itself may overflow.
+        roots *= _by_matrix((largest * (1 + ridge)) ** (-1 / p) * scale ** (-1 / p))
         torch.where(_by_matrix(empty), _identity(unit), roots, out=roots)
     # A factor that rounding has made indefinite: `inverse_root` takes eigenvalues below 0 for 0.
     holds &= condition <= 1.1 * (1 + 1 / ridge)

@@ -15,6 +15,7 @@ from largebatch.optim import KFAC
 from largebatch.optim.kronecker.damping import Damping, decomposed, inverses_by_products
 from largebatch.optim.math import decompositions
 from largebatch.optim.math.matrix_roots import inverse_root
+from largebatch.optim.math.newton_schulz import Polynomial
 from largebatch.optim.math.root_products import (
     ORDERS,
     inverse_roots,
@@ -138,7 +139,10 @@ def test_too_few_steps_do_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """One direction of 48 that has not come to 1."""
     matrix = spd(torch.cat([torch.ones(47), torch.zeros(1)])).float()
     assert by_products(matrix, 2, 1e-5)[1]
-    few = lambda least: polynomials(least)[:5]  # noqa: E731
+
+    def few(least: float) -> list[Polynomial]:
+        return polynomials(least)[:5]
+
     monkeypatch.setattr("largebatch.optim.math.root_products.polynomials", few)
     assert not by_products(matrix, 2, 1e-5)[1]
 
@@ -282,12 +286,15 @@ def test_alike_are_made_together_and_one_that_fails_goes_to_the_host(
 
     monkeypatch.setattr(decompositions, "DECOMPOSE", frozenset())
     monkeypatch.setattr(decompositions, "_on_host", on_host)
-    ask = lambda value, size, way=True: decompositions.Decomposition(  # noqa: E731
-        lambda tensor: (tensor,),
-        lambda: [torch.full((size,), float(value))],
-        torch.device("cpu"),
-        decompositions.ByProducts(size, compute) if way else None,
-    )
+
+    def ask(value: float, size: int, way: bool = True) -> decompositions.Decomposition[Any]:
+        return decompositions.Decomposition(
+            lambda tensor: (tensor,),
+            lambda: [torch.full((size,), float(value))],
+            torch.device("cpu"),
+            decompositions.ByProducts(size, compute) if way else None,
+        )
+
     asked = [ask(1, 4), ask(2, 5), ask(3, 4), ask(0, 4, way=False), ask(2, 4)]
     found = [outcome() for outcome in decompositions.decompose(asked)]
     assert calls == [(3, 4), (1, 5)]

@@ -22,7 +22,7 @@ ITS_OWN = {kind: kind.__deepcopy__ for kind in PLAIN}
 
 def set_up() -> None:
     """Let this process copy so."""
-    Metadata.__deepcopy__ = _metadata  # type: ignore[attr-defined]
+    Metadata.__deepcopy__ = _metadata  # type: ignore[attr-defined]  # it has none of its own
     for kind in PLAIN:
         kind.__deepcopy__ = _node
 
